@@ -3,10 +3,12 @@
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
+#include <torch/csrc/Dtype.h>
 #include <torch/csrc/utils/pybind.h>
 #include <torch/library.h>
 #include <torch/version.h>
 
+#include <algorithm>
 #include <string>
 #include <vector>
 
@@ -92,8 +94,8 @@ void run_on_cuda(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
 }  // namespace
 
 TORCH_LIBRARY_IMPL(seal, CUDA, m) {
-  for (const char* name : {"attention", "attention_backward", "rope", "rope_attention"})
-    m.impl(name, torch::CppFunction::makeFromBoxedFunction<&run_on_cuda>());
+  for (const auto& schema : schemas(true))
+    m.impl(schema.substr(0, schema.find('(')).c_str(), torch::CppFunction::makeFromBoxedFunction<&run_on_cuda>());
 }
 
 #endif  // SEAL_WITH_CUDA

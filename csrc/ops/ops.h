@@ -16,17 +16,16 @@ using OptTensor = std::optional<Tensor>;
 
 std::tuple<Tensor, Tensor> attention(
     const Tensor& q, const Tensor& k, const Tensor& v, const OptTensor& scale, const OptTensor& offset,
-    std::optional<double> softmax_scale, bool causal, std::optional<int64_t> window,
     const OptTensor& cu_seqlens, const OptTensor& cu_seqlens_k,
+    std::optional<double> softmax_scale, bool causal, std::optional<int64_t> window,
     std::optional<int64_t> max_seqlen, std::optional<int64_t> max_seqlen_k, bool deterministic);
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
     const Tensor& grad_out, const OptTensor& grad_lse, const Tensor& q, const Tensor& k, const Tensor& v,
     const Tensor& out, const Tensor& lse, const OptTensor& scale, const OptTensor& offset,
-    std::array<bool, 5> needs, const OptTensor& cos, const OptTensor& sin,
-    const OptTensor& positions, const OptTensor& positions_k, bool interleaved,
+    const OptTensor& cos, const OptTensor& sin, const OptTensor& positions, const OptTensor& positions_k,
+    const OptTensor& cu_seqlens, const OptTensor& cu_seqlens_k, std::array<bool, 5> needs, bool interleaved,
     std::optional<double> softmax_scale, bool causal, std::optional<int64_t> window,
-    const OptTensor& cu_seqlens, const OptTensor& cu_seqlens_k,
     std::optional<int64_t> max_seqlen, std::optional<int64_t> max_seqlen_k, bool deterministic);
 
 std::tuple<Tensor, Tensor> rope(
@@ -36,8 +35,8 @@ std::tuple<Tensor, Tensor> rope(
 std::tuple<Tensor, Tensor, Tensor, Tensor> rope_attention(
     const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cos, const Tensor& sin,
     const OptTensor& positions, const OptTensor& positions_k, const OptTensor& scale, const OptTensor& offset,
-    bool interleaved, std::optional<double> softmax_scale, bool causal, std::optional<int64_t> window,
-    const OptTensor& cu_seqlens, const OptTensor& cu_seqlens_k,
+    const OptTensor& cu_seqlens, const OptTensor& cu_seqlens_k, bool interleaved,
+    std::optional<double> softmax_scale, bool causal, std::optional<int64_t> window,
     std::optional<int64_t> max_seqlen, std::optional<int64_t> max_seqlen_k, bool deterministic);
 
 // Why the sm_90a kernels cannot run `op` on these sizes, in one sentence; empty where they can. The one predicate
