@@ -1,0 +1,326 @@
+"""Backward attention without atomics, so bitwise repeatable: every gradient element is written by the one program that owns it.
+
+    _delta     one pass over grad_out and out: delta = sum_d g (out - offset) - grad_lse, and per-tile sums of g (grad_offset)
+    _dkdv      owns a tile of keys of one key/value head, walks the query blocks of all query heads of its group
+    _dq        owns a tile of queries of one head, walks the key blocks
+    _sum_tiles adds the per-tile sums of grad_scale and grad_offset, always in the same order
+
+Seven matrix products instead of the five of a kernel that adds grad_q atomically; no fp32 copy of grad_q in exchange.
+
+The gradient of the scale costs nothing extra: grad_scale_c = sum_k V_kc (P^T g)_kc, and P^T g is what _dkdv accumulates
+anyway before it multiplies with the scale. So it is exact where the scale is 0.
+"""
+import torch
+import triton
+import triton.language as tl
+
+from .configs import choose
+from .host import Geometry, Rows, factor_arguments, on_device, padded_head_dim, per_sequence, precision
+from .rotary import rotate_in_place
+from .tiling import LOG2E, first_tile, key_blocks, load_factor, load_rows, locate, product, query_blocks, seen
+
+_LOG2E = tl.constexpr(LOG2E)
+_ROWS = 64  # token rows of a tile of _delta
+
+
+@triton.jit(do_not_specialize=["num_seqs", "len_q", "len_k", "tiles", "offset_b"])
+def _delta(grad_ptr, grad_b, grad_s, grad_h, out_ptr, lse_ptr, grad_lse_ptr, delta_ptr, sums_ptr, cu_q_ptr, offset_ptr,
+           offset_b, offset_h, offset_d, num_seqs, len_q, tiles, heads, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+           BLOCK_M: tl.constexpr, PACKED: tl.constexpr):
+    all_q = len_q
+    head, batch, seq, tile, start, len_q, _, _ = locate(tl.program_id(0), tiles, heads, num_seqs, cu_q_ptr, cu_q_ptr, len_q,
+                                                        len_q, BLOCK_M, PACKED)
+    first = tile * BLOCK_M
+    if first >= len_q:
+        return
+    rows = first + tl.arange(0, BLOCK_M)
+    d = tl.arange(0, BLOCK_D)
+    inside = rows < len_q
+    valid = inside[:, None] & (d[None, :] < HEAD_DIM)
+    tokens = (start + rows).to(tl.int64)
+    g = tl.load(grad_ptr + batch.to(tl.int64) * grad_b + head.to(tl.int64) * grad_h + tokens[:, None] * grad_s + d[None, :],
+                mask=valid, other=0.0).to(tl.float32)
+    o = tl.load(out_ptr + ((batch.to(tl.int64) * all_q + tokens) * heads + head)[:, None] * HEAD_DIM + d[None, :], mask=valid,
+                other=0.0).to(tl.float32)
+    if offset_ptr is not None:
+        o -= load_factor(offset_ptr, offset_b, offset_h, offset_d, seq, head, HEAD_DIM, BLOCK_D)[None, :]
+    delta = tl.sum(g * o, 1)
+    at = (batch * heads + head).to(tl.int64) * all_q + tokens
+    if grad_lse_ptr is not None:  # of a row without keys it is ignored: nothing moves its -inf
+        empty = tl.load(lse_ptr + at, mask=inside, other=0.0) == float("-inf")
+        delta -= tl.where(empty, 0.0, tl.load(grad_lse_ptr + at, mask=inside, other=0.0))
+    tl.store(delta_ptr + at, delta, mask=inside)
+    if sums_ptr is not None:
+        number = batch * tiles + (tl.program_id(0) % tiles)
+        tl.store(sums_ptr + (number.to(tl.int64) * heads + head) * HEAD_DIM + d, tl.sum(g, 0), mask=d < HEAD_DIM)
+
+
+@triton.jit
+def _query_loop(dk, dv, k, v, q_desc, g_desc, lse_ptr, delta_ptr, batch, start_q, head, keys, begin, end, split, skip, len_q,
+                len_k, left, right, qk_scale, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, HAS_LEFT: tl.constexpr,
+                HAS_RIGHT: tl.constexpr, MASKED: tl.constexpr, PACKED: tl.constexpr, NEED_DK: tl.constexpr,
+                PRECISION: tl.constexpr):
+    """Adds dS^T Q to dk and P^T g to dv over the query blocks begin..end; those from `split` on lie `skip` further."""
+    for i in tl.range(begin, end):
+        first = i * BLOCK_M
+        if MASKED:
+            first += tl.where(i >= split, skip, 0) * BLOCK_M
+        rows = first + tl.arange(0, BLOCK_M)
+        q = load_rows(q_desc, batch, start_q + first, head, BLOCK_M, BLOCK_D)
+        g = load_rows(g_desc, batch, start_q + first, head, BLOCK_M, BLOCK_D)
+        if MASKED:
+            lse = tl.load(lse_ptr + rows, mask=rows < len_q, other=0.0)
+            if PACKED:  # rows of the next sequence may hold NaN, and 0 * NaN would reach us
+                q = tl.where(rows[:, None] < len_q, q, 0.0)
+                g = tl.where(rows[:, None] < len_q, g, 0.0)
+        else:
+            lse = tl.load(lse_ptr + rows)
+        s = product(k, q.T, None, PRECISION)
+        p = tl.exp2(s * qk_scale - (lse * _LOG2E)[None, :])
+        if MASKED:
+            allowed = seen(rows[None, :], keys[:, None], len_q, len_k, left, right, HAS_LEFT, HAS_RIGHT)
+            p = tl.where(allowed, p, 0.0)
+        dv = product(p.to(g.dtype), g, dv, PRECISION)
+        if NEED_DK:
+            dp = product(v, g.T, None, PRECISION)
+            if MASKED:
+                delta = tl.load(delta_ptr + rows, mask=rows < len_q, other=0.0)
+            else:
+                delta = tl.load(delta_ptr + rows)
+            ds = p * (dp - delta[None, :])
+            if MASKED:
+                ds = tl.where(allowed, ds, 0.0)
+            dk = product(ds.to(q.dtype), q, dk, PRECISION)
+    return dk, dv
+
+
+@triton.jit(do_not_specialize=["num_seqs", "len_q", "len_k", "tiles", "left", "right", "scale_b"])
+def _dkdv(q_desc, k_desc, v_desc, g_desc, lse_ptr, delta_ptr, dk_ptr, dv_ptr, part_ptr, sums_ptr, cu_q_ptr, cu_k_ptr, scale_ptr,
+          scale_b, scale_h, scale_d, sigma, qk_scale, num_seqs, len_q, len_k, tiles, kv_heads, left, right,
+          GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+          HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, PACKED: tl.constexpr, NEED_DK: tl.constexpr,
+          PRECISION: tl.constexpr):
+    all_q = len_q
+    all_k = len_k
+    kv_head, batch, seq, tile, start_k, len_k, start_q, len_q = locate(
+        tl.program_id(0), tiles, kv_heads, num_seqs, cu_k_ptr, cu_q_ptr, len_k, len_q, BLOCK_N, PACKED)
+    first = tile * BLOCK_N  # causal: the first keys are seen most often, so the longest programs come first
+    if first >= len_k:
+        return
+    keys = first + tl.arange(0, BLOCK_N)
+    d = tl.arange(0, BLOCK_D)
+    k = load_rows(k_desc, batch, start_k + first, kv_head, BLOCK_N, BLOCK_D)
+    v = load_rows(v_desc, batch, start_k + first, kv_head, BLOCK_N, BLOCK_D)
+    begin, full_begin, full_end, end = query_blocks(first, len_q, len_k, left, right, BLOCK_M, BLOCK_N, HAS_LEFT, HAS_RIGHT)
+    at = ((batch.to(tl.int64) * all_k + start_k + keys) * kv_heads + kv_head)[:, None] * HEAD_DIM + d[None, :]
+    valid = (keys < len_k)[:, None] & (d[None, :] < HEAD_DIM)
+
+    dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    for member in tl.range(0, GROUP):
+        head = kv_head * GROUP + member
+        row_at = (batch * kv_heads * GROUP + head).to(tl.int64) * all_q + start_q
+        scaled_v = v
+        if scale_ptr is not None:
+            scale = load_factor(scale_ptr, scale_b, scale_h, scale_d, seq, head, HEAD_DIM, BLOCK_D)[None, :]
+            scaled_v = (v * scale).to(v.dtype)
+            dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+        dk, dv = _query_loop(dk, dv, k, scaled_v, q_desc, g_desc, lse_ptr + row_at, delta_ptr + row_at, batch, start_q, head,
+                             keys, full_begin, full_end, 0, 0, len_q, len_k, left, right, qk_scale, BLOCK_M, BLOCK_D, HAS_LEFT,
+                             HAS_RIGHT, False, PACKED, NEED_DK, PRECISION)
+        dk, dv = _query_loop(dk, dv, k, scaled_v, q_desc, g_desc, lse_ptr + row_at, delta_ptr + row_at, batch, start_q, head,
+                             keys, begin, end - (full_end - full_begin), full_begin, full_end - full_begin, len_q, len_k, left,
+                             right, qk_scale, BLOCK_M, BLOCK_D, HAS_LEFT, HAS_RIGHT, True, PACKED, NEED_DK, PRECISION)
+        if scale_ptr is not None:
+            if sums_ptr is not None:
+                unscaled = load_rows(v_desc, batch, start_k + first, kv_head, BLOCK_N, BLOCK_D).to(tl.float32)
+                product = tl.where(valid, unscaled * dv, 0.0)
+                number = batch * tiles + (tl.program_id(0) % tiles)
+                tl.store(sums_ptr + (number.to(tl.int64) * kv_heads * GROUP + head) * HEAD_DIM + d, tl.sum(product, 0),
+                         mask=d < HEAD_DIM)
+            dv = dv * scale
+            if GROUP > 1 and dv_ptr is not None:  # every head has its own scale: the sum of the group waits in memory, only this program touches it
+                if member > 0:
+                    tl.debug_barrier()
+                    dv += tl.load(part_ptr + at, mask=valid, other=0.0)
+                if member < GROUP - 1:
+                    tl.store(part_ptr + at, dv, mask=valid)
+    if dv_ptr is not None:
+        tl.store(dv_ptr + at, dv.to(dv_ptr.dtype.element_ty), mask=valid)
+    if NEED_DK:
+        tl.store(dk_ptr + at, (dk * sigma).to(dk_ptr.dtype.element_ty), mask=valid)
+
+
+@triton.jit
+def _key_loop(dq, q, g, lse, delta, k_desc, v_desc, batch, start_k, kv_head, rows, begin, end, split, skip, len_q, len_k, left,
+              right, qk_scale, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr,
+              MASKED: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr):
+    """Adds dS K to dq over the key blocks begin..end; those from `split` on lie `skip` blocks further."""
+    for i in tl.range(begin, end):
+        first = i * BLOCK_N
+        if MASKED:
+            first += tl.where(i >= split, skip, 0) * BLOCK_N
+        k = load_rows(k_desc, batch, start_k + first, kv_head, BLOCK_N, BLOCK_D)
+        v = load_rows(v_desc, batch, start_k + first, kv_head, BLOCK_N, BLOCK_D)
+        keys = first + tl.arange(0, BLOCK_N)
+        if MASKED and PACKED:  # rows of the next sequence may hold NaN, and 0 * NaN would reach us
+            k = tl.where(keys[:, None] < len_k, k, 0.0)
+        s = product(q, k.T, None, PRECISION)
+        dp = product(g, v.T, None, PRECISION)
+        ds = tl.exp2(s * qk_scale - lse[:, None]) * (dp - delta[:, None])
+        if MASKED:
+            ds = tl.where(seen(rows[:, None], keys[None, :], len_q, len_k, left, right, HAS_LEFT, HAS_RIGHT), ds, 0.0)
+        dq = product(ds.to(k.dtype), k, dq, PRECISION)
+    return dq
+
+
+@triton.jit(do_not_specialize=["num_seqs", "len_q", "len_k", "tiles", "left", "right", "scale_b"])
+def _dq(q_desc, k_desc, v_desc, g_desc, lse_ptr, delta_ptr, dq_ptr, cu_q_ptr, cu_k_ptr, scale_ptr, scale_b, scale_h, scale_d,
+        sigma, qk_scale, num_seqs, len_q, len_k, tiles, heads, left, right, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr,
+        BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr,
+        PACKED: tl.constexpr, PRECISION: tl.constexpr):
+    all_q = len_q
+    head, batch, seq, tile, start_q, len_q, start_k, len_k = locate(
+        tl.program_id(0), tiles, heads, num_seqs, cu_q_ptr, cu_k_ptr, len_q, len_k, BLOCK_M, PACKED)
+    first = (tl.cdiv(len_q, BLOCK_M) - 1 - tile) * BLOCK_M  # causal: the longest rows first
+    if first < 0:
+        return
+    rows = first + tl.arange(0, BLOCK_M)
+    inside = rows < len_q
+    d = tl.arange(0, BLOCK_D)
+    q = load_rows(q_desc, batch, start_q + first, head, BLOCK_M, BLOCK_D)
+    g = load_rows(g_desc, batch, start_q + first, head, BLOCK_M, BLOCK_D)
+    if scale_ptr is not None:
+        g = (g * load_factor(scale_ptr, scale_b, scale_h, scale_d, seq, head, HEAD_DIM, BLOCK_D)[None, :]).to(g.dtype)
+    at = (batch * heads + head).to(tl.int64) * all_q + start_q + rows
+    lse = tl.load(lse_ptr + at, mask=inside, other=0.0) * _LOG2E
+    delta = tl.load(delta_ptr + at, mask=inside, other=0.0)
+    begin, full_begin, full_end, end = key_blocks(first, len_q, len_k, left, right, BLOCK_M, BLOCK_N, HAS_LEFT, HAS_RIGHT)
+
+    dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    dq = _key_loop(dq, q, g, lse, delta, k_desc, v_desc, batch, start_k, head // GROUP, rows, full_begin, full_end, 0, 0, len_q,
+                   len_k, left, right, qk_scale, BLOCK_N, BLOCK_D, HAS_LEFT, HAS_RIGHT, False, PACKED, PRECISION)
+    dq = _key_loop(dq, q, g, lse, delta, k_desc, v_desc, batch, start_k, head // GROUP, rows, begin,
+                   end - (full_end - full_begin), full_begin, full_end - full_begin, len_q, len_k, left, right, qk_scale,
+                   BLOCK_N, BLOCK_D, HAS_LEFT, HAS_RIGHT, True, PACKED, PRECISION)
+    tokens = batch.to(tl.int64) * all_q + start_q + rows
+    tl.store(dq_ptr + (tokens * heads + head)[:, None] * HEAD_DIM + d[None, :], (dq * sigma).to(dq_ptr.dtype.element_ty),
+             mask=inside[:, None] & (d[None, :] < HEAD_DIM))
+
+
+@triton.jit(do_not_specialize=["tiles", "total"])
+def _sum_tiles(sums_ptr, result_ptr, cu_ptr, tiles, total, heads, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+               BLOCK: tl.constexpr, PER_SEQUENCE: tl.constexpr, PACKED: tl.constexpr, STEP: tl.constexpr):
+    """[tiles, heads, HEAD_DIM] summed in ascending order: over all tiles, or over those of each sequence."""
+    head = tl.program_id(0)
+    seq = tl.program_id(1)
+    begin = 0
+    end = total
+    if PER_SEQUENCE:
+        if PACKED:
+            begin = first_tile(seq, cu_ptr, BLOCK)
+            end = first_tile(seq + 1, cu_ptr, BLOCK)
+        else:
+            begin = seq * tiles
+            end = begin + tiles
+    d = tl.arange(0, BLOCK_D)
+    acc = tl.zeros([STEP, BLOCK_D], tl.float32)
+    for i in tl.range(begin, end, STEP):
+        number = i + tl.arange(0, STEP)
+        acc += tl.load(sums_ptr + ((number.to(tl.int64) * heads + head) * HEAD_DIM)[:, None] + d[None, :],
+                       mask=(number < end)[:, None] & (d < HEAD_DIM)[None, :], other=0.0)
+    tl.store(result_ptr + (seq * heads + head).to(tl.int64) * HEAD_DIM + d, tl.sum(acc, 0), mask=d < HEAD_DIM)
+
+
+def _launch_delta(grad_out, out, lse, grad_lse, offset, need_offset, geometry):
+    """delta, in the shape of lse, and where grad_offset is wanted the sums of grad_out over each tile of _ROWS tokens."""
+    delta = torch.empty_like(lse)
+    tiles = geometry.tiles(geometry.len_q, _ROWS)
+    # Packed: a sequence may own a tile too many, whose sum stays zero.
+    sums = lse.new_zeros(tiles * geometry.batch, geometry.heads, geometry.head_dim) if need_offset else None
+    grad_rows = grad_out if grad_out.dim() == 4 else grad_out[None]
+    _delta[(geometry.programs(geometry.len_q, _ROWS, geometry.heads),)](
+        grad_out, *grad_rows.stride()[:3], out.contiguous(), lse, None if grad_lse is None else grad_lse.contiguous(), delta, sums,
+        geometry.cu_q, *factor_arguments(offset, geometry), geometry.num_seqs, geometry.len_q, tiles, geometry.heads,
+        HEAD_DIM=geometry.head_dim, BLOCK_D=padded_head_dim(geometry.head_dim), BLOCK_M=_ROWS, PACKED=geometry.packed,
+        num_warps=4)
+    return delta, sums
+
+
+def _reduced(sums, like, geometry, cu, block):
+    """Per-tile sums [tiles, Hq, D] to the gradient of a scale or offset, in its own shape."""
+    each = per_sequence(like, geometry)
+    result = sums.new_empty(geometry.num_seqs if each else 1, geometry.heads, geometry.head_dim)
+    _sum_tiles[(geometry.heads, result.shape[0])](
+        sums, result, cu, sums.shape[0] // geometry.batch, sums.shape[0], geometry.heads, HEAD_DIM=geometry.head_dim,
+        BLOCK_D=padded_head_dim(geometry.head_dim), BLOCK=block, PER_SEQUENCE=each, PACKED=geometry.packed, STEP=16, num_warps=4)
+    return geometry.reduce_factor(result, like)
+
+
+def _grad_offset(grad_out, out, lse, offset, geometry):
+    """grad_offset alone."""
+    if grad_out.numel() == 0:
+        return torch.zeros_like(offset)
+    grad_out = grad_out if grad_out.stride(-1) == 1 else grad_out.contiguous()
+    with on_device(out):
+        _, sums = _launch_delta(grad_out, out, lse.contiguous(), None, offset, True, geometry)
+        return _reduced(sums, offset, geometry, geometry.cu_q, _ROWS)
+
+
+def attention_backward(grad_out, grad_lse, q, k, v, out, lse, scale=None, offset=None, *, needs=(True,) * 5, cos=None, sin=None,
+                       positions=None, positions_k=None, interleaved=False, softmax_scale=None, causal=True, window=None,
+                       cu_seqlens=None, cu_seqlens_k=None, max_seqlen=None, max_seqlen_k=None, deterministic=False):
+    """seal::attention_backward (docs/ops.md). Repeatable whether or not `deterministic` asks for it."""
+    geometry = Geometry.of(q, k, softmax_scale, causal, window, cu_seqlens, cu_seqlens_k)
+    need_q, need_k, need_v = needs[:3]
+    need_scale, need_offset = needs[3] and scale is not None, needs[4] and offset is not None
+    absent = q.new_empty(0)
+    no_sum = q.new_empty(0, dtype=torch.float32)
+    if q.numel() == 0 or k.numel() == 0:  # no query or no key: every gradient is zero, save that of the offset
+        zeros = (torch.zeros(t.shape, dtype=t.dtype, device=t.device) if need else absent
+                 for t, need in ((q, need_q), (k, need_k), (v, need_v)))
+        return (*zeros, torch.zeros_like(scale) if need_scale else no_sum,
+                _grad_offset(grad_out, out, lse, offset, geometry) if need_offset else no_sum)
+
+    options = dict(BLOCK_D=padded_head_dim(geometry.head_dim), HEAD_DIM=geometry.head_dim)
+    loops = dict(options, GROUP=geometry.group, PRECISION=precision(q.dtype), **geometry.mask_constants)
+    rows_q, rows_k, rows_v, rows_g = (Rows(x) for x in (q, k, v, grad_out))
+    lse = lse.contiguous()
+    lengths = (geometry.num_seqs, geometry.len_q, geometry.len_k)
+    factor = factor_arguments(scale, geometry)
+    with on_device(q):
+        delta, sums = _launch_delta(rows_g.tensor, out, lse, grad_lse, offset, need_offset, geometry)
+        grad_offset = _reduced(sums, offset, geometry, geometry.cu_q, _ROWS) if need_offset else no_sum
+
+        grad_q = torch.empty(q.shape, dtype=q.dtype, device=q.device) if need_q else absent
+        if need_q:
+            def launch_dq(tile):
+                _dq[(geometry.programs(geometry.len_q, tile.m, geometry.heads),)](
+                    rows_q.descriptor(tile.m), rows_k.descriptor(tile.n), rows_v.descriptor(tile.n), rows_g.descriptor(tile.m),
+                    lse, delta, grad_q, geometry.cu_q, geometry.cu_k, *factor, geometry.sigma, geometry.sigma * LOG2E, *lengths,
+                    geometry.tiles(geometry.len_q, tile.m), geometry.heads, geometry.left, geometry.right, BLOCK_M=tile.m,
+                    BLOCK_N=tile.n, **loops, **tile.options)
+            choose("dq", q, launch_dq)
+
+        grad_k = torch.empty(k.shape, dtype=k.dtype, device=k.device) if need_k else None
+        grad_v = torch.empty(v.shape, dtype=v.dtype, device=v.device) if need_v else None
+        grad_scale = no_sum
+        if need_k or need_v or need_scale:
+            part = lse.new_empty(k.shape) if scale is not None and need_v and geometry.group > 1 else None
+            found = {}
+
+            def launch_dkdv(tile):
+                tiles = geometry.tiles(geometry.len_k, tile.n)
+                found["sums"] = (lse.new_zeros(tiles * geometry.batch, geometry.heads, geometry.head_dim) if need_scale else None)
+                _dkdv[(geometry.programs(geometry.len_k, tile.n, geometry.kv_heads),)](
+                    rows_q.descriptor(tile.m), rows_k.descriptor(tile.n), rows_v.descriptor(tile.n), rows_g.descriptor(tile.m),
+                    lse, delta, grad_k, grad_v, part, found["sums"], geometry.cu_q, geometry.cu_k, *factor, geometry.sigma,
+                    geometry.sigma * LOG2E, *lengths, tiles, geometry.kv_heads, geometry.left, geometry.right, BLOCK_M=tile.m,
+                    BLOCK_N=tile.n, NEED_DK=need_k, **loops, **tile.options)
+            tile = choose("dkdv", q, launch_dkdv)
+            if need_scale:
+                grad_scale = _reduced(found["sums"], scale, geometry, geometry.cu_k, tile.n)
+        if cos is not None and (need_q or need_k):
+            rotate_in_place(grad_q if need_q else None, grad_k, geometry.len_q, geometry.len_k, cos, sin, positions, positions_k,
+                            interleaved)
+    return grad_q, absent if grad_k is None else grad_k, absent if grad_v is None else grad_v, grad_scale, grad_offset

@@ -1,0 +1,91 @@
+"""Tile sizes: a table picked from measurement, and a bounded search for those who ask (SEAL_TRITON_AUTOTUNE=1).
+
+A choice depends on the kernel, the element size and the padded head_dim, never on the sequence length, so a new length
+compiles nothing. Where a tile does not fit a GPU's shared memory the next smaller one of its list is taken and remembered.
+"""
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from triton.runtime.errors import OutOfResources
+
+from .host import padded_head_dim
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Query rows, keys, warps and pipeline stages of one program."""
+    m: int
+    n: int
+    warps: int
+    stages: int
+
+    @property
+    def options(self) -> dict:
+        return dict(num_warps=self.warps, num_stages=self.stages)
+
+
+# Best first on an H200 (docs/kernel_notes_triton.md); what follows is for GPUs with less shared memory.
+_HALF = {
+    "forward": {
+        64: [Tile(128, 64, 4, 3), Tile(128, 128, 8, 3), Tile(64, 64, 4, 2), Tile(32, 32, 4, 2)],
+        128: [Tile(128, 128, 8, 2), Tile(128, 64, 8, 3), Tile(64, 64, 4, 2), Tile(32, 32, 4, 2)],
+        256: [Tile(128, 64, 8, 2), Tile(64, 32, 4, 2), Tile(32, 32, 4, 1)],
+    },
+    "dkdv": {
+        64: [Tile(64, 128, 8, 2), Tile(64, 64, 4, 2), Tile(32, 32, 4, 1)],
+        128: [Tile(64, 128, 8, 2), Tile(64, 64, 4, 2), Tile(32, 32, 4, 1)],
+        256: [Tile(32, 64, 8, 2), Tile(32, 32, 4, 1)],
+    },
+    "dq": {
+        64: [Tile(128, 64, 8, 3), Tile(64, 64, 4, 2), Tile(32, 32, 4, 1)],
+        128: [Tile(128, 64, 8, 2), Tile(64, 64, 4, 2), Tile(32, 32, 4, 1)],
+        256: [Tile(64, 32, 4, 2), Tile(32, 32, 4, 1)],
+    },
+}
+_FULL = [Tile(32, 32, 4, 2), Tile(16, 16, 4, 1)]  # fp32 has no tensor cores here: small tiles, fused multiply-adds
+_INTERPRETED = [Tile(32, 32, 4, 1)]               # the interpreter's time goes by the number of operations, not their size
+
+_chosen: dict[tuple, Tile] = {}
+
+
+def candidates(kernel: str, dtype: torch.dtype, head_dim: int) -> list[Tile]:
+    if dtype.itemsize == 4:
+        return _FULL
+    table = _HALF[kernel]
+    return table[max(min(table), padded_head_dim(head_dim))]
+
+
+def autotune() -> bool:
+    return os.environ.get("SEAL_TRITON_AUTOTUNE", "0") == "1"
+
+
+def choose(kernel: str, like: Tensor, launch) -> Tile:
+    """Runs launch(tile) with the tile for this kernel, element type, head_dim and device; returns that tile."""
+    key = (kernel, like.dtype, padded_head_dim(like.shape[-1]), like.device)
+    tile = _chosen.get(key)
+    if tile is not None:
+        launch(tile)
+        return tile
+    tiles = candidates(kernel, like.dtype, like.shape[-1]) if like.is_cuda else _INTERPRETED
+    best = None
+    for tile in tiles:
+        try:
+            launch(tile)
+        except OutOfResources:
+            continue
+        if not (autotune() and like.is_cuda):
+            best = tile
+            break
+        from triton.testing import do_bench
+        milliseconds = do_bench(lambda: launch(tile), warmup=10, rep=40, return_mode="median")
+        if best is None or milliseconds < best[0]:
+            best = (milliseconds, tile)
+    if best is None:
+        raise RuntimeError(f"seal Triton kernel {kernel}: no tile for head_dim {like.shape[-1]} and {like.dtype} fits this GPU's "
+                           f"shared memory")
+    _chosen[key] = best[1] if isinstance(best, tuple) else best
+    return _chosen[key]

@@ -1,0 +1,118 @@
+"""What the launchers share on the host: the geometry of a call, tensor descriptors, scale and offset as strides."""
+from __future__ import annotations
+
+import contextlib
+import math
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+import triton
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from .. import factors, mask
+from . import interpreted
+
+if interpreted():
+    from .interpreter import repair
+    repair()
+
+UNBOUNDED = 1 << 30  # windows are cut to this, so that positions plus window stay in 32 bits
+
+
+def on_device(tensor: Tensor):
+    """Triton launches on the current device: make it the tensor's."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+
+
+def padded_head_dim(head_dim: int) -> int:
+    return max(16, triton.next_power_of_2(head_dim))
+
+
+def precision(dtype: torch.dtype) -> str:
+    """fp32 inputs get fp32 products, never TF32."""
+    return "ieee" if dtype == torch.float32 else "tf32"
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Sizes and mask of one attention call. Lengths are those of a batch row, or of all packed sequences together."""
+    batch: int        # batch rows of the tensors (1 if packed)
+    num_seqs: int     # batch rows, or packed sequences
+    len_q: int
+    len_k: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    sigma: float
+    left: int
+    right: int
+    cu_q: Tensor | None
+    cu_k: Tensor | None
+
+    @classmethod
+    def of(cls, q, k, softmax_scale, causal, window, cu_seqlens, cu_seqlens_k) -> Geometry:
+        head_dim = q.shape[-1]
+        left, right = mask.bounds(causal, window)
+        packed = cu_seqlens is not None
+        return cls(1 if packed else q.shape[0], cu_seqlens.numel() - 1 if packed else q.shape[0], q.shape[-3], k.shape[-3],
+                   q.shape[-2], k.shape[-2], head_dim, 1.0 / math.sqrt(head_dim) if softmax_scale is None else softmax_scale,
+                   min(left, UNBOUNDED), min(right, UNBOUNDED), cu_seqlens if packed else None,
+                   (cu_seqlens if cu_seqlens_k is None else cu_seqlens_k) if packed else None)
+
+    @property
+    def packed(self) -> bool:
+        return self.cu_q is not None
+
+    @property
+    def group(self) -> int:
+        return self.heads // self.kv_heads
+
+    @cached_property
+    def mask_constants(self) -> dict:
+        return dict(HAS_LEFT=self.left >= 0, HAS_RIGHT=self.right >= 0, PACKED=self.packed)
+
+    def tiles(self, length: int, block: int) -> int:
+        """Tiles of one batch row, or an upper bound of the tiles of all packed sequences (tiling.py)."""
+        return length // block + self.num_seqs if self.packed else triton.cdiv(length, block)
+
+    def programs(self, length: int, block: int, heads: int) -> int:
+        return self.tiles(length, block) * heads * self.batch
+
+    def reduce_factor(self, per_seq: Tensor, like: Tensor) -> Tensor:
+        return factors.reduce_to(per_seq, like).to(like.dtype)
+
+
+class Rows:
+    """A [B, S, H, D] view of q, k, v or grad_out that tensor descriptors accept: base and strides in multiples of 16 bytes.
+    A tensor that is not so is copied once, each row padded to 16 bytes."""
+
+    def __init__(self, tensor: Tensor):
+        x = tensor if tensor.dim() == 4 else tensor[None]
+        unit = 16 // x.element_size()
+        aligned = x.stride(3) == 1 and x.data_ptr() % 16 == 0 and all(
+            n == 1 or (s % unit == 0 and s > 0) for n, s in zip(x.shape[:3], x.stride()[:3]))
+        if not aligned:
+            padded = x.new_empty(*x.shape[:3], -(-x.shape[3] // unit) * unit)
+            x = padded[..., :x.shape[3]].copy_(x)
+        self.tensor = x
+        # The stride of a dimension of one element is arbitrary in PyTorch and checked by the hardware.
+        self.strides = [s if n > 1 else unit for n, s in zip(x.shape[:3], x.stride()[:3])] + [1]
+
+    def descriptor(self, rows: int) -> TensorDescriptor:
+        """Tiles of `rows` tokens of one head."""
+        return TensorDescriptor(self.tensor, list(self.tensor.shape), self.strides,
+                                [1, rows, 1, padded_head_dim(self.tensor.shape[3])])
+
+
+def factor_arguments(factor: Tensor | None, geometry: Geometry) -> tuple:
+    """(tensor, stride over sequences, heads, channels) of a scale or offset; 0 where it broadcasts."""
+    if factor is None:
+        return None, 0, 0, 0
+    view = factors.full_view(factor, geometry.heads, geometry.head_dim)
+    return view, *(s if n > 1 else 0 for n, s in zip(view.shape, view.stride()))
+
+
+def per_sequence(factor: Tensor, geometry: Geometry) -> bool:
+    return factors.full_view(factor, geometry.heads, geometry.head_dim).shape[0] > 1

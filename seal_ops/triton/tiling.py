@@ -1,0 +1,133 @@
+"""What every attention kernel shares on the device: which tile a program owns and which blocks of the other side it meets.
+
+Tiles of packed sequences are found without a host sync. Sequence b owns the tile numbers from cu[b] // BLOCK + b up to
+cu[b + 1] // BLOCK + b + 1: always at least ceil(length / BLOCK) of them, never overlapping, total // BLOCK + B in all. What
+a sequence has too many is a program that leaves at once.
+"""
+import triton
+import triton.language as tl
+
+from . import interpreted
+
+LOG2E = 1.4426950408889634
+LN2 = 0.6931471805599453
+
+
+_UPCAST = tl.constexpr(interpreted())  # numpy cannot multiply the interpreter's bf16
+
+
+@triton.jit
+def product(a, b, acc, PRECISION: tl.constexpr):
+    """acc + a b, accumulated in fp32; acc None starts from zero."""
+    if _UPCAST:
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def first_tile(seq, cu_ptr, BLOCK: tl.constexpr):
+    """First tile number of a packed sequence; the last of sequence b is first_tile(b + 1) - 1."""
+    return tl.load(cu_ptr + seq) // BLOCK + seq
+
+
+@triton.jit
+def locate(pid, tiles, heads, num_seqs, cu_ptr, other_cu_ptr, length, other_length, BLOCK: tl.constexpr,
+           PACKED: tl.constexpr):
+    """The tile of program `pid`: (head, batch coordinate, sequence, tile within the sequence, first token and length of the
+    sequence on this side, the same two on the other side). Dense: `tiles` per batch row; packed: `tiles` in all."""
+    tile = pid % tiles
+    head = (pid // tiles) % heads
+    if PACKED:
+        seq = 0
+        end = num_seqs
+        while end - seq > 1:  # first_tile(seq) <= tile < first_tile(end)
+            middle = (seq + end) // 2
+            below = first_tile(middle, cu_ptr, BLOCK) <= tile
+            seq = tl.where(below, middle, seq)
+            end = tl.where(below, end, middle)
+        tile -= first_tile(seq, cu_ptr, BLOCK)
+        start = tl.load(cu_ptr + seq)
+        length = tl.load(cu_ptr + seq + 1) - start
+        other_start = tl.load(other_cu_ptr + seq)
+        other_length = tl.load(other_cu_ptr + seq + 1) - other_start
+        batch = tl.full((), 0, tl.int32)
+    else:
+        batch = pid // (tiles * heads)
+        seq = batch
+        start = tl.full((), 0, tl.int32)
+        other_start = tl.full((), 0, tl.int32)
+    return head, batch, seq, tile, start, length, other_start, other_length
+
+
+@triton.jit
+def key_blocks(first, len_q, len_k, left, right, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HAS_LEFT: tl.constexpr,
+               HAS_RIGHT: tl.constexpr):
+    """Key blocks of the query tile that starts at row `first`: (begin, full_begin, full_end, end). Every score of the blocks
+    full_begin..full_end is allowed; the others need the mask. A query i stands at the position i + len_k - len_q."""
+    position = first + len_k - len_q
+    last = tl.minimum(first + BLOCK_M, len_q) - 1 + len_k - len_q
+    begin = 0
+    end = len_k
+    full_begin = 0
+    full_end = len_k
+    if HAS_RIGHT:
+        end = tl.maximum(tl.minimum(len_k, last + right + 1), 0)
+        full_end = tl.maximum(tl.minimum(len_k, position + right + 1), 0)
+    if HAS_LEFT:
+        begin = tl.minimum(tl.maximum(position - left, 0), end)
+        full_begin = tl.maximum(last - left, 0)
+    begin = begin // BLOCK_N
+    end = tl.maximum(tl.cdiv(end, BLOCK_N), begin)
+    full_begin = tl.minimum(tl.maximum(tl.cdiv(full_begin, BLOCK_N), begin), end)
+    full_end = tl.minimum(tl.maximum(full_end // BLOCK_N, full_begin), end)
+    return begin, full_begin, full_end, end
+
+
+@triton.jit
+def query_blocks(first, len_q, len_k, left, right, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HAS_LEFT: tl.constexpr,
+                 HAS_RIGHT: tl.constexpr):
+    """Query blocks of the key tile that starts at key `first`, as in key_blocks. Keys beyond len_k do not need the mask:
+    every key has its own gradient row, and those rows are never written."""
+    row = first + len_q - len_k  # the query whose own position is the first key
+    last = tl.minimum(first + BLOCK_N, len_k) - 1 + len_q - len_k
+    begin = 0
+    end = len_q
+    full_begin = 0
+    full_end = len_q
+    if HAS_RIGHT:
+        begin = tl.minimum(tl.maximum(row - right, 0), len_q)
+        full_begin = tl.maximum(last - right, 0)
+    if HAS_LEFT:
+        end = tl.maximum(tl.minimum(len_q, last + left + 1), begin)
+        full_end = tl.maximum(tl.minimum(len_q, row + left + 1), 0)
+    begin = begin // BLOCK_M
+    end = tl.maximum(tl.cdiv(end, BLOCK_M), begin)
+    full_begin = tl.minimum(tl.maximum(tl.cdiv(full_begin, BLOCK_M), begin), end)
+    full_end = tl.minimum(tl.maximum(full_end // BLOCK_M, full_begin), end)
+    return begin, full_begin, full_end, end
+
+
+@triton.jit
+def seen(queries, keys, len_q, len_k, left, right, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr):
+    """Which (query, key) pairs of one block take part; `queries` and `keys` broadcast against each other."""
+    distance = keys - queries - (len_k - len_q)
+    allowed = (queries < len_q) & (keys < len_k)
+    if HAS_RIGHT:
+        allowed &= distance <= right
+    if HAS_LEFT:
+        allowed &= distance >= -left
+    return allowed
+
+
+@triton.jit
+def load_rows(desc, batch, row, head, ROWS: tl.constexpr, BLOCK_D: tl.constexpr):
+    """[ROWS, BLOCK_D] of one head from a descriptor over [B, S, H, D]; zero beyond S and D."""
+    return desc.load([batch, row, head, 0]).reshape(ROWS, BLOCK_D)
+
+
+@triton.jit
+def load_factor(ptr, stride_b, stride_h, stride_d, seq, head, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """[BLOCK_D] of a scale or offset seen as [B, Hq, D] through its strides (0 where it broadcasts)."""
+    d = tl.arange(0, BLOCK_D)
+    return tl.load(ptr + seq.to(tl.int64) * stride_b + head * stride_h + d * stride_d, mask=d < HEAD_DIM, other=0.0)
