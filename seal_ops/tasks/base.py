@@ -1,0 +1,300 @@
+"""What a task is: generated prompts that fill a token length, their answers, and how an output is scored.
+
+A task is one class in one file.  It writes the text for a number of ``units`` (lines, sentences, paragraphs, whatever it
+repeats) and scores an output; finding the number of units that fills a token length, the chat format, the label mask
+and the seeds are done here, for any tokenizer::
+
+    class Colours(Task):
+        name = "colours"
+
+        def write(self, rng, units, *, index, split):
+            colour = rng.choice(["red", "green", "blue"])
+            filler = "The sky is far away. " * units
+            return f"{filler}The ball is {colour}. {filler}What colour is the ball?\\n", f"It is {colour}.", {}
+
+        def score(self, sample, text):
+            return float(sample.answer in text)
+"""
+
+import json
+import random
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+IGNORE_INDEX = -100  # the label that PyTorch's cross entropy and transformers skip
+SPLITS = ("train", "test")
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One prompt with its expected answer.
+
+    Attributes:
+        prompt_ids: token ids of the prompt, special tokens and chat format included.
+        answer_ids: token ids that the model should write after it, with the token that ends its turn, if there is one.
+        prompt: the text of the prompt before any chat format.
+        answer: the text of the answer.
+        meta: what scoring and reports need (keys, numbers, depth in [0, 1]); plain JSON values.
+    """
+
+    prompt_ids: list[int]
+    answer_ids: list[int]
+    prompt: str = ""
+    answer: str = ""
+    meta: dict = field(default_factory=dict)
+
+    @property
+    def input_ids(self) -> list[int]:
+        """Prompt and answer, as the model sees them in training."""
+        return self.prompt_ids + self.answer_ids
+
+    @property
+    def label_mask(self) -> list[bool]:
+        """True where a token of ``input_ids`` is a training target: on the answer."""
+        return [False] * len(self.prompt_ids) + [True] * len(self.answer_ids)
+
+    @property
+    def labels(self) -> list[int]:
+        """``input_ids`` with ``IGNORE_INDEX`` on the prompt (not shifted: as transformers expects labels)."""
+        return [IGNORE_INDEX] * len(self.prompt_ids) + self.answer_ids
+
+    def __len__(self) -> int:
+        return len(self.prompt_ids) + len(self.answer_ids)
+
+    def to_json(self) -> str:
+        """One line of JSON; :meth:`from_json` reads it back."""
+        return json.dumps(vars(self), ensure_ascii=False)
+
+    @classmethod
+    def from_json(cls, line: str) -> "Sample":
+        """Reads one line written by :meth:`to_json`; raises ``ValueError`` where it is not a sample."""
+        try:
+            fields = json.loads(line)
+            sample = cls(**fields)
+            if not all(isinstance(i, int) for i in sample.prompt_ids + sample.answer_ids):
+                raise TypeError("token ids must be integers")
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"not a sample (expected the JSON of prompt_ids, answer_ids, ...): {error}") from None
+        return sample
+
+
+class Encoder:
+    """Turns prompt and answer into token ids, in the chat format of a tokenizer where it has one.
+
+    Args:
+        tokenizer: a Hugging Face tokenizer.
+        chat_template: None for the tokenizer's own chat template if it has one; True to require it; False for plain
+            text; a string with ``{prompt}`` in it for a format of one's own (``"USER: {prompt} ASSISTANT:"``); any
+            other string is a Jinja chat template.
+        caller: how error messages name the call.
+    """
+
+    def __init__(self, tokenizer, chat_template=None, caller="tasks"):
+        self.tokenizer, self.caller = tokenizer, caller
+        own = getattr(tokenizer, "chat_template", None)
+        if chat_template is True and not own:
+            raise ValueError(
+                f"{caller}: chat_template=True needs a tokenizer with a chat template, {_name(tokenizer)} has none"
+            )
+        self.wrapper = self.template = None
+        if isinstance(chat_template, str):
+            if "{prompt}" in chat_template:
+                self.wrapper = chat_template
+            elif "{%" in chat_template or "{{" in chat_template:
+                self.template = chat_template
+            else:
+                raise ValueError(
+                    f"{caller}: chat_template must be Jinja or contain {{prompt}}, got {chat_template[:60]!r}"
+                )
+        elif chat_template is not False and own:
+            self.template = own
+
+    def __call__(self, prompt: str, answer: str) -> tuple[list[int], list[int]]:
+        """Token ids ``(prompt_ids, answer_ids)``; the answer ends with the token that ends a turn, if there is one."""
+        if self.template is not None:
+            before, after = self._chat(prompt, answer)
+            prompt_ids = self._encode(before, special=False)
+            return prompt_ids, self._continue(prompt_ids, before, after, special=False)
+        before = prompt if self.wrapper is None else self.wrapper.replace("{prompt}", prompt)
+        after = answer if before[-1:].isspace() else " " + answer
+        prompt_ids = self._encode(before, special=True)
+        answer_ids = self._continue(prompt_ids, before, after, special=True)
+        return prompt_ids, answer_ids + self._end()
+
+    def _chat(self, prompt, answer):
+        turn = [{"role": "user", "content": prompt}]
+        render = self.tokenizer.apply_chat_template
+        before = render(turn, chat_template=self.template, add_generation_prompt=True, tokenize=False)
+        whole = render(
+            turn + [{"role": "assistant", "content": answer}], chat_template=self.template, tokenize=False
+        ).rstrip()
+        if whole.startswith(before) and answer in whole[len(before) :]:
+            return before, whole[len(before) :]
+        # Templates that rewrite earlier turns (reasoning blocks): the answer itself, ended by the end token.
+        separator = "" if before[-1:].isspace() else " "
+        return before, separator + answer + (getattr(self.tokenizer, "eos_token", None) or "")
+
+    def _encode(self, text, special):
+        try:
+            ids = list(self.tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])
+        except Exception as error:  # tokenizers raises bare Exceptions, e.g. for a vocabulary without an unknown token
+            raise ValueError(f"{self.caller}: the tokenizer {_name(self.tokenizer)} failed: {error}") from error
+        end = self._end()
+        return ids[:-1] if special and end and ids[-1:] == end else ids
+
+    def _continue(self, prompt_ids, before, after, special):
+        # Encoded behind the prompt, as the model would write it: SentencePiece marks the start of a text, which the
+        # answer is not.  Where a token spans the border, the prompt must stay what the model gets: encode on its own.
+        ids = self._encode(before + after, special)
+        n = len(prompt_ids)
+        return ids[n:] if ids[:n] == prompt_ids else self._encode(after, special=False)
+
+    def _end(self):
+        eos = getattr(self.tokenizer, "eos_token_id", None)
+        return [] if eos is None else [eos]
+
+    def check(self, sample: Sample) -> None:
+        """Raises ``ValueError`` where the tokenizer has no token for something in the sample."""
+        unknown = getattr(self.tokenizer, "unk_token_id", None)
+        if unknown is not None and unknown in sample.input_ids:
+            pieces = re.findall(r"\s*\S+", sample.prompt + " " + sample.answer)
+            lost = next((p for p in dict.fromkeys(pieces) if unknown in self._encode(p, special=False)), "its chat format")
+            raise ValueError(
+                f"{self.caller}: the tokenizer {_name(self.tokenizer)} needs a token for every word of the task, "
+                f"got the unknown token for {lost.strip()!r}"
+            )
+        decoded = self.tokenizer.decode(sample.answer_ids, skip_special_tokens=True)
+        if _squeeze(sample.answer) not in _squeeze(decoded):
+            raise ValueError(
+                f"{self.caller}: the tokenizer {_name(self.tokenizer)} must give the answer {sample.answer!r} back "
+                f"when decoded, got {decoded!r}"
+            )
+
+
+def _squeeze(text):
+    return "".join(text.split()).lower()
+
+
+def _name(tokenizer):
+    return getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__
+
+
+class Task:
+    """Base of every task: see the module's docstring for a whole one.
+
+    Attributes:
+        name: how commands and result files call the task.
+        unit: what one unit is called in messages.
+        max_new_tokens: the most that an output may be long.
+        room: tokens kept free behind the answer within the length.
+        stop: an output ends at this text (leading white space apart) besides the tokenizer's end token; None for never.
+    """
+
+    name = ""
+    unit = "unit"
+    max_new_tokens = 100
+    room = 16
+    stop: str | None = "\n"
+
+    def write(self, rng: random.Random, units: int, *, index: int, split: str) -> tuple[str, str, dict]:
+        """The text of one sample with ``units`` units.
+
+        Called several times with equal random numbers and different ``units`` until the length fits.
+
+        Args:
+            rng: the only source of randomness, seeded by task, split, seed, length and index.
+            units: how many units to write, at least 1.
+            index: number of the sample, for what should vary evenly (depths).
+            split: "train" or "test", for what must not be shared between them (needles).
+
+        Returns:
+            ``(prompt, answer, meta)``; ``meta`` is a dict of JSON values.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define write() or generate()")
+
+    def score(self, sample: Sample, text: str) -> float:
+        """Score of an output in [0, 1]; 1 is a correct answer."""
+        raise NotImplementedError(f"{type(self).__name__} must define score()")
+
+    def generate(
+        self,
+        tokenizer,
+        length: int,
+        samples: int = 50,
+        seed: int = 0,
+        *,
+        split: str = "train",
+        chat_template=None,
+        progress: bool = False,
+    ) -> list[Sample]:
+        """Samples whose prompt, answer and ``room`` fill ``length`` tokens as far as whole units allow.
+
+        Args:
+            tokenizer: a Hugging Face tokenizer.
+            length: tokens a sample may take.
+            samples: how many.
+            seed: equal seeds give equal samples; a longer list starts with the shorter one.
+            split: "train" or "test"; their random numbers never meet, whatever the seeds.
+            chat_template: see :class:`Encoder`.
+            progress: show a progress bar.
+
+        Raises:
+            ValueError: the length is too short for one unit, or the tokenizer lacks a token.
+        """
+        if split not in SPLITS:
+            raise ValueError(f"tasks.{self.name}: split must be one of {', '.join(SPLITS)}, got {split!r}")
+        if samples < 1:
+            raise ValueError(f"tasks.{self.name}: samples must be at least 1, got {samples}")
+        drawn = self._stream(tokenizer, length, samples, seed, split, chat_template)
+        if progress:
+            from ..progress import track
+
+            drawn = track(drawn, samples, f"{self.name}: writing samples of {length} tokens")
+        return list(drawn)
+
+    def __call__(self, tokenizer, length: int = 31_000, samples: int = 50, seed: int = 0, **options) -> list[Sample]:
+        """:meth:`generate` with the paper's training length as default."""
+        return self.generate(tokenizer, length, samples, seed, **options)
+
+    def _stream(self, tokenizer, length, samples, seed, split, chat_template) -> Iterator[Sample]:
+        encoder = Encoder(tokenizer, chat_template, caller=f"tasks.{self.name}")
+        units = None
+        for index in range(samples):
+            key = f"{self.name}/{split}/{seed}/{length}/{index}"
+
+            def draw(count, key=key, index=index):
+                prompt, answer, meta = self.write(random.Random(key), count, index=index, split=split)
+                prompt_ids, answer_ids = encoder(prompt, answer)
+                return Sample(prompt_ids, answer_ids, prompt, answer, {"index": index, "units": count, **meta})
+
+            sample = self._fill(draw, length, units)
+            encoder.check(sample)
+            units = sample.meta["units"]
+            yield sample
+
+    def _fill(self, draw, length, guess):
+        """The sample with the most units that fits: a search from ``guess`` over a count that is nearly linear."""
+        low, best = 0, None  # the most units known to fit, with its sample
+        high = None  # the fewest units known not to fit
+        count = guess or 1
+        while high is None or high - low > 1:
+            sample = draw(count)
+            free = length - self.room - len(sample)
+            if free >= 0:
+                low, best = count, sample
+            else:
+                high = count
+            if guess is None and low == 0:
+                break  # not even one unit
+            # Aim by the mean size of a unit, which counts the fixed text too and so falls short rather than beyond.
+            step = int(free / (len(sample) / count))
+            aim = count + step if step else count + (1 if free >= 0 else -1)
+            count = max(low + 1, aim if high is None else min(aim, high - 1))
+            guess = guess or count
+        if best is None:
+            needed = len(draw(1)) + self.room
+            raise ValueError(
+                f"tasks.{self.name}: length must be at least {needed} tokens to hold one {self.unit}, got {length}"
+            )
+        return best
