@@ -10,7 +10,7 @@ from .backends import backends
 from .ops import attention, packed_positions, rope, rope_attention
 from .rope_scaling import rope_frequencies, rope_tables
 
-__version__ = "0.1.0"
+from .version import __version__
 
 _LAZY = {
     "attach": "scales", "detach": "scales", "disabled": "scales", "merge": "scales", "load": "scales", "Scales": "scales",

@@ -1,0 +1,41 @@
+# make demo   environment, install, and the main job: retrieval by length, before and after training the scales
+# make test   environment, install, and the CPU test suite
+# Nothing is needed before either but Python >= 3.10 with venv, and optionally a C++ compiler and nvcc.
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+OUTPUT ?= demo-results
+
+.PHONY: demo test gpu-test install clean
+demo: $(VENV)/installed
+	$(BIN)/seal demo --output $(OUTPUT)
+
+test: $(VENV)/installed-test
+	$(BIN)/python -m pytest tests $(TEST_ARGS)
+
+# On a machine with a Hopper GPU, in an environment that has torch and the test packages already.
+gpu-test:
+	bash tests/gpu/run_all.sh
+
+install: $(VENV)/installed
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --upgrade pip
+
+# Where no GPU is visible this version's small CPU build serves; it comes first so that no later requirement pulls another.
+$(VENV)/torch: $(VENV)/bin/python
+	$(BIN)/python -m pip install -q $$(command -v nvidia-smi >/dev/null && echo "torch>=2.11" || echo "torch==2.13.0")
+	touch $@
+
+SOURCES = setup.py pyproject.toml $(shell find csrc seal_ops -type f -not -name '*.pyc')
+$(VENV)/installed: $(VENV)/torch $(SOURCES)
+	$(BIN)/python -m pip install -q .
+	touch $@
+
+$(VENV)/installed-test: $(VENV)/installed
+	$(BIN)/python -m pip install -q '.[test]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build *.egg-info $(OUTPUT)

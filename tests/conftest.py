@@ -1,0 +1,39 @@
+"""Shared by all tests: backends as a parameter, devices, and Triton's interpreter where there is no GPU."""
+import os
+
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton is imported
+    torch.set_num_threads(max(1, min(2, os.cpu_count() or 1)))
+os.environ.setdefault("SEAL_TRITON_AUTOTUNE", "0")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest  # noqa: E402
+
+from seal_ops.backends import NAMES, why_not  # noqa: E402
+
+
+def device_of(backend: str) -> torch.device:
+    """Where a backend's tests run: the GPU for the kernels, if there is one."""
+    return torch.device("cuda", 0) if backend in ("cuda", "triton") and torch.cuda.is_available() else torch.device("cpu")
+
+
+@pytest.fixture(params=NAMES)
+def backend(request) -> str:
+    """Every backend in turn; skipped with the library's own sentence where it cannot run."""
+    reason = why_not(request.param, "attention", device_of(request.param), torch.float16, 64)
+    if reason:
+        pytest.skip(reason)
+    return request.param
+
+
+@pytest.fixture
+def device(backend) -> torch.device:
+    return device_of(backend)
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    torch.manual_seed(0)
