@@ -1,0 +1,246 @@
+"""`seal bench`: gate, then time, shape by shape, and write every row as soon as it is there."""
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import shlex
+import sys
+import time
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from . import gate, report, timing
+from .contestants import OPERATIONS, Contestant, Problem, Run, all_contestants
+from .shapes import MODELS, SUITES, Shape, parse_shape
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+class Options(argparse.ArgumentParser):
+    """Errors end with exit code 2 and one sentence."""
+
+    def __init__(self):
+        super().__init__(prog="seal bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                         epilog=f"suites: {', '.join(SUITES)}; models: {', '.join(MODELS)}\n"
+                                "example: seal bench --suite headline --fa3 ./fa3 --out results --budget-s 240")
+        self.add_argument("--suite", choices=SUITES, help="registered shapes (default: headline on a GPU, smoke on a CPU)")
+        self.add_argument("--shape", action="append", default=[], metavar="MODEL:LENGTH[:BATCH]", help="a shape of your own, more than once if you like")
+        self.add_argument("--ops", default=",".join(OPERATIONS), help="comma-separated: %(default)s")
+        self.add_argument("--only", default="", help="comma-separated contestants; default: all that can run here")
+        self.add_argument("--no-compiled", action="store_true", help="leave out contestants under torch.compile")
+        self.add_argument("--dtype", choices=DTYPES, help="default: bf16 on a GPU, fp32 on a CPU")
+        self.add_argument("--device", help="default: cuda where there is one")
+        self.add_argument("--fa3", metavar="FOLDER", help="folder with FlashAttention-3's library, a peer for timing only")
+        self.add_argument("--budget-s", type=float, default=600, help="stop starting new rows after this many seconds (%(default)s)")
+        self.add_argument("--row-ms", type=float, default=120, help="device time for each figure (%(default)s)")
+        self.add_argument("--out", default="benchmarks/results", help="folder for NAME.json, NAME.csv and NAME.png (%(default)s)")
+        self.add_argument("--name", help="of the result files; default: suite and GPU")
+
+
+@dataclasses.dataclass
+class Session:
+    """What the rows of a run share."""
+
+    device: torch.device
+    dtype: torch.dtype
+    clock: timing.Clock
+    ceilings: timing.Ceilings | None
+    row_ms: float
+
+
+def oracle(operation: str, problem: Problem, scaled: bool, grad: Tensor, cache: dict) -> dict[str, Tensor]:
+    """fp64 results for the last key/value head of the last batch row; `grad` is the incoming gradient [S, G, D] there."""
+    key = (operation, scaled)
+    if key not in cache:
+        g = problem.shape.geometry
+        group = slice(g.heads - g.heads // g.kv_heads, g.heads)
+        inputs = (problem.q[-1, :, group].detach(), problem.k[-1, :, -1].detach(), problem.v[-1, :, -1].detach(), grad,
+                  problem.scale.detach()[group] if scaled else None, g.window)
+        cache[key] = (gate.rotated_attention_slice(*inputs, problem.cos, problem.sin) if operation == "rope_attention"
+                      else gate.attention_slice(*inputs))
+    return cache[key]
+
+
+def check_attention(operation: str, problem: Problem, contestant: Contestant, run: Run, cache: dict) -> tuple[float, float, tuple]:
+    """Runs a contestant once. Returns its worst error, its peak memory in MiB above the inputs, and (out, grad) for timing."""
+    g = problem.shape.geometry
+    group = slice(g.heads - g.heads // g.kv_heads, g.heads)
+    if operation == "attention_o_proj":
+        grad = problem.grad_out.flatten(2)  # of the projected [B, S, H * D]
+        columns = problem.weight.view(-1, g.heads, g.head_dim)[:, group].double()
+        grad_slice = torch.einsum("sc,cgd->sgd", grad[-1].double(), columns)
+    else:
+        grad = problem.grad_out
+        grad_slice = grad[-1, :, group]
+    expected = oracle(operation, problem, contestant.scaled, grad_slice, cache)
+    before = _peak_reset(problem.device)
+    out = run.forward()
+    grads = torch.autograd.grad(out, run.inputs, grad, retain_graph=True)
+    peak = _peak_since(problem.device, before)
+    found = {"grad_q": grads[0][-1, :, group], "grad_k": grads[1][-1, :, -1], "grad_v": grads[2][-1, :, -1]}
+    if operation != "attention_o_proj":
+        found["out"] = out[-1, :, group]
+    errors = [gate.error(found[name].detach(), expected[name], True) for name in found]
+    if contestant.scaled:
+        found_scale = grads[3]
+        if problem.shape.batch > 1:  # summed over all rows, while the oracle saw the last: take it again from that row alone
+            last = torch.zeros_like(grad)
+            last[-1] = grad[-1]
+            (found_scale,) = torch.autograd.grad(out, run.inputs[3], last, retain_graph=True)
+        errors.append(gate.error(found_scale.detach().reshape(problem.scale.shape)[group], expected["grad_scale"], False))
+    return max(errors), peak, (out, grad)
+
+
+def check_rope(problem: Problem, run: Run) -> tuple[float, float]:
+    """Worst error of both rotated tensors against fp64 on the last batch row, and peak memory in MiB."""
+    before = _peak_reset(problem.device)
+    found = run.forward()
+    peak = _peak_since(problem.device, before)
+    cos, sin = problem.cos.double()[:, None], problem.sin.double()[:, None]
+    expected = [reference.turn(t.detach()[-1].double(), cos, sin, False) for t in (problem.q, problem.k)]
+    return max(gate.error(x[-1], y, True) for x, y in zip(found, expected)), peak
+
+
+def _peak_reset(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 0
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    return torch.cuda.memory_allocated(device)
+
+
+def _peak_since(device: torch.device, before: int) -> float:
+    return (torch.cuda.max_memory_allocated(device) - before) / 2**20 if device.type == "cuda" else 0.0
+
+
+def measure(operation: str, problem: Problem, contestants: list[Contestant], session: Session, cache: dict) -> list[dict]:
+    """Gates every contestant, then times those that passed in turn: a row for each direction of each."""
+    rows, forwards, backwards, facts = [], {}, {}, {}
+    for contestant in contestants:
+        status = contestant.why_not(operation, problem)
+        if status is None:
+            try:
+                run = contestant.prepare(operation, problem)
+                if operation == "rope":
+                    worst, peak = check_rope(problem, run)
+                else:
+                    worst, peak, (out, grad) = check_attention(operation, problem, contestant, run, cache)
+                    backwards[contestant.name] = lambda out=out, run=run, grad=grad: torch.autograd.grad(out, run.inputs, grad, retain_graph=True)
+                forwards[contestant.name] = run.forward
+                facts[contestant.name] = (worst, peak)
+                if worst > contestant.tolerance * gate.TOLERANCE[problem.dtype]:
+                    status = f"wrong: relative error {worst:.1e}"
+            except (RuntimeError, ValueError, ImportError, NotImplementedError) as reason:  # a peer may lack a shape; say so, go on
+                status = f"failed: {type(reason).__name__}: {str(reason).strip().splitlines()[0][:160]}"
+        if status is not None:
+            forwards.pop(contestant.name, None), backwards.pop(contestant.name, None)
+            rows.append(_row(operation, "", contestant, problem, session, None, *facts.get(contestant.name, (None, None)), status))
+    timed = [("forward", timing.in_turn(forwards, session.clock, session.row_ms))]
+    if operation != "rope":
+        timed.append(("backward", timing.in_turn(backwards, session.clock, session.row_ms)))
+    for direction, times in timed:
+        rows += [_row(operation, direction, c, problem, session, times[c.name], *facts[c.name], "ok")
+                 for c in contestants if c.name in times]
+    return rows
+
+
+def _row(operation, direction, contestant, problem, session, times, worst, peak, status) -> dict:
+    shape, g = problem.shape, problem.shape.geometry
+    row = dict.fromkeys(report.FIELDS, "")
+    row |= dict(operation=operation, direction=direction, contestant=contestant.name, model=shape.model, batch=shape.batch, seqlen=shape.seqlen,
+                heads=g.heads, kv_heads=g.kv_heads, head_dim=g.head_dim, window="" if g.window is None else g.window,
+                dtype=str(problem.dtype).removeprefix("torch."), status=status)
+    if worst is not None:
+        row |= dict(worst_error=float(f"{worst:.2e}"), peak_mib=round(peak, 1))
+    if times is not None:
+        row |= dict(ms=round(times.median, 4), ms_p20=round(times.p20, 4), ms_p80=round(times.p80, 4), calls=times.calls)
+        limit = session.ceilings
+        if operation == "rope":
+            gbps = 2 * shape.rope_elements * problem.dtype.itemsize / times.median / 1e6
+            row |= dict(gbps=round(gbps, 1), copy_share=round(gbps / limit.copy_gbps, 4) if limit else "")
+        else:
+            tflops = (2.5 if direction == "backward" else 1.0) * shape.forward_flops / times.median / 1e9
+            row |= dict(tflops=round(tflops, 4), matmul_share=round(tflops / limit.matmul_tflops, 4) if limit else "")
+    return row
+
+
+def show(shape: Shape, operation: str, rows: list[dict]) -> None:
+    if rows:
+        print(f"{shape}  {operation}")
+    by_name: dict[str, dict[str, dict]] = {}
+    for row in rows:
+        by_name.setdefault(row["contestant"], {})[row["direction"]] = row
+    for name, found in by_name.items():
+        if "" in found:
+            print(f"  {name:20s} {found['']['status']}")
+            continue
+        parts = [f"{d} {r['ms']:9.3f} ms " + (f"{r['gbps']:6.0f} GB/s" if r["gbps"] != "" else f"{r['tflops']:6.1f} TFLOP/s") for d, r in found.items()]
+        first = next(iter(found.values()))
+        print(f"  {name:20s} {'   '.join(parts)}   error {first['worst_error']:.1e}   peak {first['peak_mib']:.0f} MiB", flush=True)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = Options()
+    argv = sys.argv[1:] if argv is None else argv
+    options = parser.parse_args(argv)
+    started = time.monotonic()
+    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    on_gpu = device.type == "cuda"
+    dtype = DTYPES[options.dtype or ("bf16" if on_gpu else "fp32")]
+    operations, only = options.ops.split(","), [n for n in options.only.split(",") if n]
+    contestants = all_contestants(options.fa3)
+    try:
+        shapes = [parse_shape(text) for text in options.shape]
+    except ValueError as reason:
+        parser.error(str(reason))
+    for given, known, name in ((operations, OPERATIONS, "--ops"), (only, [c.name for c in contestants], "--only")):
+        for item in given:
+            if item not in known:
+                parser.error(f"{name} must be among {', '.join(known)}, got {item!r}")
+    suite = options.suite or (None if shapes else "headline" if on_gpu else "smoke")
+    shapes += SUITES[suite] if suite else []
+
+    facts = report.environment(device)
+    name = options.name or f"{suite or 'shapes'}-{facts['gpu'].removeprefix('NVIDIA ').replace(' ', '-').lower() if on_gpu else 'cpu'}"
+    record = report.Record(options.out, name, facts, "seal bench " + shlex.join(argv))
+    clock = timing.Clock(device)
+    limits = timing.ceilings(clock, dtype) if on_gpu else None
+    if limits:
+        facts["matmul_tflops"], facts["copy_gbps"] = f"{limits.matmul_tflops:.1f}", f"{limits.copy_gbps:.1f}"
+        print(f"{facts['gpu']}, driver {facts['driver']}, torch {facts['torch']}: matrix product {limits.matmul_tflops:.0f} TFLOP/s, copy {limits.copy_gbps:.0f} GB/s", flush=True)
+    session = Session(device, dtype, clock, limits, options.row_ms)
+
+    here = [c for c in contestants if (c.name in only if only else True)]
+    left_out = 0
+    # Contestants under torch.compile come in a second pass: their start-up costs seconds a shape and must not eat the others' time.
+    for compiled in (False,) if options.no_compiled else (False, True):
+        for operation in operations:
+            group = [c for c in here if c.compiled == compiled and operation in c.operations]
+            for shape in shapes if group else ():
+                if time.monotonic() - started > options.budget_s:
+                    left_out += 1
+                    continue
+                rows = measure_shape(operation, shape, group, session)
+                record.add(rows)
+                show(shape, operation, [r for r in rows if not r["status"].startswith("runs on")])
+    if left_out:
+        print(f"{left_out} rows were left out: the budget of {options.budget_s:.0f} s was used up")
+    ceiling = dataclasses.asdict(limits) if limits else {}
+    title = f"{facts['gpu']}, driver {facts['driver']}, torch {facts['torch']}, {facts['commit']}; {record.command}"
+    if report.plot(record.rows, contestants, record.stem + ".png", title, ceiling):
+        print(f"wrote {record.stem}.csv, .json and .png")
+    wrong = [r for r in record.rows if r["status"].startswith("wrong")]
+    return 1 if wrong else 0
+
+
+def measure_shape(operation: str, shape: Shape, group: list[Contestant], session: Session) -> list[dict]:
+    """One shape from fresh tensors, freed afterwards, and compiled code with it."""
+    try:
+        return measure(operation, Problem(shape, session.dtype, session.device), group, session, {})
+    finally:
+        if session.device.type == "cuda":
+            torch.cuda.empty_cache()
+        if any(c.compiled for c in group):
+            torch.compiler.reset()

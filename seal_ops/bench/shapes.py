@@ -1,0 +1,101 @@
+"""The one registry of benchmark shapes: attention geometries of real models, and suites of (model, batch, length)."""
+from __future__ import annotations
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True)
+class Geometry:
+    """Attention sizes of a model, from its published config.json."""
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    rope_theta: float = 10_000.0
+    window: int | None = None  # keys a query sees in the model's sliding-window layers; None: full causal attention
+
+
+MODELS = {
+    "llama-2-7b": Geometry(32, 32, 128),
+    "llama-3.1-8b": Geometry(32, 8, 128, 500_000.0),
+    "qwen3-8b": Geometry(32, 8, 128, 1_000_000.0),
+    "qwen3-14b": Geometry(40, 8, 128, 1_000_000.0),
+    "gemma-7b": Geometry(16, 16, 256),
+    "gemma-2-9b": Geometry(16, 8, 256),
+    "gemma-3-4b-local": Geometry(8, 4, 256, window=1024),
+    "pythia-4096": Geometry(64, 64, 64),  # 4096 channels in heads of 64, no GQA: the head_dim 64 row of peers' papers
+    "tiny": Geometry(4, 2, 32),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """One row of the benchmark: causal attention of a model at a batch size and a sequence length."""
+
+    model: str
+    batch: int
+    seqlen: int
+
+    @property
+    def geometry(self) -> Geometry:
+        return MODELS[self.model]
+
+    @property
+    def pairs(self) -> float:
+        """(query, key) pairs that causal attention computes in one head: half the square; with a window its band."""
+        s, w = self.seqlen, self.geometry.window
+        return s * s / 2 if w is None or w >= s else w * s - w * w / 2
+
+    @property
+    def forward_flops(self) -> float:
+        """4 B H D per pair: two products of 2 D each. The field counts the backward as 2.5 times that."""
+        g = self.geometry
+        return 4.0 * self.batch * g.heads * g.head_dim * self.pairs
+
+    @property
+    def rope_elements(self) -> int:
+        g = self.geometry
+        return self.batch * self.seqlen * (g.heads + g.kv_heads) * g.head_dim
+
+    def __str__(self) -> str:
+        return f"{self.model} {length_name(self.seqlen)} x {self.batch}"
+
+
+def length_name(seqlen: int) -> str:
+    return f"{seqlen // 1024}k" if seqlen % 1024 == 0 else str(seqlen)
+
+
+def _tokens(model: str, lengths: tuple[int, ...], tokens: int) -> list[Shape]:
+    """A fixed number of tokens in all: the batch shrinks as the sequence grows."""
+    return [Shape(model, max(1, tokens // s), s) for s in lengths]
+
+
+_K = 1024
+SUITES: dict[str, list[Shape]] = {
+    # Most telling first: what a time limit cuts off is at the end.
+    "headline": [
+        *_tokens("llama-3.1-8b", (2 * _K, 8 * _K, 32 * _K), 32 * _K),
+        *_tokens("pythia-4096", (4 * _K, 16 * _K), 32 * _K),
+        *_tokens("gemma-7b", (8 * _K,), 32 * _K),
+        Shape("llama-3.1-8b", 1, 128 * _K),
+    ],
+    "models": [shape for model in ("llama-2-7b", "llama-3.1-8b", "qwen3-14b", "gemma-7b", "gemma-2-9b", "gemma-3-4b-local")
+               for shape in _tokens(model, (1 * _K, 4 * _K, 16 * _K), 16 * _K)],
+    "lengths": _tokens("llama-3.1-8b", tuple(2**n * _K for n in range(8)), 32 * _K),
+    "smoke": [Shape("tiny", 2, 48)],
+}
+
+
+def parse_shape(text: str) -> Shape:
+    """`model:length` or `model:length:batch`, lengths as 8192 or 8k. Raises ValueError in one sentence."""
+    parts = text.split(":")
+    if len(parts) not in (2, 3) or parts[0] not in MODELS:
+        raise ValueError(f"--shape must be MODEL:LENGTH or MODEL:LENGTH:BATCH with MODEL one of {', '.join(MODELS)}, got {text!r}")
+    try:
+        seqlen = int(parts[1][:-1]) * _K if parts[1].endswith("k") else int(parts[1])
+        batch = int(parts[2]) if len(parts) == 3 else max(1, 32 * _K // seqlen)
+    except (ValueError, ZeroDivisionError):
+        raise ValueError(f"--shape must have a length like 8192 or 8k and a whole batch size, got {text!r}") from None
+    if seqlen < 1 or batch < 1:
+        raise ValueError(f"--shape must have a length and a batch size of at least 1, got {text!r}")
+    return Shape(parts[0], batch, seqlen)
