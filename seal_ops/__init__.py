@@ -7,16 +7,18 @@ the kernels cost no import of transformers.
 import importlib
 
 from .backends import backends
+from .evaluate import evaluate
 from .ops import attention, packed_positions, rope, rope_attention
 from .rope_scaling import rope_frequencies, rope_tables
+from .train import train  # like evaluate and backends not lazy: a later import of the submodule would take its name
 
 from .version import __version__
 
 _LAZY = {
     "attach": "scales", "detach": "scales", "disabled": "scales", "merge": "scales", "load": "scales", "Scales": "scales",
-    "train": "train", "evaluate": "evaluate", "tasks": None, "peft": None, "heads": None,
+    "tasks": None, "peft": None, "heads": None,
 }
-__all__ = ["attention", "backends", "packed_positions", "rope", "rope_attention", "rope_frequencies", "rope_tables", *_LAZY]
+__all__ = ["attention", "backends", "evaluate", "packed_positions", "rope", "rope_attention", "rope_frequencies", "rope_tables", "train", *_LAZY]
 
 
 def __getattr__(name: str):
@@ -24,5 +26,5 @@ def __getattr__(name: str):
         raise AttributeError(f"module 'seal_ops' has no attribute {name!r}")
     module = importlib.import_module(f".{_LAZY[name] or name}", __name__)
     found = module if _LAZY[name] is None else getattr(module, name)
-    globals()[name] = found  # a function named like its module (train, evaluate) must win over the submodule attribute
+    globals()[name] = found
     return found

@@ -3,6 +3,7 @@
 import functools
 import random
 
+import pytest
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -58,3 +59,12 @@ def model(seed=0, layers=2, kv_heads=2, dtype=torch.float32):
         pad_token_id=None,
     )
     return LlamaForCausalLM(config).to(dtype)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Matrices this small are slower on two threads, and much slower where other processes want the cores."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from retrieval_fixtures import model, tokenizer
+from retrieval_fixtures import model, one_thread, tokenizer  # noqa: F401
 from test_tasks import Colours
 
 from seal_ops import tasks
