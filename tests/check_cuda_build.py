@@ -1,0 +1,115 @@
+"""Compiles the CUDA kernels with nvcc (no GPU needed) and reads what ptxas and the disassembly say of them.
+
+Fails on any C75xx warning of ptxas (wgmma serialised, setmaxnreg ignored), on a register spill or a stack frame in a kernel
+that uses wgmma, and where such a kernel's disassembly holds no HGMMA. Prints seconds, registers and HGMMA counts.
+usage: python tests/check_cuda_build.py [--jobs N] [--keep DIR]
+"""
+import argparse
+import concurrent.futures
+import importlib.util
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+
+
+def build_settings() -> tuple[list[str], list[str]]:
+    """The CUDA sources and nvcc's flags, read from setup.py's text (importing it would start a build)."""
+    listed = (line.split() for line in (ROOT / "csrc/sources.txt").read_text().splitlines() if line and line[0] != "#")
+    flags = ["-O3", "-std=c++17", "-lineinfo", "--expt-relaxed-constexpr", "-Xptxas", "-v", "-DNDEBUG"]
+    text = (ROOT / "setup.py").read_text()
+    missing = [f for f in flags if f'"{f}"' not in text]
+    if missing:
+        sys.exit(f"setup.py no longer uses {missing}: bring this script's flags in line")
+    architectures = re.search(r"ARCHITECTURES = \((.*?)\)", text)[1]
+    flags += [f"-gencode=arch=compute_{a},code=sm_{a}" for a in re.findall(r'"(\w+)"', architectures)]
+    return [f"csrc/{path}" for kind, path in listed if path.endswith(".cu")], flags
+
+
+def disassembler() -> str | None:
+    """cuobjdump: on PATH, or the copy in Triton's wheel."""
+    found = shutil.which("cuobjdump")
+    spec = importlib.util.find_spec("triton")
+    if found is None and spec is not None:
+        inside = pathlib.Path(spec.submodule_search_locations[0]) / "backends/nvidia/bin/cuobjdump"
+        found = str(inside) if inside.exists() else None
+    return found
+
+
+def kernels(ptxas: str) -> dict[str, dict[str, int]]:
+    """Registers, stack, spills of every kernel, from `ptxas -v`."""
+    found, name = {}, None
+    for line in ptxas.splitlines():
+        if m := re.search(r"Compiling entry function '(\S+)'", line):
+            name = m[1]
+        elif name and (m := re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", line)):
+            found[name] = {"stack": int(m[1]), "spills": int(m[2]) + int(m[3])}
+        elif name and (m := re.search(r"Used (\d+) registers", line)):
+            found.setdefault(name, {"stack": 0, "spills": 0})["registers"] = int(m[1])
+    return found
+
+
+def hgmma_counts(dump: str, binary: pathlib.Path) -> dict[str, int]:
+    """HGMMA instructions of every kernel in the disassembly."""
+    counts, name = {}, None
+    text = subprocess.run([dump, "--dump-sass", str(binary)], capture_output=True, text=True, check=True).stdout
+    for line in text.splitlines():
+        if m := re.search(r"Function : (\S+)", line):
+            name = m[1]
+            counts[name] = 0
+        elif name and "HGMMA" in line:
+            counts[name] += 1
+    return counts
+
+
+def compile_one(source: str, flags: list[str], folder: pathlib.Path):
+    binary = folder / (pathlib.Path(source).stem + ".o")
+    start = time.time()
+    done = subprocess.run(["nvcc", "-c", *flags, "-Icsrc", "-o", str(binary), source], cwd=ROOT, capture_output=True, text=True)
+    return source, done, binary, time.time() - start
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--jobs", type=int, default=os.cpu_count())
+    parser.add_argument("--keep", type=pathlib.Path, help="folder for the object files (default: a temporary one)")
+    options = parser.parse_args()
+    sources, flags = build_settings()
+    dump = disassembler()
+    if dump is None:
+        print("no cuobjdump here (it comes with CUDA and with Triton's wheel): HGMMA is not counted")
+    failures, start = [], time.time()
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = options.keep or pathlib.Path(scratch)
+        folder.mkdir(parents=True, exist_ok=True)
+        with concurrent.futures.ThreadPoolExecutor(options.jobs) as pool:
+            for source, done, binary, seconds in pool.map(lambda s: compile_one(s, flags, folder), sources):
+                print(f"{source}: {seconds:.1f} s")
+                output = done.stdout + done.stderr
+                if done.returncode:
+                    failures.append(f"{source}: nvcc failed\n{output}")
+                    continue
+                failures += [f"{source}: {line.strip()}" for line in output.splitlines() if re.search(r"\bC75\d\d\b", line)]
+                counts = hgmma_counts(dump, binary) if dump else {}
+                for name, used in kernels(output).items():
+                    tensor_core = counts.get(name, 0) > 0
+                    print(f"  {used.get('registers', 0):3d} registers {used['spills']:4d} spilled bytes "
+                          f"{counts.get(name, 0):4d} HGMMA  {name[:110]}")
+                    if tensor_core and (used["spills"] or used["stack"]):
+                        failures.append(f"{source}: {name}: {used['spills']} bytes spilled, {used['stack']} bytes of stack")
+                if dump and "sm90/" in source and not any(counts.values()):
+                    failures.append(f"{source}: not one HGMMA in the disassembly")
+    print(f"{len(sources)} CUDA sources compiled in {time.time() - start:.0f} s with {options.jobs} jobs")
+    for failure in failures:
+        print(f"FAILED {failure}", file=sys.stderr)
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
