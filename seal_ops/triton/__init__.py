@@ -19,18 +19,18 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
 
 
-def why_not(op: str, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None,
-            head_dim: int | None = None) -> str | None:
+def why_not(op: str, dtype: torch.dtype | None = None, head_dim: int | None = None,
+            device: torch.device | str | None = None) -> str | None:
     """One sentence saying why this backend cannot run seal::`op` on such tensors, or None if it can. What is not given is
     not asked about."""
     if importlib.util.find_spec("triton") is None:
-        return "Triton is not installed"
+        return "backend triton: triton is not installed (pip install triton)"
     if device is not None and torch.device(device).type != "cuda" and not interpreted():
-        return f"Triton needs CUDA tensors (or TRITON_INTERPRET=1), got a tensor on {torch.device(device).type}"
+        return f"backend triton runs on GPU tensors (or on the CPU with TRITON_INTERPRET=1), got {device}"
     if dtype is not None and dtype not in DTYPES:
-        return f"Triton's seal::{op} takes bfloat16, float16 and float32, got {str(dtype).removeprefix('torch.')}"
+        return f"backend triton takes bfloat16, float16 and float32, got {str(dtype).removeprefix('torch.')}"
     if head_dim is not None and op != "rope" and not HEAD_DIMS[0] <= head_dim <= HEAD_DIMS[1]:
-        return f"Triton's seal::{op} takes a head_dim of {HEAD_DIMS[0]} to {HEAD_DIMS[1]}, got {head_dim}"
+        return f"backend triton takes a head_dim of {HEAD_DIMS[0]} to {HEAD_DIMS[1]}, got {head_dim}"
     return None
 
 

@@ -1,6 +1,7 @@
 """Backward attention without atomics, so bitwise repeatable: every gradient element is written by the one program that owns it.
 
-    _delta     one pass over grad_out and out: delta = sum_d g (out - offset) - grad_lse, and per-tile sums of g (grad_offset)
+    _prepare   one pass over grad_out and out: delta = sum_d g (out - offset) - grad_lse, and per-tile sums of g (grad_offset)
+    _scale_v   scale * V of every query head, where there is a scale: _dkdv needs it as a tile that TMA brings
     _dkdv      owns a tile of keys of one key/value head, walks the query blocks of all query heads of its group
     _dq        owns a tile of queries of one head, walks the key blocks
     _sum_tiles adds the per-tile sums of grad_scale and grad_offset, always in the same order
@@ -13,20 +14,22 @@ anyway before it multiplies with the scale. So it is exact where the scale is 0.
 import torch
 import triton
 import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .configs import choose
 from .host import Geometry, Rows, factor_arguments, on_device, padded_head_dim, per_sequence, precision
 from .rotary import rotate_in_place
-from .tiling import LOG2E, first_tile, key_blocks, load_factor, load_rows, locate, product, query_blocks, seen
+from .tiling import LOG2E, aligned_column, first_tile, key_blocks, load_factor, load_rows, locate, product, query_blocks, seen
 
 _LOG2E = tl.constexpr(LOG2E)
-_ROWS = 64  # token rows of a tile of _delta
+_ROWS = 64  # tokens of a tile of _prepare and _scale_v
 
 
-@triton.jit(do_not_specialize=["num_seqs", "len_q", "len_k", "tiles", "offset_b"])
-def _delta(grad_ptr, grad_b, grad_s, grad_h, out_ptr, lse_ptr, grad_lse_ptr, delta_ptr, sums_ptr, cu_q_ptr, offset_ptr,
-           offset_b, offset_h, offset_d, num_seqs, len_q, tiles, heads, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-           BLOCK_M: tl.constexpr, PACKED: tl.constexpr):
+@triton.jit(do_not_specialize=["num_seqs", "len_q", "columns", "tiles", "offset_b"])
+def _prepare(grad_ptr, grad_b, grad_s, grad_h, out_ptr, lse_ptr, grad_lse_ptr, statistics_ptr, sums_ptr, cu_q_ptr, offset_ptr,
+             offset_b, offset_h, offset_d, num_seqs, len_q, columns, tiles, heads, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+             BLOCK_M: tl.constexpr, PACKED: tl.constexpr):
+    """Writes lse in base 2 and delta into `statistics` [2, rows of lse, columns], and the sum of grad_out over the tile."""
     all_q = len_q
     head, batch, seq, tile, start, len_q, _, _ = locate(tl.program_id(0), tiles, heads, num_seqs, cu_q_ptr, cu_q_ptr, len_q,
                                                         len_q, BLOCK_M, PACKED)
@@ -44,19 +47,41 @@ def _delta(grad_ptr, grad_b, grad_s, grad_h, out_ptr, lse_ptr, grad_lse_ptr, del
                 other=0.0).to(tl.float32)
     if offset_ptr is not None:
         o -= load_factor(offset_ptr, offset_b, offset_h, offset_d, seq, head, HEAD_DIM, BLOCK_D)[None, :]
+    row = (batch * heads + head).to(tl.int64)
+    lse = tl.load(lse_ptr + row * all_q + tokens, mask=inside, other=0.0)
     delta = tl.sum(g * o, 1)
-    at = (batch * heads + head).to(tl.int64) * all_q + tokens
     if grad_lse_ptr is not None:  # of a row without keys it is ignored: nothing moves its -inf
-        empty = tl.load(lse_ptr + at, mask=inside, other=0.0) == float("-inf")
-        delta -= tl.where(empty, 0.0, tl.load(grad_lse_ptr + at, mask=inside, other=0.0))
-    tl.store(delta_ptr + at, delta, mask=inside)
+        delta -= tl.where(lse == float("-inf"), 0.0, tl.load(grad_lse_ptr + row * all_q + tokens, mask=inside, other=0.0))
+    at = row * columns + aligned_column(start, seq, PACKED) + rows
+    tl.store(statistics_ptr + at, lse * _LOG2E, mask=inside)
+    tl.store(statistics_ptr + tl.num_programs(0).to(tl.int64) // tiles * columns + at, delta, mask=inside)
     if sums_ptr is not None:
         number = batch * tiles + (tl.program_id(0) % tiles)
         tl.store(sums_ptr + (number.to(tl.int64) * heads + head) * HEAD_DIM + d, tl.sum(g, 0), mask=d < HEAD_DIM)
 
 
+@triton.jit(do_not_specialize=["num_seqs", "len_k", "tiles", "scale_b"])
+def _scale_v(v_ptr, v_b, v_s, v_h, out_ptr, cu_k_ptr, scale_ptr, scale_b, scale_h, scale_d, num_seqs, len_k, tiles, heads,
+             GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, PACKED: tl.constexpr):
+    all_k = len_k
+    head, batch, seq, tile, start, len_k, _, _ = locate(tl.program_id(0), tiles, heads, num_seqs, cu_k_ptr, cu_k_ptr, len_k,
+                                                        len_k, BLOCK_N, PACKED)
+    first = tile * BLOCK_N
+    if first >= len_k:
+        return
+    keys = first + tl.arange(0, BLOCK_N)
+    d = tl.arange(0, BLOCK_D)
+    valid = (keys < len_k)[:, None] & (d[None, :] < HEAD_DIM)
+    tokens = (start + keys).to(tl.int64)
+    v = tl.load(v_ptr + batch.to(tl.int64) * v_b + (head // GROUP).to(tl.int64) * v_h + tokens[:, None] * v_s + d[None, :],
+                mask=valid, other=0.0)
+    v = v * load_factor(scale_ptr, scale_b, scale_h, scale_d, seq, head, HEAD_DIM, BLOCK_D)[None, :]
+    tl.store(out_ptr + ((batch.to(tl.int64) * all_k + tokens) * heads + head)[:, None] * HEAD_DIM + d[None, :],
+             v.to(out_ptr.dtype.element_ty), mask=valid)
+
+
 @triton.jit
-def _query_loop(dk, dv, k, v, q_desc, g_desc, lse_ptr, delta_ptr, batch, start_q, head, keys, begin, end, split, skip, len_q,
+def _query_loop(dk, dv, k, v, q_desc, g_desc, statistics_desc, batch, start_q, row, column, head, keys, begin, end, split, skip, len_q,
                 len_k, left, right, qk_scale, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, HAS_LEFT: tl.constexpr,
                 HAS_RIGHT: tl.constexpr, MASKED: tl.constexpr, PACKED: tl.constexpr, NEED_DK: tl.constexpr,
                 PRECISION: tl.constexpr):
@@ -65,29 +90,25 @@ def _query_loop(dk, dv, k, v, q_desc, g_desc, lse_ptr, delta_ptr, batch, start_q
         first = i * BLOCK_M
         if MASKED:
             first += tl.where(i >= split, skip, 0) * BLOCK_M
-        rows = first + tl.arange(0, BLOCK_M)
         q = load_rows(q_desc, batch, start_q + first, head, BLOCK_M, BLOCK_D)
         g = load_rows(g_desc, batch, start_q + first, head, BLOCK_M, BLOCK_D)
         if MASKED:
-            lse = tl.load(lse_ptr + rows, mask=rows < len_q, other=0.0)
+            rows = first + tl.arange(0, BLOCK_M)
             if PACKED:  # rows of the next sequence may hold NaN, and 0 * NaN would reach us
                 q = tl.where(rows[:, None] < len_q, q, 0.0)
                 g = tl.where(rows[:, None] < len_q, g, 0.0)
-        else:
-            lse = tl.load(lse_ptr + rows)
         s = product(k, q.T, None, PRECISION)
-        p = tl.exp2(s * qk_scale - (lse * _LOG2E)[None, :])
+        lse = statistics_desc.load([0, row, column + first]).reshape(BLOCK_M)
+        p = tl.exp2(s * qk_scale - lse[None, :])
         if MASKED:
             allowed = seen(rows[None, :], keys[:, None], len_q, len_k, left, right, HAS_LEFT, HAS_RIGHT)
             p = tl.where(allowed, p, 0.0)
-        dv = product(p.to(g.dtype), g, dv, PRECISION)
+        p = p.to(g.dtype)  # kept rounded: at head_dim 128 the accumulators leave no registers for both forms
+        dv = product(p, g, dv, PRECISION)
         if NEED_DK:
             dp = product(v, g.T, None, PRECISION)
-            if MASKED:
-                delta = tl.load(delta_ptr + rows, mask=rows < len_q, other=0.0)
-            else:
-                delta = tl.load(delta_ptr + rows)
-            ds = p * (dp - delta[None, :])
+            delta = statistics_desc.load([1, row, column + first]).reshape(BLOCK_M)
+            ds = p.to(tl.float32) * (dp - delta[None, :])
             if MASKED:
                 ds = tl.where(allowed, ds, 0.0)
             dk = product(ds.to(q.dtype), q, dk, PRECISION)
@@ -95,12 +116,11 @@ def _query_loop(dk, dv, k, v, q_desc, g_desc, lse_ptr, delta_ptr, batch, start_q
 
 
 @triton.jit(do_not_specialize=["num_seqs", "len_q", "len_k", "tiles", "left", "right", "scale_b"])
-def _dkdv(q_desc, k_desc, v_desc, g_desc, lse_ptr, delta_ptr, dk_ptr, dv_ptr, part_ptr, sums_ptr, cu_q_ptr, cu_k_ptr, scale_ptr,
-          scale_b, scale_h, scale_d, sigma, qk_scale, num_seqs, len_q, len_k, tiles, kv_heads, left, right,
+def _dkdv(q_desc, k_desc, v_desc, scaled_v_desc, g_desc, statistics_desc, dk_ptr, dv_ptr, part_ptr, sums_ptr, cu_q_ptr, cu_k_ptr,
+          scale_ptr, scale_b, scale_h, scale_d, sigma, qk_scale, num_seqs, len_q, len_k, tiles, kv_heads, left, right,
           GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
           HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, PACKED: tl.constexpr, NEED_DK: tl.constexpr,
           PRECISION: tl.constexpr):
-    all_q = len_q
     all_k = len_k
     kv_head, batch, seq, tile, start_k, len_k, start_q, len_q = locate(
         tl.program_id(0), tiles, kv_heads, num_seqs, cu_k_ptr, cu_q_ptr, len_k, len_q, BLOCK_N, PACKED)
@@ -110,7 +130,9 @@ def _dkdv(q_desc, k_desc, v_desc, g_desc, lse_ptr, delta_ptr, dk_ptr, dv_ptr, pa
     keys = first + tl.arange(0, BLOCK_N)
     d = tl.arange(0, BLOCK_D)
     k = load_rows(k_desc, batch, start_k + first, kv_head, BLOCK_N, BLOCK_D)
-    v = load_rows(v_desc, batch, start_k + first, kv_head, BLOCK_N, BLOCK_D)
+    if scale_ptr is None:
+        v = load_rows(v_desc, batch, start_k + first, kv_head, BLOCK_N, BLOCK_D)
+    column = aligned_column(start_q, seq, PACKED)
     begin, full_begin, full_end, end = query_blocks(first, len_q, len_k, left, right, BLOCK_M, BLOCK_N, HAS_LEFT, HAS_RIGHT)
     at = ((batch.to(tl.int64) * all_k + start_k + keys) * kv_heads + kv_head)[:, None] * HEAD_DIM + d[None, :]
     valid = (keys < len_k)[:, None] & (d[None, :] < HEAD_DIM)
@@ -119,18 +141,16 @@ def _dkdv(q_desc, k_desc, v_desc, g_desc, lse_ptr, delta_ptr, dk_ptr, dv_ptr, pa
     dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     for member in tl.range(0, GROUP):
         head = kv_head * GROUP + member
-        row_at = (batch * kv_heads * GROUP + head).to(tl.int64) * all_q + start_q
-        scaled_v = v
+        row = batch * kv_heads * GROUP + head
         if scale_ptr is not None:
-            scale = load_factor(scale_ptr, scale_b, scale_h, scale_d, seq, head, HEAD_DIM, BLOCK_D)[None, :]
-            scaled_v = (v * scale).to(v.dtype)
+            v = load_rows(scaled_v_desc, batch, start_k + first, head, BLOCK_N, BLOCK_D)
             dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-        dk, dv = _query_loop(dk, dv, k, scaled_v, q_desc, g_desc, lse_ptr + row_at, delta_ptr + row_at, batch, start_q, head,
-                             keys, full_begin, full_end, 0, 0, len_q, len_k, left, right, qk_scale, BLOCK_M, BLOCK_D, HAS_LEFT,
-                             HAS_RIGHT, False, PACKED, NEED_DK, PRECISION)
-        dk, dv = _query_loop(dk, dv, k, scaled_v, q_desc, g_desc, lse_ptr + row_at, delta_ptr + row_at, batch, start_q, head,
-                             keys, begin, end - (full_end - full_begin), full_begin, full_end - full_begin, len_q, len_k, left,
-                             right, qk_scale, BLOCK_M, BLOCK_D, HAS_LEFT, HAS_RIGHT, True, PACKED, NEED_DK, PRECISION)
+        dk, dv = _query_loop(dk, dv, k, v, q_desc, g_desc, statistics_desc, batch, start_q, row, column, head, keys, full_begin, full_end,
+                             0, 0, len_q, len_k, left, right, qk_scale, BLOCK_M, BLOCK_D, HAS_LEFT, HAS_RIGHT, False, PACKED,
+                             NEED_DK, PRECISION)
+        dk, dv = _query_loop(dk, dv, k, v, q_desc, g_desc, statistics_desc, batch, start_q, row, column, head, keys, begin,
+                             end - (full_end - full_begin), full_begin, full_end - full_begin, len_q, len_k, left, right,
+                             qk_scale, BLOCK_M, BLOCK_D, HAS_LEFT, HAS_RIGHT, True, PACKED, NEED_DK, PRECISION)
         if scale_ptr is not None:
             if sums_ptr is not None:
                 unscaled = load_rows(v_desc, batch, start_k + first, kv_head, BLOCK_N, BLOCK_D).to(tl.float32)
@@ -138,7 +158,7 @@ def _dkdv(q_desc, k_desc, v_desc, g_desc, lse_ptr, delta_ptr, dk_ptr, dv_ptr, pa
                 number = batch * tiles + (tl.program_id(0) % tiles)
                 tl.store(sums_ptr + (number.to(tl.int64) * kv_heads * GROUP + head) * HEAD_DIM + d, tl.sum(product, 0),
                          mask=d < HEAD_DIM)
-            dv = dv * scale
+            dv *= load_factor(scale_ptr, scale_b, scale_h, scale_d, seq, head, HEAD_DIM, BLOCK_D)[None, :]
             if GROUP > 1 and dv_ptr is not None:  # every head has its own scale: the sum of the group waits in memory, only this program touches it
                 if member > 0:
                     tl.debug_barrier()
@@ -174,9 +194,9 @@ def _key_loop(dq, q, g, lse, delta, k_desc, v_desc, batch, start_k, kv_head, row
     return dq
 
 
-@triton.jit(do_not_specialize=["num_seqs", "len_q", "len_k", "tiles", "left", "right", "scale_b"])
-def _dq(q_desc, k_desc, v_desc, g_desc, lse_ptr, delta_ptr, dq_ptr, cu_q_ptr, cu_k_ptr, scale_ptr, scale_b, scale_h, scale_d,
-        sigma, qk_scale, num_seqs, len_q, len_k, tiles, heads, left, right, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr,
+@triton.jit(do_not_specialize=["num_seqs", "len_q", "len_k", "columns", "tiles", "left", "right", "scale_b"])
+def _dq(q_desc, k_desc, v_desc, g_desc, statistics_ptr, dq_ptr, cu_q_ptr, cu_k_ptr, scale_ptr, scale_b, scale_h, scale_d,
+        sigma, qk_scale, num_seqs, len_q, len_k, columns, tiles, heads, left, right, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr,
         BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr,
         PACKED: tl.constexpr, PRECISION: tl.constexpr):
     all_q = len_q
@@ -192,9 +212,9 @@ def _dq(q_desc, k_desc, v_desc, g_desc, lse_ptr, delta_ptr, dq_ptr, cu_q_ptr, cu
     g = load_rows(g_desc, batch, start_q + first, head, BLOCK_M, BLOCK_D)
     if scale_ptr is not None:
         g = (g * load_factor(scale_ptr, scale_b, scale_h, scale_d, seq, head, HEAD_DIM, BLOCK_D)[None, :]).to(g.dtype)
-    at = (batch * heads + head).to(tl.int64) * all_q + start_q + rows
-    lse = tl.load(lse_ptr + at, mask=inside, other=0.0) * _LOG2E
-    delta = tl.load(delta_ptr + at, mask=inside, other=0.0)
+    at = (batch * heads + head).to(tl.int64) * columns + aligned_column(start_q, seq, PACKED) + rows
+    lse = tl.load(statistics_ptr + at, mask=inside, other=0.0)
+    delta = tl.load(statistics_ptr + tl.num_programs(0).to(tl.int64) // tiles * columns + at, mask=inside, other=0.0)
     begin, full_begin, full_end, end = key_blocks(first, len_q, len_k, left, right, BLOCK_M, BLOCK_N, HAS_LEFT, HAS_RIGHT)
 
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
@@ -232,19 +252,39 @@ def _sum_tiles(sums_ptr, result_ptr, cu_ptr, tiles, total, heads, HEAD_DIM: tl.c
     tl.store(result_ptr + (seq * heads + head).to(tl.int64) * HEAD_DIM + d, tl.sum(acc, 0), mask=d < HEAD_DIM)
 
 
-def _launch_delta(grad_out, out, lse, grad_lse, offset, need_offset, geometry):
-    """delta, in the shape of lse, and where grad_offset is wanted the sums of grad_out over each tile of _ROWS tokens."""
-    delta = torch.empty_like(lse)
-    tiles = geometry.tiles(geometry.len_q, _ROWS)
-    # Packed: a sequence may own a tile too many, whose sum stays zero.
-    sums = lse.new_zeros(tiles * geometry.batch, geometry.heads, geometry.head_dim) if need_offset else None
-    grad_rows = grad_out if grad_out.dim() == 4 else grad_out[None]
-    _delta[(geometry.programs(geometry.len_q, _ROWS, geometry.heads),)](
-        grad_out, *grad_rows.stride()[:3], out.contiguous(), lse, None if grad_lse is None else grad_lse.contiguous(), delta, sums,
-        geometry.cu_q, *factor_arguments(offset, geometry), geometry.num_seqs, geometry.len_q, tiles, geometry.heads,
-        HEAD_DIM=geometry.head_dim, BLOCK_D=padded_head_dim(geometry.head_dim), BLOCK_M=_ROWS, PACKED=geometry.packed,
-        num_warps=4)
-    return delta, sums
+class _Prepared:
+    """What _prepare leaves: `statistics` [2, rows of lse, columns] with lse in base 2 and delta, each row padded to the 16
+    bytes that descriptors want, and where grad_offset is wanted the sums of grad_out over each tile of _ROWS tokens."""
+
+    def __init__(self, grad_out, out, lse, grad_lse, offset, need_offset, geometry):
+        self.columns = (geometry.len_q // 4 + geometry.num_seqs + 1) * 4  # room for aligned_column
+        self.rows = geometry.batch * geometry.heads
+        self.statistics = lse.new_empty(2, self.rows, self.columns)
+        tiles = geometry.tiles(geometry.len_q, _ROWS)
+        # Packed: a sequence may own a tile too many, whose sum stays zero.
+        self.sums = lse.new_zeros(tiles * geometry.batch, geometry.heads, geometry.head_dim) if need_offset else None
+        grad_rows = grad_out if grad_out.dim() == 4 else grad_out[None]
+        _prepare[(geometry.programs(geometry.len_q, _ROWS, geometry.heads),)](
+            grad_out, *grad_rows.stride()[:3], out.contiguous(), lse.contiguous(),
+            None if grad_lse is None else grad_lse.contiguous(), self.statistics, self.sums, geometry.cu_q,
+            *factor_arguments(offset, geometry), geometry.num_seqs, geometry.len_q, self.columns, tiles, geometry.heads,
+            HEAD_DIM=geometry.head_dim, BLOCK_D=padded_head_dim(geometry.head_dim), BLOCK_M=_ROWS, PACKED=geometry.packed,
+            num_warps=4)
+
+    def descriptor(self, block: int) -> TensorDescriptor:
+        return TensorDescriptor(self.statistics, [2, self.rows, self.columns], [self.rows * self.columns, self.columns, 1],
+                                [1, 1, block])
+
+
+def _scaled(v, scale, geometry) -> Rows:
+    """scale * v of every query head, [B, Sk, Hq, D] (or packed)."""
+    rows = v if v.dim() == 4 else v[None]
+    scaled = torch.empty((*rows.shape[:2], geometry.heads, geometry.head_dim), dtype=v.dtype, device=v.device)
+    _scale_v[(geometry.programs(geometry.len_k, _ROWS, geometry.heads),)](
+        v, *rows.stride()[:3], scaled, geometry.cu_k, *factor_arguments(scale, geometry), geometry.num_seqs, geometry.len_k,
+        geometry.tiles(geometry.len_k, _ROWS), geometry.heads, GROUP=geometry.group, HEAD_DIM=geometry.head_dim,
+        BLOCK_D=padded_head_dim(geometry.head_dim), BLOCK_N=_ROWS, PACKED=geometry.packed, num_warps=4)
+    return Rows(scaled)
 
 
 def _reduced(sums, like, geometry, cu, block):
@@ -263,8 +303,7 @@ def _grad_offset(grad_out, out, lse, offset, geometry):
         return torch.zeros_like(offset)
     grad_out = grad_out if grad_out.stride(-1) == 1 else grad_out.contiguous()
     with on_device(out):
-        _, sums = _launch_delta(grad_out, out, lse.contiguous(), None, offset, True, geometry)
-        return _reduced(sums, offset, geometry, geometry.cu_q, _ROWS)
+        return _reduced(_Prepared(grad_out, out, lse, None, offset, True, geometry).sums, offset, geometry, geometry.cu_q, _ROWS)
 
 
 def attention_backward(grad_out, grad_lse, q, k, v, out, lse, scale=None, offset=None, *, needs=(True,) * 5, cos=None, sin=None,
@@ -285,20 +324,19 @@ def attention_backward(grad_out, grad_lse, q, k, v, out, lse, scale=None, offset
     options = dict(BLOCK_D=padded_head_dim(geometry.head_dim), HEAD_DIM=geometry.head_dim)
     loops = dict(options, GROUP=geometry.group, PRECISION=precision(q.dtype), **geometry.mask_constants)
     rows_q, rows_k, rows_v, rows_g = (Rows(x) for x in (q, k, v, grad_out))
-    lse = lse.contiguous()
     lengths = (geometry.num_seqs, geometry.len_q, geometry.len_k)
     factor = factor_arguments(scale, geometry)
     with on_device(q):
-        delta, sums = _launch_delta(rows_g.tensor, out, lse, grad_lse, offset, need_offset, geometry)
-        grad_offset = _reduced(sums, offset, geometry, geometry.cu_q, _ROWS) if need_offset else no_sum
+        prepared = _Prepared(rows_g.tensor, out, lse, grad_lse, offset, need_offset, geometry)
+        grad_offset = _reduced(prepared.sums, offset, geometry, geometry.cu_q, _ROWS) if need_offset else no_sum
 
         grad_q = torch.empty(q.shape, dtype=q.dtype, device=q.device) if need_q else absent
         if need_q:
             def launch_dq(tile):
                 _dq[(geometry.programs(geometry.len_q, tile.m, geometry.heads),)](
                     rows_q.descriptor(tile.m), rows_k.descriptor(tile.n), rows_v.descriptor(tile.n), rows_g.descriptor(tile.m),
-                    lse, delta, grad_q, geometry.cu_q, geometry.cu_k, *factor, geometry.sigma, geometry.sigma * LOG2E, *lengths,
-                    geometry.tiles(geometry.len_q, tile.m), geometry.heads, geometry.left, geometry.right, BLOCK_M=tile.m,
+                    prepared.statistics, grad_q, geometry.cu_q, geometry.cu_k, *factor, geometry.sigma, geometry.sigma * LOG2E,
+                    *lengths, prepared.columns, geometry.tiles(geometry.len_q, tile.m), geometry.heads, geometry.left, geometry.right, BLOCK_M=tile.m,
                     BLOCK_N=tile.n, **loops, **tile.options)
             choose("dq", q, launch_dq)
 
@@ -307,14 +345,16 @@ def attention_backward(grad_out, grad_lse, q, k, v, out, lse, scale=None, offset
         grad_scale = no_sum
         if need_k or need_v or need_scale:
             part = lse.new_empty(k.shape) if scale is not None and need_v and geometry.group > 1 else None
+            scaled_v = None if scale is None else _scaled(rows_v.tensor, scale, geometry)
             found = {}
 
             def launch_dkdv(tile):
                 tiles = geometry.tiles(geometry.len_k, tile.n)
                 found["sums"] = (lse.new_zeros(tiles * geometry.batch, geometry.heads, geometry.head_dim) if need_scale else None)
                 _dkdv[(geometry.programs(geometry.len_k, tile.n, geometry.kv_heads),)](
-                    rows_q.descriptor(tile.m), rows_k.descriptor(tile.n), rows_v.descriptor(tile.n), rows_g.descriptor(tile.m),
-                    lse, delta, grad_k, grad_v, part, found["sums"], geometry.cu_q, geometry.cu_k, *factor, geometry.sigma,
+                    rows_q.descriptor(tile.m), rows_k.descriptor(tile.n), rows_v.descriptor(tile.n),
+                    None if scaled_v is None else scaled_v.descriptor(tile.n), rows_g.descriptor(tile.m),
+                    prepared.descriptor(tile.m), grad_k, grad_v, part, found["sums"], geometry.cu_q, geometry.cu_k, *factor, geometry.sigma,
                     geometry.sigma * LOG2E, *lengths, tiles, geometry.kv_heads, geometry.left, geometry.right, BLOCK_M=tile.m,
                     BLOCK_N=tile.n, NEED_DK=need_k, **loops, **tile.options)
             tile = choose("dkdv", q, launch_dkdv)

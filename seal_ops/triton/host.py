@@ -101,9 +101,11 @@ class Rows:
         self.strides = [s if n > 1 else unit for n, s in zip(x.shape[:3], x.stride()[:3])] + [1]
 
     def descriptor(self, rows: int) -> TensorDescriptor:
-        """Tiles of `rows` tokens of one head."""
-        return TensorDescriptor(self.tensor, list(self.tensor.shape), self.strides,
-                                [1, rows, 1, padded_head_dim(self.tensor.shape[3])])
+        """Tiles of `rows` tokens of one head, over [B, H, S, D]: with the unit dimensions in front, the compiler drops them and
+        a tile goes from memory to the matrix units without passing through registers."""
+        batch, length, heads, head_dim = self.tensor.shape
+        return TensorDescriptor(self.tensor, [batch, heads, length, head_dim], [self.strides[i] for i in (0, 2, 1, 3)],
+                                [1, 1, rows, padded_head_dim(head_dim)])
 
 
 def factor_arguments(factor: Tensor | None, geometry: Geometry) -> tuple:

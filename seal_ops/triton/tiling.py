@@ -122,8 +122,8 @@ def seen(queries, keys, len_q, len_k, left, right, HAS_LEFT: tl.constexpr, HAS_R
 
 @triton.jit
 def load_rows(desc, batch, row, head, ROWS: tl.constexpr, BLOCK_D: tl.constexpr):
-    """[ROWS, BLOCK_D] of one head from a descriptor over [B, S, H, D]; zero beyond S and D."""
-    return desc.load([batch, row, head, 0]).reshape(ROWS, BLOCK_D)
+    """[ROWS, BLOCK_D] of one head from a descriptor over [B, H, S, D]; zero beyond S and D."""
+    return desc.load([batch, head, row, 0]).reshape(ROWS, BLOCK_D)
 
 
 @triton.jit
@@ -131,3 +131,13 @@ def load_factor(ptr, stride_b, stride_h, stride_d, seq, head, HEAD_DIM: tl.const
     """[BLOCK_D] of a scale or offset seen as [B, Hq, D] through its strides (0 where it broadcasts)."""
     d = tl.arange(0, BLOCK_D)
     return tl.load(ptr + seq.to(tl.int64) * stride_b + head * stride_h + d * stride_d, mask=d < HEAD_DIM, other=0.0)
+
+
+@triton.jit
+def aligned_column(start, seq, PACKED: tl.constexpr):
+    """Where a packed sequence that starts at token `start` begins in a row whose sequences are each aligned to 4 elements (16
+    bytes of fp32, which descriptors want): the rule of first_tile with a block of 4."""
+    column = start
+    if PACKED:
+        column = (start // 4 + seq) * 4
+    return column
