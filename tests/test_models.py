@@ -8,6 +8,7 @@ from torch import nn
 from transformers import DynamicCache, StaticCache
 
 import seal_ops
+from seal_ops import patch
 
 ALL = list(FAMILIES)
 GRANULARITIES = ["head", "channel"]
@@ -15,6 +16,15 @@ every_family = pytest.mark.parametrize("family", ALL)
 mergeable_family = pytest.mark.parametrize("family", MERGEABLE)
 every_granularity = pytest.mark.parametrize("granularity", GRANULARITIES)
 every_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread():
+    """A second thread only waits on matrices this small; on a busy machine it waits long."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def logits(model: nn.Module, ids: torch.Tensor, **kwargs) -> torch.Tensor:
@@ -284,11 +294,108 @@ def test_batch_of_rows_with_their_own_scales(family):
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral"])
-def test_compiled(family):
-    """The patched model compiles, without a break where nothing is padded, and gives the eager results."""
+def test_compiled_as_a_whole(family):
+    """One graph, eager results. (transformers cannot see padding or packing while it is traced and makes a mask tensor.)"""
     model = FAMILIES[family].build()
     randomise(seal_ops.attach(model, "channel"))
     eager = logits(model, tokens())
     torch._dynamo.reset()
-    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
-    assert close(logits(compiled, tokens()), eager)
+    assert close(logits(torch.compile(model, backend="aot_eager", fullgraph=True), tokens()), eager)
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral"])
+def test_compiled_by_layer_keeps_the_fused_op(family):
+    """Layers compiled one by one: one graph each, shared, with the fused op, also for another length and in training."""
+    model = FAMILIES[family].build()
+    scales = seal_ops.attach(model, "channel")
+    randomise(scales)
+    expected = {n: logits(model, tokens(length=n)) for n in (21, 30, 37)}
+    loss_of(model, tokens()).backward()
+    gradients = [s.grad.clone() for _, s in scales.items()]
+    scales.zero_grad()
+    torch._dynamo.reset()
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    for layer in model.model.layers:
+        layer.compile(backend=backend, fullgraph=True)
+    for n, want in expected.items():
+        assert close(logits(model, tokens(length=n)), want)
+    for graph in graphs:
+        assert sum(n.target == torch.ops.seal.rope_attention.default or n.target == torch.ops.seal.rope_attention
+                   for n in graph.graph.nodes) == 1
+    assert len(graphs) <= 4  # a layer each, then once more for lengths that vary
+    loss_of(model, tokens()).backward()
+    assert all(largest(s.grad, g) <= 1e-5 * g.abs().max().item() for (_, s), g in zip(scales.items(), gradients))
+
+
+@pytest.fixture
+def called(monkeypatch) -> list[str]:
+    """The names of what the seam calls for an attention, in order."""
+    names = []
+    for name in ("attention", "rope", "rope_attention", "_composed"):
+        def spy(*args, _name=name, _function=getattr(patch, name), **kwargs):
+            names.append(_name + ("-packed" if kwargs.get("cu_seqlens") is not None else ""))
+            return _function(*args, **kwargs)
+        monkeypatch.setattr(patch, name, spy)
+    return names
+
+
+@pytest.mark.parametrize("family, whole, cached, padded", [
+    ("llama", ["rope_attention"], ["rope", "attention"], ["rope", "attention-packed"]),
+    ("mistral", ["rope_attention"], ["rope", "attention"], ["rope", "attention-packed"]),
+    ("phi3", ["rope_attention"], ["rope", "attention"], ["rope", "attention-packed"]),
+    ("cohere", ["attention"], ["attention"], ["attention-packed"]),
+    ("gemma2", ["rope", "_composed"], ["rope", "_composed"], ["rope", "_composed"]),
+])
+def test_the_fused_ops_run(called, family, whole, cached, padded):
+    model = FAMILIES[family].build()
+    seal_ops.attach(model, "head")
+    ids = tokens()
+    called.clear()
+    logits(model, ids)
+    assert called == 2 * whole
+    for cache in (DynamicCache(config=model.config), StaticCache(config=model.config, max_cache_len=32)):
+        called.clear()
+        with torch.no_grad():
+            model(ids, past_key_values=cache)
+        assert called == 2 * cached
+    called.clear()
+    logits(model, ids, attention_mask=torch.ones_like(ids).index_fill(1, torch.arange(3), 0))
+    assert called == 2 * padded
+
+
+def test_attention_dropout_in_training():
+    """Dropout needs the composed path: at rate 0 in eval mode nothing changes, in training the outputs vary."""
+    model = FAMILIES["llama"].build(attention_dropout=0.5)
+    seal_ops.attach(model, "head")
+    ids = tokens()
+    assert torch.equal(logits(model, ids), logits(model, ids))
+    model.train()
+    assert largest(logits(model, ids), logits(model, ids)) > 1e-3
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_packed_rows(batch):
+    """Rows of several documents, told apart by restarting positions, equal the documents one by one."""
+    model = FAMILIES["llama"].build()
+    randomise(seal_ops.attach(model, "channel"))
+    ids = tokens(batch, 18)
+    position_ids = torch.cat([torch.arange(7), torch.arange(11)])[None].expand(batch, -1)
+    got = logits(model, ids, position_ids=position_ids)
+    expected = torch.cat([logits(model, ids[:, :7]), logits(model, ids[:, 7:])], 1)
+    assert close(got, expected)
+
+
+def test_mask_given_by_the_user():
+    """A mask of four dimensions, boolean or additive, passes as it is."""
+    model = FAMILIES["llama"].build()
+    randomise(seal_ops.attach(model, "channel"))
+    ids = tokens(2, 12)
+    allowed = torch.ones(12, 12, dtype=torch.bool).tril()
+    expected = logits(model, ids)
+    for mask in (allowed, torch.where(allowed, 0.0, torch.finfo(torch.float32).min)):
+        assert close(logits(model, ids, attention_mask=mask.expand(2, 1, -1, -1)), expected)
