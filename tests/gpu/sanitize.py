@@ -1,0 +1,67 @@
+"""Every kernel of the cuda backend once or twice on small odd shapes: what run_all.sh runs under compute-sanitizer.
+
+usage: sanitize.py [forward] [backward] [rope]     (default: all)
+"""
+import sys
+
+import torch
+
+import seal_ops
+from seal_ops import rope_frequencies, rope_tables
+
+BACKEND = dict(backend="cuda")
+
+
+def tensors(tokens, heads=(4, 2), head_dim=64, batch=1, dtype=torch.bfloat16):
+    shape = lambda h: (tokens, h, head_dim) if batch is None else (batch, tokens, h, head_dim)
+    return [torch.randn(shape(h), device="cuda").to(dtype) for h in (heads[0], heads[1], heads[1])]
+
+
+def forward():
+    for head_dim in (64, 128, 256):
+        scale = torch.randn(4, head_dim, device="cuda")
+        q, k, v = tensors(217, head_dim=head_dim)
+        yield seal_ops.attention(q, k, v, scale, **BACKEND)
+        yield seal_ops.attention(q[:, :113], k, v, scale[:, 0].contiguous(), window=40, **BACKEND)
+        yield seal_ops.attention(q, k[:, :129], v[:, :129], causal=False, **BACKEND)
+        q, k, v = tensors(200, head_dim=head_dim, batch=None, dtype=torch.float16)
+        lengths = torch.tensor([0, 70, 70, 200], device="cuda", dtype=torch.int32)
+        yield seal_ops.attention(q, k, v, scale, scale, cu_seqlens=lengths, **BACKEND)
+
+
+def backward():
+    for head_dim in (64, 128, 256):
+        for deterministic in (False, True):
+            q, k, v = (t.requires_grad_() for t in tensors(217, head_dim=head_dim))
+            scale, offset = (torch.randn(4, head_dim, device="cuda", requires_grad=True) for _ in range(2))
+            options = dict(deterministic=deterministic, **BACKEND)
+            out = seal_ops.attention(q, k, v, scale, offset, **options)
+            yield from torch.autograd.grad(out, (q, k, v, scale, offset), torch.randn_like(out))
+            table = rope_tables(217, rope_frequencies(head_dim)[0], device="cuda")
+            out = seal_ops.rope_attention(q, k, v, *table, scale=scale, window=90, **options)
+            yield from torch.autograd.grad(out, (q, k, v, scale), torch.randn_like(out))
+            q, k, v = (t.requires_grad_() for t in tensors(200, head_dim=head_dim, batch=None))
+            lengths = torch.tensor([0, 70, 70, 200], device="cuda", dtype=torch.int32)
+            out = seal_ops.attention(q, k, v, scale, cu_seqlens=lengths, **options)
+            yield from torch.autograd.grad(out, (q, k, v, scale), torch.randn_like(out))
+
+
+def rope():
+    for head_dim, rotary, interleaved in ((128, 128, False), (128, 64, True), (80, 32, False), (72, 20, True)):
+        q, k, _ = tensors(113, head_dim=head_dim, batch=2)
+        table = rope_tables(113, rope_frequencies(rotary)[0], device="cuda")
+        yield from seal_ops.rope(q, k, *table, interleaved=interleaved, **BACKEND)
+        yield from seal_ops.rope(q[:, -5:], k, *table, interleaved=interleaved, inverse=True, **BACKEND)
+
+
+def main():
+    parts = sys.argv[1:] or ["forward", "backward", "rope"]
+    torch.manual_seed(0)
+    results = [t for part in parts for t in {"forward": forward, "backward": backward, "rope": rope}[part]()]
+    torch.cuda.synchronize()
+    bad = sum(not bool(t.detach().cpu().isfinite().all()) for t in results)
+    print(f"{len(results)} results of {', '.join(parts)}, {bad} of them not finite")
+    sys.exit(bad > 0)
+
+
+main()
