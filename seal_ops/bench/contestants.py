@@ -116,15 +116,18 @@ def _plain(name: str, label: str, attention: Callable[[Problem], peers.Attention
 def _by_hand(name: str, label: str, attention: Callable[[Problem], peers.Attention], why_not, compiled: bool = False) -> Contestant:
     """Hugging Face's rotary, a peer's attention and a multiplication; its rotation rounds cos and sin to the dtype."""
     def prepare(operation: str, p: Problem) -> Run:
-        inputs = (p.q, p.k, p.v, p.low_scale)
-        if operation == "attention_o_proj":
-            scaled = attention(p)
-            return Run(lambda: (scaled(p.q, p.k, p.v) * p.low_scale).flatten(2) @ p.weight.T, inputs)
         run = peers.hf_by_hand(attention(p))
         run = torch.compile(run, dynamic=False) if compiled else run
-        return Run(lambda: run(p.q, p.k, p.v, *p.hf_angles, p.low_scale), inputs)
-    operations = ("rope_attention",) if compiled else ("rope_attention", "attention_o_proj")
-    return Contestant(name, label, operations, prepare, why_not, compiled=compiled, tolerance=3.0)
+        return Run(lambda: run(p.q, p.k, p.v, *p.hf_angles, p.low_scale), (p.q, p.k, p.v, p.low_scale))
+    return Contestant(name, label, ("rope_attention",), prepare, why_not, compiled=compiled, tolerance=3.0)
+
+
+def _scaled(name: str, label: str, attention: Callable[[Problem], peers.Attention], why_not) -> Contestant:
+    """A peer's attention, a multiplication by the scale, the projection."""
+    def prepare(operation: str, p: Problem) -> Run:
+        run = attention(p)
+        return Run(lambda: (run(p.q, p.k, p.v) * p.low_scale).flatten(2) @ p.weight.T, (p.q, p.k, p.v, p.low_scale))
+    return Contestant(name, label, ("attention_o_proj",), prepare, why_not)
 
 
 def _rotary(name: str, label: str, compiled: bool) -> Contestant:
@@ -170,6 +173,9 @@ def all_contestants(fa3_folder: str | None = None) -> list[Contestant]:
         _by_hand("hf-sdpa", "HF rotary + SDPA + scale", torch_sdpa(None), _on("cpu", window=False)),
         _by_hand("hf-compiled-cudnn", "compiled HF rotary + SDPA cuDNN + scale", torch_sdpa(cudnn), gpu_full, compiled=True),
         _by_hand("hf-compiled-fa2", "compiled HF rotary + SDPA FlashAttention-2 + scale", torch_sdpa(fa2), gpu_full, compiled=True),
+        _scaled("scaled-fa3", "FlashAttention-3 + scale", fa3, fa3_why_not),
+        _scaled("scaled-cudnn", "SDPA cuDNN + scale", torch_sdpa(cudnn), gpu_full),
+        _scaled("scaled-sdpa", "SDPA + scale", torch_sdpa(None), _on("cpu", window=False)),
         _rotary("hf-rotary", "HF rotary", False), _rotary("hf-rotary-compiled", "compiled HF rotary", True),
         _ia3("peft-ia3-cudnn", "SDPA cuDNN + PEFT (IA)³ on o_proj", cudnn, gpu_full),
         _ia3("peft-ia3", "SDPA + PEFT (IA)³ on o_proj", None, _on("cpu", window=False)),

@@ -12,6 +12,7 @@ import torch
 
 from ..files import atomic_write, replacing
 from .contestants import Contestant
+from .shapes import length_name
 
 FIELDS = ("operation", "direction", "contestant", "model", "batch", "seqlen", "heads", "kv_heads", "head_dim", "window", "dtype",
           "ms", "ms_p20", "ms_p80", "calls", "tflops", "matmul_share", "gbps", "copy_share", "peak_mib", "worst_error", "status")
@@ -76,58 +77,110 @@ class Record:
         atomic_write(self.stem + ".csv", table.getvalue())
 
 
-# Okabe and Ito's colours: told apart with any colour vision; hatches and direct labels for print in grey.
+TITLES = {
+    "attention": "Causal attention (seal_ops with channel scale, peers without)",
+    "rope_attention": "Rotary embedding + causal attention + channel scale",
+    "rope": "Rotary embedding of Q and K",
+    "attention_o_proj": "Causal attention + channel scale + output projection",
+}
+FORWARD_FLOPS_SHARE = 1 / 3.5  # of forward and backward together
+
+
+def _figure(value: float) -> str:
+    return f"{value:.0f}" if value >= 10 else f"{value:.2g}"
+
+
+def _shape_key(row: dict) -> tuple:
+    return row["model"], row["seqlen"], row["batch"]
+
+
+def _shape_label(key: tuple) -> str:
+    model, seqlen, batch = key
+    return f"{model} {length_name(seqlen)} × {batch}"
+
+
+def markdown(rows: list[dict], contestants: list[Contestant]) -> str:
+    """Tables to read: for every operation shapes by contestants, TFLOP/s as forward / backward / both, or GB/s."""
+    text = []
+    for operation, title in TITLES.items():
+        here = [r for r in rows if r["operation"] == operation and r["status"] == "ok"]
+        names = [c for c in contestants if any(r["contestant"] == c.name for r in here)]
+        if not names:
+            continue
+        unit = "GB/s read + written (share of the copy bandwidth)" if operation == "rope" else "TFLOP/s, forward / backward / both"
+        text += [f"**{title}**: {unit}", "", "| | " + " | ".join(c.label for c in names) + " |", "|---" * (len(names) + 1) + "|"]
+        for key in dict.fromkeys(map(_shape_key, here)):
+            cells = []
+            for c in names:
+                found = {r["direction"]: r for r in here if r["contestant"] == c.name and _shape_key(r) == key}
+                if not found:
+                    cells.append("–")
+                elif operation == "rope":
+                    share = found["forward"]["copy_share"]
+                    cells.append(_figure(found["forward"]["gbps"]) + (f" ({share:.0%})" if share != "" else ""))
+                else:
+                    forward, backward = found["forward"], found["backward"]
+                    both = forward["tflops"] * forward["ms"] / FORWARD_FLOPS_SHARE / (forward["ms"] + backward["ms"])
+                    cells.append(" / ".join(map(_figure, (forward["tflops"], backward["tflops"], both))))
+            text.append(f"| {_shape_label(key)} | " + " | ".join(cells) + " |")
+        text.append("")
+    return "\n".join(text)
+
+
+# Okabe and Ito's colours, told apart with any colour vision; hatches and figures on the bars serve print in grey.
 _STYLES = {
     "seal-cuda": ("#D55E00", ""), "seal-triton": ("#E69F00", "//"), "seal-cpu": ("#D55E00", ""),
     "fa3": ("#0072B2", ""), "sdpa-cudnn": ("#56B4E9", "\\\\"), "sdpa-fa2": ("#009E73", ".."), "flex": ("#CC79A7", "xx"),
     "hf-fa3": ("#0072B2", ""), "hf-cudnn": ("#56B4E9", "\\\\"), "hf-fa2": ("#009E73", ".."),
     "hf-compiled-cudnn": ("#CC79A7", "xx"), "hf-compiled-fa2": ("#F0E442", "oo"),
-    "hf-rotary": ("#0072B2", ""), "hf-rotary-compiled": ("#CC79A7", "xx"), "peft-ia3-cudnn": ("#CC79A7", "xx"),
-}
-_TITLES = {
-    "attention": "Causal attention (seal_ops: with channel scale; peers: without)",
-    "rope_attention": "Rotary embedding + causal attention + channel scale",
-    "rope": "Rotary embedding of Q and K",
-    "attention_o_proj": "Causal attention + channel scale + output projection",
+    "scaled-fa3": ("#0072B2", ""), "scaled-cudnn": ("#56B4E9", "\\\\"), "peft-ia3-cudnn": ("#CC79A7", "xx"),
+    "hf-rotary": ("#0072B2", ""), "hf-rotary-compiled": ("#CC79A7", "xx"),
 }
 
 
 def plot(rows: list[dict], contestants: list[Contestant], path: str, title: str, ceiling: dict[str, float]) -> bool:
-    """Bars by shape, one panel for each operation and direction, to a PNG at `path`; False where nothing was timed."""
+    """Bars by shape, a row of panels for each operation (forward, backward), as PNG at `path`; False where nothing was timed."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     timed = [r for r in rows if r["status"] == "ok"]
-    panels = list(dict.fromkeys((r["operation"], r["direction"]) for r in timed))
-    if not panels:
+    operations = [o for o in TITLES if any(r["operation"] == o for r in timed)]
+    if not operations:
         return False
-    labels = {c.name: c.label for c in contestants}
-    figure, axes = plt.subplots(len(panels), 1, figsize=(11, 3.4 * len(panels)), squeeze=False, layout="constrained")
-    for axis, (operation, direction) in zip(axes[:, 0], panels):
-        here = [r for r in timed if (r["operation"], r["direction"]) == (operation, direction)]
-        unit, top = ("gbps", "copy_gbps") if operation == "rope" else ("tflops", "matmul_tflops")
-        shapes = list(dict.fromkeys((r["model"], r["seqlen"], r["batch"]) for r in here))
-        names = [c.name for c in contestants if any(r["contestant"] == c.name for r in here)]
-        width = 0.86 / len(names)
-        for n, name in enumerate(names):
-            colour, hatch = _STYLES.get(name, ("#999999", ""))
-            values = {(r["model"], r["seqlen"], r["batch"]): r[unit] for r in here if r["contestant"] == name}
-            at = [s for s in shapes if s in values]
-            bars = axis.bar([shapes.index(s) + (n - (len(names) - 1) / 2) * width for s in at], [values[s] for s in at], width,
-                            color=colour, hatch=hatch, edgecolor="white", linewidth=0.4, label=labels.get(name, name))
-            axis.bar_label(bars, fmt="%.0f", fontsize=6, padding=1)
-        if ceiling.get(top):
-            axis.axhline(ceiling[top], color="black", linewidth=0.8, linestyle="--")
-            axis.annotate("matrix product" if top == "matmul_tflops" else "copy", (1, ceiling[top]), xycoords=("axes fraction", "data"),
-                          ha="right", va="bottom", fontsize=7)
-        axis.set_xticks(range(len(shapes)), [f"{m}\n{s // 1024 if s >= 1024 else s}{'k' if s >= 1024 else ''} × {b}" for m, s, b in shapes], fontsize=8)
-        axis.set_ylabel("GB/s" if unit == "gbps" else "TFLOP/s")
-        axis.set_title(f"{_TITLES[operation]}: {direction}", fontsize=10, loc="left")
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.legend(fontsize=7, frameon=False, ncols=len(names), loc="lower left", bbox_to_anchor=(0, -0.34))
+    figure, axes = plt.subplots(len(operations), 2, figsize=(17, 3.7 * len(operations)), squeeze=False, layout="constrained")
+    for line, operation in zip(axes, operations):
+        for axis, direction in zip(line, ("forward", "backward")):
+            here = [r for r in timed if (r["operation"], r["direction"]) == (operation, direction)]
+            if here:
+                _bars(axis, here, contestants, operation, ceiling)
+                axis.set_title(f"{TITLES[operation]}: {direction}", fontsize=10, loc="left")
+            else:
+                axis.set_axis_off()
     figure.suptitle(title, fontsize=9, x=0.01, ha="left")
     with replacing(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=150)
+        figure.savefig(temporary, format="png", dpi=120)
     plt.close(figure)
     return True
+
+
+def _bars(axis, rows: list[dict], contestants: list[Contestant], operation: str, ceiling: dict[str, float]) -> None:
+    value, limit, unit = ("gbps", "copy_gbps", "GB/s") if operation == "rope" else ("tflops", "matmul_tflops", "TFLOP/s")
+    shapes = list(dict.fromkeys(map(_shape_key, rows)))
+    shown = [c for c in contestants if any(r["contestant"] == c.name for r in rows)]
+    width = 0.88 / len(shown)
+    for n, contestant in enumerate(shown):
+        colour, hatch = _STYLES.get(contestant.name, ("#999999", ""))
+        values = {_shape_key(r): r[value] for r in rows if r["contestant"] == contestant.name}
+        at = [s for s in shapes if s in values]
+        bars = axis.bar([shapes.index(s) + (n - (len(shown) - 1) / 2) * width for s in at], [values[s] for s in at], width, color=colour,
+                        hatch=hatch, edgecolor="white", linewidth=0.4, label=contestant.label)
+        axis.bar_label(bars, [_figure(values[s]) for s in at], fontsize=6, padding=1)
+    if ceiling.get(limit):
+        axis.axhline(ceiling[limit], color="black", linewidth=0.8, linestyle="--")
+        axis.annotate("matrix product" if operation != "rope" else "copy", (1, ceiling[limit]), xycoords=("axes fraction", "data"),
+                      ha="right", va="bottom", fontsize=7)
+    axis.set_xticks(range(len(shapes)), [_shape_label(s).replace(" ", "\n", 1) for s in shapes], fontsize=8)
+    axis.set_ylabel(unit)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(fontsize=7, frameon=False, ncols=3, loc="upper left", bbox_to_anchor=(0, -0.13))

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
+from ..files import atomic_write
 from . import gate, report, timing
 from .contestants import OPERATIONS, Contestant, Problem, Run, all_contestants
 from .shapes import MODELS, SUITES, Shape, parse_shape
@@ -230,7 +231,8 @@ def main(argv: list[str] | None = None) -> int:
     ceiling = dataclasses.asdict(limits) if limits else {}
     title = f"{facts['gpu']}, driver {facts['driver']}, torch {facts['torch']}, {facts['commit']}; {record.command}"
     if report.plot(record.rows, contestants, record.stem + ".png", title, ceiling):
-        print(f"wrote {record.stem}.csv, .json and .png")
+        atomic_write(record.stem + ".md", f"{title}\n\n{report.markdown(record.rows, contestants)}")
+        print(f"wrote {record.stem}.csv, .json, .md and .png")
     wrong = [r for r in record.rows if r["status"].startswith("wrong")]
     return 1 if wrong else 0
 
