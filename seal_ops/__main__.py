@@ -1,0 +1,7 @@
+"""``python -m seal_ops`` is the command ``seal``."""
+
+import sys
+
+from .cli import main
+
+sys.exit(main())
