@@ -1,19 +1,45 @@
 """Generated tasks: prompts that fill a token length, with answers, label masks and scores.
 
 ``tasks.lines(tokenizer, length=31_000, samples=50)`` returns training samples; ``tasks.lines`` itself (or its name,
-"lines") is what ``seal_ops.evaluate`` takes.  :class:`Task` says how a new task is written.
+"lines") is what ``seal_ops.evaluate`` takes.  :class:`Task` says how a new task is written, docs/tasks.md what each of
+these does.
 """
 
 import importlib
+import inspect
 
 from .base import IGNORE_INDEX, Encoder, Sample, Task
+from .common_words import CommonWords
+from .documents import DocumentQA
 from .lines import LineRetrieval
+from .magic_numbers import MagicNumbers
+from .needle import Needle
+from .passkey import Passkey
+from .threads import KeyThreads
+from .variables import Variables
 
-__all__ = ["IGNORE_INDEX", "Encoder", "LineRetrieval", "Sample", "Task", "get", "lines", "names", "read", "write"]
+__all__ = [
+    "IGNORE_INDEX", "CommonWords", "DocumentQA", "Encoder", "KeyThreads", "LineRetrieval", "MagicNumbers", "Needle",
+    "Passkey", "Sample", "Task", "Variables", "common_words", "documents", "get", "lines", "magic", "make", "multikey",
+    "multivalue", "names", "needle", "passkey", "read", "threads", "variables", "write",
+]  # fmt: skip
 
-lines = LineRetrieval()
+# What makes the task of a name; options of `make` are these callables' arguments.
+_MAKERS = {
+    "lines": (LineRetrieval, {}),
+    "needle": (Needle, {}),
+    "passkey": (Passkey, {}),
+    "magic": (MagicNumbers, {}),
+    "multikey": (MagicNumbers, {"name": "multikey", "keys": 8}),
+    "multivalue": (MagicNumbers, {"name": "multivalue", "values": 4}),
+    "words": (CommonWords, {}),
+    "variables": (Variables, {}),
+    "threads": (KeyThreads, {}),
+}
+_TASKS = {name: maker(**options) for name, (maker, options) in _MAKERS.items()}
 
-_TASKS = {task.name: task for task in (lines,)}
+lines, needle, passkey, magic, multikey, multivalue, common_words, variables, threads = _TASKS.values()
+documents = DocumentQA  # made from a file, so there is no ready one
 
 
 def names() -> list[str]:
@@ -21,8 +47,31 @@ def names() -> list[str]:
     return list(_TASKS)
 
 
+def make(name: str, **options) -> Task:
+    """A task with options of its own: ``make("multikey", keys=32)``, ``make("documents", path="qa.jsonl")``.
+
+    Raises:
+        ValueError: no task of that name, an option that it does not have, or a bad value.
+    """
+    if name == "documents":
+        maker, given = DocumentQA, {}
+    elif name in _MAKERS:
+        maker, given = _MAKERS[name]
+    else:
+        raise ValueError(f"tasks.make: name must be one of {', '.join([*_MAKERS, 'documents'])}, got {name!r}")
+    known = [] if maker.__init__ is object.__init__ else list(inspect.signature(maker).parameters)
+    known = [option for option in known if option != "name"]
+    for option in options:
+        if option not in known:
+            listed = ", ".join(known) or "none"
+            raise ValueError(f"tasks.make: options of {name} must be among {listed}, got {option!r}")
+    if name == "documents" and "path" not in options:
+        raise ValueError("tasks.make: documents needs the option path (a jsonl file), got none")
+    return maker(**{**given, **options})
+
+
 def get(task) -> Task:
-    """The task of a name, of ``"module:Class"`` (a task of one's own), or the task itself.
+    """The task of a name, of ``"documents:FILE.jsonl"``, of ``"module:Class"`` (a task of one's own), or the task itself.
 
     Raises:
         ValueError: no task of that name; the message lists the names.
@@ -31,6 +80,8 @@ def get(task) -> Task:
         return task
     if task in _TASKS:
         return _TASKS[task]
+    if isinstance(task, str) and task.startswith("documents:"):
+        return DocumentQA(task.partition(":")[2])
     if isinstance(task, str) and ":" in task:
         module, _, attribute = task.partition(":")
         try:
@@ -40,7 +91,9 @@ def get(task) -> Task:
         found = found() if isinstance(found, type) else found
         if isinstance(found, Task):
             return found
-    raise ValueError(f"tasks.get: task must be one of {', '.join(_TASKS)}, a Task or 'module:Class', got {task!r}")
+    raise ValueError(
+        f"tasks.get: task must be one of {', '.join(_TASKS)}, 'documents:FILE', a Task or 'module:Class', got {task!r}"
+    )
 
 
 def write(path, samples) -> None:
