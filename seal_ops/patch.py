@@ -30,7 +30,7 @@ NAME = "seal"  # in both registries; transformers reserves "/" and "|"
 # --------------------------------------------------------------------------------------------------------------------
 # Masks.  What the mask registry returns travels through model code that expects None or a tensor of four dimensions,
 # and `generate` calls .contiguous() on it.  A mask that is only structure is therefore sent as an *empty* tensor whose
-# sizes are the description, [kind, window, 0, keys]; a padded batch as the int64 row [1, max(window, 1), 1, T + B + 1]
+# sizes are the description, [kind, window, 0, keys]; a padded batch as the int32 row [1, max(window, 1), 1, T + B + 1]
 # that lists the T real tokens and the B + 1 sequence boundaries; anything else as the boolean mask of torch's SDPA.
 # --------------------------------------------------------------------------------------------------------------------
 _CAUSAL, _FULL = 1, 2
@@ -45,7 +45,7 @@ def _is_structure(mask: Tensor) -> bool:
 
 
 def _is_packing(mask: Tensor) -> bool:
-    return mask.dtype == torch.int64
+    return mask.dtype == torch.int32
 
 
 def _packing(padding: Tensor, window: int | None) -> Tensor | None:
@@ -59,7 +59,7 @@ def _packing(padding: Tensor, window: int | None) -> Tensor | None:
         if bool((padding.shape[1] - from_last - first != lengths)[lengths > 0].any()):
             return None
     tokens = padding.flatten().nonzero().squeeze(1)
-    row = torch.cat([tokens, lengths.new_zeros(1), lengths.cumsum(0)])
+    row = torch.cat([tokens, lengths.new_zeros(1), lengths.cumsum(0)]).int()
     return row[None, None, None].expand(1, window or 1, 1, -1)
 
 
@@ -120,6 +120,10 @@ def attention_mask(batch_size: int, q_length: int, kv_length: int, q_offset: int
 # --------------------------------------------------------------------------------------------------------------------
 _UNSUPPORTED = {"s_aux": "attention sinks", "position_bias": "a position bias", "cache": "a paged cache",
                 "head_mask": "a head mask"}
+
+
+class UnsupportedAttention(ValueError):
+    """A model's attention has a term that the scaled attention does not have."""
 
 
 @dataclasses.dataclass(eq=False)
@@ -192,13 +196,13 @@ def attention_forward(module: nn.Module, query: Tensor, key: Tensor, value: Tens
     """The entry of transformers' attention registry.
 
     query [B, Hq, Sq, D], key and value [B, Hkv, Sk, D], ``attention_mask`` from `attention_mask` above, or a boolean or
-    additive mask [B, 1, Sq, Sk].  Returns ([B, Sq, Hq, D], None), scaled by the module's scales.  Raises ValueError for
-    attention sinks and other terms that the op does not have.
+    additive mask [B, 1, Sq, Sk].  Returns ([B, Sq, Hq, D], None), scaled by the module's scales.  Raises
+    UnsupportedAttention for attention sinks and other terms that the op does not have.
     """
     for name, what in _UNSUPPORTED.items():
         if kwargs.get(name) is not None:
-            raise ValueError(f"seal_ops: {type(module).__name__} passes {what} ({name}), which the scaled attention "
-                             f"does not support")
+            raise UnsupportedAttention(f"seal_ops.attach: model must have attention without {what}, "
+                                       f"{type(module).__name__} passes {name}")
     site = getattr(module, "_seal_site", None)
     if site is not None and site.probe is not None:
         return site.probe.observe(query, key, value, seal_rotation), None
@@ -240,13 +244,13 @@ def attention_forward(module: nn.Module, query: Tensor, key: Tensor, value: Tens
     if packing is not None:
         tokens, cu_seqlens = packing.split([packing.numel() - q.shape[0] - 1, q.shape[0] + 1])
         if composed:
-            padding = torch.zeros(q.shape[:2], dtype=torch.bool, device=q.device).flatten()
-            dense = padding.index_fill(0, tokens, True).view(q.shape[0], 1, 1, -1)
+            real = torch.zeros(q.shape[:2], dtype=torch.bool, device=q.device).flatten()
+            dense = real.index_fill(0, tokens.long(), True).view(q.shape[0], 1, 1, -1)
         else:
             packed = [t.flatten(0, 1).index_select(0, tokens) for t in (q, k, v)]
             out = attention(*packed, scale, softmax_scale=scaling, causal=causal, window=window,
-                            cu_seqlens=cu_seqlens.int(), max_seqlen=q.shape[1], backend=backend)
-            out = out.new_zeros(q.shape[0] * q.shape[1], *out.shape[1:]).index_copy(0, tokens, out)
+                            cu_seqlens=cu_seqlens, max_seqlen=q.shape[1], backend=backend)
+            out = out.new_zeros(q.shape[0] * q.shape[1], *out.shape[1:]).index_copy(0, tokens.long(), out)
             return out.unflatten(0, q.shape[:2]), None
     if composed:
         if causal or window is not None:
@@ -262,9 +266,12 @@ def _composed(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: Tenso
 
     q [B, Sq, Hq, D], k [B, Sk, Hkv, D], v [B, Sk, Hkv, Dv]; mask boolean or additive, broadcast to [B, Hq, Sq, Sk].
     """
-    groups = q.shape[2] // k.shape[2]
+    batch, length, heads, _ = q.shape
+    groups = heads // k.shape[2]
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-    if groups > 1:
+    if groups > 1 and length == 1 and (mask is None or mask.shape[-3:-2] in ((), (1,))):
+        q = q.reshape(batch, -1, groups, q.shape[-1])  # decoding: the heads of a group as queries, no copy of the cache
+    elif groups > 1:
         k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
     if mask is not None:
         mask = mask[..., :k.shape[2]]
@@ -279,7 +286,7 @@ def _composed(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: Tenso
             scores = scores + mask
         weights = F.softmax(scores, -1, dtype=torch.float64 if q.dtype == torch.float64 else torch.float32)
         out = F.dropout(weights.to(q.dtype), dropout) @ v
-    out = out.transpose(1, 2)
+    out = out.reshape(batch, heads, length, -1).transpose(1, 2)
     if scale is None:
         return out
     factor = full_view(scale, out.shape[2], out.shape[3])[:, None]  # [B or 1, 1, Hq, D or 1]
@@ -437,6 +444,8 @@ def find_sites(model: nn.Module, fuse_rotation: bool = True) -> list[Site]:
         raise ValueError("seal_ops.attach: model must have its weights loaded, found parameters on the meta device")
     try:
         _probe(model, candidates, fuse_rotation)
+    except UnsupportedAttention:
+        raise
     except Exception as error:
         # A forward that looks into cos and sin refuses the stand-in that carries a deferred rotation.
         if not any(s.rotated for s in candidates):

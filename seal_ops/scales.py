@@ -181,7 +181,8 @@ def _select(sites: list[Site], layers: Sequence[int] | None) -> list[int]:
     return chosen
 
 
-def _refuse_second(model: nn.Module, call: str) -> None:
+def refuse_second(model: nn.Module, call: str) -> None:
+    """ValueError in the name of ``call`` where the model already has scales."""
     if any(isinstance(m, Scales) for m in model.modules()):
         raise ValueError(f"seal_ops.{call}: model already has scales attached; call seal_ops.detach(model) first")
 
@@ -200,12 +201,13 @@ def attach(model: nn.Module, granularity: str = "head", layers: Sequence[int] | 
     """
     if granularity not in GRANULARITIES:
         raise ValueError(f"seal_ops.attach: granularity must be 'head' or 'channel', got {granularity!r}")
-    _refuse_second(model, "attach")
-    return _attach(model, find_sites(model), granularity, layers, backend)
+    refuse_second(model, "attach")
+    return attach_to(model, find_sites(model), granularity, layers, backend)
 
 
-def _attach(model: nn.Module, sites: list[Site], granularity: str, layers: Sequence[int] | None,
-            backend: str | None) -> Scales:
+def attach_to(model: nn.Module, sites: list[Site], granularity: str, layers: Sequence[int] | None,
+              backend: str | None) -> Scales:
+    """`attach`, for sites that are already found."""
     config = describe(model, sites, granularity, layers)
     parameters = [next(s.o_proj.parameters()) for s in sites]
     if backend not in (None, "auto"):
@@ -326,11 +328,11 @@ def load(model: nn.Module, save_directory: str | os.PathLike, backend: str | Non
     file and ValueError, one sentence, for a damaged file, an adapter made for another model, or tensors of another
     shape or dtype than the config says.
     """
-    _refuse_second(model, "load")
+    refuse_second(model, "load")
     config, tensors = read(save_directory)
     sites = find_sites(model)
     check_fits(config, model, sites, os.fspath(save_directory))
-    scales = _attach(model, sites, config.granularity, config.layers, backend)
+    scales = attach_to(model, sites, config.granularity, config.layers, backend)
     with torch.no_grad():
         for layer, scale in scales.items():
             scale.copy_(tensors[f"layers.{layer}.scale"])
@@ -345,6 +347,7 @@ def _existing(folder: str | os.PathLike, name: str, call: str = "load") -> str:
 
 
 def read_json(folder: str | os.PathLike, name: str = CONFIG_FILE, call: str = "load") -> dict:
+    """The object in a JSON file of an adapter; FileNotFoundError or ValueError in the name of ``call``."""
     path = _existing(folder, name, call)
     try:
         with open(path, encoding="utf-8") as file:
@@ -357,6 +360,7 @@ def read_json(folder: str | os.PathLike, name: str = CONFIG_FILE, call: str = "l
 
 
 def read_tensors(folder: str | os.PathLike, name: str = WEIGHTS_FILE, call: str = "load") -> dict[str, Tensor]:
+    """The tensors of a safetensors file of an adapter, on the CPU; errors as in `read_json`."""
     path = _existing(folder, name, call)
     try:
         return safetensors.torch.load_file(path, device="cpu")

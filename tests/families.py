@@ -24,12 +24,14 @@ class Family:
     fused_rotation: bool = True
     mergeable: bool = True
     head_dim: int = 16
+    implementation: str | None = None  # where transformers' own choice differs between versions
 
     def build(self, dtype: torch.dtype = torch.float32, seed: int = 0, **overrides) -> nn.Module:
         """A causal language model with random weights and a config object of its own, in eval mode."""
         torch.manual_seed(seed)
         config = getattr(transformers, self.config)(**{**_COMMON, **self.overrides, **overrides})
-        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32,
+                                                              attn_implementation=self.implementation)
         with torch.no_grad():  # biases and norms start at 0 and 1, which would hide mistakes in them
             for name, p in model.named_parameters():
                 if p.dim() == 1:
@@ -44,7 +46,8 @@ FAMILIES = {
     "qwen2": Family("Qwen2Config", dict(use_sliding_window=True, sliding_window=WINDOW, max_window_layers=1)),
     "qwen3": Family("Qwen3Config", dict(head_dim=16, attention_bias=True)),
     "gemma2": Family("Gemma2Config", dict(head_dim=16, sliding_window=WINDOW, query_pre_attn_scalar=20,
-                                          attn_logit_softcapping=3.0)),
+                                          attn_logit_softcapping=3.0),
+                     implementation="eager"),  # up to 5.17 the default, SDPA, drops the soft cap of the scores
     "gemma3": Family("Gemma3TextConfig", dict(head_dim=16, sliding_window=WINDOW, query_pre_attn_scalar=20,
                                               layer_types=["sliding_attention", "full_attention"])),
     "phi3": Family("Phi3Config", dict(rope_parameters=dict(rope_type="default", rope_theta=10000.0,
@@ -96,3 +99,13 @@ def scale_by_hooks(model: nn.Module, scales: dict[int, torch.Tensor], head_dim: 
 def largest(a: torch.Tensor, b: torch.Tensor) -> float:
     """max |a - b|, in fp64."""
     return (a.double() - b.double()).abs().max().item()
+
+
+def logits(model: nn.Module, ids: torch.Tensor, **kwargs) -> torch.Tensor:
+    with torch.no_grad():
+        return model(ids, use_cache=False, **kwargs).logits
+
+
+def close(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Equal but for the rounding of another order of fp32 sums, in logits of size 1 to 100."""
+    return largest(a, b) <= 2e-5 * max(1.0, b.abs().max().item())

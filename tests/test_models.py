@@ -3,7 +3,7 @@ import copy
 
 import pytest
 import torch
-from families import FAMILIES, MERGEABLE, largest, randomise, scale_by_hooks, tokens, untouched
+from families import FAMILIES, MERGEABLE, close, largest, logits, randomise, scale_by_hooks, tokens, untouched
 from torch import nn
 from transformers import DynamicCache, StaticCache
 
@@ -25,16 +25,6 @@ def _one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
-
-
-def logits(model: nn.Module, ids: torch.Tensor, **kwargs) -> torch.Tensor:
-    with torch.no_grad():
-        return model(ids, use_cache=False, **kwargs).logits
-
-
-def close(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Equal but for the rounding of another order of fp32 sums, in logits of size 1 to 100."""
-    return largest(a, b) <= 2e-5 * max(1.0, b.abs().max().item())
 
 
 @every_dtype
