@@ -49,6 +49,18 @@ def test_a_wrong_contestant_is_reported_and_never_timed():
     assert rows[0]["ms"] == "" and rows[0]["worst_error"] > 0.1
 
 
+def test_a_contestant_that_fails_gets_a_row_and_the_others_go_on():
+    (right,) = (c for c in contestants.all_contestants() if c.name == "seal-cpu")
+
+    def explode(operation, p):
+        raise KeyError("no kernel image\nsecond line")
+
+    device = torch.device("cpu")
+    session = run.Session(device, torch.float32, timing.Clock(device), None, row_ms=2)
+    rows = run.measure_shape("rope", shapes.SUITES["smoke"][0], [dataclasses.replace(right, name="broken", prepare=explode), right], session)
+    assert [(r["contestant"], r["status"]) for r in rows] == [("broken", "failed: KeyError: 'no kernel image\\nsecond line'"), ("seal-cpu", "ok")]
+
+
 def test_the_command_writes_rows_with_the_environment_and_a_plot(tmp_path, capsys):
     assert bench.main(["--suite", "smoke", "--no-compiled", "--row-ms", "2", "--out", str(tmp_path), "--name", "r", "--device", "cpu"]) == 0
     with open(tmp_path / "r.csv") as file:

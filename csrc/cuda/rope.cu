@@ -22,16 +22,8 @@ namespace seal {
 namespace {
 
 constexpr int kThreads = 256;
-#ifndef SEAL_ROPE_UNROLL
-#define SEAL_ROPE_UNROLL 2
-#endif
-#ifndef SEAL_ROPE_BLOCKS
-#define SEAL_ROPE_BLOCKS 3
-#endif
-#ifndef SEAL_ROPE_CACHE
-#define SEAL_ROPE_CACHE 1
-#endif
-constexpr int UNROLL = SEAL_ROPE_UNROLL;
+constexpr int kBlocks = 3;  // CTAs an SM that the registers must allow: 80 a thread
+constexpr int UNROLL = 2;   // heads in flight a thread
 
 // How the threads of a CTA are dealt out; filled by launch_rope.
 struct Tiling {
@@ -94,26 +86,6 @@ __device__ __forceinline__ void pack(const float* x, Bits<T, VEC>& bits) {
   }
 }
 
-// Q and K are read once: past L1, which cos and sin keep.
-template <typename T, int VEC>
-__device__ __forceinline__ Bits<T, VEC> load_once(const T* pointer) {
-  const auto* at = reinterpret_cast<const Bits<T, VEC>*>(pointer);
-  if constexpr (sizeof(Bits<T, VEC>) == 16) {
-#if SEAL_ROPE_CACHE == 0
-    return *at;
-#elif SEAL_ROPE_CACHE == 1
-    uint4 bits;
-    asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(bits.x), "=r"(bits.y), "=r"(bits.z), "=r"(bits.w) : "l"(at));
-    return bits;
-#else
-    return __ldcs(at);
-#endif
-  } else {
-    return *at;
-  }
-}
-
 // N values of cos or sin as fp32. Aligned to N elements wherever N > 1 (launch_rope sees to it).
 template <typename C, int N>
 __device__ __forceinline__ void load_angles(const void* base, int64_t index, float* out) {
@@ -159,7 +131,7 @@ __device__ __forceinline__ void rotate(Bits<T, VEC>& a, Bits<T, VEC>& b, const f
 }
 
 template <typename T, int VEC, bool INTERLEAVED>
-__global__ void __launch_bounds__(kThreads, SEAL_ROPE_BLOCKS)
+__global__ void __launch_bounds__(kThreads, kBlocks)
 rope_kernel(const __grid_constant__ RopeParams p, const __grid_constant__ Tiling t) {
   const int item_lane = threadIdx.x % t.item_lanes;
   const int head_lane = threadIdx.x / t.item_lanes % t.head_lanes;
@@ -232,8 +204,8 @@ rope_kernel(const __grid_constant__ RopeParams p, const __grid_constant__ Tiling
         const int h = head + u * t.head_lanes;
         if (h < end_head) {
           const T* x = h < p.q.heads ? q_in + h * p.q.head_stride : k_in + h * p.k.head_stride;
-          a[u] = load_once<T, VEC>(x + first);
-          if (has_second) b[u] = load_once<T, VEC>(x + second);
+          a[u] = *reinterpret_cast<const Bits<T, VEC>*>(x + first);
+          if (has_second) b[u] = *reinterpret_cast<const Bits<T, VEC>*>(x + second);
         }
       }
 #pragma unroll

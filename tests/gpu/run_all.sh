@@ -52,7 +52,7 @@ sanitizer() {  # tool, parts
   local tool=$1 begin=$SECONDS
   shift
   command -v compute-sanitizer >/dev/null || { echo "77 0" >"$work/$tool.status"; echo "compute-sanitizer is not installed" >"$work/$tool.log"; return; }
-  PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout -k 5 "${SEAL_STAGE_S:-330}" compute-sanitizer --tool "$tool" --kernel-name kernel_substring=seal \
+  PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout -k 5 "${SEAL_STAGE_S:-330}" compute-sanitizer --tool "$tool" --kernel-name kns=seal \
     --error-exitcode 9 --print-limit 20 "$python" tests/gpu/sanitize.py "$@" >"$work/$tool.log" 2>&1
   echo "$? $((SECONDS - begin))" >"$work/$tool.status"
 }
