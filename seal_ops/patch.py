@@ -154,11 +154,19 @@ class Site:
 
 
 class _Rotation:
-    """cos and sin on their way through a module's forward to the attention call, with the q and k they belong to."""
+    """cos and sin on their way through a module's forward.
 
-    def __init__(self, cos: Tensor, sin: Tensor):
-        self.cos, self.sin = cos, sin
+    With ``waits`` the rotation is left to the attention call, and q and k are kept to see that it gets the same.
+    """
+
+    def __init__(self, cos: Tensor, sin: Tensor, waits: bool, backend: str | None):
+        self.cos, self.sin = _halves(cos, sin)
+        self.waits, self.backend = waits, backend
         self.q = self.k = None
+
+    def apply(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """q [B, S, Hq, D] and k [B, S, Hkv, D], rotated."""
+        return rope(q, k, self.cos, self.sin, backend=self.backend)
 
 
 def _halves(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
@@ -169,23 +177,26 @@ def _halves(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
 
 def _rotate(q, k, cos, sin, unsqueeze_dim=1):
     """Takes the place of a model's half-split ``apply_rotary_pos_emb``; q [B, Hq, S, D], k [B, Hkv, S, D]."""
-    if isinstance(cos, _Rotation):
-        cos.q, cos.k = q, k
+    rotation = cos if isinstance(cos, _Rotation) else _Rotation(cos, sin, waits=False, backend=None)
+    if rotation.waits:
+        rotation.q, rotation.k = q, k
         return q, k
     if unsqueeze_dim == 1:
-        q, k = rope(q.transpose(1, 2), k.transpose(1, 2), *_halves(cos, sin))
+        q, k = rotation.apply(q.transpose(1, 2), k.transpose(1, 2))
         return q.transpose(1, 2), k.transpose(1, 2)
-    return rope(q, k, *_halves(cos, sin))
+    return rotation.apply(q, k)
 
 
 def _forward(self, *args, **kwargs):
     """``forward`` of an attention module whose rotation is fused; ``self`` is that module."""
     site = self._seal_site
     embeddings = kwargs.get("position_embeddings")
-    if site.deferred and embeddings is not None and kwargs.get("past_key_values") is None:
-        rotation = _Rotation(*embeddings)
+    if site.deferred and embeddings is not None:
+        # A cache wants rotated keys before the attention call.
+        rotation = _Rotation(*embeddings, waits=kwargs.get("past_key_values") is None, backend=site.backend)
         kwargs["position_embeddings"] = (rotation, rotation.sin)
-        kwargs["seal_rotation"] = rotation
+        if rotation.waits:
+            kwargs["seal_rotation"] = rotation
     return site.rotated(self, *args, **kwargs)
 
 
@@ -236,11 +247,11 @@ def attention_forward(module: nn.Module, query: Tensor, key: Tensor, value: Tens
 
     composed = softcap is not None or dropout > 0 or q.shape[-1] != v.shape[-1] or dense is not None
     if seal_rotation is not None and not composed and packing is None:
-        out = rope_attention(q, k, v, *_halves(seal_rotation.cos, seal_rotation.sin), scale=scale,
-                             softmax_scale=scaling, causal=causal, window=window, backend=backend)
+        out = rope_attention(q, k, v, seal_rotation.cos, seal_rotation.sin, scale=scale, softmax_scale=scaling,
+                             causal=causal, window=window, backend=backend)
         return out, None
     if seal_rotation is not None:
-        q, k = rope(q, k, *_halves(seal_rotation.cos, seal_rotation.sin))
+        q, k = seal_rotation.apply(q, k)
     if packing is not None:
         tokens, cu_seqlens = packing.split([packing.numel() - q.shape[0] - 1, q.shape[0] + 1])
         if composed:
