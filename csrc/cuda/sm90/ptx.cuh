@@ -27,6 +27,13 @@ SEAL_DEVICE bool elect_one() {
   return elected != 0;
 }
 
+// The lane's number, read anew at every call: what is computed from it is not kept in registers from one use to the next.
+SEAL_DEVICE uint32_t fresh_lane() {
+  uint32_t lane;
+  asm volatile("mov.u32 %0, %%laneid;" : "=r"(lane));
+  return lane;
+}
+
 // ---- mbarriers: `phase` is the parity of the phase to wait for. A fresh barrier is in phase 0: waiting for parity 1
 // returns at once, waiting for parity 0 returns when the first phase has completed.
 

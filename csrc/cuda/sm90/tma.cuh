@@ -21,8 +21,8 @@ namespace seal::sm90 {
 constexpr int kSlabColumns = 64;
 constexpr int kSlabRowBytes = 128;
 
-constexpr int slabs(int head_dim) { return (head_dim + kSlabColumns - 1) / kSlabColumns; }
-constexpr int tile_bytes(int rows, int head_dim) { return slabs(head_dim) * rows * kSlabRowBytes; }
+__host__ __device__ constexpr int slabs(int head_dim) { return (head_dim + kSlabColumns - 1) / kSlabColumns; }
+__host__ __device__ constexpr int tile_bytes(int rows, int head_dim) { return slabs(head_dim) * rows * kSlabRowBytes; }
 
 // Byte offset of the 16-byte chunk `chunk` (0..7) of row `row` inside a slab.
 SEAL_DEVICE uint32_t swizzled(uint32_t row, uint32_t chunk) { return row * kSlabRowBytes + ((chunk ^ (row & 7)) << 4); }
@@ -93,7 +93,7 @@ struct TileSource {
 
 // True if a map can be made of the tensor as it is: 16-byte aligned data and strides.
 inline bool tma_ready(const TileSource& t) {
-  const auto aligned = [](int64_t stride, int64_t size) { return size <= 1 || (stride > 0 && stride % 8 == 0); };
+  const auto aligned = [](int64_t stride, int64_t size) { return size <= 1 || stride % 8 == 0; };
   return reinterpret_cast<uintptr_t>(t.data) % 16 == 0 && t.head_dim % 8 == 0 && aligned(t.row_stride, t.rows) &&
          aligned(t.head_stride, t.heads) && aligned(t.batch_stride, t.batch);
 }

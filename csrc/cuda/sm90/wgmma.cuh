@@ -36,32 +36,41 @@ enum class Major { kK, kMN };
 // A tile in the slab format of tma.cuh, kRows rows to a slab, as a wgmma operand. `address` is the tile's start, or for a
 // part of it: + 128 * r for rows from r on (r a multiple of 8), + s * kRows * 128 for columns from 64 s on.
 template <Major kMajor, int kRows>
-struct Operand {
-  uint64_t descriptor;
-
-  SEAL_DEVICE explicit Operand(uint32_t address) {
-    // Units of 16 bytes. Stride offset: 8 rows, 1024 bytes. Leading offset: from slab to slab along m or n; unused for kK.
-    constexpr uint32_t kLeading = kMajor == Major::kMN ? kRows * kSlabRowBytes / 16 : 1;
-    constexpr uint32_t kStride = 1024 / 16;
-    constexpr uint32_t kSwizzle128 = 1u << 30;
-    const uint32_t low = warp_uniform(((address & 0x3ffff) >> 4) | (kLeading << 16));
-    descriptor = (static_cast<uint64_t>(kStride | kSwizzle128) << 32) | low;
-  }
+class Operand {
+ public:
+  SEAL_DEVICE explicit Operand(uint32_t address) : low_(warp_uniform(((address & 0x3ffff) >> 4) | (kLeading << 16))) {}
   SEAL_DEVICE explicit Operand(const void* tile) : Operand(smem_address(tile)) {}
+
+  // From an address that is warp-uniform already: no shuffle.
+  static SEAL_DEVICE Operand at_uniform(uint32_t address) {
+    Operand operand;
+    operand.low_ = ((address & 0x3ffff) >> 4) | (kLeading << 16);
+    return operand;
+  }
 
   // The descriptor of k16 step `step`.
   SEAL_DEVICE uint64_t at(int step) const {
     constexpr int kStepsPerSlab = kSlabColumns / 16;
     const int bytes = kMajor == Major::kK ? (step / kStepsPerSlab) * kRows * kSlabRowBytes + (step % kStepsPerSlab) * 32
                                           : step * 16 * kSlabRowBytes;
-    return descriptor + static_cast<uint64_t>(bytes / 16);
+    return (static_cast<uint64_t>(kStride | kSwizzle128) << 32) | (low_ + bytes / 16);
   }
   // The same operand `bytes` further on (next pipeline stage, other rows).
   SEAL_DEVICE Operand advanced(uint32_t bytes) const {
     Operand other = *this;
-    other.descriptor += bytes / 16;
+    other.low_ += bytes / 16;
     return other;
   }
+
+ private:
+  Operand() = default;
+
+  // Units of 16 bytes. Stride offset: 8 rows, 1024 bytes. Leading offset: from slab to slab along m or n; unused for kK.
+  static constexpr uint32_t kLeading = kMajor == Major::kMN ? kRows * kSlabRowBytes / 16 : 1;
+  static constexpr uint32_t kStride = 1024 / 16;
+  static constexpr uint32_t kSwizzle128 = 1u << 30;
+
+  uint32_t low_;  // address and leading offset; the upper half is constant, and no sum carries into it
 };
 
 // ---- single instructions: wgmma.mma_async.m64nNk16
