@@ -128,6 +128,14 @@ def _load(args):
     return load_model(args.model, device=args.device, dtype=args.dtype, call=f"seal {args.command}")
 
 
+def _task(args):
+    from . import tasks
+
+    if ":" in args.task and os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # module:Class may lie in the working directory
+    return tasks.get(args.task)
+
+
 # ----------------------------------------------------------------------------------------------------- subcommands
 
 
@@ -204,7 +212,7 @@ def _data(args):
     from .loading import load_tokenizer
 
     tokenizer = load_tokenizer(args.tokenizer, "seal data")
-    samples = tasks.get(args.task).generate(
+    samples = _task(args).generate(
         tokenizer, args.length, args.samples, args.seed, split=args.split, chat_template=args.chat_format, progress=None
     )
     tasks.write(args.output, samples)
@@ -243,7 +251,7 @@ def _train(args):
     if args.data is not None:
         samples = tasks.read(args.data)
     else:
-        samples = tasks.get(args.task).generate(
+        samples = _task(args).generate(
             tokenizer, args.length, args.samples, args.seed, chat_template=args.chat_format, progress=None
         )
     attach(model, args.granularity, backend=args.backend)
@@ -300,7 +308,7 @@ def _eval(args):
     result = evaluate(
         model,
         tokenizer,
-        args.task,
+        _task(args),
         args.lengths,
         args.cases,
         batch_size=args.batch_size,

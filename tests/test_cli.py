@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import runpy
 import subprocess
 import sys
 
@@ -181,3 +182,34 @@ def test_scales_plot_takes_both_granularities(tmp_path):
     with pytest.raises(ValueError, match=r"path must end with one of \.png, \.svg, \.pdf, got .*scales\.bmp"):
         plots.scales_by_layer(scales, tmp_path / "scales.bmp")
     assert sorted(os.listdir(tmp_path)) == ["scales.svg"]
+
+
+EXAMPLES = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "examples")
+
+
+@pytest.mark.parametrize("script", ["train_scales.py", "trainer.py"])
+def test_examples_run(script, folder, tmp_path, monkeypatch, capsys):
+    arguments = ["--model", folder, "--length", 380, "--samples", 3, "--output", tmp_path / "scales"]
+    arguments += ["--cases", 2] if script == "train_scales.py" else []
+    monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
+    runpy.run_path(os.path.join(EXAMPLES, script), run_name="__main__")
+    assert (tmp_path / "scales" / "adapter_model.safetensors").exists()
+    if script == "train_scales.py":
+        lines = {line.split()[0]: line.split(None, 1)[1] for line in capsys.readouterr().out.splitlines() if "{" in line}
+        assert list(lines) == ["base", "trained", "disabled", "merged"]
+        assert lines["base"] == lines["disabled"] and lines["trained"] == lines["merged"]
+
+
+def test_a_task_of_ones_own_from_the_working_directory(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(EXAMPLES)
+    monkeypatch.setattr(sys, "path", [p for p in sys.path if p])
+    shipped = os.path.join(os.path.dirname(EXAMPLES), "models", "seal-tiny")
+    code, out, err = seal(
+        capsys, "data", "--tokenizer", shipped, "--task", "own_task:Boxes", "--length", 256, "--samples", 2,
+        "--output", tmp_path / "boxes.jsonl",
+    )  # fmt: skip
+    assert code == 0, err
+    samples = tasks.read(tmp_path / "boxes.jsonl")
+    task = tasks.get("own_task:Boxes")
+    assert all(task.score(s, s.answer) == 1 and s.answer.split()[-1].strip(".") in s.prompt for s in samples)
+    assert all(task.score(a, b.answer) == 0 for a, b in (samples, samples[::-1]))
