@@ -17,12 +17,13 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .configs import choose
-from .host import Geometry, Rows, factor_arguments, on_device, padded_head_dim, per_sequence, precision
+from .host import Geometry, Rows, factor_arguments, on_device, padded_head_dim, per_sequence, precision, uses_tma
 from .rotary import rotate_in_place
-from .tiling import LOG2E, aligned_column, first_tile, key_blocks, load_factor, load_rows, locate, product, query_blocks, seen
+from .tiling import LOG2E, aligned_column, first_tile, key_blocks, load_factor, load_rows, load_statistics, locate, product, query_blocks, seen
 
 _LOG2E = tl.constexpr(LOG2E)
 _ROWS = 64  # tokens of a tile of _prepare and _scale_v
+_SLACK = 128  # rows that the last tile of a row may reach beyond it
 
 
 @triton.jit(do_not_specialize=["num_seqs", "len_q", "columns", "tiles", "offset_b"])
@@ -81,24 +82,24 @@ def _scale_v(v_ptr, v_b, v_s, v_h, out_ptr, cu_k_ptr, scale_ptr, scale_b, scale_
 
 
 @triton.jit
-def _query_loop(dk, dv, k, v, q_desc, g_desc, statistics_desc, batch, start_q, row, column, head, keys, begin, end, split, skip, len_q,
-                len_k, left, right, qk_scale, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, HAS_LEFT: tl.constexpr,
+def _query_loop(dk, dv, k, v, q_source, g_source, statistics_source, batch, start_q, row, column, head, keys, begin, end, split, skip, len_q,
+                len_k, left, right, qk_scale, BLOCK_M: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, HAS_LEFT: tl.constexpr,
                 HAS_RIGHT: tl.constexpr, MASKED: tl.constexpr, PACKED: tl.constexpr, NEED_DK: tl.constexpr,
-                PRECISION: tl.constexpr):
+                PRECISION: tl.constexpr, TMA: tl.constexpr):
     """Adds dS^T Q to dk and P^T g to dv over the query blocks begin..end; those from `split` on lie `skip` further."""
     for i in tl.range(begin, end):
         first = i * BLOCK_M
         if MASKED:
             first += tl.where(i >= split, skip, 0) * BLOCK_M
-        q = load_rows(q_desc, batch, start_q + first, head, BLOCK_M, BLOCK_D)
-        g = load_rows(g_desc, batch, start_q + first, head, BLOCK_M, BLOCK_D)
+        q = load_rows(q_source, batch, head, start_q, first, len_q, BLOCK_M, HEAD_DIM, BLOCK_D, TMA, MASKED)
+        g = load_rows(g_source, batch, head, start_q, first, len_q, BLOCK_M, HEAD_DIM, BLOCK_D, TMA, MASKED)
         if MASKED:
             rows = first + tl.arange(0, BLOCK_M)
-            if PACKED:  # rows of the next sequence may hold NaN, and 0 * NaN would reach us
+            if PACKED and TMA:  # rows of the next sequence may hold NaN, and 0 * NaN would reach us
                 q = tl.where(rows[:, None] < len_q, q, 0.0)
                 g = tl.where(rows[:, None] < len_q, g, 0.0)
         s = product(k, q.T, None, PRECISION)
-        lse = statistics_desc.load([0, row, column + first]).reshape(BLOCK_M)
+        lse = load_statistics(statistics_source, 0, row, column + first, BLOCK_M, TMA)
         p = tl.exp2(s * qk_scale - lse[None, :])
         if MASKED:
             allowed = seen(rows[None, :], keys[:, None], len_q, len_k, left, right, HAS_LEFT, HAS_RIGHT)
@@ -107,7 +108,7 @@ def _query_loop(dk, dv, k, v, q_desc, g_desc, statistics_desc, batch, start_q, r
         dv = product(p, g, dv, PRECISION)
         if NEED_DK:
             dp = product(v, g.T, None, PRECISION)
-            delta = statistics_desc.load([1, row, column + first]).reshape(BLOCK_M)
+            delta = load_statistics(statistics_source, 1, row, column + first, BLOCK_M, TMA)
             ds = p.to(tl.float32) * (dp - delta[None, :])
             if MASKED:
                 ds = tl.where(allowed, ds, 0.0)
@@ -116,11 +117,11 @@ def _query_loop(dk, dv, k, v, q_desc, g_desc, statistics_desc, batch, start_q, r
 
 
 @triton.jit(do_not_specialize=["num_seqs", "len_q", "len_k", "tiles", "left", "right", "scale_b"])
-def _dkdv(q_desc, k_desc, v_desc, scaled_v_desc, g_desc, statistics_desc, dk_ptr, dv_ptr, part_ptr, sums_ptr, cu_q_ptr, cu_k_ptr,
+def _dkdv(q_source, k_source, v_source, scaled_v_source, g_source, statistics_source, dk_ptr, dv_ptr, part_ptr, sums_ptr, cu_q_ptr, cu_k_ptr,
           scale_ptr, scale_b, scale_h, scale_d, sigma, qk_scale, num_seqs, len_q, len_k, tiles, kv_heads, left, right,
           GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
           HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, PACKED: tl.constexpr, NEED_DK: tl.constexpr,
-          PRECISION: tl.constexpr):
+          PRECISION: tl.constexpr, TMA: tl.constexpr):
     all_k = len_k
     kv_head, batch, seq, tile, start_k, len_k, start_q, len_q = locate(
         tl.program_id(0), tiles, kv_heads, num_seqs, cu_k_ptr, cu_q_ptr, len_k, len_q, BLOCK_N, PACKED)
@@ -129,9 +130,9 @@ def _dkdv(q_desc, k_desc, v_desc, scaled_v_desc, g_desc, statistics_desc, dk_ptr
         return
     keys = first + tl.arange(0, BLOCK_N)
     d = tl.arange(0, BLOCK_D)
-    k = load_rows(k_desc, batch, start_k + first, kv_head, BLOCK_N, BLOCK_D)
+    k = load_rows(k_source, batch, kv_head, start_k, first, len_k, BLOCK_N, HEAD_DIM, BLOCK_D, TMA, True)
     if scale_ptr is None:
-        v = load_rows(v_desc, batch, start_k + first, kv_head, BLOCK_N, BLOCK_D)
+        v = load_rows(v_source, batch, kv_head, start_k, first, len_k, BLOCK_N, HEAD_DIM, BLOCK_D, TMA, True)
     column = aligned_column(start_q, seq, PACKED)
     begin, full_begin, full_end, end = query_blocks(first, len_q, len_k, left, right, BLOCK_M, BLOCK_N, HAS_LEFT, HAS_RIGHT)
     at = ((batch.to(tl.int64) * all_k + start_k + keys) * kv_heads + kv_head)[:, None] * HEAD_DIM + d[None, :]
@@ -143,17 +144,17 @@ def _dkdv(q_desc, k_desc, v_desc, scaled_v_desc, g_desc, statistics_desc, dk_ptr
         head = kv_head * GROUP + member
         row = batch * kv_heads * GROUP + head
         if scale_ptr is not None:
-            v = load_rows(scaled_v_desc, batch, start_k + first, head, BLOCK_N, BLOCK_D)
+            v = load_rows(scaled_v_source, batch, head, start_k, first, len_k, BLOCK_N, HEAD_DIM, BLOCK_D, TMA, True)
             dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-        dk, dv = _query_loop(dk, dv, k, v, q_desc, g_desc, statistics_desc, batch, start_q, row, column, head, keys, full_begin, full_end,
-                             0, 0, len_q, len_k, left, right, qk_scale, BLOCK_M, BLOCK_D, HAS_LEFT, HAS_RIGHT, False, PACKED,
-                             NEED_DK, PRECISION)
-        dk, dv = _query_loop(dk, dv, k, v, q_desc, g_desc, statistics_desc, batch, start_q, row, column, head, keys, begin,
+        dk, dv = _query_loop(dk, dv, k, v, q_source, g_source, statistics_source, batch, start_q, row, column, head, keys, full_begin, full_end,
+                             0, 0, len_q, len_k, left, right, qk_scale, BLOCK_M, HEAD_DIM, BLOCK_D, HAS_LEFT, HAS_RIGHT, False, PACKED,
+                             NEED_DK, PRECISION, TMA)
+        dk, dv = _query_loop(dk, dv, k, v, q_source, g_source, statistics_source, batch, start_q, row, column, head, keys, begin,
                              end - (full_end - full_begin), full_begin, full_end - full_begin, len_q, len_k, left, right,
-                             qk_scale, BLOCK_M, BLOCK_D, HAS_LEFT, HAS_RIGHT, True, PACKED, NEED_DK, PRECISION)
+                             qk_scale, BLOCK_M, HEAD_DIM, BLOCK_D, HAS_LEFT, HAS_RIGHT, True, PACKED, NEED_DK, PRECISION, TMA)
         if scale_ptr is not None:
             if sums_ptr is not None:
-                unscaled = load_rows(v_desc, batch, start_k + first, kv_head, BLOCK_N, BLOCK_D).to(tl.float32)
+                unscaled = load_rows(v_source, batch, kv_head, start_k, first, len_k, BLOCK_N, HEAD_DIM, BLOCK_D, TMA, True).to(tl.float32)
                 product = tl.where(valid, unscaled * dv, 0.0)
                 number = batch * tiles + (tl.program_id(0) % tiles)
                 tl.store(sums_ptr + (number.to(tl.int64) * kv_heads * GROUP + head) * HEAD_DIM + d, tl.sum(product, 0),
@@ -172,18 +173,18 @@ def _dkdv(q_desc, k_desc, v_desc, scaled_v_desc, g_desc, statistics_desc, dk_ptr
 
 
 @triton.jit
-def _key_loop(dq, q, g, lse, delta, k_desc, v_desc, batch, start_k, kv_head, rows, begin, end, split, skip, len_q, len_k, left,
-              right, qk_scale, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr,
-              MASKED: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr):
+def _key_loop(dq, q, g, lse, delta, k_source, v_source, batch, start_k, kv_head, rows, begin, end, split, skip, len_q, len_k, left,
+              right, qk_scale, BLOCK_N: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr,
+              MASKED: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr):
     """Adds dS K to dq over the key blocks begin..end; those from `split` on lie `skip` blocks further."""
     for i in tl.range(begin, end):
         first = i * BLOCK_N
         if MASKED:
             first += tl.where(i >= split, skip, 0) * BLOCK_N
-        k = load_rows(k_desc, batch, start_k + first, kv_head, BLOCK_N, BLOCK_D)
-        v = load_rows(v_desc, batch, start_k + first, kv_head, BLOCK_N, BLOCK_D)
+        k = load_rows(k_source, batch, kv_head, start_k, first, len_k, BLOCK_N, HEAD_DIM, BLOCK_D, TMA, MASKED)
+        v = load_rows(v_source, batch, kv_head, start_k, first, len_k, BLOCK_N, HEAD_DIM, BLOCK_D, TMA, MASKED)
         keys = first + tl.arange(0, BLOCK_N)
-        if MASKED and PACKED:  # rows of the next sequence may hold NaN, and 0 * NaN would reach us
+        if MASKED and PACKED and TMA:  # rows of the next sequence may hold NaN, and 0 * NaN would reach us
             k = tl.where(keys[:, None] < len_k, k, 0.0)
         s = product(q, k.T, None, PRECISION)
         dp = product(g, v.T, None, PRECISION)
@@ -195,10 +196,10 @@ def _key_loop(dq, q, g, lse, delta, k_desc, v_desc, batch, start_k, kv_head, row
 
 
 @triton.jit(do_not_specialize=["num_seqs", "len_q", "len_k", "columns", "tiles", "left", "right", "scale_b"])
-def _dq(q_desc, k_desc, v_desc, g_desc, statistics_ptr, dq_ptr, cu_q_ptr, cu_k_ptr, scale_ptr, scale_b, scale_h, scale_d,
+def _dq(q_source, k_source, v_source, g_source, statistics_ptr, dq_ptr, cu_q_ptr, cu_k_ptr, scale_ptr, scale_b, scale_h, scale_d,
         sigma, qk_scale, num_seqs, len_q, len_k, columns, tiles, heads, left, right, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr,
         BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr,
-        PACKED: tl.constexpr, PRECISION: tl.constexpr):
+        PACKED: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr):
     all_q = len_q
     head, batch, seq, tile, start_q, len_q, start_k, len_k = locate(
         tl.program_id(0), tiles, heads, num_seqs, cu_q_ptr, cu_k_ptr, len_q, len_k, BLOCK_M, PACKED)
@@ -208,8 +209,8 @@ def _dq(q_desc, k_desc, v_desc, g_desc, statistics_ptr, dq_ptr, cu_q_ptr, cu_k_p
     rows = first + tl.arange(0, BLOCK_M)
     inside = rows < len_q
     d = tl.arange(0, BLOCK_D)
-    q = load_rows(q_desc, batch, start_q + first, head, BLOCK_M, BLOCK_D)
-    g = load_rows(g_desc, batch, start_q + first, head, BLOCK_M, BLOCK_D)
+    q = load_rows(q_source, batch, head, start_q, first, len_q, BLOCK_M, HEAD_DIM, BLOCK_D, TMA, True)
+    g = load_rows(g_source, batch, head, start_q, first, len_q, BLOCK_M, HEAD_DIM, BLOCK_D, TMA, True)
     if scale_ptr is not None:
         g = (g * load_factor(scale_ptr, scale_b, scale_h, scale_d, seq, head, HEAD_DIM, BLOCK_D)[None, :]).to(g.dtype)
     at = (batch * heads + head).to(tl.int64) * columns + aligned_column(start_q, seq, PACKED) + rows
@@ -218,11 +219,11 @@ def _dq(q_desc, k_desc, v_desc, g_desc, statistics_ptr, dq_ptr, cu_q_ptr, cu_k_p
     begin, full_begin, full_end, end = key_blocks(first, len_q, len_k, left, right, BLOCK_M, BLOCK_N, HAS_LEFT, HAS_RIGHT)
 
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    dq = _key_loop(dq, q, g, lse, delta, k_desc, v_desc, batch, start_k, head // GROUP, rows, full_begin, full_end, 0, 0, len_q,
-                   len_k, left, right, qk_scale, BLOCK_N, BLOCK_D, HAS_LEFT, HAS_RIGHT, False, PACKED, PRECISION)
-    dq = _key_loop(dq, q, g, lse, delta, k_desc, v_desc, batch, start_k, head // GROUP, rows, begin,
+    dq = _key_loop(dq, q, g, lse, delta, k_source, v_source, batch, start_k, head // GROUP, rows, full_begin, full_end, 0, 0, len_q,
+                   len_k, left, right, qk_scale, BLOCK_N, HEAD_DIM, BLOCK_D, HAS_LEFT, HAS_RIGHT, False, PACKED, PRECISION, TMA)
+    dq = _key_loop(dq, q, g, lse, delta, k_source, v_source, batch, start_k, head // GROUP, rows, begin,
                    end - (full_end - full_begin), full_begin, full_end - full_begin, len_q, len_k, left, right, qk_scale,
-                   BLOCK_N, BLOCK_D, HAS_LEFT, HAS_RIGHT, True, PACKED, PRECISION)
+                   BLOCK_N, HEAD_DIM, BLOCK_D, HAS_LEFT, HAS_RIGHT, True, PACKED, PRECISION, TMA)
     tokens = batch.to(tl.int64) * all_q + start_q + rows
     tl.store(dq_ptr + (tokens * heads + head)[:, None] * HEAD_DIM + d[None, :], (dq * sigma).to(dq_ptr.dtype.element_ty),
              mask=inside[:, None] & (d[None, :] < HEAD_DIM))
@@ -257,7 +258,7 @@ class _Prepared:
     bytes that descriptors want, and where grad_offset is wanted the sums of grad_out over each tile of _ROWS tokens."""
 
     def __init__(self, grad_out, out, lse, grad_lse, offset, need_offset, geometry):
-        self.columns = (geometry.len_q // 4 + geometry.num_seqs + 1) * 4  # room for aligned_column
+        self.columns = triton.cdiv(geometry.len_q + 4 * geometry.num_seqs + _SLACK, 16) * 16  # aligned_column, last tile
         self.rows = geometry.batch * geometry.heads
         self.statistics = lse.new_empty(2, self.rows, self.columns)
         tiles = geometry.tiles(geometry.len_q, _ROWS)
@@ -271,7 +272,9 @@ class _Prepared:
             HEAD_DIM=geometry.head_dim, BLOCK_D=padded_head_dim(geometry.head_dim), BLOCK_M=_ROWS, PACKED=geometry.packed,
             num_warps=4)
 
-    def descriptor(self, block: int) -> TensorDescriptor:
+    def source(self, block: int):
+        if not uses_tma(self.statistics):
+            return self.statistics, self.rows * self.columns, self.columns
         return TensorDescriptor(self.statistics, [2, self.rows, self.columns], [self.rows * self.columns, self.columns, 1],
                                 [1, 1, block])
 
@@ -322,7 +325,7 @@ def attention_backward(grad_out, grad_lse, q, k, v, out, lse, scale=None, offset
                 _grad_offset(grad_out, out, lse, offset, geometry) if need_offset else no_sum)
 
     options = dict(BLOCK_D=padded_head_dim(geometry.head_dim), HEAD_DIM=geometry.head_dim)
-    loops = dict(options, GROUP=geometry.group, PRECISION=precision(q.dtype), **geometry.mask_constants)
+    loops = dict(options, GROUP=geometry.group, PRECISION=precision(q.dtype), TMA=uses_tma(q), **geometry.mask_constants)
     rows_q, rows_k, rows_v, rows_g = (Rows(x) for x in (q, k, v, grad_out))
     lengths = (geometry.num_seqs, geometry.len_q, geometry.len_k)
     factor = factor_arguments(scale, geometry)
@@ -334,7 +337,7 @@ def attention_backward(grad_out, grad_lse, q, k, v, out, lse, scale=None, offset
         if need_q:
             def launch_dq(tile):
                 _dq[(geometry.programs(geometry.len_q, tile.m, geometry.heads),)](
-                    rows_q.descriptor(tile.m), rows_k.descriptor(tile.n), rows_v.descriptor(tile.n), rows_g.descriptor(tile.m),
+                    rows_q.source(tile.m), rows_k.source(tile.n), rows_v.source(tile.n), rows_g.source(tile.m),
                     prepared.statistics, grad_q, geometry.cu_q, geometry.cu_k, *factor, geometry.sigma, geometry.sigma * LOG2E,
                     *lengths, prepared.columns, geometry.tiles(geometry.len_q, tile.m), geometry.heads, geometry.left, geometry.right, BLOCK_M=tile.m,
                     BLOCK_N=tile.n, **loops, **tile.options)
@@ -352,9 +355,9 @@ def attention_backward(grad_out, grad_lse, q, k, v, out, lse, scale=None, offset
                 tiles = geometry.tiles(geometry.len_k, tile.n)
                 found["sums"] = (lse.new_zeros(tiles * geometry.batch, geometry.heads, geometry.head_dim) if need_scale else None)
                 _dkdv[(geometry.programs(geometry.len_k, tile.n, geometry.kv_heads),)](
-                    rows_q.descriptor(tile.m), rows_k.descriptor(tile.n), rows_v.descriptor(tile.n),
-                    None if scaled_v is None else scaled_v.descriptor(tile.n), rows_g.descriptor(tile.m),
-                    prepared.descriptor(tile.m), grad_k, grad_v, part, found["sums"], geometry.cu_q, geometry.cu_k, *factor, geometry.sigma,
+                    rows_q.source(tile.m), rows_k.source(tile.n), rows_v.source(tile.n),
+                    None if scaled_v is None else scaled_v.source(tile.n), rows_g.source(tile.m),
+                    prepared.source(tile.m), grad_k, grad_v, part, found["sums"], geometry.cu_q, geometry.cu_k, *factor, geometry.sigma,
                     geometry.sigma * LOG2E, *lengths, tiles, geometry.kv_heads, geometry.left, geometry.right, BLOCK_M=tile.m,
                     BLOCK_N=tile.n, NEED_DK=need_k, **loops, **tile.options)
             tile = choose("dkdv", q, launch_dkdv)

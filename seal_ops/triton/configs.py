@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
-from .host import padded_head_dim
+from .host import padded_head_dim, uses_tma
 
 
 @dataclass(frozen=True)
@@ -28,22 +28,41 @@ class Tile:
         return dict(num_warps=self.warps, num_stages=self.stages)
 
 
-# Best first on an H200 (docs/kernel_notes_triton.md); what follows is for GPUs with less shared memory.
-_HALF = {
+# Best first on an H200 (docs/kernel_notes_triton.md); what follows is for GPUs with less shared memory. The best have four
+# warps: two programs then share a multiprocessor, and one's softmax runs beside the other's matrix products.
+_HOPPER = {
     "forward": {
-        64: [Tile(128, 64, 4, 3), Tile(128, 128, 8, 3), Tile(64, 64, 4, 2), Tile(32, 32, 4, 2)],
-        128: [Tile(128, 128, 8, 2), Tile(128, 64, 8, 3), Tile(64, 64, 4, 2), Tile(32, 32, 4, 2)],
+        64: [Tile(128, 64, 4, 3), Tile(64, 64, 4, 3), Tile(64, 64, 4, 2), Tile(32, 32, 4, 2)],
+        128: [Tile(128, 64, 4, 2), Tile(64, 64, 4, 3), Tile(64, 64, 4, 2), Tile(32, 32, 4, 2)],
         256: [Tile(128, 64, 8, 2), Tile(64, 32, 4, 2), Tile(32, 32, 4, 1)],
     },
     "dkdv": {
-        64: [Tile(64, 128, 8, 2), Tile(64, 64, 4, 2), Tile(32, 32, 4, 1)],
-        128: [Tile(64, 128, 8, 2), Tile(64, 64, 4, 2), Tile(32, 32, 4, 1)],
+        64: [Tile(64, 64, 4, 3), Tile(64, 64, 4, 2), Tile(32, 32, 4, 1)],
+        128: [Tile(64, 64, 4, 2), Tile(32, 64, 4, 2), Tile(32, 32, 4, 1)],
         256: [Tile(32, 64, 8, 2), Tile(32, 32, 4, 1)],
     },
     "dq": {
-        64: [Tile(128, 64, 8, 3), Tile(64, 64, 4, 2), Tile(32, 32, 4, 1)],
-        128: [Tile(128, 64, 8, 2), Tile(64, 64, 4, 2), Tile(32, 32, 4, 1)],
-        256: [Tile(64, 32, 4, 2), Tile(32, 32, 4, 1)],
+        64: [Tile(64, 64, 4, 3), Tile(64, 64, 4, 2), Tile(32, 32, 4, 1)],
+        128: [Tile(64, 64, 4, 3), Tile(64, 64, 4, 2), Tile(64, 32, 4, 2), Tile(32, 32, 4, 1)],
+        256: [Tile(64, 64, 8, 2), Tile(64, 32, 4, 2), Tile(32, 32, 4, 1)],
+    },
+}
+# GPUs without TMA: chosen by what compiles without spills in the loops, not measured.
+_OLDER = {
+    "forward": {
+        64: [Tile(64, 64, 4, 2), Tile(32, 32, 4, 2)],
+        128: [Tile(128, 64, 8, 2), Tile(64, 32, 4, 2), Tile(32, 32, 4, 1)],
+        256: [Tile(64, 32, 8, 2), Tile(32, 32, 4, 1)],
+    },
+    "dkdv": {
+        64: [Tile(64, 64, 8, 2), Tile(32, 32, 4, 1)],
+        128: [Tile(64, 64, 8, 2), Tile(32, 32, 4, 1)],
+        256: [Tile(32, 32, 8, 1), Tile(16, 32, 4, 1)],
+    },
+    "dq": {
+        64: [Tile(64, 32, 4, 2), Tile(32, 32, 4, 1)],
+        128: [Tile(64, 32, 4, 2), Tile(32, 32, 4, 1)],
+        256: [Tile(64, 32, 8, 1), Tile(32, 16, 4, 1)],
     },
 }
 _FULL = [Tile(32, 32, 4, 2), Tile(16, 16, 4, 1)]  # fp32 has no tensor cores here: small tiles, fused multiply-adds
@@ -52,11 +71,14 @@ _INTERPRETED = [Tile(32, 32, 4, 1)]               # the interpreter's time goes 
 _chosen: dict[tuple, Tile] = {}
 
 
-def candidates(kernel: str, dtype: torch.dtype, head_dim: int) -> list[Tile]:
-    if dtype.itemsize == 4:
+def candidates(kernel: str, like: Tensor) -> list[Tile]:
+    """Tiles for a kernel on q of this element type, head_dim and device, best first."""
+    if not like.is_cuda:
+        return _INTERPRETED
+    if like.element_size() == 4:
         return _FULL
-    table = _HALF[kernel]
-    return table[max(min(table), padded_head_dim(head_dim))]
+    table = (_HOPPER if uses_tma(like) else _OLDER)[kernel]
+    return table[max(min(table), padded_head_dim(like.shape[-1]))]
 
 
 def autotune() -> bool:
@@ -70,9 +92,8 @@ def choose(kernel: str, like: Tensor, launch) -> Tile:
     if tile is not None:
         launch(tile)
         return tile
-    tiles = candidates(kernel, like.dtype, like.shape[-1]) if like.is_cuda else _INTERPRETED
     best = None
-    for tile in tiles:
+    for tile in candidates(kernel, like):
         try:
             launch(tile)
         except OutOfResources:

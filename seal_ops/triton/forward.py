@@ -9,22 +9,23 @@ import triton.language as tl
 
 from .. import factors
 from .configs import choose
-from .host import Geometry, Rows, factor_arguments, on_device, padded_head_dim, per_sequence, precision
+from .host import Geometry, Rows, factor_arguments, on_device, padded_head_dim, per_sequence, precision, uses_tma
 from .tiling import LN2, LOG2E, key_blocks, load_factor, load_rows, locate, product, seen
 
 _LN2 = tl.constexpr(LN2)
 
 
 @triton.jit
-def _key_loop(acc, total, top, q, k_desc, v_desc, batch, start_k, kv_head, rows, begin, end, split, skip, len_q, len_k, left,
-              right, qk_scale, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr,
-              MASKED: tl.constexpr, PACKED: tl.constexpr, POSITIVE: tl.constexpr, PRECISION: tl.constexpr):
+def _key_loop(acc, total, top, q, k_source, v_source, batch, start_k, kv_head, rows, begin, end, split, skip, len_q, len_k, left,
+              right, qk_scale, BLOCK_N: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, HAS_LEFT: tl.constexpr,
+              HAS_RIGHT: tl.constexpr, MASKED: tl.constexpr, PACKED: tl.constexpr, POSITIVE: tl.constexpr,
+              PRECISION: tl.constexpr, TMA: tl.constexpr):
     """Online softmax over the key blocks begin..end; those from `split` on lie `skip` blocks further."""
     for i in tl.range(begin, end):
         first = i * BLOCK_N
         if MASKED:
             first += tl.where(i >= split, skip, 0) * BLOCK_N
-        k = load_rows(k_desc, batch, start_k + first, kv_head, BLOCK_N, BLOCK_D)
+        k = load_rows(k_source, batch, kv_head, start_k, first, len_k, BLOCK_N, HEAD_DIM, BLOCK_D, TMA, MASKED)
         s = product(q, k.T, None, PRECISION)
         if not POSITIVE:  # the maximum of sigma * s is not sigma * the maximum
             s *= qk_scale
@@ -45,8 +46,8 @@ def _key_loop(acc, total, top, q, k_desc, v_desc, batch, start_k, kv_head, rows,
         decay = tl.exp2(top - base)
         total = total * decay + tl.sum(p, 1)
         acc = acc * decay[:, None]
-        v = load_rows(v_desc, batch, start_k + first, kv_head, BLOCK_N, BLOCK_D)
-        if MASKED and PACKED:  # rows of the next sequence may hold NaN, and 0 * NaN would reach us
+        v = load_rows(v_source, batch, kv_head, start_k, first, len_k, BLOCK_N, HEAD_DIM, BLOCK_D, TMA, MASKED)
+        if MASKED and PACKED and TMA:  # rows of the next sequence may hold NaN, and 0 * NaN would reach us
             v = tl.where(keys[:, None] < len_k, v, 0.0)
         acc = product(p.to(v.dtype), v, acc, PRECISION)
         top = new_top
@@ -54,11 +55,11 @@ def _key_loop(acc, total, top, q, k_desc, v_desc, batch, start_k, kv_head, rows,
 
 
 @triton.jit(do_not_specialize=["num_seqs", "len_q", "len_k", "tiles", "left", "right", "scale_b", "offset_b"])
-def _forward(q_desc, k_desc, v_desc, out_ptr, lse_ptr, cu_q_ptr, cu_k_ptr, scale_ptr, scale_b, scale_h, scale_d, offset_ptr,
+def _forward(q_source, k_source, v_source, out_ptr, lse_ptr, cu_q_ptr, cu_k_ptr, scale_ptr, scale_b, scale_h, scale_d, offset_ptr,
              offset_b, offset_h, offset_d, qk_scale, num_seqs, len_q, len_k, tiles, heads, left, right,
              GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
              HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, PACKED: tl.constexpr, POSITIVE: tl.constexpr,
-             PRECISION: tl.constexpr):
+             PRECISION: tl.constexpr, TMA: tl.constexpr):
     all_q = len_q  # tokens of the whole tensor (packed) or of a batch row
     head, batch, seq, tile, start_q, len_q, start_k, len_k = locate(
         tl.program_id(0), tiles, heads, num_seqs, cu_q_ptr, cu_k_ptr, len_q, len_k, BLOCK_M, PACKED)
@@ -66,18 +67,19 @@ def _forward(q_desc, k_desc, v_desc, out_ptr, lse_ptr, cu_q_ptr, cu_k_ptr, scale
     if first < 0:
         return
     rows = first + tl.arange(0, BLOCK_M)
-    q = load_rows(q_desc, batch, start_q + first, head, BLOCK_M, BLOCK_D)
+    q = load_rows(q_source, batch, head, start_q, first, len_q, BLOCK_M, HEAD_DIM, BLOCK_D, TMA, True)
     begin, full_begin, full_end, end = key_blocks(first, len_q, len_k, left, right, BLOCK_M, BLOCK_N, HAS_LEFT, HAS_RIGHT)
 
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    acc, total, top = _key_loop(acc, total, top, q, k_desc, v_desc, batch, start_k, head // GROUP, rows, full_begin, full_end,
-                                0, 0, len_q, len_k, left, right, qk_scale, BLOCK_N, BLOCK_D, HAS_LEFT, HAS_RIGHT, False,
-                                PACKED, POSITIVE, PRECISION)
-    acc, total, top = _key_loop(acc, total, top, q, k_desc, v_desc, batch, start_k, head // GROUP, rows, begin,
+    acc, total, top = _key_loop(acc, total, top, q, k_source, v_source, batch, start_k, head // GROUP, rows, full_begin, full_end,
+                                0, 0, len_q, len_k, left, right, qk_scale, BLOCK_N, HEAD_DIM, BLOCK_D, HAS_LEFT, HAS_RIGHT,
+                                False, PACKED, POSITIVE, PRECISION, TMA)
+    acc, total, top = _key_loop(acc, total, top, q, k_source, v_source, batch, start_k, head // GROUP, rows, begin,
                                 end - (full_end - full_begin), full_begin, full_end - full_begin, len_q, len_k, left, right,
-                                qk_scale, BLOCK_N, BLOCK_D, HAS_LEFT, HAS_RIGHT, True, PACKED, POSITIVE, PRECISION)
+                                qk_scale, BLOCK_N, HEAD_DIM, BLOCK_D, HAS_LEFT, HAS_RIGHT, True, PACKED, POSITIVE, PRECISION,
+                                TMA)
 
     d = tl.arange(0, BLOCK_D)
     lse = tl.where(total > 0, (top + tl.log2(total)) * _LN2, float("-inf"))
@@ -108,12 +110,12 @@ def attention(q, k, v, scale=None, offset=None, *, softmax_scale=None, causal=Tr
 
     def launch(tile):
         _forward[(geometry.programs(geometry.len_q, tile.m, geometry.heads),)](
-            rows[0].descriptor(tile.m), rows[1].descriptor(tile.n), rows[2].descriptor(tile.n), out, lse, geometry.cu_q,
+            rows[0].source(tile.m), rows[1].source(tile.n), rows[2].source(tile.n), out, lse, geometry.cu_q,
             geometry.cu_k, *factor_arguments(scale, geometry), *factor_arguments(offset, geometry), geometry.sigma * LOG2E,
             geometry.num_seqs, geometry.len_q, geometry.len_k, geometry.tiles(geometry.len_q, tile.m), geometry.heads,
             geometry.left, geometry.right, GROUP=geometry.group, HEAD_DIM=geometry.head_dim,
             BLOCK_D=padded_head_dim(geometry.head_dim), BLOCK_M=tile.m, BLOCK_N=tile.n, POSITIVE=geometry.sigma > 0,
-            PRECISION=precision(q.dtype), **geometry.mask_constants, **tile.options)
+            PRECISION=precision(q.dtype), TMA=uses_tma(q), **geometry.mask_constants, **tile.options)
 
     with on_device(q):
         choose("forward", q, launch)

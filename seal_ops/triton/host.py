@@ -2,9 +2,10 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
+import os
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 import triton
@@ -33,6 +34,17 @@ def padded_head_dim(head_dim: int) -> int:
 def precision(dtype: torch.dtype) -> str:
     """fp32 inputs get fp32 products, never TF32."""
     return "ieee" if dtype == torch.float32 else "tf32"
+
+
+@functools.cache
+def _has_tma(device: torch.device) -> bool:
+    return torch.version.hip is None and torch.cuda.get_device_capability(device)[0] >= 9
+
+
+def uses_tma(tensor: Tensor) -> bool:
+    """Whether tiles come through tensor descriptors: on Hopper and later, and in the interpreter. Elsewhere Triton would turn
+    descriptors into loads of single elements, so pointers serve. SEAL_TRITON_TMA=0 asks for pointers everywhere."""
+    return os.environ.get("SEAL_TRITON_TMA", "1") != "0" and (not tensor.is_cuda or _has_tma(tensor.device))
 
 
 @dataclass(frozen=True)
@@ -69,7 +81,7 @@ class Geometry:
     def group(self) -> int:
         return self.heads // self.kv_heads
 
-    @cached_property
+    @functools.cached_property
     def mask_constants(self) -> dict:
         return dict(HAS_LEFT=self.left >= 0, HAS_RIGHT=self.right >= 0, PACKED=self.packed)
 
@@ -100,11 +112,15 @@ class Rows:
         # The stride of a dimension of one element is arbitrary in PyTorch and checked by the hardware.
         self.strides = [s if n > 1 else unit for n, s in zip(x.shape[:3], x.stride()[:3])] + [1]
 
-    def descriptor(self, rows: int) -> TensorDescriptor:
-        """Tiles of `rows` tokens of one head, over [B, H, S, D]: with the unit dimensions in front, the compiler drops them and
-        a tile goes from memory to the matrix units without passing through registers."""
+    def source(self, rows: int):
+        """What tiling.load_rows reads tiles of `rows` tokens of one head from: a descriptor over [B, H, S, D] (with the unit
+        dimensions in front the compiler drops them, and a tile goes from memory to the matrix units without passing through
+        registers), or without TMA the tensor and its strides over batch, heads and tokens."""
         batch, length, heads, head_dim = self.tensor.shape
-        return TensorDescriptor(self.tensor, [batch, heads, length, head_dim], [self.strides[i] for i in (0, 2, 1, 3)],
+        b, s, h, _ = self.strides
+        if not uses_tma(self.tensor):
+            return self.tensor, b, h, s
+        return TensorDescriptor(self.tensor, [batch, heads, length, head_dim], [b, h, s, 1],
                                 [1, 1, rows, padded_head_dim(head_dim)])
 
 

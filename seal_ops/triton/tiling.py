@@ -121,9 +121,35 @@ def seen(queries, keys, len_q, len_k, left, right, HAS_LEFT: tl.constexpr, HAS_R
 
 
 @triton.jit
-def load_rows(desc, batch, row, head, ROWS: tl.constexpr, BLOCK_D: tl.constexpr):
-    """[ROWS, BLOCK_D] of one head from a descriptor over [B, H, S, D]; zero beyond S and D."""
-    return desc.load([batch, head, row, 0]).reshape(ROWS, BLOCK_D)
+def load_rows(source, batch, head, start, first, length, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+              TMA: tl.constexpr, MASKED: tl.constexpr):
+    """[ROWS, BLOCK_D] of one head: rows first.. of a sequence of `length` tokens that starts at token `start`. `source` is what
+    host.Rows.source gives. Beyond the tensor and beyond HEAD_DIM there are zeros; beyond `length` there are zeros or, with TMA
+    and packed sequences, rows of the next sequence. MASKED false promises first + ROWS <= length."""
+    if TMA:
+        return source.load([batch, head, start + first, 0]).reshape(ROWS, BLOCK_D)
+    else:
+        ptr, stride_b, stride_h, stride_s = source
+        ptr += batch.to(tl.int64) * stride_b + head.to(tl.int64) * stride_h + (start + first).to(tl.int64) * stride_s
+        r = tl.arange(0, ROWS)
+        d = tl.arange(0, BLOCK_D)
+        at = ptr + r[:, None] * stride_s + d[None, :]
+        if MASKED:
+            return tl.load(at, mask=(first + r < length)[:, None] & (d < HEAD_DIM)[None, :], other=0.0)
+        elif HEAD_DIM == BLOCK_D:
+            return tl.load(at)
+        else:
+            return tl.load(at, mask=(d < HEAD_DIM)[None, :], other=0.0)
+
+
+@triton.jit
+def load_statistics(source, which, row, at, ROWS: tl.constexpr, TMA: tl.constexpr):
+    """[ROWS] of a row of the statistics that backward._Prepared keeps; every row has room for a whole tile too many."""
+    if TMA:
+        return source.load([which, row, at]).reshape(ROWS)
+    else:
+        ptr, stride_which, stride_row = source
+        return tl.load(ptr + which * stride_which + row.to(tl.int64) * stride_row + at + tl.arange(0, ROWS))
 
 
 @triton.jit
