@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import types
+import typing
 
 import torch
 import torch.nn.functional as F
@@ -30,7 +31,7 @@ NAME = "seal"  # in both registries; transformers reserves "/" and "|"
 # --------------------------------------------------------------------------------------------------------------------
 # Masks.  What the mask registry returns travels through model code that expects None or a tensor of four dimensions,
 # and `generate` calls .contiguous() on it.  A mask that is only structure is therefore sent as an *empty* tensor whose
-# sizes are the description, [kind, window, 0, keys]; a padded batch as the int32 row [1, max(window, 1), 1, T + B + 1]
+# sizes are the description, [kind, window, 0, keys]; a padded batch as the int32 row [1, 1 + window, 1, T + B + 1]
 # that lists the T real tokens and the B + 1 sequence boundaries; anything else as the boolean mask of torch's SDPA.
 # --------------------------------------------------------------------------------------------------------------------
 _CAUSAL, _FULL = 1, 2
@@ -60,7 +61,7 @@ def _packing(padding: Tensor, window: int | None) -> Tensor | None:
             return None
     tokens = padding.flatten().nonzero().squeeze(1)
     row = torch.cat([tokens, lengths.new_zeros(1), lengths.cumsum(0)]).int()
-    return row[None, None, None].expand(1, window or 1, 1, -1)
+    return row[None, None, None].expand(1, 1 + (window or 0), 1, -1)
 
 
 def attention_mask(batch_size: int, q_length: int, kv_length: int, q_offset: int | Tensor = 0, kv_offset: int = 0,
@@ -228,47 +229,70 @@ def attention_forward(module: nn.Module, query: Tensor, key: Tensor, value: Tens
         raise RuntimeError(f"seal_ops: {type(module).__name__} changed q or k after the rotation in this call but not "
                            f"when it was attached; attach again in the present configuration")
 
-    keys, packing, dense = k.shape[1], None, None
-    if attention_mask is None:
-        causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-        window = sliding_window if causal else None
-        if causal and 1 < q.shape[1] != k.shape[1]:  # aligned to the start (SDPA) or to the end (flash-attn)?
-            raise ValueError(f"seal_ops: {type(module).__name__} must be given a mask where {q.shape[1]} queries meet "
-                             f"{k.shape[1]} keys, got None, which does not say which keys they may see")
-    elif _is_structure(attention_mask):
-        kind, window, _, keys = attention_mask.shape
-        causal, window = kind == _CAUSAL, window or None
-    elif _is_packing(attention_mask):
-        causal, window, keys, packing = True, attention_mask.shape[1], q.shape[1], attention_mask[0, 0, 0]
-        window = None if window == 1 else window
-    else:
-        causal, window, dense = False, None, attention_mask
-    k, v = k[:, :keys], v[:, :keys]
-
-    composed = softcap is not None or dropout > 0 or q.shape[-1] != v.shape[-1] or dense is not None
-    if seal_rotation is not None and not composed and packing is None:
-        out = rope_attention(q, k, v, seal_rotation.cos, seal_rotation.sin, scale=scale, softmax_scale=scaling,
-                             causal=causal, window=window, backend=backend)
-        return out, None
+    mask = _read_mask(module, attention_mask, q.shape[1], k.shape[1], sliding_window, is_causal)
+    k, v = k[:, :mask.keys], v[:, :mask.keys]
+    common = dict(softmax_scale=scaling, causal=mask.causal, window=mask.window, backend=backend)
+    composed = softcap is not None or dropout > 0 or q.shape[-1] != v.shape[-1] or mask.dense is not None
+    if seal_rotation is not None and not composed and mask.packing is None:
+        return rope_attention(q, k, v, seal_rotation.cos, seal_rotation.sin, scale=scale, **common), None
     if seal_rotation is not None:
         q, k = seal_rotation.apply(q, k)
-    if packing is not None:
-        tokens, cu_seqlens = packing.split([packing.numel() - q.shape[0] - 1, q.shape[0] + 1])
-        if composed:
-            real = torch.zeros(q.shape[:2], dtype=torch.bool, device=q.device).flatten()
-            dense = real.index_fill(0, tokens.long(), True).view(q.shape[0], 1, 1, -1)
-        else:
-            packed = [t.flatten(0, 1).index_select(0, tokens) for t in (q, k, v)]
-            out = attention(*packed, scale, softmax_scale=scaling, causal=causal, window=window,
-                            cu_seqlens=cu_seqlens, max_seqlen=q.shape[1], backend=backend)
-            out = out.new_zeros(q.shape[0] * q.shape[1], *out.shape[1:]).index_copy(0, tokens.long(), out)
-            return out.unflatten(0, q.shape[:2]), None
     if composed:
-        if causal or window is not None:
-            seen = masks.allowed(q.shape[1], k.shape[1], *masks.bounds(causal, window), device=q.device)
-            dense = seen if dense is None else dense & seen
-        return _composed(q, k, v, dense, scale, scaling, dropout, softcap), None
-    return attention(q, k, v, scale, softmax_scale=scaling, causal=causal, window=window, backend=backend), None
+        return _composed(q, k, v, _dense(mask, q, k), scale, scaling, dropout, softcap), None
+    if mask.packing is not None:
+        return _packed(q, k, v, scale, mask.packing, common), None
+    return attention(q, k, v, scale, **common), None
+
+
+class _Mask(typing.NamedTuple):
+    """A mask as the attention call needs it: the first ``keys`` keys are real, and one of three more precise terms."""
+    causal: bool
+    window: int | None
+    keys: int
+    packing: Tensor | None = None  # the T real tokens of a padded batch, then B + 1 boundaries
+    dense: Tensor | None = None  # boolean or additive, [B, 1, Sq, Sk]
+
+
+def _read_mask(module: nn.Module, mask: Tensor | None, queries: int, keys: int, sliding_window: int | None,
+               is_causal: bool | None) -> _Mask:
+    """What the mask argument of an attention call says."""
+    if mask is None:  # not from `attention_mask`: the module was called by itself
+        causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+        if causal and 1 < queries != keys:  # aligned to the start (SDPA) or to the end (flash-attn)?
+            raise ValueError(f"seal_ops: {type(module).__name__} must be given a mask where {queries} queries meet {keys} "
+                             f"keys, got None, which does not say which keys they may see")
+        return _Mask(causal, sliding_window if causal else None, keys)
+    if _is_structure(mask):
+        return _Mask(mask.shape[0] == _CAUSAL, mask.shape[1] or None, mask.shape[3])
+    if _is_packing(mask):
+        return _Mask(True, mask.shape[1] - 1 or None, queries, packing=mask[0, 0, 0])
+    return _Mask(False, None, keys, dense=mask)
+
+
+def _split_packing(packing: Tensor, batch: int) -> tuple[Tensor, Tensor]:
+    """The indices [T] of the real tokens in B * S, and cu_seqlens [B + 1]."""
+    return packing[:-batch - 1], packing[-batch - 1:]
+
+
+def _packed(q: Tensor, k: Tensor, v: Tensor, scale: Tensor | None, packing: Tensor, common: dict) -> Tensor:
+    """The fused op on the real tokens of a padded batch; 0 at the others."""
+    tokens, cu_seqlens = _split_packing(packing, q.shape[0])
+    out = attention(*(t.flatten(0, 1).index_select(0, tokens) for t in (q, k, v)), scale, cu_seqlens=cu_seqlens,
+                    max_seqlen=q.shape[1], **common)
+    padded = out.new_zeros(q.shape[0] * q.shape[1], *out.shape[1:])
+    return padded.index_copy(0, tokens.long(), out).unflatten(0, q.shape[:2])
+
+
+def _dense(mask: _Mask, q: Tensor, k: Tensor) -> Tensor | None:
+    """The mask as a tensor; None where every query sees every key."""
+    if mask.dense is not None or not mask.causal:  # only causal masks come with a window
+        return mask.dense
+    seen = masks.allowed(q.shape[1], k.shape[1], *masks.bounds(mask.causal, mask.window), device=q.device)
+    if mask.packing is None:
+        return seen
+    tokens, _ = _split_packing(mask.packing, q.shape[0])
+    real = torch.zeros(q.shape[0] * q.shape[1], dtype=torch.bool, device=q.device).index_fill(0, tokens.long(), True)
+    return seen & real.view(q.shape[0], 1, 1, -1)
 
 
 def _composed(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: Tensor | None, softmax_scale: float | None,
@@ -280,7 +304,7 @@ def _composed(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: Tenso
     batch, length, heads, _ = q.shape
     groups = heads // k.shape[2]
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-    if groups > 1 and length == 1 and (mask is None or mask.shape[-3:-2] in ((), (1,))):
+    if groups > 1 and length == 1 and (mask is None or mask.dim() < 3 or mask.shape[-3] == 1):
         q = q.reshape(batch, -1, groups, q.shape[-1])  # decoding: the heads of a group as queries, no copy of the cache
     elif groups > 1:
         k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)

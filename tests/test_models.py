@@ -389,3 +389,35 @@ def test_mask_given_by_the_user():
     expected = logits(model, ids)
     for mask in (allowed, torch.where(allowed, 0.0, torch.finfo(torch.float32).min)):
         assert close(logits(model, ids, attention_mask=mask.expand(2, 1, -1, -1)), expected)
+
+
+def test_a_forced_backend_runs_everything(monkeypatch):
+    model = FAMILIES["llama"].build()
+    seal_ops.attach(model, "head", backend="reference")
+    backends = []
+    for name in ("attention", "rope", "rope_attention"):
+        def spy(*args, _function=getattr(patch, name), **kwargs):  # noqa: B008
+            backends.append(kwargs["backend"])
+            return _function(*args, **kwargs)
+        monkeypatch.setattr(patch, name, spy)
+    ids = tokens()
+    logits(model, ids)
+    logits(model, ids, attention_mask=torch.ones_like(ids).index_fill(1, torch.arange(3), 0))
+    with torch.no_grad():
+        model(ids, past_key_values=DynamicCache(config=model.config))
+    assert backends == ["reference"] * (2 + 4 + 4)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_with_a_window_of_one_token(side):
+    """The smallest window is not taken for none."""
+    model = FAMILIES["mistral"].build(sliding_window=1)
+    own = untouched(model)
+    seal_ops.attach(model)
+    attention_mask = torch.ones(2, 9, dtype=torch.long)
+    attention_mask[1, :4] = 0
+    if side == "right":
+        attention_mask = attention_mask.flip(1)
+    real = attention_mask.bool()
+    ids = tokens(2, 9) * attention_mask
+    assert close(logits(model, ids, attention_mask=attention_mask)[real], logits(own, ids, attention_mask=attention_mask)[real])
