@@ -99,6 +99,9 @@ class Evaluation:
         cells = [{"length": length, **asdict(cell)} for length, cell in self.accuracy.items()]
         atomic_write(path, json.dumps({**vars(self), "accuracy": cells}, indent=1, ensure_ascii=False) + "\n")
 
+    def __str__(self):
+        return f"{self.task}, {self.name}\n{self.table()}" if self.name else f"{self.task}\n{self.table()}"
+
     @classmethod
     def load(cls, path) -> "Evaluation":
         """Reads what :meth:`save` wrote; ``ValueError`` where the file is something else."""

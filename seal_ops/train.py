@@ -295,7 +295,7 @@ class _Run:
         try:
             with safe_open(path, "pt") as file:
                 header = file.metadata() or {}
-                tensors = {key: file.get_tensor(key) for key in file.keys()}
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
         except SafetensorError as error:
             raise ValueError(f"seal_ops.train: {path} must be a checkpoint, got {error}") from None
         if header.get("identity") != self.identity:
