@@ -345,6 +345,18 @@ def _merge(args):
     print(f"merged checkpoint in {args.output}, {str(model.dtype).removeprefix('torch.')}")
 
 
+def _bench_options(parser):
+    from .bench.run import add_options
+
+    add_options(parser)
+
+
+def _bench(args):
+    from .bench.run import bench
+
+    return bench(args)
+
+
 COMMANDS = {
     "env": Command("versions, what was built, which backend each op uses and why", "seal env", _env_options, _env),
     "demo": Command(
@@ -378,5 +390,11 @@ COMMANDS = {
         "seal merge --model models/seal-tiny --scales my-scales --output merged",
         _merge_options,
         _merge,
+    ),
+    "bench": Command(
+        "speed of the ops beside their peers, nothing timed before an fp64 oracle agrees with it",
+        "seal bench --suite headline --fa3 ./fa3 --out results --budget-s 240",
+        _bench_options,
+        _bench,
     ),
 }

@@ -85,7 +85,7 @@ def test_no_time_left_means_no_rows_and_it_is_said(tmp_path, capsys):
 
 @pytest.mark.parametrize("arguments, sentence", [
     (["--shape", "gpt:8k"], "--shape must be MODEL:LENGTH"), (["--shape", "gemma-7b:8x"], "a length like 8192 or 8k"),
-    (["--ops", "softmax"], "--ops must be among"), (["--only", "fa9"], "--only must be among")])
+    (["--ops", "softmax"], "--ops must name some of"), (["--only", "fa9"], "--only must name some of")])
 def test_bad_arguments_get_one_sentence(arguments, sentence, capsys):
     with pytest.raises(SystemExit) as stopped:
         bench.main(arguments)

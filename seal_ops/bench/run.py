@@ -4,7 +4,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import shlex
-import sys
 import time
 
 import torch
@@ -16,28 +15,39 @@ from . import gate, report, timing
 from .contestants import OPERATIONS, Contestant, Problem, Run, all_contestants
 from .shapes import MODELS, SUITES, Shape, parse_shape
 
+EXAMPLE = "example: seal bench --suite headline --fa3 ./fa3 --out results --budget-s 240"
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
-class Options(argparse.ArgumentParser):
-    """Errors end with exit code 2 and one sentence."""
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The options of `seal bench`."""
+    parser.add_argument("--suite", choices=SUITES, help="registered shapes (headline on a GPU, smoke on a CPU, unless --shape is given)")
+    parser.add_argument("--shape", action="append", metavar="MODEL:LENGTH[:BATCH]",
+                        help=f"a shape of your own, more than once if you like; MODEL is one of {', '.join(MODELS)}")
+    parser.add_argument("--ops", default=",".join(OPERATIONS), help="comma-separated operations")
+    parser.add_argument("--only", metavar="NAMES", help="comma-separated contestants (all that can run here)")
+    parser.add_argument("--no-compiled", action="store_true", help="leave out contestants under torch.compile")
+    parser.add_argument("--dtype", choices=DTYPES, help="bf16 on a GPU, fp32 on a CPU, unless given")
+    parser.add_argument("--device", help="cuda where there is one, unless given")
+    parser.add_argument("--fa3", metavar="FOLDER", help="folder with FlashAttention-3's library, a peer for timing only")
+    parser.add_argument("--budget-s", type=float, default=600, metavar="SECONDS", help="start no new rows after this time")
+    parser.add_argument("--row-ms", type=float, default=120, metavar="MS", help="device time for each figure")
+    parser.add_argument("--out", default="benchmarks/results", metavar="FOLDER", help="folder for NAME.csv, .json, .md and .png")
+    parser.add_argument("--name", help="of the result files (suite and GPU)")
 
-    def __init__(self):
-        super().__init__(prog="seal bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                         epilog=f"suites: {', '.join(SUITES)}; models: {', '.join(MODELS)}\n"
-                                "example: seal bench --suite headline --fa3 ./fa3 --out results --budget-s 240")
-        self.add_argument("--suite", choices=SUITES, help="registered shapes (default: headline on a GPU, smoke on a CPU)")
-        self.add_argument("--shape", action="append", default=[], metavar="MODEL:LENGTH[:BATCH]", help="a shape of your own, more than once if you like")
-        self.add_argument("--ops", default=",".join(OPERATIONS), help="comma-separated: %(default)s")
-        self.add_argument("--only", default="", help="comma-separated contestants; default: all that can run here")
-        self.add_argument("--no-compiled", action="store_true", help="leave out contestants under torch.compile")
-        self.add_argument("--dtype", choices=DTYPES, help="default: bf16 on a GPU, fp32 on a CPU")
-        self.add_argument("--device", help="default: cuda where there is one")
-        self.add_argument("--fa3", metavar="FOLDER", help="folder with FlashAttention-3's library, a peer for timing only")
-        self.add_argument("--budget-s", type=float, default=600, help="stop starting new rows after this many seconds (%(default)s)")
-        self.add_argument("--row-ms", type=float, default=120, help="device time for each figure (%(default)s)")
-        self.add_argument("--out", default="benchmarks/results", help="folder for NAME.json, NAME.csv and NAME.png (%(default)s)")
-        self.add_argument("--name", help="of the result files; default: suite and GPU")
+
+def command_line(options: argparse.Namespace) -> str:
+    """The options as typed, leaving out those at their defaults: what a result file records."""
+    parser = argparse.ArgumentParser()
+    add_options(parser)
+    words = ["seal", "bench"]
+    for action in parser._actions:
+        value = getattr(options, action.dest, action.default)
+        if action.dest == "help" or value == action.default:
+            continue
+        for item in value if isinstance(value, list) else [value]:
+            words += [action.option_strings[0]] if item is True else [action.option_strings[0], str(item)]
+    return shlex.join(words)
 
 
 @dataclasses.dataclass
@@ -183,42 +193,54 @@ def show(shape: Shape, operation: str, rows: list[dict]) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = Options()
-    argv = sys.argv[1:] if argv is None else argv
+    parser = argparse.ArgumentParser(prog="seal bench", description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_options(parser)
     options = parser.parse_args(argv)
-    started = time.monotonic()
-    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    on_gpu = device.type == "cuda"
-    dtype = DTYPES[options.dtype or ("bf16" if on_gpu else "fp32")]
-    operations, only = options.ops.split(","), [n for n in options.only.split(",") if n]
-    contestants = all_contestants(options.fa3)
     try:
-        shapes = [parse_shape(text) for text in options.shape]
+        return bench(options)
     except ValueError as reason:
         parser.error(str(reason))
-    for given, known, name in ((operations, OPERATIONS, "--ops"), (only, [c.name for c in contestants], "--only")):
-        for item in given:
-            if item not in known:
-                parser.error(f"{name} must be among {', '.join(known)}, got {item!r}")
+
+
+def _chosen(option: str, given: str | None, known: list[str]) -> list[str]:
+    names = known if given is None else [n for n in given.split(",") if n]
+    for name in names:
+        if name not in known:
+            raise ValueError(f"{option} must name some of {', '.join(known)}, got {name!r}")
+    return names
+
+
+def bench(options: argparse.Namespace) -> int:
+    """Runs the benchmark that `add_options` describes. Returns 1 where a contestant was wrong; raises ValueError in one sentence."""
+    started = time.monotonic()
+    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"--device must be one that torch sees, got {options.device} without a GPU")
+    on_gpu = device.type == "cuda"
+    dtype = DTYPES[options.dtype or ("bf16" if on_gpu else "fp32")]
+    contestants = all_contestants(options.fa3)
+    operations = _chosen("--ops", options.ops, list(OPERATIONS))
+    only = _chosen("--only", options.only, [c.name for c in contestants])
+    shapes = [parse_shape(text) for text in options.shape or ()]
     suite = options.suite or (None if shapes else "headline" if on_gpu else "smoke")
     shapes += SUITES[suite] if suite else []
 
     facts = report.environment(device)
     name = options.name or f"{suite or 'shapes'}-{facts['gpu'].removeprefix('NVIDIA ').replace(' ', '-').lower() if on_gpu else 'cpu'}"
-    record = report.Record(options.out, name, facts, "seal bench " + shlex.join(argv))
+    record = report.Record(options.out, name, facts, command_line(options))
     clock = timing.Clock(device)
     limits = timing.ceilings(clock, dtype) if on_gpu else None
     if limits:
         facts["matmul_tflops"], facts["copy_gbps"] = f"{limits.matmul_tflops:.1f}", f"{limits.copy_gbps:.1f}"
-        print(f"{facts['gpu']}, driver {facts['driver']}, torch {facts['torch']}: matrix product {limits.matmul_tflops:.0f} TFLOP/s, copy {limits.copy_gbps:.0f} GB/s", flush=True)
+        print(f"{facts['gpu']}, driver {facts['driver']}, torch {facts['torch']}: matrix product {limits.matmul_tflops:.0f} TFLOP/s, "
+              f"copy {limits.copy_gbps:.0f} GB/s", flush=True)
     session = Session(device, dtype, clock, limits, options.row_ms)
 
-    here = [c for c in contestants if (c.name in only if only else True)]
     left_out = 0
     # Contestants under torch.compile come in a second pass: their start-up costs seconds a shape and must not eat the others' time.
     for compiled in (False,) if options.no_compiled else (False, True):
         for operation in operations:
-            group = [c for c in here if c.compiled == compiled and operation in c.operations]
+            group = [c for c in contestants if c.name in only and c.compiled == compiled and operation in c.operations]
             for shape in shapes if group else ():
                 if time.monotonic() - started > options.budget_s:
                     left_out += 1
@@ -228,13 +250,11 @@ def main(argv: list[str] | None = None) -> int:
                 show(shape, operation, [r for r in rows if not r["status"].startswith("runs on")])
     if left_out:
         print(f"{left_out} rows were left out: the budget of {options.budget_s:.0f} s was used up")
-    ceiling = dataclasses.asdict(limits) if limits else {}
     title = f"{facts['gpu']}, driver {facts['driver']}, torch {facts['torch']}, {facts['commit']}; {record.command}"
-    if report.plot(record.rows, contestants, record.stem + ".png", title, ceiling):
+    if report.plot(record.rows, contestants, record.stem + ".png", title, dataclasses.asdict(limits) if limits else {}):
         atomic_write(record.stem + ".md", f"{title}\n\n{report.markdown(record.rows, contestants)}")
         print(f"wrote {record.stem}.csv, .json, .md and .png")
-    wrong = [r for r in record.rows if r["status"].startswith("wrong")]
-    return 1 if wrong else 0
+    return 1 if any(r["status"].startswith("wrong") for r in record.rows) else 0
 
 
 def measure_shape(operation: str, shape: Shape, group: list[Contestant], session: Session) -> list[dict]:
