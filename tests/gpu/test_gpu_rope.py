@@ -5,6 +5,7 @@ import pytest
 import torch
 
 import seal_ops
+from cases import plain_pytorch
 from seal_ops import reference, rope_frequencies, rope_tables
 
 SIZES = [  # batch, tokens, query heads, key heads, head_dim, rotary_dim
@@ -94,3 +95,50 @@ def test_more_than_2_31_elements(backend, device):
         want, want_k = reference.rope(q[:, rows].double(), k[:, rows].double(), cos.double(), sin.double(), at)
         assert_rotated(got[:, rows], want)
         assert_rotated(got_k[:, rows], want_k)
+
+
+ROPE_ATTENTION = [  # sq, sk, (heads, kv_heads), head_dim, rotary_dim, interleaved, positions, window
+    (217, 217, (6, 2), 64, 64, False, "counted", None), (1023, 1023, (4, 4), 128, 128, False, "random", None),
+    (113, 203, (4, 1), 128, 128, True, "counted", None), (256, 512, (4, 2), 256, 256, False, "random", 100),
+    (129, 129, (2, 2), 256, 256, True, "gathered", None), (333, 333, (6, 1), 64, 32, True, "random", 57),
+    (640, 640, (8, 2), 128, 64, False, "gathered", None), (1, 300, (8, 2), 128, 128, False, "counted", None)]
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("shape", ROPE_ATTENTION, ids=lambda s: "-".join(map(str, s)))
+def test_rope_attention(backend, device, shape, deterministic):
+    """out, the rotated q and k, and all gradients: within twice the error of plain PyTorch on bf16, both against fp64."""
+    sq, sk, (heads, kv_heads), head_dim, rotary, interleaved, where, window = shape
+    randn = lambda *n: torch.randn(*n, device=device)
+    q, grad_out = randn(2, sq, heads, head_dim).bfloat16(), randn(2, sq, heads, head_dim).bfloat16()
+    k, v = randn(2, sk, kv_heads, head_dim).bfloat16(), randn(2, sk, kv_heads, head_dim).bfloat16()
+    scale = randn(heads, head_dim)
+    cos, sin = rope_tables(3000, rope_frequencies(rotary)[0], device=device)
+    at_q = at_k = None
+    if where == "random":
+        at_q, at_k = torch.randint(0, 3000, (2, sq), device=device), torch.randint(0, 3000, (2, sk), device=device, dtype=torch.int32)
+    elif where == "gathered":
+        rows = torch.randint(0, 3000, (2, sq), device=device)
+        cos, sin = cos[rows], sin[rows]
+
+    def by_hand(q, k, v, scale):
+        turned = []
+        for x, at, first in ((q, at_q, sk - sq), (k, at_k, 0)):
+            c, s = (reference.angles(t, at, x.shape[1], first, torch.promote_types(x.dtype, torch.float32)) for t in (cos, sin))
+            turned.append(reference.turn(x, c, s, interleaved))
+        return plain_pytorch(*turned, v, scale, window=window)[0]
+
+    def fused(q, k, v, scale):
+        return seal_ops.rope_attention(q, k, v, cos, sin, at_q, at_k, scale, interleaved=interleaved, window=window,
+                                       deterministic=deterministic, backend=backend)
+
+    def results(function, dtype):
+        leaves = [t.detach().to(dtype).requires_grad_() for t in (q, k, v)] + [scale.to(torch.promote_types(dtype, torch.float32)).requires_grad_()]
+        out = function(*leaves)
+        return out, *torch.autograd.grad(out, leaves, grad_out.to(out.dtype))
+
+    exact, plain, got = results(by_hand, torch.float64), results(by_hand, torch.bfloat16), results(fused, torch.bfloat16)
+    for name, a, b, c in zip(("out", "grad_q", "grad_k", "grad_v", "grad_scale"), got, plain, exact):
+        error, other = ((t.double() - c).abs().max().item() for t in (a, b))
+        allowed = 2 * other + torch.finfo(a.dtype).eps * c.abs().max().item()
+        assert error <= allowed, f"{name}: error {error:.3e} exceeds {allowed:.3e} (PyTorch's own {other:.3e})"
