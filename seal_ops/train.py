@@ -153,7 +153,7 @@ def train(
     cuda = run.device.type == "cuda"
     if cuda:
         torch.cuda.reset_peak_memory_stats(run.device)
-    with torch.random.fork_rng(devices=[run.device] if cuda else []), _prepared(model, gradient_checkpointing):
+    with torch.random.fork_rng(devices=[run.device] if cuda else []), prepared(model, gradient_checkpointing):
         torch.manual_seed(seed)
         if resume and os.path.exists(checkpoint):
             run.load(checkpoint)
@@ -225,7 +225,7 @@ class _Run:
         for batch in micro_batches:
             loss = self._loss(batch) / tokens
             loss.backward()
-            total += loss.detach()
+            total += loss.detach().to(self.device)
         if not self.losses:
             _check_gradients(self.trained)
         value = total.item()
@@ -251,15 +251,16 @@ class _Run:
 
     def _loss(self, samples):
         """Sum of the answer tokens' cross entropy."""
-        batch = {key: value.to(self.device) for key, value in self.collate(samples).items()}
-        keep, targets = batch["logits_to_keep"], batch["shift_labels"]
-        inputs = {"input_ids": batch["input_ids"], "use_cache": False}
+        batch = self.collate(samples)
+        inputs = {"input_ids": batch["input_ids"].to(self.model.device), "use_cache": False}
         if len({len(sample) for sample in samples}) > 1:
-            inputs["attention_mask"] = batch["attention_mask"]
-        if _accepts(self.model, "logits_to_keep"):
+            inputs["attention_mask"] = batch["attention_mask"].to(self.model.device)
+        keep = batch["logits_to_keep"]  # on the CPU: it indexes on whichever device the last layer is
+        if accepts(self.model, "logits_to_keep"):
             logits = self.model(**inputs, logits_to_keep=keep).logits
         else:
             logits = self.model(**inputs).logits[:, keep]
+        targets = batch["shift_labels"].to(logits.device)
         return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="sum")
 
     @functools.cached_property
@@ -360,7 +361,7 @@ def _check_gradients(trained):
 
 
 @contextlib.contextmanager
-def _prepared(model, checkpointing):
+def prepared(model, checkpointing):
     """Training mode and gradient checkpointing inside, both as found outside."""
     # Newer releases of transformers renamed gradient checkpointing to activation checkpointing
     word = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
@@ -388,7 +389,7 @@ def _forward_parameters(kind):
     return frozenset(inspect.signature(kind.forward).parameters)
 
 
-def _accepts(model, argument):
+def accepts(model, argument):
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     return argument in _forward_parameters(type(base))
 
