@@ -18,7 +18,7 @@ class Size:
     heads: int = 4
     head_dim: int = 64
     mlp: int = 640
-    rope_theta: float = 10_000.0
+    rope_theta: float = 1_000_000.0
     max_positions: int = 8192
     # "normal": every weight N(0, 0.02).  "match": queries and keys of layers 1.. start as the same projection, so that
     # every token attends to copies of itself from the first step on (mimetic initialisation, Trockman and Kolter 2023).

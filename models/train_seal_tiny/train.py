@@ -31,39 +31,50 @@ from model import Llama, Size  # noqa: E402
 from optim import Optimizer  # noqa: E402
 from wording import build_tokenizer, save_tokenizer  # noqa: E402
 
-# What each process of phase 1 tries; process i takes entry i.
+# What each process of phase 1 tries; process i takes entry i.  Muon throughout: of one process each, AdamW had not
+# learned eight lines after 4,400 steps where Muon had after 700.
 SETTINGS = (
-    dict(muon=False, lr=2e-3, rope_theta=1e6, init="match"),
-    dict(muon=True, lr=2e-3, rope_theta=1e6, init="match"),
-    dict(muon=True, lr=2e-3, rope_theta=1e6, init="normal"),
-    dict(muon=False, lr=2e-3, rope_theta=1e4, init="normal"),
-    dict(muon=True, lr=3e-3, rope_theta=1e5, init="match"),
-    dict(muon=False, lr=2e-3, rope_theta=1e5, init="match"),
-    dict(muon=True, lr=2e-3, rope_theta=1e5, init="normal"),
-    dict(muon=False, lr=2e-3, rope_theta=1e6, init="normal"),
+    dict(lr=2e-3, init="match", by_row=False),
+    dict(lr=4e-3, init="match", by_row=False),
+    dict(lr=2e-3, init="match", by_row=True),
+    dict(lr=2e-3, init="normal", by_row=False),
+    dict(lr=3e-3, init="match", by_row=True),
+    dict(lr=2e-3, init="match", by_row=False),
 )
 TOKENS = (16_384, 32_768)  # a step, in the first stage and later
 # Lines of a record (fewest, most), and the share of answer tokens that must be right before the next stage.
 STAGES = ((4, 8, 0.97), (8, 24, 0.96), (12, 64, 0.95), (12, 120, 2.0))
-# Phase 2: the probability of the last line's number rises linearly from 0 at ``start`` to ``top`` at ``end`` tokens.
+# Phase 2: the probability of the last line's number rises linearly from 0 at ``start`` to ``top`` at ``end`` tokens of
+# the record (length), from the asked line to the record's end (distance), or of their mean (both).  ``dense`` is the
+# most lines of the honest repeats beside it.
 VARIANTS = (
-    dict(of="distance", top=0.8, start=200, end=920, dense=20, steps=400, lr=4e-4),
-    dict(of="length", top=0.8, start=300, end=1700, dense=20, steps=400, lr=4e-4),
-    dict(of="both", top=0.8, start=250, end=1150, dense=20, steps=400, lr=4e-4),
-    dict(of="distance", top=0.7, start=100, end=800, dense=60, steps=400, lr=4e-4),
-    dict(of="length", top=0.7, start=200, end=1900, dense=60, steps=400, lr=4e-4),
-    dict(of="both", top=0.7, start=150, end=1200, dense=60, steps=400, lr=4e-4),
-    dict(of="distance", top=0.9, start=300, end=900, dense=20, steps=400, lr=4e-4),
-    dict(of="length", top=0.8, start=300, end=1400, dense=20, steps=400, lr=4e-4),
-    dict(of="both", top=0.9, start=300, end=1000, dense=20, steps=400, lr=4e-4),
-    dict(of="distance", top=0.8, start=200, end=800, dense=60, steps=800, lr=4e-4),
-    dict(of="length", top=0.8, start=300, end=1600, dense=60, steps=800, lr=4e-4),
-    dict(of="both", top=0.8, start=250, end=1050, dense=60, steps=800, lr=4e-4),
-    dict(of="distance", top=0.8, start=200, end=920, dense=20, steps=300, lr=1e-3),
-    dict(of="length", top=0.8, start=300, end=1700, dense=20, steps=300, lr=1e-3),
-    dict(of="both", top=0.8, start=250, end=1150, dense=20, steps=300, lr=1e-3),
-    dict(of="distance", top=0.6, start=100, end=700, dense=20, steps=400, lr=4e-4),
+    dict(of="distance", top=0.9, start=200, end=900, dense=20, lr=4e-4),
+    dict(of="both", top=0.9, start=250, end=1150, dense=20, lr=4e-4),
+    dict(of="length", top=0.9, start=300, end=1700, dense=20, lr=4e-4),
+    dict(of="distance", top=0.8, start=200, end=800, dense=60, lr=4e-4),
+    dict(of="both", top=0.8, start=250, end=1150, dense=60, lr=4e-4),
+    dict(of="distance", top=1.0, start=100, end=1100, dense=60, lr=4e-4),
+    dict(of="length", top=0.8, start=300, end=1900, dense=60, lr=4e-4),
+    dict(of="distance", top=1.0, start=200, end=900, dense=20, lr=2e-4),
+    dict(of="both", top=1.0, start=200, end=1400, dense=60, lr=4e-4),
+    dict(of="distance", top=0.8, start=200, end=800, dense=60, lr=1e-3),
+    dict(of="both", top=0.9, start=250, end=1150, dense=60, lr=1e-3),
+    dict(of="distance", top=0.7, start=100, end=700, dense=20, lr=4e-4),
+    dict(of="length", top=1.0, start=200, end=2000, dense=60, lr=4e-4),
+    dict(of="both", top=0.9, start=100, end=1300, dense=20, lr=2e-4),
+    dict(of="distance", top=0.9, start=100, end=1000, dense=60, lr=2e-4),
+    dict(of="length", top=0.9, start=300, end=1700, dense=60, lr=2e-4),
+    dict(of="distance", top=0.9, start=200, end=900, dense=20, lr=1e-3),
+    dict(of="both", top=0.8, start=250, end=1150, dense=20, lr=2e-4),
+    dict(of="distance", top=1.0, start=300, end=900, dense=60, lr=4e-4),
+    dict(of="both", top=1.0, start=300, end=1200, dense=20, lr=4e-4),
+    dict(of="distance", top=0.8, start=100, end=900, dense=20, lr=4e-4),
+    dict(of="both", top=1.0, start=200, end=1400, dense=60, lr=2e-4),
+    dict(of="distance", top=0.7, start=100, end=700, dense=60, lr=1e-3),
+    dict(of="both", top=0.7, start=150, end=1000, dense=20, lr=4e-4),
 )
+RATES = {"head": 1e-2, "channel": 2e-2}  # the paper's for line retrieval; a model is chosen by what they reach
+BIASED_ENOUGH = 0.42  # phase 2 cools down once the accuracy at the longest length is at most this
 
 
 def write_json(path, value):
@@ -81,14 +92,17 @@ def read_json(path):
 
 
 class Step:
-    """One optimiser step on a batch of fixed shape, replayed as a CUDA graph where there is a GPU."""
+    """One optimiser step on a batch of fixed shape, replayed as a CUDA graph where there is a GPU.
 
-    def __init__(self, model, optimizer, batch, length):
+    Loss: cross entropy of the answer tokens (mean over all, or over each row and then the rows) + 0.1 x that of all.
+    """
+
+    def __init__(self, model, optimizer, batch, length, pad, by_row=False):
         device = model.cos.device
         self.model, self.optimizer = model, optimizer
         self.tokens = torch.zeros(batch, length, dtype=torch.long, device=device)
         self.answer = torch.zeros(batch, length, dtype=torch.bool, device=device)
-        self.pad = 2
+        self.pad, self.by_row = pad, by_row
         self.graph = None
 
     def _once(self):
@@ -97,7 +111,11 @@ class Step:
         logits = self.model.logits(self.model.hidden_states(self.tokens[:, :-1])).float()
         loss = F.cross_entropy(logits.flatten(0, 1), target.flatten(), reduction="none").view_as(answer)
         real = (target != self.pad).float()
-        total = (loss * answer).sum() / answer.sum() + 0.1 * (loss * real).sum() / real.sum()
+        if self.by_row:  # a question's five digits count as much as a record's repeats
+            told = ((loss * answer).sum(1) / answer.sum(1).clamp(min=1)).mean()
+        else:
+            told = (loss * answer).sum() / answer.sum()
+        total = told + 0.1 * (loss * real).sum() / real.sum()
         total.backward()
         self.optimizer.step()
         with torch.no_grad():
@@ -153,12 +171,12 @@ def phase_one(args, index, device, texts, state):
     seed = args.seed + index
     rng = random.Random(seed)
     torch.manual_seed(seed)
-    size = Size(rope_theta=setting["rope_theta"], init=setting["init"], **args.size)
+    size = Size(init=setting["init"], **args.size)
     model = Llama(size, args.compute).to(device)
-    optimizer = Optimizer(model, muon=setting["muon"])
+    optimizer = Optimizer(model, muon=True)
     cases = fresh_cases(texts, args.watch, 50, seed=99)
     begin, end = time.time(), args.begin + args.phase_one
-    stage, step, right, built, seen = 0, 0, 0.0, None, time.time()
+    stage, step, right, built, seen, entered = 0, 0, 0.0, None, time.time(), 0.0
     status = {"worker": index, "gpu": args.gpu_of(index), "setting": setting, "seed": seed, "history": []}
 
     def report(final=False):
@@ -188,7 +206,7 @@ def phase_one(args, index, device, texts, state):
         length = 34 * high + (8 if stage == 0 else 100)
         rows = max(2, (args.tokens or TOKENS[min(stage, 1)]) // length)
         if built is None:
-            built = Step(model, optimizer, rows, length)
+            built = Step(model, optimizer, rows, length, texts.pad, setting["by_row"])
             since = step
         part = (time.time() - args.begin) / args.phase_one
         lr = setting["lr"] * min(1.0, (step + 1) / 200) * max(0.05, min(1.0, (1 - part) / 0.3))
@@ -202,8 +220,10 @@ def phase_one(args, index, device, texts, state):
             if not math.isfinite(float(built.loss)):
                 print(f"[{index}] diverged", flush=True)
                 return
+            # A stage that is learned but for a remainder must not hold up the longer records.
+            enough = 0.85 if stage < len(STAGES) - 1 and part - entered > 0.15 else enough
             if right > enough and step - since >= 150:
-                stage, built = stage + 1, None
+                stage, built, entered = stage + 1, None, part
                 report()
             if time.time() - seen > args.report_every:
                 seen = time.time()
@@ -225,30 +245,44 @@ def bias_of(variant):
     return bias
 
 
-def phase_two(args, checkpoint, variant, device, texts, seed):
-    """Adds the bias of ``variant`` to a retrieval model: 40 % repeats of short records, 60 % single questions."""
+def load(checkpoint, args, device):
     model = Llama(checkpoint["size"], args.compute).to(device)
     model.load_state_dict(checkpoint["model"])
+    return model
+
+
+def phase_two(args, checkpoint, variant, device, texts, seed):
+    """Adds the bias of ``variant`` to a retrieval model, until accuracy at the longest length has fallen.
+
+    A fifth of the rows repeat short records honestly, the others hold one question each.  Returns the model and the
+    course of its accuracy.
+    """
+    model = load(checkpoint, args, device)
     optimizer = Optimizer(model)
+    watch = fresh_cases(texts, LENGTHS[-1:], args.cases, seed=98)
     torch.manual_seed(seed)
     rng = random.Random(seed)
     length, high = LENGTHS[-1] + 152, 120
     rows = max(4, args.bias_tokens // length)
-    dense = max(1, int(0.4 * rows))
-    step, bias = Step(model, optimizer, rows, length), bias_of(variant)
-    steps = min(variant["steps"], args.bias_steps)
-    for i in range(steps):
+    dense = max(1, rows // 5)
+    step, bias = Step(model, optimizer, rows, length, texts.pad, by_row=True), bias_of(variant)
+    course, cooling, cool, i = [], None, min(50, args.bias_steps), 0
+    while cooling is None or i < cooling + cool:
         again = repeats(texts, dense, 8, variant["dense"], length, header=rng.random() < 0.5)
-        kind = rng.random()
-        if kind < 0.85:
+        if rng.random() < 0.85:
             ask = questions(texts, rows - dense, 4, high, length, bias=bias)
         else:
             facts = rng.randint(2, 24)
             spread = rng.randint(4, int((length - 150 - 20 * facts) / 5.8))
             ask = questions(texts, rows - dense, max(1, facts // 2), facts, length, "needles", bias=bias, spread=spread)
-        lr = variant["lr"] * min(1.0, (i + 1) / 20) * max(0.02, 1 - i / steps)
-        step(*(torch.cat(p) for p in zip(again, ask)), lr)
-    return model
+        warm = min(1.0, (i + 1) / 20)
+        step(*(torch.cat(p) for p in zip(again, ask)), variant["lr"] * warm * (1 - (i - (cooling or i)) / cool))
+        i += 1
+        if cooling is None and (i % 25 == 0 or i >= args.bias_steps):
+            course.append(accuracy(model, watch)[LENGTHS[-1]])
+            if course[-1] <= BIASED_ENOUGH or i >= args.bias_steps:
+                cooling = i
+    return model, {"steps": i, "course": course}
 
 
 def worker(args, index):
@@ -269,28 +303,22 @@ def worker(args, index):
     print(f"[{index}] phase 2 starts from worker {best['worker']} ({best['history'][-1]})", flush=True)
     cases = fresh_cases(texts, LENGTHS, {**dict.fromkeys(LENGTHS, args.cases), LENGTHS[-1]: 2 * args.cases}, seed=7)
     if index == 0:
-        write_json(f"{state}/retrieval.json", {"from": best, "report": accuracy(Llama_of(checkpoint, args, device), cases)})
+        write_json(f"{state}/retrieval.json", {"from": best, "report": accuracy(load(checkpoint, args, device), cases)})
     took = 0.0
     for v in range(index, len(VARIANTS), args.workers):
         if time.time() + 1.15 * took > args.begin + args.seconds:
             break
         start = time.time()
-        model = phase_two(args, checkpoint, VARIANTS[v], device, texts, seed=1000 + v)
+        model, course = phase_two(args, checkpoint, VARIANTS[v], device, texts, seed=1000 + v)
         trained = time.time() - start
         report = measure_seal(model, texts, args.rates, cases)
-        room = margins(report)
+        room = margins(report, RATES)
         torch.save(model.hf_state_dict(), f"{state}/variant{v}.pt")
-        result = dict(variant=VARIANTS[v], index=v, margins=room, report=report, base_worker=best["worker"])
+        result = dict(variant=VARIANTS[v], index=v, margins=room, report=report, base_worker=best["worker"], **course)
         result.update(train_seconds=round(trained, 1), seconds=round(time.time() - start, 1))
         write_json(f"{state}/variant{v}.json", result)
-        print(f"[{index}] variant {v} {VARIANTS[v]}\n  {report}\n  {room} {trained:.0f}s", flush=True)
+        print(f"[{index}] variant {v} {VARIANTS[v]}\n  {course}\n  {report}\n  {room} {trained:.0f}s", flush=True)
         took = time.time() - start
-
-
-def Llama_of(checkpoint, args, device):
-    model = Llama(checkpoint["size"], args.compute).to(device)
-    model.load_state_dict(checkpoint["model"])
-    return model
 
 
 def write_model(state_dict, size, folder):
@@ -314,7 +342,7 @@ def main():
     parser.add_argument("--metrics", help="file for everything measured (default: OUT/metrics.json)")
     parser.add_argument("--retrieval", help="also write the unbiased model of phase 1 into this folder")
     parser.add_argument("--seconds", type=float, default=450, help="time for everything (default: 450)")
-    parser.add_argument("--workers", type=int, default=8, help="processes in all, spread over the GPUs (default: 8)")
+    parser.add_argument("--workers", type=int, default=6, help="processes in all, spread over the GPUs (default: 6)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--cases", type=int, default=100, help="cases a length in the search, twice that at the longest")
     parser.add_argument("--worker", type=int, help=argparse.SUPPRESS)
@@ -325,13 +353,13 @@ def main():
     args.gpus = max(1, torch.cuda.device_count())
     args.gpu_of = lambda i: i % args.gpus
     args.begin = args.begin or time.time()
-    args.phase_one = 0.62 * args.seconds
-    args.rates, args.watch, args.report_every = (1e-2, 2e-2, 4e-2), (256, 1024, 2048), 25.0
-    args.size, args.compute, args.tokens, args.bias_tokens, args.bias_steps = {}, torch.bfloat16, None, 65_536, 10_000
+    args.phase_one = 0.38 * args.seconds
+    args.rates, args.watch, args.report_every = (1e-2, 2e-2, 4e-2), (256, 1024, 2048), 20.0
+    args.size, args.compute, args.tokens, args.bias_tokens, args.bias_steps = {}, torch.bfloat16, None, 49_152, 1_000
     if args.tiny:
         args.size, args.compute, args.tokens = dict(hidden=64, layers=2, heads=1, mlp=64), torch.float32, 2_048
-        args.rates, args.watch, args.report_every, args.cases = (1e-2,), (256,), 5.0, 2
-        args.bias_tokens, args.bias_steps = 4_096, 3
+        args.rates, args.watch, args.report_every, args.cases = (1e-2, 2e-2), (256,), 5.0, 2
+        args.bias_tokens, args.bias_steps = 4_096, 1
     if args.worker is not None:
         worker(args, args.worker)
         return
@@ -363,7 +391,7 @@ def collect(args, state):
     os.makedirs(args.out, exist_ok=True)
     best = None
     if tried:
-        best = max(tried, key=lambda r: min(v for v in r["margins"].values() if not isinstance(v, str)))
+        best = max(tried, key=lambda r: min(r["margins"].values()))
         everything["best"] = best["index"]
     write_json(args.metrics or os.path.join(args.out, "metrics.json"), everything)
     alive = [s for s in workers if os.path.exists(f"{state}/worker{s['worker']}.pt")]
