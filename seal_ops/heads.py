@@ -2,9 +2,11 @@
 
 Two measures of one thing, the change of the answer's log-probability when a unit is taken away:
 
-* *ablation*: the unit's scale set to 0.  Many units' variants of one prompt run as the rows of one batch, each row with
+* *ablation*: the unit's scale set to 0 (or to a ``factor`` of itself).  Many units' variants of one prompt run as the rows of one batch, each row with
   scales of its own (:meth:`seal_ops.scales.Scales.rows`), so that nothing is patched between forward passes;
 * *gradient*: ``-d log p / d keep`` at ``keep = 1``, the same change to first order, for all units in one backward pass.
+
+The first order is exact for small changes only: expect the two to agree at ``factor=0.9`` and less so at 0.
 
 SEAL (arXiv 2501.15225, section 3) found by ablation that heads differ in sign, consistently over lengths, and that scaling
 the harmful ones by 0.9 and the helpful ones by 1.1 lifts accuracy: :func:`quadrants` and :func:`quadrant_experiment`.
@@ -27,7 +29,9 @@ from .evaluate import Evaluation, evaluate, fingerprint
 from .files import atomic_write
 from .progress import bar
 from .scales import Scales, attach, detach
-from .train import _prepared
+from .scoring import answer_logprobs
+from .statistics import spearman
+from .train import prepared
 
 METHODS = ("ablation", "gradient")
 BATCH_TOKENS = 16_384  # prompt tokens in a batch of variants
@@ -161,6 +165,7 @@ def influence(
     *,
     granularity: str = "head",
     methods: Sequence[str] = METHODS,
+    factor: float = 0.0,
     limit: int | None = None,
     batch_size: int | None = None,
     seed: int = 0,
@@ -184,6 +189,7 @@ def influence(
         cases: samples at each length.
         granularity: "head" or "channel".
         methods: "ablation", "gradient" or both.
+        factor: what ablation multiplies a unit's scale by; the gradient's estimate is for the same step.
         limit: ablate only that many units, drawn by ``seed`` (channels are many); None for all.
         batch_size: variants in one forward pass; None takes as many as fit in 16,384 tokens.
         gradient_checkpointing: see :func:`seal_ops.train`.
@@ -209,6 +215,7 @@ def influence(
             "seed": seed,
             "granularity": granularity,
             "methods": sorted(methods),
+            "factor": factor,
             "chat_template": chat_template,
             "model": fingerprint(model),
         }
@@ -230,13 +237,13 @@ def influence(
                         record = {"length": length, "index": index, "answer_tokens": len(sample.answer_ids)}
                         started = time.monotonic()
                         if "gradient" in methods:
-                            record |= _gradient(model, scales, sample, units, gradient_checkpointing)
+                            record |= _gradient(model, scales, sample, units, factor, gradient_checkpointing)
                             result.seconds["gradient"] += time.monotonic() - started
                             advance(1)
                         if "ablation" in methods:
                             started = time.monotonic()
                             size = batch_size or max(1, BATCH_TOKENS // len(sample))
-                            record |= _ablation(model, scales, sample, [units[i] for i in ablated], size, advance)
+                            record |= _ablation(model, scales, sample, [units[i] for i in ablated], factor, size, advance)
                             result.seconds["ablation"] += time.monotonic() - started
                         result.records.append(record)
                         if output is not None and time.monotonic() - saved > SAVE_EVERY:
@@ -300,19 +307,8 @@ def _times_scale(scales, keep):
     return {n: keep[n] * (s.detach() if s.dim() == 2 else s.detach()[:, None]) for n, s in scales.items()}
 
 
-def _score(model, input_ids, sample):
-    """Log-probability of the answer and whether greedy decoding writes it, of every row: ``[B]`` each."""
-    first = len(sample.prompt_ids) - 1
-    keep = torch.arange(first, len(sample) - 1, device=input_ids.device)
-    logits = model(input_ids=input_ids, use_cache=False, logits_to_keep=keep).logits
-    logits = logits if logits.dtype == torch.float64 else logits.float()
-    targets = torch.tensor(sample.answer_ids, device=logits.device)
-    logprob = logits.log_softmax(-1).gather(-1, targets.expand(logits.shape[0], -1)[..., None])[..., 0].sum(1)
-    return logprob, (logits.argmax(-1) == targets).all(1)
-
-
 @torch.no_grad()
-def _ablation(model, scales, sample, units, batch_size, advance):
+def _ablation(model, scales, sample, units, factor, batch_size, advance):
     input_ids = torch.tensor([sample.input_ids], device=model.device)
     per_channel = any(len(unit) == 3 for unit in units)
     logprobs, exact = [], []
@@ -322,9 +318,9 @@ def _ablation(model, scales, sample, units, batch_size, advance):
         keep = _keep(scales, len(chunk), per_channel)
         for row, unit in enumerate(chunk):
             if unit is not None:
-                keep[unit[0]][row, unit[1], unit[2] if per_channel else 0] = 0.0
+                keep[unit[0]][row, unit[1], unit[2] if per_channel else 0] = factor
         with scales.rows(_times_scale(scales, keep)):
-            logprob, right = _score(model, input_ids.expand(len(chunk), -1), sample)
+            logprob, right = answer_logprobs(model, input_ids.expand(len(chunk), -1), sample)
         logprobs += logprob.tolist()
         exact += right.tolist()
         advance(len(chunk) - (start == 0))
@@ -336,16 +332,16 @@ def _ablation(model, scales, sample, units, batch_size, advance):
     }
 
 
-def _gradient(model, scales, sample, units, checkpointing):
-    """The first-order change by taking each unit away: ``-d log p / d keep`` at ``keep`` = 1."""
+def _gradient(model, scales, sample, units, factor, checkpointing):
+    """The first-order change by taking each unit down to ``factor``: ``(factor - 1) d log p / d keep`` at ``keep`` = 1."""
     input_ids = torch.tensor([sample.input_ids], device=model.device)
     keep = _keep(scales, 1, per_channel=len(units[0]) == 3)
     for tensor in keep.values():
         tensor.requires_grad_()
-    with torch.enable_grad(), _prepared(model, checkpointing), scales.rows(_times_scale(scales, keep)):
-        logprob, exact = _score(model, input_ids, sample)
+    with torch.enable_grad(), prepared(model, checkpointing), scales.rows(_times_scale(scales, keep)):
+        logprob, exact = answer_logprobs(model, input_ids, sample)
         gradients = torch.autograd.grad(logprob.sum(), list(keep.values()))
-    change = torch.cat([-g.flatten().cpu() for g in gradients])
+    change = torch.cat([(factor - 1) * g.flatten().cpu() for g in gradients])
     if not torch.isfinite(change).all():
         raise RuntimeError("heads.influence: gradients of the scales must be finite, got NaN or infinity")
     found = {"logprob": _short(logprob.item()), "exact": bool(exact)}
@@ -443,22 +439,6 @@ def quadrant_experiment(
                 for layer, scale in scales.items():
                     scale.copy_(before[layer])
     return results
-
-
-# ------------------------------------------------------------------------------------------------------ statistics
-
-
-def spearman(one: torch.Tensor, other: torch.Tensor) -> float:
-    """Spearman's rank correlation of two vectors ``[N]``, N at least 2; ties get the mean of their ranks."""
-    a, b = _ranks(one), _ranks(other)
-    a, b = a - a.mean(), b - b.mean()
-    norm = a.norm() * b.norm()
-    return float("nan") if norm == 0 else float(a @ b / norm)
-
-
-def _ranks(values):
-    _, inverse, counts = values.double().unique(return_inverse=True, return_counts=True)
-    return (counts.cumsum(0).double() - (counts - 1) / 2)[inverse]
 
 
 def _correlation(one, other):
