@@ -24,14 +24,13 @@ DEVICE = device_of("triton")
 NEEDS = (True, True, True, True, False)
 
 
-@triton.jit
-def _blocks(out_ptr, len_q, len_k, left, right, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HAS_LEFT: tl.constexpr,
-            HAS_RIGHT: tl.constexpr, OF_KEYS: tl.constexpr):
+@triton.jit(do_not_specialize=["len_q", "len_k", "left", "right"])
+def _blocks(out_ptr, len_q, len_k, left, right, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, OF_KEYS: tl.constexpr):
     pid = tl.program_id(0)
     if OF_KEYS:
-        a, b, c, d = tiling.key_blocks(pid * BLOCK_M, len_q, len_k, left, right, BLOCK_M, BLOCK_N, HAS_LEFT, HAS_RIGHT)
+        a, b, c, d = tiling.key_blocks(pid * BLOCK_M, (len_q, len_k, left, right), BLOCK_M, BLOCK_N)
     else:
-        a, b, c, d = tiling.query_blocks(pid * BLOCK_N, len_q, len_k, left, right, BLOCK_M, BLOCK_N, HAS_LEFT, HAS_RIGHT)
+        a, b, c, d = tiling.query_blocks(pid * BLOCK_N, (len_q, len_k, left, right), BLOCK_M, BLOCK_N)
     tl.store(out_ptr + pid * 4, a)
     tl.store(out_ptr + pid * 4 + 1, b)
     tl.store(out_ptr + pid * 4 + 2, c)
@@ -50,7 +49,7 @@ def test_visited_blocks_hold_every_pair_and_full_blocks_nothing_else(of_keys, sq
     tile, block = (m, n) if of_keys else (n, m)
     tiles = triton.cdiv(seen.shape[0], tile)
     found = torch.full((tiles, 4), -1, dtype=torch.int32, device=DEVICE)
-    _blocks[(tiles,)](found, sq, sk, left, right, m, n, left >= 0, right >= 0, of_keys)
+    _blocks[(tiles,)](found, sq, sk, *(None if w < 0 else w for w in (left, right)), m, n, of_keys)
     for t, (begin, full_begin, full_end, end) in enumerate(found.tolist()):
         assert 0 <= begin <= full_begin <= full_end <= end
         mine = seen[t * tile:(t + 1) * tile]
@@ -63,8 +62,7 @@ def test_visited_blocks_hold_every_pair_and_full_blocks_nothing_else(of_keys, sq
 
 @triton.jit
 def _owners(owner_ptr, cu_ptr, num_seqs, tiles, BLOCK: tl.constexpr):
-    head, batch, seq, tile, start, length, _, _ = tiling.locate(tl.program_id(0), tiles, 1, num_seqs, cu_ptr, cu_ptr, 0, 0, BLOCK,
-                                                                True)
+    head, batch, seq, tile, start, length, _, _ = tiling.locate(tl.program_id(0), tiles, 1, num_seqs, cu_ptr, cu_ptr, 0, 0, BLOCK)
     rows = tile * BLOCK + tl.arange(0, BLOCK)
     tl.atomic_add(owner_ptr + start + rows, seq + 1, mask=rows < length)
 

@@ -31,11 +31,6 @@ def padded_head_dim(head_dim: int) -> int:
     return max(16, triton.next_power_of_2(head_dim))
 
 
-def precision(dtype: torch.dtype) -> str:
-    """fp32 inputs get fp32 products, never TF32."""
-    return "ieee" if dtype == torch.float32 else "tf32"
-
-
 @functools.cache
 def _has_tma(device: torch.device) -> bool:
     return torch.version.hip is None and torch.cuda.get_device_capability(device)[0] >= 9
@@ -58,8 +53,8 @@ class Geometry:
     kv_heads: int
     head_dim: int
     sigma: float
-    left: int
-    right: int
+    left: int | None   # None: unbounded
+    right: int | None
     cu_q: Tensor | None
     cu_k: Tensor | None
 
@@ -70,7 +65,7 @@ class Geometry:
         packed = cu_seqlens is not None
         return cls(1 if packed else q.shape[0], cu_seqlens.numel() - 1 if packed else q.shape[0], q.shape[-3], k.shape[-3],
                    q.shape[-2], k.shape[-2], head_dim, 1.0 / math.sqrt(head_dim) if softmax_scale is None else softmax_scale,
-                   min(left, UNBOUNDED), min(right, UNBOUNDED), cu_seqlens if packed else None,
+                   *(None if w < 0 else min(w, UNBOUNDED) for w in (left, right)), cu_seqlens if packed else None,
                    (cu_seqlens if cu_seqlens_k is None else cu_seqlens_k) if packed else None)
 
     @property
@@ -80,10 +75,6 @@ class Geometry:
     @property
     def group(self) -> int:
         return self.heads // self.kv_heads
-
-    @functools.cached_property
-    def mask_constants(self) -> dict:
-        return dict(HAS_LEFT=self.left >= 0, HAS_RIGHT=self.right >= 0, PACKED=self.packed)
 
     def tiles(self, length: int, block: int) -> int:
         """Tiles of one batch row, or an upper bound of the tiles of all packed sequences (tiling.py)."""
@@ -124,10 +115,10 @@ class Rows:
                                 [1, 1, rows, padded_head_dim(head_dim)])
 
 
-def factor_arguments(factor: Tensor | None, geometry: Geometry) -> tuple:
-    """(tensor, stride over sequences, heads, channels) of a scale or offset; 0 where it broadcasts."""
+def factor_arguments(factor: Tensor | None, geometry: Geometry) -> tuple | None:
+    """What tiling.load_factor reads: the tensor and its strides over sequences, heads and channels, 0 where it broadcasts."""
     if factor is None:
-        return None, 0, 0, 0
+        return None
     view = factors.full_view(factor, geometry.heads, geometry.head_dim)
     return view, *(s if n > 1 else 0 for n, s in zip(view.shape, view.stride()))
 

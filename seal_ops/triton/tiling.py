@@ -1,8 +1,12 @@
-"""What every attention kernel shares on the device: which tile a program owns and which blocks of the other side it meets.
+"""What every attention kernel shares on the device: which tile a program owns, which blocks of the other side it meets, and how
+tiles are read.
 
 Tiles of packed sequences are found without a host sync. Sequence b owns the tile numbers from cu[b] // BLOCK + b up to
 cu[b + 1] // BLOCK + b + 1: always at least ceil(length / BLOCK) of them, never overlapping, total // BLOCK + B in all. What
 a sequence has too many is a program that leaves at once.
+
+`bounds` is (len_q, len_k, left, right) of one sequence; left and right are None where the mask has no such side, which
+compiles that side away.
 """
 import triton
 import triton.language as tl
@@ -12,17 +16,16 @@ from . import interpreted
 LOG2E = 1.4426950408889634
 LN2 = 0.6931471805599453
 
-
 _UPCAST = tl.constexpr(interpreted())  # numpy cannot multiply the interpreter's bf16
 
 
 @triton.jit
-def product(a, b, acc, PRECISION: tl.constexpr):
-    """acc + a b, accumulated in fp32; acc None starts from zero."""
+def product(a, b, acc):
+    """acc + a b, accumulated in fp32; acc None starts from zero. fp32 operands are never cut to TF32."""
     if _UPCAST:
         a = a.to(tl.float32)
         b = b.to(tl.float32)
-    return tl.dot(a, b, acc, input_precision=PRECISION)
+    return tl.dot(a, b, acc, input_precision="ieee" if a.dtype == tl.float32 else None)
 
 
 @triton.jit
@@ -32,13 +35,12 @@ def first_tile(seq, cu_ptr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def locate(pid, tiles, heads, num_seqs, cu_ptr, other_cu_ptr, length, other_length, BLOCK: tl.constexpr,
-           PACKED: tl.constexpr):
+def locate(pid, tiles, heads, num_seqs, cu_ptr, other_cu_ptr, length, other_length, BLOCK: tl.constexpr):
     """The tile of program `pid`: (head, batch coordinate, sequence, tile within the sequence, first token and length of the
-    sequence on this side, the same two on the other side). Dense: `tiles` per batch row; packed: `tiles` in all."""
+    sequence on this side, the same two on the other side). `tiles` are those of a batch row, or packed (cu_ptr given) all."""
     tile = pid % tiles
     head = (pid // tiles) % heads
-    if PACKED:
+    if cu_ptr is not None:
         seq = 0
         end = num_seqs
         while end - seq > 1:  # first_tile(seq) <= tile < first_tile(end)
@@ -61,61 +63,82 @@ def locate(pid, tiles, heads, num_seqs, cu_ptr, other_cu_ptr, length, other_leng
 
 
 @triton.jit
-def key_blocks(first, len_q, len_k, left, right, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HAS_LEFT: tl.constexpr,
-               HAS_RIGHT: tl.constexpr):
+def key_blocks(first, bounds, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """Key blocks of the query tile that starts at row `first`: (begin, full_begin, full_end, end). Every score of the blocks
-    full_begin..full_end is allowed; the others need the mask. A query i stands at the position i + len_k - len_q."""
+    full_begin..full_end is allowed; the others need the mask. Query i stands at the position i + len_k - len_q."""
+    len_q, len_k, left, right = bounds
     position = first + len_k - len_q
     last = tl.minimum(first + BLOCK_M, len_q) - 1 + len_k - len_q
     begin = 0
     end = len_k
     full_begin = 0
     full_end = len_k
-    if HAS_RIGHT:
+    if right is not None:
         end = tl.maximum(tl.minimum(len_k, last + right + 1), 0)
         full_end = tl.maximum(tl.minimum(len_k, position + right + 1), 0)
-    if HAS_LEFT:
+    if left is not None:
         begin = tl.minimum(tl.maximum(position - left, 0), end)
         full_begin = tl.maximum(last - left, 0)
-    begin = begin // BLOCK_N
-    end = tl.maximum(tl.cdiv(end, BLOCK_N), begin)
-    full_begin = tl.minimum(tl.maximum(tl.cdiv(full_begin, BLOCK_N), begin), end)
-    full_end = tl.minimum(tl.maximum(full_end // BLOCK_N, full_begin), end)
-    return begin, full_begin, full_end, end
+    return _in_blocks(begin, full_begin, full_end, end, BLOCK_N)
 
 
 @triton.jit
-def query_blocks(first, len_q, len_k, left, right, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HAS_LEFT: tl.constexpr,
-                 HAS_RIGHT: tl.constexpr):
+def query_blocks(first, bounds, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """Query blocks of the key tile that starts at key `first`, as in key_blocks. Keys beyond len_k do not need the mask:
     every key has its own gradient row, and those rows are never written."""
+    len_q, len_k, left, right = bounds
     row = first + len_q - len_k  # the query whose own position is the first key
     last = tl.minimum(first + BLOCK_N, len_k) - 1 + len_q - len_k
     begin = 0
     end = len_q
     full_begin = 0
     full_end = len_q
-    if HAS_RIGHT:
+    if right is not None:
         begin = tl.minimum(tl.maximum(row - right, 0), len_q)
         full_begin = tl.maximum(last - right, 0)
-    if HAS_LEFT:
+    if left is not None:
         end = tl.maximum(tl.minimum(len_q, last + left + 1), begin)
         full_end = tl.maximum(tl.minimum(len_q, row + left + 1), 0)
-    begin = begin // BLOCK_M
-    end = tl.maximum(tl.cdiv(end, BLOCK_M), begin)
-    full_begin = tl.minimum(tl.maximum(tl.cdiv(full_begin, BLOCK_M), begin), end)
-    full_end = tl.minimum(tl.maximum(full_end // BLOCK_M, full_begin), end)
+    return _in_blocks(begin, full_begin, full_end, end, BLOCK_M)
+
+
+@triton.jit
+def _in_blocks(begin, full_begin, full_end, end, BLOCK: tl.constexpr):
+    begin = begin // BLOCK
+    end = tl.maximum(tl.cdiv(end, BLOCK), begin)
+    full_begin = tl.minimum(tl.maximum(tl.cdiv(full_begin, BLOCK), begin), end)
+    full_end = tl.minimum(tl.maximum(full_end // BLOCK, full_begin), end)
     return begin, full_begin, full_end, end
 
 
 @triton.jit
-def seen(queries, keys, len_q, len_k, left, right, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr):
+def loop_range(blocks, MASKED: tl.constexpr):
+    """Range of the loop over the full blocks, or over the masked ones on both sides of them."""
+    begin, full_begin, full_end, end = blocks
+    if MASKED:
+        return begin, end - (full_end - full_begin)
+    else:
+        return full_begin, full_end
+
+
+@triton.jit
+def block_start(i, blocks, BLOCK: tl.constexpr, MASKED: tl.constexpr):
+    """First row of the block of step i: the masked loop leaps over the full blocks."""
+    begin, full_begin, full_end, end = blocks
+    if MASKED:
+        i += tl.where(i >= full_begin, full_end - full_begin, 0)
+    return i * BLOCK
+
+
+@triton.jit
+def seen(queries, keys, bounds):
     """Which (query, key) pairs of one block take part; `queries` and `keys` broadcast against each other."""
+    len_q, len_k, left, right = bounds
     distance = keys - queries - (len_k - len_q)
     allowed = (queries < len_q) & (keys < len_k)
-    if HAS_RIGHT:
+    if right is not None:
         allowed &= distance <= right
-    if HAS_LEFT:
+    if left is not None:
         allowed &= distance >= -left
     return allowed
 
@@ -144,7 +167,7 @@ def load_rows(source, batch, head, start, first, length, ROWS: tl.constexpr, HEA
 
 @triton.jit
 def load_statistics(source, which, row, at, ROWS: tl.constexpr, TMA: tl.constexpr):
-    """[ROWS] of a row of the statistics that backward._Prepared keeps; every row has room for a whole tile too many."""
+    """[ROWS] of a row of the statistics that preprocess.Statistics keeps; every row has room for a whole tile too many."""
     if TMA:
         return source.load([which, row, at]).reshape(ROWS)
     else:
@@ -153,10 +176,11 @@ def load_statistics(source, which, row, at, ROWS: tl.constexpr, TMA: tl.constexp
 
 
 @triton.jit
-def load_factor(ptr, stride_b, stride_h, stride_d, seq, head, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
-    """[BLOCK_D] of a scale or offset seen as [B, Hq, D] through its strides (0 where it broadcasts)."""
+def load_factor(factor, seq, head, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """[1, BLOCK_D] of a scale or offset: (pointer, strides over sequences, heads, channels), 0 where it broadcasts."""
+    ptr, stride_b, stride_h, stride_d = factor
     d = tl.arange(0, BLOCK_D)
-    return tl.load(ptr + seq.to(tl.int64) * stride_b + head * stride_h + d * stride_d, mask=d < HEAD_DIM, other=0.0)
+    return tl.load(ptr + seq.to(tl.int64) * stride_b + head * stride_h + d * stride_d, mask=d < HEAD_DIM, other=0.0)[None, :]
 
 
 @triton.jit
