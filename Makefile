@@ -33,9 +33,10 @@ $(VENV)/installed: $(VENV)/torch $(SOURCES)
 	$(BIN)/python -m pip install -q .
 	touch $@
 
-$(VENV)/installed-test: $(VENV)/installed
+# One build of the extension serves both.
+$(VENV)/installed-test: $(VENV)/torch $(SOURCES)
 	$(BIN)/python -m pip install -q '.[test]'
-	touch $@
+	touch $(VENV)/installed $@
 
 clean:
 	rm -rf $(VENV) build *.egg-info $(OUTPUT)
