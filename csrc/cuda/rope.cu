@@ -22,8 +22,8 @@ namespace seal {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kBlocks = 3;  // CTAs an SM that the registers must allow: 80 a thread
-constexpr int UNROLL = 2;   // heads in flight a thread
+constexpr int kBlocks = 2;  // CTAs an SM that the registers must allow
+constexpr int UNROLL = 4;   // heads in flight a thread
 
 // How the threads of a CTA are dealt out; filled by launch_rope.
 struct Tiling {

@@ -84,6 +84,8 @@ def _on(device: str, window: bool = True) -> Callable[[str, Problem], str | None
 
 def _seal(backend: str) -> Contestant:
     def why_not(operation: str, problem: Problem) -> str | None:
+        if backend == "cpu" and problem.device.type != "cpu":
+            return "runs on cpu"
         for op in ("attention", "attention_backward") if operation == "attention_o_proj" else (operation,):
             reason = why_not_backend(backend, op, problem.device, problem.dtype, problem.shape.geometry.head_dim)
             if reason is not None:

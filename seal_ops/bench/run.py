@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import shlex
 import time
 
@@ -177,9 +178,9 @@ def _row(operation, direction, contestant, problem, session, times, worst, peak,
     return row
 
 
-def show(shape: Shape, operation: str, rows: list[dict]) -> None:
+def show(shape: Shape, operation: str, rows: list[dict], seconds: float) -> None:
     if rows:
-        print(f"{shape}  {operation}")
+        print(f"{shape}  {operation}  (at {seconds:.0f} s)")
     by_name: dict[str, dict[str, dict]] = {}
     for row in rows:
         by_name.setdefault(row["contestant"], {})[row["direction"]] = row
@@ -238,16 +239,18 @@ def bench(options: argparse.Namespace) -> int:
 
     left_out = 0
     # Contestants under torch.compile come in a second pass: their start-up costs seconds a shape and must not eat the others' time.
-    for compiled in (False,) if options.no_compiled else (False, True):
-        for operation in operations:
-            group = [c for c in contestants if c.name in only and c.compiled == compiled and operation in c.operations]
-            for shape in shapes if group else ():
-                if time.monotonic() - started > options.budget_s:
-                    left_out += 1
-                    continue
-                rows = measure_shape(operation, shape, group, session)
-                record.add(rows)
-                show(shape, operation, [r for r in rows if not r["status"].startswith("runs on")])
+    # The projection, whose rows repeat the attention's, comes last.
+    passes = sorted(itertools.product(operations, (False, True)), key=lambda p: (p[0] == "attention_o_proj", p[1]))
+    for (operation, compiled), shape in itertools.product(passes, shapes):
+        group = [c for c in contestants if c.name in only and c.compiled == compiled and operation in c.operations]
+        if not group or (compiled and options.no_compiled):
+            continue
+        if time.monotonic() - started > options.budget_s:
+            left_out += 1
+            continue
+        rows = measure_shape(operation, shape, group, session)
+        record.add(rows)
+        show(shape, operation, [r for r in rows if not r["status"].startswith("runs on")], time.monotonic() - started)
     if left_out:
         print(f"{left_out} rows were left out: the budget of {options.budget_s:.0f} s was used up")
     title = f"{facts['gpu']}, driver {facts['driver']}, torch {facts['torch']}, {facts['commit']}; {record.command}"

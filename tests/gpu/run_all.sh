@@ -37,13 +37,22 @@ cp -r "$root/tests" "$root/csrc" "$work/run/"
 cp "$root/pyproject.toml" "$work/run/" 2>/dev/null
 cd "$work/run"
 export PYTHONPATH="$package${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 SEAL_TRITON_AUTOTUNE=0 TRITON_CACHE_DIR="$work/triton-cache"
-"$python" -c "import seal_ops; from seal_ops.backends import has_cuda_kernels as h; print('package:', seal_ops.__file__, 'CUDA kernels:', h())"
+# A build whose kernels do not load would only skip their tests: that is a failure here.
+"$python" - >"$work/import.log" 2>&1 <<'PYTHON'
+import sys
+import seal_ops.backends
+loaded = seal_ops.backends.extension()
+print(seal_ops.__file__, loaded if isinstance(loaded, str) else loaded.build_facts())
+sys.exit(not seal_ops.backends.has_cuda_kernels())
+PYTHON
+finish import $? 0 "$(tail -n 1 "$work/import.log" | cut -c1-400)"
 
 workers() { "$python" -c "import xdist" 2>/dev/null && echo "-n $1 --dist loadgroup"; }
 suite() {  # name, workers, pytest arguments
   local name=$1 count=$2 begin=$SECONDS
   shift 2
-  timeout -k 5 "${SEAL_STAGE_S:-330}" "$python" -m pytest -q -p no:cacheprovider $(workers "$count") --junitxml="$work/$name.xml" "$@" >"$work/$name.log" 2>&1
+  timeout -s INT -k 15 "${SEAL_STAGE_S:-330}" "$python" -m pytest -q --tb=line --durations=5 -p no:cacheprovider $(workers "$count") \
+    --junitxml="$work/$name.xml" "$@" >"$work/$name.log" 2>&1
   echo "$? $((SECONDS - begin))" >"$work/$name.status"
 }
 # racecheck sees shared memory only through ordinary accesses and the tensor form of the copy engine: hazards it reports
@@ -56,16 +65,16 @@ sanitizer() {  # tool, parts
     --error-exitcode 9 --print-limit 20 "$python" tests/gpu/sanitize.py "$@" >"$work/$tool.log" 2>&1
   echo "$? $((SECONDS - begin))" >"$work/$tool.status"
 }
-suite gpu 7 tests/gpu &
-suite shared 4 tests/test_ops.py tests/test_rope.py -k "cuda or triton" &
+suite cuda 5 tests/gpu tests/test_ops.py tests/test_rope.py -k "[cuda or -cuda or ptx_kit" &
+suite triton 8 tests/gpu tests/test_ops.py tests/test_rope.py tests/test_triton_kernels.py -k "[triton or -triton or triton_kernels" &
 for tool in memcheck racecheck synccheck; do sanitizer $tool & done
 wait
-for name in gpu shared memcheck racecheck synccheck; do
+for name in cuda triton memcheck racecheck synccheck; do
   read -r code seconds <"$work/$name.status"
-  finish "$name" "$code" "$seconds" "$(grep -v '^ *$' "$work/$name.log" | tail -n 1 | cut -c1-110)"
+  finish "$name" "$code" "$seconds" "$(grep -E ' (passed|failed|error)|SUMMARY|not finite' "$work/$name.log" | tail -n 1 | cut -c1-110)"
 done
 
-grep -h -E '^(FAILED|ERROR)' "$work"/gpu.log "$work"/shared.log | cut -c1-230 | head -n 40
+grep -h -E '^(FAILED|ERROR)' "$work"/cuda.log "$work"/triton.log | cut -c1-230 | head -n 40
 echo
 printf '%s\n' "${table[@]}"
 printf 'all stages: %d s, logs in %s\n' $((SECONDS - started)) "$work"
