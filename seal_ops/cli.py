@@ -8,26 +8,21 @@ import argparse
 import os
 import sys
 import traceback
-from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import fields
+
+from .options import (
+    Command, Help, backend_option, config_option, configure, configured, load, model_options, plot_file, positive, task,
+    task_options,
+)  # fmt: skip
 
 # transformers and matplotlib are imported by the subcommands that need them.
 
 
-@dataclass(frozen=True)
-class Command:
-    """One subcommand; ``run`` returns the exit code, None being 0."""
-
-    summary: str
-    example: str
-    options: Callable[[argparse.ArgumentParser], None]
-    run: Callable[[argparse.Namespace], int | None]
-
-
 def main(argv: list[str] | None = None) -> int:
     """Runs ``seal`` with the arguments ``argv`` (default: the process's); returns the exit code."""
+    argv = sys.argv[1:] if argv is None else list(argv)
     try:
-        args = _parser().parse_args(argv)
+        args = _parser(argv).parse_args(argv)
     except SystemExit as stop:  # argparse: 0 after --help, 2 after wrong usage
         return int(stop.code or 0)
     try:
@@ -47,7 +42,7 @@ def main(argv: list[str] | None = None) -> int:
         return 1
 
 
-def _parser():
+def _parser(argv):
     parser = argparse.ArgumentParser(prog="seal", description="SEAL: learned head and channel scales for long contexts.")
     from .version import __version__
 
@@ -59,81 +54,17 @@ def _parser():
             help=command.summary.replace("%", "%%"),
             description=command.summary[0].upper() + command.summary[1:] + ".",
             epilog="example:\n  " + command.example.replace("\n", "\n  "),
-            formatter_class=_Help,
+            formatter_class=Help,
         )
         command.options(sub)
+        config_option(sub)
         sub.add_argument("--traceback", action="store_true", help="show where an error came from")
+        if argv[:1] == [name] and (path := configured(argv)):
+            try:
+                configure(sub, path)
+            except (ValueError, OSError) as error:
+                sub.error(str(error))
     return parser
-
-
-class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Defaults where there are any; examples as they are written."""
-
-    def _get_help_string(self, action):
-        if action.default is None or action.default is False:
-            return action.help
-        return super()._get_help_string(action)
-
-
-# ---------------------------------------------------------------------------------------------------- option types
-
-
-def positive(text: str) -> int:
-    """An integer of at least 1."""
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
-    return number
-
-
-def plot_file(text: str) -> str:
-    """A file name that ends like a plot."""
-    from .plots import FORMATS
-
-    if os.path.splitext(text)[1].lower() not in FORMATS:
-        raise argparse.ArgumentTypeError(f"must end with one of {', '.join(FORMATS)}, got {text}")
-    return text
-
-
-def chat_format(text: str):
-    """auto, on, off, or a format with {prompt} in it."""
-    return {"auto": None, "on": True, "off": False}.get(text, text)
-
-
-def model_options(parser, required=True):
-    """--model, --device, --dtype: what :func:`seal_ops.loading.load_model` takes."""
-    from .loading import DTYPES
-
-    parser.add_argument("--model", required=required, metavar="NAME", help="model folder, or name on the hub")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    parser.add_argument("--dtype", default="auto", choices=["auto", *DTYPES], help="auto: bfloat16 on a GPU, else float32")
-
-
-def task_options(parser, required=True):
-    """--task and --chat-format."""
-    parser.add_argument("--task", default="lines" if required else None, help="name of a task, or module:Class")
-    parser.add_argument(
-        "--chat-format", type=chat_format, default="auto", metavar="FORMAT",
-        help="auto (the tokenizer's, if it has one), on, off, or a text like 'USER: {prompt} ASSISTANT:'",
-    )  # fmt: skip
-
-
-def backend_option(parser):
-    parser.add_argument("--backend", default=None, help="of the fused ops: cuda, triton, cpu, reference (default: chosen)")
-
-
-def _load(args):
-    from .loading import load_model
-
-    return load_model(args.model, device=args.device, dtype=args.dtype, call=f"seal {args.command}")
-
-
-def _task(args):
-    from . import tasks
-
-    if ":" in args.task and os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())  # module:Class may lie in the working directory
-    return tasks.get(args.task)
 
 
 # ----------------------------------------------------------------------------------------------------- subcommands
@@ -212,7 +143,7 @@ def _data(args):
     from .loading import load_tokenizer
 
     tokenizer = load_tokenizer(args.tokenizer, "seal data")
-    samples = _task(args).generate(
+    samples = task(args).generate(
         tokenizer, args.length, args.samples, args.seed, split=args.split, chat_template=args.chat_format, progress=None
     )
     tasks.write(args.output, samples)
@@ -247,11 +178,11 @@ def _train(args):
 
     if args.data is None and args.length is None:
         raise ValueError("--length must be given with --task (or samples with --data), got neither")
-    model, tokenizer = _load(args)
+    model, tokenizer = load(args)
     if args.data is not None:
         samples = tasks.read(args.data)
     else:
-        samples = _task(args).generate(
+        samples = task(args).generate(
             tokenizer, args.length, args.samples, args.seed, chat_template=args.chat_format, progress=None
         )
     attach(model, args.granularity, backend=args.backend)
@@ -294,21 +225,20 @@ def _eval_options(parser):
 
 
 def _eval(args):
-    from . import plots
+    from . import plots, scales
     from .evaluate import Evaluation, evaluate
-    from .scales import load
 
     if args.resume and args.output is None:
         raise ValueError("--resume needs --output, got none")
     others = [Evaluation.load(path) for path in args.compare]
-    model, tokenizer = _load(args)
+    model, tokenizer = load(args)
     if args.scales is not None:
-        load(model, args.scales, backend=args.backend)
+        scales.load(model, args.scales, backend=args.backend)
     name = args.name or (os.path.basename(os.path.normpath(args.scales)) if args.scales else "base")
     result = evaluate(
         model,
         tokenizer,
-        _task(args),
+        task(args),
         args.lengths,
         args.cases,
         batch_size=args.batch_size,
@@ -335,12 +265,12 @@ def _merge_options(parser):
 
 def _merge(args):
     from .files import replacing_folder
-    from .scales import load, merge
+    from . import scales
 
     with replacing_folder(args.output) as folder:  # before the model is loaded: an unusable folder is told at once
-        model, tokenizer = _load(args)
-        load(model, args.scales)
-        merge(model).save_pretrained(folder)
+        model, tokenizer = load(args)
+        scales.load(model, args.scales)
+        scales.merge(model).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
     print(f"merged checkpoint in {args.output}, {str(model.dtype).removeprefix('torch.')}")
 
