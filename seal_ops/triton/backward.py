@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .configs import choose
+from .configs import choose, split
 from .host import Geometry, Rows, factor_arguments, on_device, padded_head_dim, uses_tma
 from .preprocess import TOKENS, Statistics, scaled_v, sum_tiles
 from .rotary import rotate_in_place
@@ -23,7 +23,7 @@ from .tiling import (LOG2E, aligned_column, block_start, key_blocks, load_factor
 @triton.jit
 def _query_loop(dk, dv, k, v, q_source, g_source, statistics, batch, head, start, row, column, keys, blocks, bounds, qk_scale,
                 BLOCK_M: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl.constexpr,
-                PACKED: tl.constexpr, NEED_DK: tl.constexpr, TMA: tl.constexpr):
+                PACKED: tl.constexpr, NEED_DK: tl.constexpr, NEED_DV: tl.constexpr, TMA: tl.constexpr):
     """Adds dS^T Q to dk and P^T g to dv over the full query blocks, or over the masked ones."""
     len_q = bounds[0]
     lower, upper = loop_range(blocks, MASKED)
@@ -36,16 +36,17 @@ def _query_loop(dk, dv, k, v, q_source, g_source, statistics, batch, head, start
             if PACKED and TMA:  # rows of the next sequence may hold NaN, and 0 * NaN would reach us
                 q = tl.where(rows[:, None] < len_q, q, 0.0)
                 g = tl.where(rows[:, None] < len_q, g, 0.0)
-        s = product(k, q.T, None)
         lse = load_statistics(statistics, 0, row, column + first, BLOCK_M, TMA)
+        delta = load_statistics(statistics, 1, row, column + first, BLOCK_M, TMA)
+        s = product(k, q.T, None)
         p = tl.exp2(s * qk_scale - lse[None, :])
         if MASKED:
             allowed = seen(rows[None, :], keys[:, None], bounds)
             p = tl.where(allowed, p, 0.0)
-        dv = product(p.to(g.dtype), g, dv)
+        if NEED_DV:
+            dv = product(p.to(g.dtype), g, dv)
         if NEED_DK:
             dp = product(v, g.T, None)
-            delta = load_statistics(statistics, 1, row, column + first, BLOCK_M, TMA)
             ds = p * (dp - delta[None, :])
             if MASKED:
                 ds = tl.where(allowed, ds, 0.0)
@@ -59,6 +60,7 @@ def _dkdv(q_source, k_source, v_source, scaled_v_source, g_source, statistics, d
           HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TMA: tl.constexpr):
     PACKED: tl.constexpr = cu_q_ptr is not None
     NEED_DK: tl.constexpr = dk_ptr is not None
+    NEED_DV: tl.constexpr = (dv_ptr is not None) or (sums_ptr is not None)
     all_k = len_k
     kv_head, batch, seq, tile, start_k, len_k, start_q, len_q = locate(
         tl.program_id(0), tiles, kv_heads, num_seqs, cu_k_ptr, cu_q_ptr, len_k, len_q, BLOCK_N)
@@ -73,7 +75,7 @@ def _dkdv(q_source, k_source, v_source, scaled_v_source, g_source, statistics, d
     at = ((batch.to(tl.int64) * all_k + start_k + keys) * kv_heads + kv_head)[:, None] * HEAD_DIM + d[None, :]
     valid = (keys < len_k)[:, None] & (d[None, :] < HEAD_DIM)
     k = load_rows(k_source, batch, kv_head, start_k, first, len_k, BLOCK_N, HEAD_DIM, BLOCK_D, TMA, True)
-    if scale is None:
+    if scaled_v_source is None:
         v = load_rows(v_source, batch, kv_head, start_k, first, len_k, BLOCK_N, HEAD_DIM, BLOCK_D, TMA, True)
 
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
@@ -82,13 +84,14 @@ def _dkdv(q_source, k_source, v_source, scaled_v_source, g_source, statistics, d
         head = kv_head * GROUP + member
         row = batch * kv_heads * GROUP + head
         if scale is not None:
-            v = load_rows(scaled_v_source, batch, head, start_k, first, len_k, BLOCK_N, HEAD_DIM, BLOCK_D, TMA, True)
             dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+        if scaled_v_source is not None:
+            v = load_rows(scaled_v_source, batch, head, start_k, first, len_k, BLOCK_N, HEAD_DIM, BLOCK_D, TMA, True)
         dk, dv = _query_loop(dk, dv, k, v, q_source, g_source, statistics, batch, head, start_q, row, column, keys, blocks, bounds,
-                             qk_scale, BLOCK_M, HEAD_DIM, BLOCK_D, False, PACKED, NEED_DK, TMA)
+                             qk_scale, BLOCK_M, HEAD_DIM, BLOCK_D, False, PACKED, NEED_DK, NEED_DV, TMA)
         dk, dv = _query_loop(dk, dv, k, v, q_source, g_source, statistics, batch, head, start_q, row, column, keys, blocks, bounds,
-                             qk_scale, BLOCK_M, HEAD_DIM, BLOCK_D, True, PACKED, NEED_DK, TMA)
-        if scale is not None:
+                             qk_scale, BLOCK_M, HEAD_DIM, BLOCK_D, True, PACKED, NEED_DK, NEED_DV, TMA)
+        if NEED_DV and scale is not None:
             if sums_ptr is not None:
                 plain_v = load_rows(v_source, batch, kv_head, start_k, first, len_k, BLOCK_N, HEAD_DIM, BLOCK_D, TMA, True)
                 product_sum = tl.sum(tl.where(valid, plain_v.to(tl.float32) * dv, 0.0), 0)
@@ -191,26 +194,36 @@ class _Call:
 
     def grad_k_v_scale(self, k, v, need_k: bool, need_v: bool, need_scale: bool):
         """Each None where it is not needed."""
-        geometry, scaled = self.geometry, None if self.scale is None else scaled_v(self.rows_v.tensor, self.scale, self.geometry)
+        geometry = self.geometry
         grad_k = torch.empty(k.shape, dtype=k.dtype, device=k.device) if need_k else None
         grad_v = torch.empty(v.shape, dtype=v.dtype, device=v.device) if need_v else None
-        shares_v = self.scale is not None and need_v and geometry.group > 1
-        part = torch.empty(v.shape, dtype=torch.float32, device=v.device) if shares_v else None
+        scaled = scaled_v(self.rows_v.tensor, self.scale, geometry) if need_k and self.scale is not None else None
+        if not split(k):
+            return grad_k, grad_v, self._launch_dkdv("dkdv", grad_k, grad_v, scaled, need_scale)
+        if need_k:
+            self._launch_dkdv("dk", grad_k, None, scaled, False)
+        return grad_k, grad_v, self._launch_dkdv("dv", None, grad_v, None, need_scale) if need_v or need_scale else None
+
+    def _launch_dkdv(self, kernel: str, grad_k, grad_v, scaled: Rows | None, need_scale: bool):
+        """Fills grad_k and grad_v where given; returns the gradient of the scale if it is wanted."""
+        geometry, device = self.geometry, self.like.device
+        shares_v = self.scale is not None and grad_v is not None and geometry.group > 1
+        part = torch.empty(grad_v.shape, dtype=torch.float32, device=device) if shares_v else None
         sums = None
 
         def launch(tile):
             nonlocal sums
             tiles = geometry.tiles(geometry.len_k, tile.n)
             if need_scale:  # packed: a sequence may own a tile too many, whose sum stays zero
-                sums = torch.zeros(tiles * geometry.batch, geometry.heads, geometry.head_dim, device=k.device)
+                sums = torch.zeros(tiles * geometry.batch, geometry.heads, geometry.head_dim, device=device)
             _dkdv[(geometry.programs(geometry.len_k, tile.n, geometry.kv_heads),)](
                 self.rows_q.source(tile.m), self.rows_k.source(tile.n), self.rows_v.source(tile.n),
                 None if scaled is None else scaled.source(tile.n), self.rows_g.source(tile.m), self.statistics.source(tile.m),
                 grad_k, grad_v, part, sums, geometry.cu_q, geometry.cu_k, self.factor, *self.numbers, tiles, geometry.kv_heads,
                 geometry.left, geometry.right, BLOCK_M=tile.m, BLOCK_N=tile.n, **self.constants, **tile.options)
 
-        tile = choose("dkdv", self.like, launch)
-        return grad_k, grad_v, sum_tiles(sums, self.scale, geometry, geometry.cu_k, tile.n) if need_scale else None
+        tile = choose(kernel, self.like, launch)
+        return sum_tiles(sums, self.scale, geometry, geometry.cu_k, tile.n) if need_scale else None
 
 
 def attention_backward(grad_out, grad_lse, q, k, v, out, lse, scale=None, offset=None, *, needs=(True,) * 5, cos=None, sin=None,

@@ -11,21 +11,23 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from triton.runtime.errors import OutOfResources
+from triton.testing import do_bench
 
 from .host import padded_head_dim, uses_tma
 
 
 @dataclass(frozen=True)
 class Tile:
-    """Query rows, keys, warps and pipeline stages of one program."""
+    """Query rows, keys, warps and pipeline stages of one program; a limit of registers a thread where one pays."""
     m: int
     n: int
     warps: int
     stages: int
+    registers: int | None = None
 
     @property
     def options(self) -> dict:
-        return dict(num_warps=self.warps, num_stages=self.stages)
+        return dict(num_warps=self.warps, num_stages=self.stages, maxnreg=self.registers)
 
 
 # Best first on an H200 (docs/kernel_notes_triton.md); what follows is for GPUs with less shared memory. The best have four
@@ -37,14 +39,15 @@ _HOPPER = {
         256: [Tile(128, 64, 8, 2), Tile(64, 32, 4, 2), Tile(32, 32, 4, 1)],
     },
     "dkdv": {
-        64: [Tile(64, 64, 4, 3), Tile(64, 64, 4, 2), Tile(32, 32, 4, 1)],
+        64: [Tile(64, 64, 4, 3, 168), Tile(64, 64, 4, 2), Tile(32, 32, 4, 1)],
         128: [Tile(64, 64, 4, 2), Tile(32, 64, 4, 2), Tile(32, 32, 4, 1)],
-        256: [Tile(32, 64, 8, 2), Tile(32, 32, 4, 1)],
     },
+    "dk": {256: [Tile(32, 128, 8, 2), Tile(32, 64, 4, 1), Tile(32, 32, 4, 1)]},
+    "dv": {256: [Tile(64, 64, 4, 1), Tile(32, 64, 4, 1), Tile(32, 32, 4, 1)]},
     "dq": {
         64: [Tile(64, 64, 4, 3), Tile(64, 64, 4, 2), Tile(32, 32, 4, 1)],
         128: [Tile(64, 64, 4, 3), Tile(64, 64, 4, 2), Tile(64, 32, 4, 2), Tile(32, 32, 4, 1)],
-        256: [Tile(64, 64, 8, 2), Tile(64, 32, 4, 2), Tile(32, 32, 4, 1)],
+        256: [Tile(64, 32, 4, 2), Tile(32, 32, 4, 1)],
     },
 }
 # GPUs without TMA: chosen by what compiles without spills in the loops, not measured.
@@ -57,8 +60,9 @@ _OLDER = {
     "dkdv": {
         64: [Tile(64, 64, 8, 2), Tile(32, 32, 4, 1)],
         128: [Tile(64, 64, 8, 2), Tile(32, 32, 4, 1)],
-        256: [Tile(32, 32, 8, 1), Tile(16, 32, 4, 1)],
     },
+    "dk": {256: [Tile(32, 32, 4, 1), Tile(16, 32, 4, 1)]},
+    "dv": {256: [Tile(32, 32, 4, 1), Tile(16, 32, 4, 1)]},
     "dq": {
         64: [Tile(64, 32, 4, 2), Tile(32, 32, 4, 1)],
         128: [Tile(64, 32, 4, 2), Tile(32, 32, 4, 1)],
@@ -81,6 +85,12 @@ def candidates(kernel: str, like: Tensor) -> list[Tile]:
     return table[max(min(table), padded_head_dim(like.shape[-1]))]
 
 
+def split(like: Tensor) -> bool:
+    """Whether dK and dV take a kernel each ("dk" and "dv" instead of "dkdv"). At head_dim 256 two accumulators leave no room for
+    anything else, and five matrix products that fit are faster than four that do not."""
+    return padded_head_dim(like.shape[-1]) > 128
+
+
 def autotune() -> bool:
     return os.environ.get("SEAL_TRITON_AUTOTUNE", "0") == "1"
 
@@ -88,25 +98,26 @@ def autotune() -> bool:
 def choose(kernel: str, like: Tensor, launch) -> Tile:
     """Runs launch(tile) with the tile for this kernel, element type, head_dim and device; returns that tile."""
     key = (kernel, like.dtype, padded_head_dim(like.shape[-1]), like.device)
-    tile = _chosen.get(key)
-    if tile is not None:
+    if key in _chosen and _fits(launch, _chosen[key]):
+        return _chosen[key]
+    fitting = (tile for tile in candidates(kernel, like) if _fits(launch, tile))
+    if autotune() and like.is_cuda:
+        tile = min(fitting, key=lambda tile: do_bench(lambda: launch(tile), warmup=10, rep=40, return_mode="median"), default=None)
+        if tile is not None:
+            launch(tile)  # the last launch decides what the caller sees
+    else:
+        tile = next(fitting, None)
+    if tile is None:
+        raise RuntimeError(f"Triton kernel {kernel}: no tile for head_dim {like.shape[-1]} and {like.dtype} fits the shared memory "
+                           f"of {torch.cuda.get_device_name(like.device) if like.is_cuda else like.device}")
+    _chosen[key] = tile
+    return tile
+
+
+def _fits(launch, tile: Tile) -> bool:
+    """Launches; False where the tile needs more shared memory than there is."""
+    try:
         launch(tile)
-        return tile
-    best = None
-    for tile in candidates(kernel, like):
-        try:
-            launch(tile)
-        except OutOfResources:
-            continue
-        if not (autotune() and like.is_cuda):
-            best = tile
-            break
-        from triton.testing import do_bench
-        milliseconds = do_bench(lambda: launch(tile), warmup=10, rep=40, return_mode="median")
-        if best is None or milliseconds < best[0]:
-            best = (milliseconds, tile)
-    if best is None:
-        raise RuntimeError(f"seal Triton kernel {kernel}: no tile for head_dim {like.shape[-1]} and {like.dtype} fits this GPU's "
-                           f"shared memory")
-    _chosen[key] = best[1] if isinstance(best, tuple) else best
-    return _chosen[key]
+    except OutOfResources:
+        return False
+    return True

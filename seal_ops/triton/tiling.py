@@ -134,12 +134,12 @@ def block_start(i, blocks, BLOCK: tl.constexpr, MASKED: tl.constexpr):
 def seen(queries, keys, bounds):
     """Which (query, key) pairs of one block take part; `queries` and `keys` broadcast against each other."""
     len_q, len_k, left, right = bounds
-    distance = keys - queries - (len_k - len_q)
-    allowed = (queries < len_q) & (keys < len_k)
+    last = len_k - 1  # the last key that each query sees: one comparison a pair
     if right is not None:
-        allowed &= distance <= right
+        last = tl.minimum(queries + (len_k - len_q) + right, last)
+    allowed = keys <= tl.where(queries < len_q, last, -1)
     if left is not None:
-        allowed &= distance >= -left
+        allowed &= keys >= queries + (len_k - len_q) - left
     return allowed
 
 
