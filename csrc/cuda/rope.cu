@@ -32,15 +32,16 @@ struct Tiling {
   int heads_per_cta;
 };
 
-// VEC elements as loaded: bits, which stay packed until their turn comes.
 template <typename T, int VEC>
 struct alignas(sizeof(T) * VEC) Vector {
   T values[VEC];
 };
+
+// VEC elements as loaded: bits that stay packed until their turn comes. (As an array of 16-bit elements the compiler
+// unpacks them at the load, one register each, and spills.)
 template <int BYTES> struct BitsOf { using type = uint4; };
 template <> struct BitsOf<2> { using type = uint16_t; };
 template <> struct BitsOf<4> { using type = uint32_t; };
-template <> struct BitsOf<8> { using type = uint2; };
 template <typename T, int VEC> using Bits = typename BitsOf<sizeof(T) * VEC>::type;
 
 __device__ __forceinline__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
