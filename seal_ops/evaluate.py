@@ -1,10 +1,12 @@
 """Accuracy of a model on a generated task, by length and by whatever else the samples carry.
 
-Decoding is greedy, through ``model.generate``.  A batch holds prompts of one length only, so nothing is padded and a case
-gives the same output in any company; an output ends at the end token or at the task's ``stop`` text.  Test samples come
-from other random numbers than training samples, whatever the seeds.
+Decoding is greedy, through ``model.generate``.  Prompts of a batch need no padding although their lengths differ: all are
+read up to the shortest one's end, and where a longer one goes on, its own tokens are fed in the place of generated ones.
+An output ends at the end token or at the task's ``stop`` text.  Test samples come from other random numbers than training
+samples, whatever the seeds.
 """
 
+import contextlib
 import csv
 import hashlib
 import io
@@ -21,7 +23,8 @@ from . import tasks
 from .files import atomic_write
 from .progress import bar
 
-BATCH_TOKENS = 16_384  # prompt tokens in a batch where batch_size is left to us
+BATCH_TOKENS = (8_192, 16_384)  # prompt tokens in a batch where batch_size is left to us: on a CPU, on a GPU
+LARGEST_SPREAD = 64  # tokens between the longest and the shortest prompt of a batch: each costs a decoding step
 SAVE_EVERY = 2.0  # seconds between writes of an unfinished result
 
 
@@ -151,8 +154,7 @@ def evaluate(
         task: a :class:`seal_ops.tasks.Task`, a task's name, or ``"module:Class"``.
         lengths: prompt lengths in tokens (answer and room included), one or more.
         cases: samples at each length.
-        batch_size: prompts in a batch at most; None takes as many as fit in 16,384 tokens.  Only prompts of exactly
-            equal length share a batch.
+        batch_size: prompts in a batch at most; None takes as many as fit in 16,384 tokens (8,192 on a CPU).
         seed: draws the test samples; equal seeds give equal cases, for every model with this tokenizer.
         max_new_tokens: longest output; None for the task's own.
         chat_template: None, True, False or a string: see :class:`seal_ops.tasks.Encoder`.
@@ -192,6 +194,7 @@ def evaluate(
     done = {(record["length"], record["index"]) for record in result.records}
     saved = started = time.monotonic()
     spent = result.seconds
+    batch_tokens = BATCH_TOKENS[model.device.type == "cuda"]
     training = model.training
     model.eval()
     try:
@@ -202,7 +205,7 @@ def evaluate(
                     continue
                 samples = task.generate(tokenizer, length, cases, seed, split="test", chat_template=chat_template)
                 open_cases = [i for i in range(cases) if (length, i) not in done]
-                for batch in _batches(open_cases, samples, batch_size or max(1, BATCH_TOKENS // length)):
+                for batch in _batches(open_cases, samples, batch_size or max(1, batch_tokens // length)):
                     outputs = generate(
                         model,
                         tokenizer,
@@ -245,13 +248,16 @@ def _resumed(fresh, output):
 
 
 def _batches(indices, samples, batch_size):
-    """Lists of at most ``batch_size`` indices whose prompts have one length."""
-    by_length: dict[int, list[int]] = {}
-    for i in indices:
-        by_length.setdefault(len(samples[i].prompt_ids), []).append(i)
-    for group in by_length.values():
-        for start in range(0, len(group), batch_size):
-            yield group[start : start + batch_size]
+    """Lists of at most ``batch_size`` indices whose prompts are nearly as long as each other."""
+    batch: list[int] = []
+    for i in sorted(indices, key=lambda i: len(samples[i].prompt_ids)):
+        spread = len(samples[i].prompt_ids) - len(samples[batch[0]].prompt_ids) if batch else 0
+        if len(batch) == batch_size or spread > LARGEST_SPREAD:
+            yield batch
+            batch = []
+        batch.append(i)
+    if batch:
+        yield batch
 
 
 def _record(task, sample, length, index, text):
@@ -273,47 +279,75 @@ def _record(task, sample, length, index, text):
 def generate(
     model, tokenizer, prompts: Sequence[Sequence[int]], *, max_new_tokens: int = 100, stop: str | None = None
 ) -> list[str]:
-    """Greedy continuations of prompts of one length.
+    """Greedy continuations of prompts.
 
     Args:
-        prompts: token ids, ``[B, S]``.
+        prompts: token ids, one list a prompt; every token by which they differ in length costs a step.
         max_new_tokens: longest continuation.
         stop: text at which a continuation ends (leading white space apart); it is cut off.
 
     Returns:
         Texts without special tokens, without leading white space.
     """
-    from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
+    from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
-    input_ids = torch.tensor(prompts, device=model.device)
+    lengths = [len(prompt) for prompt in prompts]
+    shortest, longest = min(lengths), max(lengths)
     ends = _end_ids(model, tokenizer)
-    length = input_ids.shape[1]
 
-    def text_of(ids):
-        cut = next((i for i, token in enumerate(ids) if token in ends), len(ids))
-        text = tokenizer.decode(ids[:cut], skip_special_tokens=True).lstrip()
-        return text, stop is not None and stop in text
+    def read(row, ids):
+        """The text so far of a row, and whether it has ended."""
+        new = ids[lengths[row] : lengths[row] + max_new_tokens]
+        cut = next((i for i, token in enumerate(new) if token in ends), None)
+        text = tokenizer.decode(new[:cut], skip_special_tokens=True).lstrip()
+        return text, cut is not None or len(new) == max_new_tokens or (stop is not None and stop in text)
+
+    class _Feed(LogitsProcessor):
+        """Where a prompt goes on, its next token is the most probable one."""
+
+        def __call__(self, input_ids, scores):
+            here = input_ids.shape[1]
+            rows = [row for row in range(len(prompts)) if lengths[row] > here]
+            if rows:
+                scores = scores.clone()
+                scores[rows, [prompts[row][here] for row in rows]] = torch.inf
+            return scores
 
     class _Stop(StoppingCriteria):
-        def __call__(self, ids, scores, **kwargs):
-            rows = ids[:, length:].tolist()
-            return torch.tensor([text_of(row)[1] for row in rows], device=ids.device)
+        def __call__(self, input_ids, scores, **kwargs):
+            ended = [read(row, ids)[1] for row, ids in enumerate(input_ids.tolist())]
+            return torch.tensor(ended, device=input_ids.device)
 
-    # A config of our own: the model's may sample, and may bring limits of its own.
+    # Without an end token, since prompts may contain it where they are fed; rows that have ended go on until all have.
     config = GenerationConfig(
         do_sample=False,
-        max_new_tokens=max_new_tokens,
-        eos_token_id=sorted(ends) or None,
+        max_new_tokens=longest - shortest + max_new_tokens,
+        eos_token_id=None,
         pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(ends, default=0),
     )
-    sequences = model.generate(
-        input_ids,
-        attention_mask=torch.ones_like(input_ids),
-        generation_config=config,
-        stopping_criteria=StoppingCriteriaList([_Stop()] if stop is not None else []),
-    )
-    texts = [text_of(row)[0] for row in sequences[:, length:].tolist()]
+    input_ids = torch.tensor([prompt[:shortest] for prompt in prompts], device=model.device)
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model  # PEFT
+    with _configured(base, config):
+        sequences = base.generate(
+            input_ids,
+            attention_mask=torch.ones_like(input_ids),
+            generation_config=config,
+            logits_processor=LogitsProcessorList([_Feed()] if longest > shortest else []),
+            stopping_criteria=StoppingCriteriaList([_Stop()]),
+        )
+    texts = [read(row, ids)[0] for row, ids in enumerate(sequences.tolist())]
     return [text.partition(stop)[0] if stop is not None else text for text in texts]
+
+
+@contextlib.contextmanager
+def _configured(model, config):
+    """Inside, nothing of the model's own generation config applies: ``generate`` would fill ours up from it."""
+    own = model.generation_config
+    model.generation_config = config
+    try:
+        yield
+    finally:
+        model.generation_config = own
 
 
 def _end_ids(model, tokenizer):

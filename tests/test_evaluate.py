@@ -2,14 +2,16 @@
 
 import csv
 import json
+import sys
 
 import pytest
 import torch
 from retrieval_fixtures import model, one_thread, tokenizer  # noqa: F401
 from test_tasks import Colours
 
+import seal_ops
 from seal_ops import tasks
-from seal_ops.evaluate import Evaluation, evaluate, fingerprint, generate, wilson
+from seal_ops.evaluate import Evaluation, _batches, evaluate, fingerprint, generate, wilson
 
 
 class Oracle(torch.nn.Module):
@@ -17,22 +19,25 @@ class Oracle(torch.nn.Module):
 
     device = torch.device("cpu")
 
-    def __init__(self, misses="", tail=" 99\n77"):
+    def __init__(self, misses=""):
         super().__init__()
-        self.misses, self.tail, self.seen = misses, tail, []
+        self.misses, self.answered = misses, 0
         self.weight = torch.nn.Parameter(torch.ones(1))
 
-    def generate(self, input_ids, stopping_criteria, generation_config, **_):
-        self.seen.append(tuple(input_ids.shape))
-        tok, rows = tokenizer(), []
-        for row in input_ids.tolist():
-            text = tok.decode(row)
-            key = text.split("in line ")[-1].split("?")[0]
-            number = text.split(f"line {key}: REGISTER_CONTENT is <")[1].split(">")[0]
-            number = "0" if number[-1] in self.misses else number
-            rows.append(tok(f"\n {number}", add_special_tokens=False)["input_ids"])
-        width = max(map(len, rows))
-        return torch.cat((input_ids, torch.tensor([r + [1] * (width - len(r)) for r in rows])), dim=1)
+    def answer(self, prompt):
+        text = tokenizer().decode(prompt)
+        key = text.split("in line ")[-1].split("?")[0]
+        number = text.split(f"line {key}: REGISTER_CONTENT is <")[1].split(">")[0]
+        self.answered += 1
+        return "line 5 holds 0" if number[-1] in self.misses else f"line 5 holds {number}"
+
+
+@pytest.fixture(autouse=True)
+def oracles_need_no_decoding(monkeypatch):
+    def answer(lm, tok, prompts, **options):
+        return [lm.answer(p) for p in prompts] if isinstance(lm, Oracle) else generate(lm, tok, prompts, **options)
+
+    monkeypatch.setattr(sys.modules["seal_ops.evaluate"], "generate", answer)
 
 
 @pytest.mark.parametrize(
@@ -56,29 +61,58 @@ def test_accuracy_counts_right_answers():
     assert lines[0] == "lines, oracle" and lines[2].split()[:2] == ["200", f"{result.accuracy[200].accuracy:.3f}"]
 
 
-def test_batches_hold_one_length_and_change_nothing():
-    few, many = Oracle(), Oracle()
-    one = evaluate(few, tokenizer(), "lines", 300, 12, batch_size=1)
-    batched = evaluate(many, tokenizer(), "lines", 300, 12, batch_size=5)
-    assert one.records == batched.records
-    assert max(rows for rows, _ in many.seen) > 1 and sum(rows for rows, _ in many.seen) == 12
+def test_batches_hold_prompts_of_similar_length():
+    samples = [tasks.Sample([0] * n, [1]) for n in (90, 10, 12, 11, 300, 91, 13)]
+    batches = list(_batches(range(7), samples, 3))
+    assert batches == [[1, 3, 2], [6], [0, 5], [4]]
 
 
-def test_generate_is_greedy_decoding():
+@pytest.mark.parametrize("granularity", [None, "head"])
+def test_generate_is_greedy_decoding(granularity):
+    """Prompts of different lengths, one of them with an end token inside, against decoding written out."""
     lm, tok = model().eval(), tokenizer()
-    prompts = [tok("The record is over.\n")["input_ids"], tok("Tell me the number.\n")["input_ids"]]
-    assert len(prompts[0]) == len(prompts[1])
+    if granularity:
+        seal_ops.attach(lm, granularity)
+        torch.nn.init.uniform_(lm.seal_scales.layers["1"].scale)
+    texts = ["The record is over.\n", "Tell me the number in line 1 2 3</s> I need the number.\n", "line 3 4 5 6?\n"]
+    prompts = [tok(text)["input_ids"] for text in texts]
+    assert len({len(p) for p in prompts}) == 3 and tok.eos_token_id in prompts[1]
     expected = []
-    for ids in prompts:
-        ids = list(ids)
+    for prompt in prompts:
+        ids = list(prompt)
         for _ in range(8):
             token = lm(torch.tensor([ids])).logits[0, -1].argmax().item()
             if token == tok.eos_token_id:
                 break
             ids.append(token)
-        expected.append(tok.decode(ids[len(prompts[0]) :], skip_special_tokens=True).lstrip())
+        expected.append(tok.decode(ids[len(prompt) :], skip_special_tokens=True).lstrip())
     assert generate(lm, tok, prompts, max_new_tokens=8) == expected
     assert [generate(lm, tok, [p], max_new_tokens=8)[0] for p in prompts] == expected
+
+
+def test_the_models_own_generation_config_does_not_apply():
+    lm, tok = model().eval(), tokenizer()
+    prompts = [tok("Tell me the number.\n")["input_ids"]]
+    expected = generate(lm, tok, prompts, max_new_tokens=8)
+    own = lm.generation_config
+    own.update(repetition_penalty=9.0, do_sample=True, temperature=5.0, max_new_tokens=2, suppress_tokens=[5, 6, 7])
+    assert generate(lm, tok, prompts, max_new_tokens=8) == expected
+    assert lm.generation_config is own
+
+
+def test_outputs_end_at_the_end_token(monkeypatch):
+    lm, tok = model().eval(), tokenizer()
+    first = tok("The 5.</s> 77", add_special_tokens=False)["input_ids"]
+    logits = torch.full((1, 1, len(tok)), -1.0)
+    calls = []
+
+    def scripted(hidden):
+        calls.append(1)
+        return logits.index_fill(2, torch.tensor(first[len(calls) - 1]), 1.0)
+
+    monkeypatch.setattr(lm.lm_head, "forward", scripted)
+    assert generate(lm, tok, [tok("Tell me\n")["input_ids"]], max_new_tokens=50) == ["The 5."]
+    assert len(calls) == first.index(tok.eos_token_id) + 1
 
 
 def test_stops_at_the_end_of_the_answer(monkeypatch):
@@ -118,7 +152,7 @@ def test_resume_runs_only_what_is_missing(tmp_path):
     again = Oracle("5")
     resumed = evaluate(again, tokenizer(), "lines", [200, 300], 8, output=path, resume=True)
     assert resumed.records == full.records == Evaluation.load(path).records
-    assert sum(rows for rows, _ in again.seen) == 5
+    assert again.answered == 5
     with pytest.raises(ValueError, match="must come from the same model and settings to resume, got another seed"):
         evaluate(Oracle("5"), tokenizer(), "lines", [200, 300], 8, output=path, resume=True, seed=1)
     other = Oracle("5")
