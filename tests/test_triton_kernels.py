@@ -192,3 +192,27 @@ def test_a_new_length_compiles_nothing():
     before = variants()
     lengths(1, 16, 113, 1024, 4224)
     assert variants() == before
+
+
+@pytest.mark.skipif(DEVICE.type != "cuda" or torch.cuda.get_device_properties(0).total_memory < 70 << 30,
+                    reason="needs 50 GB of GPU memory")
+def test_more_than_two_to_the_31_elements():
+    """The last rows of 2.2e9 elements, against the oracle on a slice of the sequence: a window of 64 sees nothing else."""
+    from seal_ops import reference
+
+    length, heads, tail = 540_000, 32, 100
+    q, grad_out = (torch.randn(1, length, heads, 128, device=DEVICE, dtype=torch.bfloat16) for _ in range(2))
+    k, v = (torch.randn(1, length, 1, 128, device=DEVICE, dtype=torch.bfloat16) for _ in range(2))
+    scale = torch.randn(heads, 128, device=DEVICE)
+    assert q.numel() > 2**31
+    out, lse = kernels.attention(q, k, v, scale, window=64)
+    grad_q, grad_k, grad_v, *_ = kernels.attention_backward(grad_out, None, q, k, v, out, lse, scale, needs=NEEDS, window=64)
+    ends = [t[:, -n:].double() for t, n in ((grad_out, tail), (q, tail), (k, 2 * tail), (v, 2 * tail))]
+    exact_out, exact_lse = reference.attention(*ends[1:], scale.double(), window=64)
+    exact = reference.attention_backward(ends[0], None, *ends[1:], exact_out, exact_lse, scale.double(), needs=NEEDS, window=64)
+    seen_by_tail = 36  # the last keys, whose queries are all in the slice
+    for got, want in ((out[:, -tail:], exact_out), (lse[..., -tail:], exact_lse), (grad_q[:, -tail:], exact[0]),
+                      (grad_k[:, -seen_by_tail:], exact[1][:, -seen_by_tail:]),
+                      (grad_v[:, -seen_by_tail:], exact[2][:, -seen_by_tail:])):
+        error = (got.double() - want).abs().max() / want.abs().max()
+        assert error < 2e-2, error

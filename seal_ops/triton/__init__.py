@@ -52,7 +52,8 @@ def rope(*args, **kwargs):
     return rope(*args, **kwargs)
 
 
-def rope_attention(q, k, v, cos, sin, positions=None, positions_k=None, scale=None, offset=None, *, interleaved=False, **arguments):
+def rope_attention(q, k, v, cos, sin, positions=None, positions_k=None, scale=None, offset=None, *, interleaved=False,
+                   **arguments):
     """seal::rope_attention; returns (out, lse, q_rotated, k_rotated)."""
     q_rotated, k_rotated = rope(q, k, cos, sin, positions, positions_k, interleaved=interleaved)
     return (*attention(q_rotated, k_rotated, v, scale, offset, **arguments), q_rotated, k_rotated)

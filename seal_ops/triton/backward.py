@@ -16,8 +16,8 @@ from .configs import choose, split
 from .host import Geometry, Rows, factor_arguments, on_device, padded_head_dim, uses_tma
 from .preprocess import TOKENS, Statistics, scaled_v, sum_tiles
 from .rotary import rotate_in_place
-from .tiling import (LOG2E, aligned_column, block_start, key_blocks, load_factor, load_rows, load_statistics, locate, loop_range,
-                     product, query_blocks, seen)
+from .tiling import (LOG2E, aligned_column, block_start, key_blocks, load_factor, load_rows, load_statistics, locate,
+                     loop_range, product, query_blocks, seen)
 
 
 @triton.jit
@@ -87,16 +87,17 @@ def _dkdv(q_source, k_source, v_source, scaled_v_source, g_source, statistics, d
             dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
         if scaled_v_source is not None:
             v = load_rows(scaled_v_source, batch, head, start_k, first, len_k, BLOCK_N, HEAD_DIM, BLOCK_D, TMA, True)
-        dk, dv = _query_loop(dk, dv, k, v, q_source, g_source, statistics, batch, head, start_q, row, column, keys, blocks, bounds,
-                             qk_scale, BLOCK_M, HEAD_DIM, BLOCK_D, False, PACKED, NEED_DK, NEED_DV, TMA)
-        dk, dv = _query_loop(dk, dv, k, v, q_source, g_source, statistics, batch, head, start_q, row, column, keys, blocks, bounds,
-                             qk_scale, BLOCK_M, HEAD_DIM, BLOCK_D, True, PACKED, NEED_DK, NEED_DV, TMA)
+        dk, dv = _query_loop(dk, dv, k, v, q_source, g_source, statistics, batch, head, start_q, row, column, keys, blocks,
+                             bounds, qk_scale, BLOCK_M, HEAD_DIM, BLOCK_D, False, PACKED, NEED_DK, NEED_DV, TMA)
+        dk, dv = _query_loop(dk, dv, k, v, q_source, g_source, statistics, batch, head, start_q, row, column, keys, blocks,
+                             bounds, qk_scale, BLOCK_M, HEAD_DIM, BLOCK_D, True, PACKED, NEED_DK, NEED_DV, TMA)
         if NEED_DV and scale is not None:
             if sums_ptr is not None:
                 plain_v = load_rows(v_source, batch, kv_head, start_k, first, len_k, BLOCK_N, HEAD_DIM, BLOCK_D, TMA, True)
                 product_sum = tl.sum(tl.where(valid, plain_v.to(tl.float32) * dv, 0.0), 0)
                 number = batch * tiles + (tl.program_id(0) % tiles)
-                tl.store(sums_ptr + (number.to(tl.int64) * kv_heads * GROUP + head) * HEAD_DIM + d, product_sum, mask=d < HEAD_DIM)
+                tl.store(sums_ptr + (number.to(tl.int64) * kv_heads * GROUP + head) * HEAD_DIM + d, product_sum,
+                         mask=d < HEAD_DIM)
             dv *= load_factor(scale, seq, head, HEAD_DIM, BLOCK_D)
             if GROUP > 1 and dv_ptr is not None:  # every head has its own scale: the group's sum waits in memory, where only
                 if member > 0:                    # this program touches it
@@ -158,10 +159,10 @@ def _dq(q_source, k_source, v_source, g_source, statistics_ptr, dq_ptr, cu_q_ptr
     delta = tl.load(statistics_ptr + tl.num_programs(0).to(tl.int64) // tiles * columns + at, mask=inside, other=0.0)
 
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    dq = _key_loop(dq, q, g, lse, delta, k_source, v_source, batch, head // GROUP, start_k, rows, blocks, bounds, qk_scale, BLOCK_N,
-                   HEAD_DIM, BLOCK_D, False, PACKED, TMA)
-    dq = _key_loop(dq, q, g, lse, delta, k_source, v_source, batch, head // GROUP, start_k, rows, blocks, bounds, qk_scale, BLOCK_N,
-                   HEAD_DIM, BLOCK_D, True, PACKED, TMA)
+    dq = _key_loop(dq, q, g, lse, delta, k_source, v_source, batch, head // GROUP, start_k, rows, blocks, bounds, qk_scale,
+                   BLOCK_N, HEAD_DIM, BLOCK_D, False, PACKED, TMA)
+    dq = _key_loop(dq, q, g, lse, delta, k_source, v_source, batch, head // GROUP, start_k, rows, blocks, bounds, qk_scale,
+                   BLOCK_N, HEAD_DIM, BLOCK_D, True, PACKED, TMA)
     tokens = batch.to(tl.int64) * all_q + start_q + rows
     tl.store(dq_ptr + (tokens * heads + head)[:, None] * HEAD_DIM + d[None, :], (dq * sigma).to(dq_ptr.dtype.element_ty),
              mask=inside[:, None] & (d[None, :] < HEAD_DIM))
@@ -185,8 +186,8 @@ class _Call:
         def launch(tile):
             _dq[(geometry.programs(geometry.len_q, tile.m, geometry.heads),)](
                 self.rows_q.source(tile.m), self.rows_k.source(tile.n), self.rows_v.source(tile.n), self.rows_g.source(tile.m),
-                self.statistics.tensor, result, geometry.cu_q, geometry.cu_k, self.factor, *self.numbers, self.statistics.columns,
-                geometry.tiles(geometry.len_q, tile.m), geometry.heads, geometry.left, geometry.right, BLOCK_M=tile.m,
+                self.statistics.tensor, result, geometry.cu_q, geometry.cu_k, self.factor, *self.numbers,
+                self.statistics.columns, geometry.tiles(geometry.len_q, tile.m), geometry.heads, geometry.left, geometry.right, BLOCK_M=tile.m,
                 BLOCK_N=tile.n, **self.constants, **tile.options)
 
         choose("dq", self.like, launch)
@@ -255,7 +256,8 @@ def attention_backward(grad_out, grad_lse, q, k, v, out, lse, scale=None, offset
                 if need_k or need_v or need_scale:
                     grad_k, grad_v, grad_scale = call.grad_k_v_scale(k, v, need_k, need_v, need_scale)
                 if cos is not None and (need_q or need_k):
-                    rotate_in_place(grad_q, grad_k, geometry.len_q, geometry.len_k, cos, sin, positions, positions_k, interleaved)
+                    rotate_in_place(grad_q, grad_k, geometry.len_q, geometry.len_k, cos, sin, positions, positions_k,
+                                    interleaved)
     absent, no_sum = q.new_empty(0), q.new_empty(0, dtype=torch.float32)
     return tuple(gradient if need else nothing for gradient, need, nothing in zip(
         (grad_q, grad_k, grad_v, grad_scale, grad_offset), (need_q, need_k, need_v, need_scale, need_offset),

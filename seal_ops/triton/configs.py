@@ -27,7 +27,8 @@ class Tile:
 
     @property
     def options(self) -> dict:
-        return dict(num_warps=self.warps, num_stages=self.stages, maxnreg=self.registers)
+        limit = {} if self.registers is None else dict(maxnreg=self.registers)  # a name that only NVIDIA's compiler knows
+        return dict(num_warps=self.warps, num_stages=self.stages, **limit)
 
 
 # Best first on an H200 (docs/kernel_notes_triton.md); what follows is for GPUs with less shared memory. The best have four
@@ -86,8 +87,8 @@ def candidates(kernel: str, like: Tensor) -> list[Tile]:
 
 
 def split(like: Tensor) -> bool:
-    """Whether dK and dV take a kernel each ("dk" and "dv" instead of "dkdv"). At head_dim 256 two accumulators leave no room for
-    anything else, and five matrix products that fit are faster than four that do not."""
+    """Whether dK and dV take a kernel each ("dk" and "dv" instead of "dkdv"). At head_dim 256 two accumulators leave no room
+    for anything else, and five matrix products that fit are faster than four that do not."""
     return padded_head_dim(like.shape[-1]) > 128
 
 
@@ -102,14 +103,15 @@ def choose(kernel: str, like: Tensor, launch) -> Tile:
         return _chosen[key]
     fitting = (tile for tile in candidates(kernel, like) if _fits(launch, tile))
     if autotune() and like.is_cuda:
-        tile = min(fitting, key=lambda tile: do_bench(lambda: launch(tile), warmup=10, rep=40, return_mode="median"), default=None)
+        median = lambda tile: do_bench(lambda: launch(tile), warmup=10, rep=40, return_mode="median")
+        tile = min(fitting, key=median, default=None)
         if tile is not None:
             launch(tile)  # the last launch decides what the caller sees
     else:
         tile = next(fitting, None)
     if tile is None:
-        raise RuntimeError(f"Triton kernel {kernel}: no tile for head_dim {like.shape[-1]} and {like.dtype} fits the shared memory "
-                           f"of {torch.cuda.get_device_name(like.device) if like.is_cuda else like.device}")
+        raise RuntimeError(f"Triton kernel {kernel}: no tile for head_dim {like.shape[-1]} and {like.dtype} fits the shared "
+                           f"memory of {torch.cuda.get_device_name(like.device) if like.is_cuda else like.device}")
     _chosen[key] = tile
     return tile
 

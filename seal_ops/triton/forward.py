@@ -54,8 +54,8 @@ def _key_loop(acc, total, top, q, k_source, v_source, batch, kv_head, start, row
 
 
 @triton.jit(do_not_specialize=["num_seqs", "len_q", "len_k", "tiles", "left", "right"])
-def _forward(q_source, k_source, v_source, out_ptr, lse_ptr, cu_q_ptr, cu_k_ptr, scale, offset, qk_scale, num_seqs, len_q, len_k,
-             tiles, heads, left, right, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+def _forward(q_source, k_source, v_source, out_ptr, lse_ptr, cu_q_ptr, cu_k_ptr, scale, offset, qk_scale, num_seqs, len_q,
+             len_k, tiles, heads, left, right, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
              BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, POSITIVE: tl.constexpr, TMA: tl.constexpr):
     PACKED: tl.constexpr = cu_q_ptr is not None
     all_q = len_q  # tokens of a batch row, or of all packed sequences

@@ -115,6 +115,11 @@ class Rows:
                                 [1, 1, rows, padded_head_dim(head_dim)])
 
 
+def strides(x: Tensor | None) -> tuple[int, int, int]:
+    """Over batch, tokens and heads of [B, S, H, D] or packed [T, H, D]; zeros for None."""
+    return (0, 0, 0) if x is None else x.stride()[:3] if x.dim() == 4 else (0, *x.stride()[:2])
+
+
 def factor_arguments(factor: Tensor | None, geometry: Geometry) -> tuple | None:
     """What tiling.load_factor reads: the tensor and its strides over sequences, heads and channels, 0 where it broadcasts."""
     if factor is None:

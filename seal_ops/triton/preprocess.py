@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .host import Geometry, Rows, factor_arguments, padded_head_dim, per_sequence, uses_tma
+from .host import Geometry, Rows, factor_arguments, padded_head_dim, per_sequence, strides, uses_tma
 from .tiling import LOG2E, aligned_column, first_tile, load_factor, locate
 
 TOKENS = 64   # of a tile of _statistics and of _scale_v
@@ -92,11 +92,6 @@ def _sum_tiles(sums_ptr, result_ptr, cu_ptr, tiles, total, heads, HEAD_DIM: tl.c
     tl.store(result_ptr + (seq * heads + head).to(tl.int64) * HEAD_DIM + d, tl.sum(acc, 0), mask=d < HEAD_DIM)
 
 
-def strides(x: torch.Tensor) -> tuple[int, int, int]:
-    """Over batch, tokens and heads of [B, S, H, D] or packed [T, H, D]."""
-    return x.stride()[:3] if x.dim() == 4 else (0, *x.stride()[:2])
-
-
 class Statistics:
     """lse in base 2 and delta, [2, rows of lse, columns], each row padded to the 16 bytes that descriptors want; and where
     grad_offset is wanted, `sums`: grad_out summed over each tile of TOKENS tokens."""
@@ -109,8 +104,8 @@ class Statistics:
         # Packed: a sequence may own a tile too many, whose sum stays zero.
         self.sums = lse.new_zeros(tiles * geometry.batch, geometry.heads, geometry.head_dim) if need_offset else None
         _statistics[(geometry.programs(geometry.len_q, TOKENS, geometry.heads),)](
-            grad_out, *strides(grad_out), out.contiguous(), lse.contiguous(), None if grad_lse is None else grad_lse.contiguous(),
-            self.tensor, self.sums, geometry.cu_q, factor_arguments(offset, geometry), geometry.num_seqs, geometry.len_q,
+            grad_out, *strides(grad_out), out.contiguous(), lse.contiguous(),
+            None if grad_lse is None else grad_lse.contiguous(), self.tensor, self.sums, geometry.cu_q, factor_arguments(offset, geometry), geometry.num_seqs, geometry.len_q,
             self.columns, tiles, geometry.heads, HEAD_DIM=geometry.head_dim, BLOCK_D=padded_head_dim(geometry.head_dim),
             BLOCK_M=TOKENS, num_warps=4)
 

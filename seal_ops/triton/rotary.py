@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .host import on_device
+from .host import on_device, strides
 
 _HEADS = 8  # heads a program turns
 
@@ -77,14 +77,14 @@ def _rope(q_ptr, k_ptr, q_out_ptr, k_out_ptr, cos_ptr, sin_ptr, q_at_ptr, k_at_p
         inside = tokens < len_q
         cos, sin = _angles(cos_ptr, sin_ptr, q_at_ptr, q_at_b, table_b, table_s, table_d, batch, tokens, inside, first_q, HALF,
                            BLOCK_HALF, GATHERED, INVERSE)
-        _turn(q_ptr, q_out_ptr, q_b, q_s, q_h, q_out_b, q_out_s, q_out_h, batch, tokens, inside, part * HEADS, q_heads, cos, sin,
-              IN_PLACE, HALF, BLOCK_HALF, HEAD_DIM, BLOCK_REST, INTERLEAVED, HEADS)
+        _turn(q_ptr, q_out_ptr, q_b, q_s, q_h, q_out_b, q_out_s, q_out_h, batch, tokens, inside, part * HEADS, q_heads, cos,
+              sin, IN_PLACE, HALF, BLOCK_HALF, HEAD_DIM, BLOCK_REST, INTERLEAVED, HEADS)
     else:
         inside = tokens < len_k
         cos, sin = _angles(cos_ptr, sin_ptr, k_at_ptr, k_at_b, table_b, table_s, table_d, batch, tokens, inside, 0, HALF,
                            BLOCK_HALF, GATHERED, INVERSE)
-        _turn(k_ptr, k_out_ptr, k_b, k_s, k_h, k_out_b, k_out_s, k_out_h, batch, tokens, inside, (part - parts_q) * HEADS, k_heads,
-              cos, sin, IN_PLACE, HALF, BLOCK_HALF, HEAD_DIM, BLOCK_REST, INTERLEAVED, HEADS)
+        _turn(k_ptr, k_out_ptr, k_b, k_s, k_h, k_out_b, k_out_s, k_out_h, batch, tokens, inside, (part - parts_q) * HEADS,
+              k_heads, cos, sin, IN_PLACE, HALF, BLOCK_HALF, HEAD_DIM, BLOCK_REST, INTERLEAVED, HEADS)
 
 
 def _launch(q, k, q_out, k_out, len_q, len_k, cos, sin, positions, positions_k, interleaved, inverse, in_place):
@@ -97,9 +97,6 @@ def _launch(q, k, q_out, k_out, len_q, len_k, cos, sin, positions, positions_k, 
         cos, sin = cos.contiguous(), sin.contiguous()
     gathered = cos.dim() == 3
     tables = (cos.stride(0) if gathered and cos.shape[0] > 1 else 0, cos.stride(-2), cos.stride(-1))
-
-    def strides(x):
-        return (0, 0, 0) if x is None else x.stride()[:3] if x.dim() == 4 else (0, *x.stride()[:2])
 
     def places(at):
         if at is None or gathered:
@@ -117,8 +114,8 @@ def _launch(q, k, q_out, k_out, len_q, len_k, cos, sin, positions, positions_k, 
         return
     with on_device(given):
         _rope[(programs,)](
-            q, k, q_out, k_out, cos, sin, at_q, at_k, *strides(q), *strides(k), *strides(q_out), *strides(k_out), at_q_b, at_k_b,
-            *tables, len_q, len_k, max(0, len_k - len_q), tiles, *heads, IN_PLACE=in_place, HALF=half, BLOCK_HALF=block_half,
+            q, k, q_out, k_out, cos, sin, at_q, at_k, *strides(q), *strides(k), *strides(q_out), *strides(k_out), at_q_b,
+            at_k_b, *tables, len_q, len_k, max(0, len_k - len_q), tiles, *heads, IN_PLACE=in_place, HALF=half, BLOCK_HALF=block_half,
             HEAD_DIM=head_dim, BLOCK_REST=triton.next_power_of_2(max(1, head_dim - 2 * half)), BLOCK_T=block_t, HEADS=_HEADS,
             INTERLEAVED=interleaved, INVERSE=inverse, GATHERED=gathered, num_warps=4)
 
