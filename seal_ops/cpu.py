@@ -79,6 +79,20 @@ def _rows(factor: Tensor | None, rows: slice, q: Tensor) -> Tensor | None:
 
 
 
+def _unscaled(out: Tensor, scale: Tensor | None, offset: Tensor | None) -> Tensor | None:
+    """The attention output before scale and offset, or None where it has to be computed once more.
+
+    Division gives it back to within its own rounding while no factor is near 0 (grad_scale has to be exact there) and none
+    so large or small that `out` may have over- or underflowed; an offset may have swallowed it.
+    """
+    if offset is not None:
+        return None
+    if scale is None:
+        return out
+    size = scale.abs()
+    return (out / scale).to(out.dtype) if bool(((size > 1e-2) & (size < 1e2)).all()) else None
+
+
 def attention(q, k, v, scale=None, offset=None, *, softmax_scale=None, causal=True, window=None, cu_seqlens=None,
               cu_seqlens_k=None, max_seqlen=None, max_seqlen_k=None, deterministic=False):
     """Forward of docs/ops.md on the CPU; fp16, bf16, fp32, fp64."""
@@ -103,8 +117,7 @@ def attention_backward(grad_out, grad_lse, q, k, v, out, lse, scale=None, offset
                        sin=None, positions=None, positions_k=None, interleaved=False, softmax_scale=None, causal=True,
                        window=None, cu_seqlens=None, cu_seqlens_k=None, max_seqlen=None, max_seqlen_k=None,
                        deterministic=False):
-    """Backward of docs/ops.md on the CPU. Where a scale or offset is given, the unscaled output is computed once more:
-    it can't be had back by division where a scale is 0, and grad_scale has to be exact there."""
+    """Backward of docs/ops.md on the CPU. ATen wants the unscaled output; see `_unscaled` for where it comes from."""
     heads, head_dim = q.shape[-2:]
     sigma = 1.0 / math.sqrt(head_dim) if softmax_scale is None else softmax_scale
     left, right = mask.bounds(causal, window)
@@ -120,17 +133,17 @@ def attention_backward(grad_out, grad_lse, q, k, v, out, lse, scale=None, offset
         if needs[4]:
             doffset[rows] = g.sum(2, dtype=statistics)
         g = g[:, :, batch.empty:]
-        if scale is None and offset is None:
-            o = pick_q(out).transpose(1, 2)[:, :, batch.empty:]
+        s = _rows(scale, rows, q)
+        o = _unscaled(pick_q(out).transpose(1, 2)[:, :, batch.empty:], s, offset)
+        if o is None:
+            o, l = batch.forward()
+        else:
             l = lse if cu_seqlens is None else pick_q(lse.transpose(0, 1)).transpose(1, 2)
             l = l[:, :, batch.empty:]
-        else:
-            o, l = batch.forward()
         if needs[3]:
             dscale[rows] = (g.to(statistics) * o).sum(2)
         if not any(needs[:3]):
             continue
-        s = _rows(scale, rows, q)
         dl = grad_lse
         if dl is not None:
             dl = dl if cu_seqlens is None else pick_q(dl.transpose(0, 1)).transpose(1, 2)
