@@ -1,0 +1,83 @@
+// What the two sides of the forward kernel share: its configuration, shared memory, arguments and barriers.
+#pragma once
+
+#include "../attention.h"
+#include "tile_scheduler.cuh"
+#include "wgmma.cuh"
+
+#ifndef V_PR
+#define V_PR 40
+#define V_CR 232
+#endif
+#ifndef V_LATE
+#define V_LATE 128
+#endif
+#ifndef V_POLY
+#define V_POLY 0
+#endif
+namespace seal::sm90 {
+
+template <class T_, int kHeadDim_, int kBlockN_, int kWarpgroups_, int kStages_, int kQStages_>
+struct ForwardConfig {
+  using T = T_;
+  static constexpr int kHeadDim = kHeadDim_;        // of the shared-memory tiles; the tensors' may be smaller
+  static constexpr int kWarpgroups = kWarpgroups_;  // consumers
+  static constexpr int kBlockM = 64 * kWarpgroups_, kBlockN = kBlockN_;
+  static constexpr int kStages = kStages_;          // of K and of V
+  static constexpr int kQStages = kQStages_;
+  static constexpr int kThreads = 128 * (kWarpgroups + 1);
+  // 65,536 registers: 24 + 2 * 240 or 32 + 3 * 160 for each of 128 lanes of a warpgroup.
+  static constexpr int kProducerRegisters = kWarpgroups == 2 ? V_PR : 32;
+  static constexpr int kConsumerRegisters = kWarpgroups == 2 ? V_CR : 160;
+  // A big O is rescaled between the issue of the two products, under the first; a small one right after its own product.
+  static constexpr bool kRescaleLate = kHeadDim > V_LATE;
+  static constexpr int kPolynomial = kHeadDim == 64 ? V_POLY : 0;
+  static constexpr int kQRows = 64;                 // Q lies as one tile per warpgroup
+  static constexpr int kQBytes = tile_bytes(kQRows, kHeadDim);
+  static constexpr int kKBytes = tile_bytes(kBlockN, kHeadDim);
+};
+
+template <class Config>
+struct Shared {
+  uint8_t q[Config::kQStages][Config::kWarpgroups][Config::kQBytes];
+  uint8_t k[Config::kStages][Config::kKBytes];
+  uint8_t v[Config::kStages][Config::kKBytes];
+  float scale[2][Config::kHeadDim];
+  Tile tile[2];
+  uint64_t tile_full[2], tile_empty[2];
+  uint64_t q_full[Config::kQStages], q_empty[Config::kQStages];
+  uint64_t k_full[Config::kStages], k_empty[Config::kStages];
+  uint64_t v_full[Config::kStages], v_empty[Config::kStages];
+};
+
+struct Maps {
+  CUtensorMap q, k, v, out;
+};
+
+struct Arguments {
+  Sequences sequences;
+  int heads, kv_heads, head_dim;
+  float scale_log2;
+  ChannelTensor scale, offset;
+  float* lse;
+  int64_t lse_head_stride, lse_sequence_stride;
+  int* tile_counter;
+};
+
+// Position in a ring of kStages buffers.
+template <int kStages>
+struct RingIndex {
+  int stage = 0;
+  uint32_t phase = 0;
+  SEAL_DEVICE void advance() {
+    if (++stage == kStages) {
+      stage = 0;
+      phase ^= 1;
+    }
+  }
+};
+
+// Named barriers: 0 is __syncthreads; one per consumer warpgroup for itself, one for its turn to issue.
+constexpr int kBarrierWarpgroup = 1, kBarrierTurn = 4;
+
+}  // namespace seal::sm90

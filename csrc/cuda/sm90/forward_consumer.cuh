@@ -1,0 +1,383 @@
+// The computing side of the forward kernel: one warpgroup with 64 query rows of the tile.
+#pragma once
+
+#include "forward_common.cuh"
+#include "softmax.cuh"
+
+namespace seal::sm90 {
+
+// Walks the key blocks of a tile from the last to the first. One step issues S' = Q K'^T of the next block and O += P V of
+// the present one, and does the softmax of S' while the second product runs. Steps chain across tiles: the last step of a
+// tile issues the first S' of the next one, whose softmax and products then cover the storing of O.
+template <class Config>
+class Consumer {
+  using T = typename Config::T;
+  static constexpr int kN = Config::kBlockN, kHeadDim = Config::kHeadDim;
+  // A row block that ends in the left half of its last key block computes that half only.
+#ifdef V_NOHALF
+  static constexpr bool kHalves = false;
+#else
+  static constexpr bool kHalves = kN == 128;
+#endif
+  // The next tile's Q must be there before this tile's O has left the shared memory it shares with Q.
+#ifdef V_NOCHAIN
+  static constexpr bool kChain = false;
+#else
+  static constexpr bool kChain = Config::kQStages > 1;
+#endif
+  using Whole = std::false_type;
+  using Half = std::bool_constant<kHalves>;
+
+  // The blocks that this warpgroup's rows see: [begin, end), of which [plain_begin, plain_end) whole.
+  struct Work {
+    int begin, end, plain_begin, plain_end;
+    bool half;                  // of block end - 1 only the left half is seen
+    SEAL_DEVICE bool any() const { return end > begin; }
+  };
+
+ public:
+  SEAL_DEVICE Consumer(Shared<Config>& shared, const Maps& maps, const Arguments& arguments, int warpgroup)
+      : shared_(shared), maps_(maps), arguments_(arguments), warpgroup_(warpgroup), warp_(warp_uniform(threadIdx.x / 32) % 4),
+        lane_(threadIdx.x % 32), k_tiles_(shared.k[0]), v_tiles_(shared.v[0]), q_tiles_(shared.q[0][warpgroup]) {}
+
+  SEAL_DEVICE void run() {
+    if (warpgroup_ == Config::kWarpgroups - 1) pass_turn();
+    OnlineSoftmax softmax(arguments_.scale_log2);
+    Work work;
+    bool begun = false;  // the tile's first block is computed: scores_ holds its exponentials
+    while (true) {
+      const Tile& tile = shared_.tile[slot_.stage];  // read again where needed: registers are scarce
+      if (!begun) {
+        barrier_wait(&shared_.tile_full[slot_.stage], slot_.phase);
+        if (tile.row < 0) break;
+        work = work_of(tile);
+        softmax = OnlineSoftmax(arguments_.scale_log2);
+        barrier_wait(&shared_.q_full[q_.stage], q_.phase);
+        skip(tile.block_end - work.end);
+        if (work.any()) begin(tile, work, softmax);
+      }
+#pragma unroll
+      for (int i = 0; i < kHeadDim / 2; ++i) out_[i] = 0.f;
+
+      begun = false;
+      if (work.any()) {
+        pack_fragment<T>(p_, scores_);
+        int block = work.end - 2;
+        if (block >= work.begin) {
+          barrier_wait(&shared_.k_full[k_.stage], k_.phase);
+          if (work.half) step<Half>(tile, work, block--, softmax);
+          for (; block >= work.begin; --block) step<Whole>(tile, work, block, softmax);
+        }
+        release_leaving();
+        finish(tile, softmax);
+
+        if (kChain && work.begin == tile.block_begin) {
+          RingIndex<2> next_slot = slot_;
+          next_slot.advance();
+          const Tile& next_tile = shared_.tile[next_slot.stage];
+          barrier_wait(&shared_.tile_full[next_slot.stage], next_slot.phase);
+          if (next_tile.row >= 0) {
+            work = work_of(next_tile);
+            begun = work.any() && work.end == next_tile.block_end;
+          }
+          if (begun) {
+            softmax = OnlineSoftmax(arguments_.scale_log2);
+            if (work.half) {
+              step_to_next_tile<Half>(next_tile, work, softmax);
+            } else {
+              step_to_next_tile<Whole>(next_tile, work, softmax);
+            }
+          } else {
+            last_step();
+          }
+        } else {
+          last_step();
+          skip(work.begin - tile.block_begin);
+        }
+      } else {
+        release_leaving();
+        finish(tile, softmax);
+      }
+      store(tile);
+      slot_.advance();
+      q_.advance();
+    }
+    if (lane_ == 0) bulk_wait();
+  }
+
+ private:
+  // ---- turns: a warpgroup issues its products only after the one before it has issued its own
+#ifdef V_NOPP
+  SEAL_DEVICE void take_turn() const {}
+  SEAL_DEVICE void pass_turn() const {}
+#else
+  SEAL_DEVICE void take_turn() const { named_sync(kBarrierTurn + warpgroup_, 256); }
+  SEAL_DEVICE void pass_turn() const { named_arrive(kBarrierTurn + (warpgroup_ + 1) % Config::kWarpgroups, 256); }
+#endif
+
+  // ---- buffers
+
+  SEAL_DEVICE void release(uint64_t* empty) const {
+    if (lane_ == 0) barrier_arrive(empty);
+  }
+  SEAL_DEVICE void release_keys() {
+    release(&shared_.k_empty[k_.stage]);
+    k_.advance();
+  }
+  SEAL_DEVICE void release_values() {
+    release(&shared_.v_empty[v_.stage]);
+    v_.advance();
+  }
+  // The Q of the tile before, once O has been copied out of it.
+  SEAL_DEVICE void release_leaving() {
+    if (leaving_ && lane_ == 0) {
+      bulk_wait_read();
+      barrier_arrive(&shared_.q_empty[Config::kQStages == 1 ? 0 : q_.stage ^ 1]);
+    }
+    leaving_ = false;
+  }
+  // Blocks that only other warpgroups need: everyone takes every turn and releases every block.
+  SEAL_DEVICE void skip(int blocks) {
+    for (int i = 0; i < blocks; ++i) {
+      barrier_wait(&shared_.k_full[k_.stage], k_.phase);
+      release_keys();
+      take_turn();
+      pass_turn();
+      barrier_wait(&shared_.v_full[v_.stage], v_.phase);
+      release_values();
+    }
+  }
+
+  // ---- the mask
+
+  SEAL_DEVICE Work work_of(const Tile& tile) const {
+    const int window_left = arguments_.sequences.window_left, window_right = arguments_.sequences.window_right;
+    const int position = tile.row + 64 * warpgroup_ + tile.length_k - tile.length_q;  // of the first row
+    const int last = min(63, tile.length_q - 1 - tile.row - 64 * warpgroup_);         // last row, < 0: none
+    Work work;
+    int key_begin = 0, key_end = tile.length_k;
+    work.plain_begin = 0;
+    work.plain_end = tile.length_k / kN;
+    if (window_right >= 0) {
+      key_end = min(key_end, position + last + window_right + 1);
+      work.plain_end = min(work.plain_end, max(0, position + window_right + 1) / kN);
+    }
+    if (window_left >= 0) {
+      key_begin = max(0, position - window_left);
+      work.plain_begin = (max(0, position + 63 - window_left) + kN - 1) / kN;
+    }
+    const bool any = last >= 0 && key_end > key_begin;
+    work.begin = any ? key_begin / kN : tile.block_begin;
+    work.end = any ? (key_end + kN - 1) / kN : tile.block_begin;
+    work.half = kHalves && any && key_end <= (work.end - 1) * kN + kN / 2;
+    return work;
+  }
+
+  // Keys in [left, right) are seen by this thread's row r; columns are counted from the thread's first.
+  SEAL_DEVICE void mask(const Tile& tile, int block) {
+    const int window_left = arguments_.sequences.window_left, window_right = arguments_.sequences.window_right;
+    const int column = block * kN + 2 * (lane_ % 4);
+    const int first_position = tile.row + 64 * warpgroup_ + 16 * warp_ + lane_ / 4 + tile.length_k - tile.length_q;
+    int left[2], right[2];
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const int position = first_position + 8 * r;
+      left[r] = (window_left >= 0 ? position - window_left : 0) - column;
+      right[r] = (window_right >= 0 ? min(position + window_right + 1, tile.length_k) : tile.length_k) - column;
+    }
+    mask_scores(scores_, left, right);
+  }
+
+  // ---- products. Each product and the wait for it lie on one straight path of code, or ptxas serialises them.
+
+  template <class IsHalf>
+  SEAL_DEVICE void multiply_keys(Operand<Major::kK, Config::kQRows> queries) {
+    const auto keys = k_tiles_.advanced(k_.stage * Config::kKBytes);
+    wgmma_fence();
+    if constexpr (IsHalf::value) {
+      product<T, kHeadDim>(reinterpret_cast<float(&)[kN / 4]>(scores_[0]), queries, keys, false);
+    } else {
+      product<T, kHeadDim>(scores_, queries, keys, false);
+    }
+    wgmma_commit();
+  }
+
+  template <class WasHalf>
+  SEAL_DEVICE void multiply_values() {
+    const auto values = v_tiles_.advanced(v_.stage * Config::kKBytes);
+    wgmma_fence();
+    if constexpr (WasHalf::value) {
+      product<T>(out_, reinterpret_cast<const uint32_t(&)[kN / 8]>(p_[0]), values, true);
+    } else {
+      product<T>(out_, p_, values, true);
+    }
+    wgmma_commit();
+  }
+
+  SEAL_DEVICE Operand<Major::kK, Config::kQRows> queries_at(int stage) const {
+    return q_tiles_.advanced(stage * Config::kWarpgroups * Config::kQBytes);
+  }
+
+  SEAL_DEVICE void rescale_out() {
+#ifdef V_SKIP
+    if (!__any_sync(0xffffffffu, factor_[0] != 1.f || factor_[1] != 1.f)) return;
+#endif
+#pragma unroll
+    for (int i = 0; i < kHeadDim / 2; ++i) out_[i] *= factor_[(i / 2) % 2];
+  }
+
+  // ---- steps
+
+  // The first block of a tile, when no tile before could do it.
+  SEAL_DEVICE void begin(const Tile& tile, const Work& work, OnlineSoftmax& softmax) {
+    barrier_wait(&shared_.k_full[k_.stage], k_.phase);
+    take_turn();
+    multiply_keys<Whole>(queries_at(q_.stage));
+    pass_turn();
+    wgmma_wait<0>();
+    release_keys();
+    mask(tile, work.end - 1);
+    softmax.template update<Config::kPolynomial>(scores_, factor_);
+  }
+
+  // S' of `block`, P V of the block before. Its keys have arrived.
+  template <class WasHalf>
+  SEAL_DEVICE void step(const Tile& tile, const Work& work, int block, OnlineSoftmax& softmax) {
+    take_turn();
+    multiply_keys<Whole>(queries_at(q_.stage));
+    if constexpr (Config::kRescaleLate) rescale_out();
+    barrier_wait(&shared_.v_full[v_.stage], v_.phase);
+    multiply_values<WasHalf>();
+    pass_turn();
+    release_leaving();
+    wgmma_wait<1>();
+    release_keys();
+    if (block >= work.plain_end || block < work.plain_begin) mask(tile, block);
+    softmax.template update<Config::kPolynomial>(scores_, factor_);
+    // The softmax must stay before the next wait, under the product of P and V; ptxas keeps it there only if a branch lies
+    // between. That branch is the wait for the next block's keys.
+    fence_registers(scores_);
+    fence_registers(softmax.sum);
+    if (block > work.begin) barrier_wait(&shared_.k_full[k_.stage], k_.phase);
+    wgmma_wait<0>();
+    release_values();
+    if constexpr (!Config::kRescaleLate) rescale_out();
+    pack_fragment<T>(p_, scores_);
+  }
+
+  // The last P V of a tile, together with the first S' of the next one. `out_` is complete then.
+  template <class IsHalf>
+  SEAL_DEVICE void step_to_next_tile(const Tile& next_tile, const Work& next_work, OnlineSoftmax& softmax) {
+    RingIndex<Config::kQStages> next_q = q_;
+    next_q.advance();
+    barrier_wait(&shared_.q_full[next_q.stage], next_q.phase);
+    barrier_wait(&shared_.k_full[k_.stage], k_.phase);
+    take_turn();
+    multiply_keys<IsHalf>(queries_at(next_q.stage));
+    if constexpr (Config::kRescaleLate) rescale_out();
+    barrier_wait(&shared_.v_full[v_.stage], v_.phase);
+    multiply_values<Whole>();
+    pass_turn();
+    wgmma_wait<1>();
+    release_keys();
+    mask(next_tile, next_work.end - 1);  // in a half block also what was not computed
+    softmax.template update<Config::kPolynomial>(scores_, factor_);
+    fence_registers(scores_);  // and a branch, as in step()
+    fence_registers(softmax.sum);
+    if (next_work.end - 1 > next_work.begin) barrier_wait(&shared_.k_full[k_.stage], k_.phase);
+    wgmma_wait<0>();
+    release_values();
+  }
+
+  // The last P V of a tile.
+  SEAL_DEVICE void last_step() {
+    barrier_wait(&shared_.v_full[v_.stage], v_.phase);
+    if constexpr (Config::kRescaleLate) rescale_out();
+    multiply_values<Whole>();
+    wgmma_wait<0>();
+    release_values();
+  }
+
+  // ---- the result
+
+  // Writes the log-sum-exp; leaves 1 / sum for store(). Comes before the last product, so that the softmax state is free.
+  SEAL_DEVICE void finish(const Tile& tile, OnlineSoftmax& softmax) {
+    float lse[2];
+    softmax.finish(inverse_, lse);
+    if (lane_ % 4 == 0) {
+      const int first_row = tile.row + 64 * warpgroup_ + 16 * warp_;
+      float* lse_row = arguments_.lse + tile.head * arguments_.lse_head_stride +
+                       (arguments_.sequences.packed() ? static_cast<int64_t>(tile.first_q) : tile.sequence * arguments_.lse_sequence_stride);
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        const int row = first_row + lane_ / 4 + 8 * r;
+        if (row < tile.length_q) lse_row[row] = lse[r];
+      }
+    }
+  }
+
+  SEAL_DEVICE void store(const Tile& tile) {
+    const uint32_t lane = fresh_lane();  // keeps the addresses below out of the registers of the loop
+    const int first_row = tile.row + 64 * warpgroup_ + 16 * warp_;  // of this warp
+
+    // O over this warpgroup's own Q, once all four warps have finished reading that; each warp stores its 16 rows.
+    const float2* scale = reinterpret_cast<const float2*>(shared_.scale[slot_.stage]) + lane % 4;
+    const ChannelTensor& offset = arguments_.offset;  // rare: read from global memory
+    const float* offset_row =
+        offset.data == nullptr ? nullptr : offset.data + tile.sequence * offset.batch_stride + tile.head * offset.head_stride;
+    uint8_t* staging = shared_.q[q_.stage][warpgroup_];
+    const uint32_t row_address = smem_address(staging) + (16 * warp_ + lane % 16) * kSlabRowBytes;
+    named_sync(kBarrierWarpgroup + warpgroup_, 128);
+#pragma unroll
+    for (int pair = 0; pair < kHeadDim / 16; ++pair) {  // 16 columns: two accumulator groups of 8
+      float o[8];
+      const float2 factors[2] = {scale[8 * pair], scale[8 * pair + 4]};
+#pragma unroll
+      for (int i = 0; i < 8; ++i) o[i] = out_[8 * pair + i] * inverse_[i / 2 % 2] * (i % 2 == 0 ? factors[i / 4].x : factors[i / 4].y);
+      if (offset_row != nullptr) {
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+          const int channel = 16 * pair + 8 * (i / 4) + 2 * (lane % 4) + i % 2;
+          if (channel < arguments_.head_dim) o[i] += offset_row[channel * offset.channel_stride];
+        }
+      }
+      const uint32_t chunk = 2 * (pair % 4) + lane / 16;
+      stmatrix(row_address + (pair / 4) * Config::kQRows * kSlabRowBytes + ((chunk ^ (lane & 7)) << 4), pack<T>(o[0], o[1]),
+               pack<T>(o[2], o[3]), pack<T>(o[4], o[5]), pack<T>(o[6], o[7]));
+    }
+    fence_proxy_async();
+    __syncwarp();
+    if (lane == 0) {
+      const RowCoordinates at(arguments_.sequences.packed(), 16, first_row, tile.length_q, tile.first_q);
+#pragma unroll
+      for (int slab = 0; slab < slabs(kHeadDim); ++slab) {
+        tma_store(&maps_.out, staging + (slab * Config::kQRows + 16 * warp_) * kSlabRowBytes, slab * kSlabColumns, tile.head, at);
+      }
+      bulk_commit();
+      barrier_arrive(&shared_.tile_empty[slot_.stage]);
+    }
+    leaving_ = true;
+    if constexpr (Config::kQStages == 1) release_leaving();
+  }
+  static_assert(Config::kQStages <= 2);
+
+  Shared<Config>& shared_;
+  const Maps& maps_;
+  const Arguments& arguments_;
+  const int warpgroup_, warp_, lane_;
+  const Operand<Major::kK, kN> k_tiles_;
+  const Operand<Major::kMN, kN> v_tiles_;
+  const Operand<Major::kK, Config::kQRows> q_tiles_;  // of the first stage
+  RingIndex<2> slot_;
+  RingIndex<Config::kQStages> q_;
+  RingIndex<Config::kStages> k_, v_;
+  bool leaving_ = false;  // O of the tile before may still be on its way out of that tile's Q
+
+  float scores_[kN / 2];     // S, then its exponentials
+  uint32_t p_[kN / 4];       // those as the A operand
+  float out_[kHeadDim / 2];
+  float inverse_[2];         // 1 / sum of the finished softmax
+  float factor_[2];          // what the last softmax update asked `out_` to be multiplied by
+};
+
+}  // namespace seal::sm90

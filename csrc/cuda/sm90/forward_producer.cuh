@@ -1,0 +1,81 @@
+// The supplying side of the forward kernel: one warp that picks tiles, one that runs the copy engine.
+#pragma once
+
+#include "forward_common.cuh"
+
+namespace seal::sm90 {
+
+template <class Config>
+SEAL_DEVICE void produce_tiles(Shared<Config>& shared, const Arguments& arguments) {
+  const int lane = threadIdx.x % 32;
+  TileScheduler<Config::kBlockM, Config::kBlockN> scheduler(arguments.sequences, arguments.heads, arguments.kv_heads,
+                                                            arguments.head_dim, arguments.tile_counter);
+  RingIndex<2> slot;
+  while (true) {
+    const Tile tile = scheduler.next();
+    barrier_wait(&shared.tile_empty[slot.stage], slot.phase ^ 1);
+    if (tile.row >= 0) {
+      const ChannelTensor& scale = arguments.scale;
+      const float* row = scale.data + tile.sequence * scale.batch_stride + tile.head * scale.head_stride;
+#pragma unroll 1
+      for (int channel = lane; channel < Config::kHeadDim; channel += 32) {
+        const bool present = scale.data != nullptr && channel < arguments.head_dim;
+        shared.scale[slot.stage][channel] = present ? row[channel * scale.channel_stride] : 1.f;
+      }
+    }
+    if (lane == 0) shared.tile[slot.stage] = tile;
+    __syncwarp();
+    if (lane == 0) barrier_arrive(&shared.tile_full[slot.stage]);
+    if (tile.row < 0) return;
+    slot.advance();
+  }
+}
+
+template <class Config>
+SEAL_DEVICE void produce_operands(Shared<Config>& shared, const Maps& maps, const Arguments& arguments) {
+  const bool packed = arguments.sequences.packed();
+  const uint64_t keep = policy_evict_last(), stream = policy_evict_first();
+  RingIndex<2> slot;
+  RingIndex<Config::kQStages> q;
+  RingIndex<Config::kStages> k, v;
+  while (true) {
+    barrier_wait(&shared.tile_full[slot.stage], slot.phase);
+    const Tile tile = shared.tile[slot.stage];
+    barrier_arrive(&shared.tile_empty[slot.stage]);
+    slot.advance();
+    if (tile.row < 0) return;
+
+    const auto load = [&](void* to, const CUtensorMap* map, uint64_t* full, uint64_t* empty, uint32_t phase, int block) {
+      barrier_wait(empty, phase ^ 1);
+      barrier_expect_bytes(full, Config::kKBytes);
+      const RowCoordinates at(packed, Config::kBlockN, block * Config::kBlockN, tile.length_k, tile.first_k);
+      tma_load_tile<Config::kBlockN, Config::kHeadDim>(to, map, full, tile.kv_head, at, keep);
+    };
+    const auto load_k = [&](int block) {
+      load(shared.k[k.stage], &maps.k, &shared.k_full[k.stage], &shared.k_empty[k.stage], k.phase, block);
+      k.advance();
+    };
+    const auto load_v = [&](int block) {
+      load(shared.v[v.stage], &maps.v, &shared.v_full[v.stage], &shared.v_empty[v.stage], v.phase, block);
+      v.advance();
+    };
+
+    const bool any = tile.block_end > tile.block_begin;
+    if (any) load_k(tile.block_end - 1);
+    barrier_wait(&shared.q_empty[q.stage], q.phase ^ 1);
+    barrier_expect_bytes(&shared.q_full[q.stage], Config::kWarpgroups * Config::kQBytes);
+#pragma unroll
+    for (int w = 0; w < Config::kWarpgroups; ++w) {
+      const RowCoordinates at(packed, Config::kQRows, tile.row + w * Config::kQRows, tile.length_q, tile.first_q);
+      tma_load_tile<Config::kQRows, Config::kHeadDim>(shared.q[q.stage][w], &maps.q, &shared.q_full[q.stage], tile.head, at, stream);
+    }
+    q.advance();
+    for (int block = tile.block_end - 2; block >= tile.block_begin; --block) {
+      load_k(block);
+      load_v(block + 1);
+    }
+    if (any) load_v(tile.block_begin);
+  }
+}
+
+}  // namespace seal::sm90
