@@ -1,0 +1,76 @@
+// Plan and launches of the attention backward on sm_90a: which kernels run, on which workspace.
+#include "attention_backward_launch.cuh"
+
+namespace seal {
+
+using namespace sm90;
+
+namespace {
+
+// The workspace, part by part, each 256-byte aligned.
+struct Arena {
+  char* base;
+  size_t used = 0;
+  float* floats(int64_t count) {
+    float* const at = base == nullptr ? nullptr : reinterpret_cast<float*>(base + used);
+    used += (static_cast<size_t>(count) * 4 + 255) / 256 * 256;
+    return at;
+  }
+};
+
+// Fills in everything that follows from the caller's struct; returns the bytes of workspace.
+size_t plan(const AttentionBackwardParams& params, BackwardKernelParams* p) {
+  static_cast<AttentionBackwardParams&>(*p) = params;
+  const bool packed = p->cu_seqlens_q != nullptr;
+  const int dim = padded_head_dim(p->head_dim);
+  p->key_rows = dim == 256 ? WideShared::kRows : kTileRows;
+  const auto tiles = [&](int64_t length, int rows) { return static_cast<int32_t>(packed ? length / rows + p->batch : (length + rows - 1) / rows); };
+  p->tiles_q = tiles(p->seqlen_q, kTileRows);
+  p->tiles_k = tiles(p->seqlen_k, p->key_rows);
+  p->tile_count_q = static_cast<int64_t>(p->tiles_q) * (packed ? 1 : p->batch);
+  p->tile_count_k = static_cast<int64_t>(p->tiles_k) * (packed ? 1 : p->batch);
+  p->padded_rows_q = p->tile_count_q * kTileRows;
+
+  // One CTA for a whole group of query heads needs no sums over heads, but there must be enough of them.
+  const int group = p->heads_q / p->heads_k;
+  constexpr int64_t kEnoughCtas = 4 * 132;
+  const bool whole_group = p->tile_count_k * p->heads_k >= kEnoughCtas;
+  p->heads_per_cta = whole_group ? group : 1;
+  p->splits = group / p->heads_per_cta;
+  constexpr int64_t kL2Share = 40 << 20;
+  const int64_t pair_bytes = static_cast<int64_t>(p->seqlen_q) * dim * 8 * p->heads_per_cta;
+  p->section = packed ? 1 : static_cast<int32_t>(std::max<int64_t>(1, std::min<int64_t>(kL2Share / std::max<int64_t>(1, pair_bytes), 1 << 20)));
+
+  const bool need_rows = p->grad_q || p->grad_k || p->grad_v || p->grad_scale;
+  const bool need_keys = p->grad_k || p->grad_v || p->grad_scale;
+  const int64_t kv_floats = static_cast<int64_t>(p->heads_k) * p->tile_count_k * p->key_rows * dim;
+  Arena arena{static_cast<char*>(p->workspace)};
+  p->lse2 = need_rows ? arena.floats(p->heads_q * p->padded_rows_q) : nullptr;
+  p->delta = need_rows ? arena.floats(p->heads_q * p->padded_rows_q) : nullptr;
+  p->dq = p->grad_q && need_keys && !p->deterministic && dim < 256 ? arena.floats(p->heads_q * p->padded_rows_q * dim) : nullptr;
+  p->dv_sum = p->scale && p->heads_per_cta > 1 ? arena.floats(kv_floats) : nullptr;
+  p->dk_partial = p->splits > 1 && p->grad_k ? arena.floats(p->splits * kv_floats) : nullptr;
+  p->dv_partial = p->splits > 1 && p->grad_v ? arena.floats(p->splits * kv_floats) : nullptr;
+  p->dscale_partial = p->grad_scale ? arena.floats(p->tile_count_k * p->heads_q * dim) : nullptr;
+  p->doffset_partial = p->grad_offset ? arena.floats(p->tile_count_q * p->heads_q * dim) : nullptr;
+  return arena.used;
+}
+
+}  // namespace
+
+size_t attention_backward_workspace(const AttentionBackwardParams& params) {
+  BackwardKernelParams p;
+  return plan(params, &p);
+}
+
+cudaError_t launch_attention_backward(const AttentionBackwardParams& params, cudaStream_t stream) {
+  BackwardKernelParams p;
+  plan(params, &p);
+  switch (padded_head_dim(p.head_dim)) {
+    case 64: return p.half ? launch_backward<__half, 64>(p, stream) : launch_backward<__nv_bfloat16, 64>(p, stream);
+    case 128: return p.half ? launch_backward<__half, 128>(p, stream) : launch_backward<__nv_bfloat16, 128>(p, stream);
+    default: return p.half ? launch_backward<__half, 256>(p, stream) : launch_backward<__nv_bfloat16, 256>(p, stream);
+  }
+}
+
+}  // namespace seal

@@ -1,0 +1,195 @@
+// What the kernels of the attention backward share: their arguments, the map from tiles to sequences, the mask of a tile
+// and the way an fp32 tile leaves for global memory (inverse rotation, rounding, 16-byte stores).
+//
+// Padded rows. Per-row vectors (lse2, delta) and the fp32 dQ have a row space of their own, in which every sequence starts
+// at a multiple of kTileRows: no tile is shared by two sequences, and a whole tile may always be read or added to. Sequence b
+// of a packed batch starts at tile cu[b] / kTileRows + b, which needs no host-side knowledge of the lengths; tiles of keys are
+// numbered in the same way.
+#pragma once
+
+#include "../attention_backward.h"
+#include "wgmma.cuh"
+
+namespace seal::sm90 {
+
+constexpr int kTileRows = 128;
+constexpr float kLog2e = 1.4426950408889634f;
+
+struct BackwardKernelParams : AttentionBackwardParams {
+  int32_t key_rows;            // keys of a tile
+  int32_t tiles_q, tiles_k;    // tiles of kTileRows queries, key_rows keys: of a sequence (dense), of the batch (packed, bound)
+  int64_t padded_rows_q;       // rows of the padded space of q, all sequences
+  int64_t tile_count_q, tile_count_k;  // of all sequences
+  int32_t heads_per_cta;       // query heads that one CTA of the main kernel walks through: heads_q / heads_k, or 1
+  int32_t splits;              // heads_q / heads_k / heads_per_cta; > 1: dK and dV leave as fp32 partial sums
+  int32_t section;             // (batch row, head) pairs whose tiles are interleaved in launch order
+
+  float *lse2, *delta;         // [heads_q, padded_rows_q]: lse * log2(e) (+inf: no probability), rowsum(g * (out - offset)) - grad_lse
+  float* dq;                   // [heads_q, padded_rows_q, D] in accumulator order
+  float* dv_sum;               // [heads_k, tile_count_k, key_rows * D]: dV of the heads so far, accumulator order
+  float *dk_partial, *dv_partial;            // [splits][heads_k, tile_count_k, key_rows * D], accumulator order
+  float *dscale_partial, *doffset_partial;   // [tile_count_{k,q}, heads_q, D]
+};
+
+struct Sequence {
+  int index;                   // batch row or number of the packed sequence
+  int first_q, first_k;        // its first row in a packed tensor; dense: 0
+  int length_q, length_k;
+  int64_t padded_q;            // its first row in the padded space
+
+  // Query i sees keys i + shift() - left .. i + shift() + right.
+  SEAL_DEVICE int shift() const { return length_k - length_q; }
+};
+
+SEAL_DEVICE Sequence sequence(const BackwardKernelParams& p, int index) {
+  Sequence s;
+  s.index = index;
+  if (p.cu_seqlens_q != nullptr) {
+    s.first_q = p.cu_seqlens_q[index];
+    s.first_k = p.cu_seqlens_k[index];
+    s.length_q = p.cu_seqlens_q[index + 1] - s.first_q;
+    s.length_k = p.cu_seqlens_k[index + 1] - s.first_k;
+    s.padded_q = (static_cast<int64_t>(s.first_q / kTileRows) + index) * kTileRows;
+  } else {
+    s.first_q = s.first_k = 0;
+    s.length_q = p.seqlen_q;
+    s.length_k = p.seqlen_k;
+    s.padded_q = static_cast<int64_t>(index) * p.tiles_q * kTileRows;
+  }
+  return s;
+}
+
+// The packed sequence that tile `tile` of `rows` rows belongs to; all lanes of a converged warp call it.
+SEAL_DEVICE int find_sequence(const int32_t* cu_seqlens, int rows, int batch, int tile) {
+  const int lane = threadIdx.x % 32;
+  int low = 0, high = batch;  // the largest b in [low, high) whose first tile is not after `tile`
+  while (high - low > 1) {
+    const int step = (high - low + 31) / 32;
+    const int b = low + lane * step;
+    const bool reached = b < high && cu_seqlens[b] / rows + b <= tile;
+    low += (__popc(__ballot_sync(0xffffffffu, reached)) - 1) * step;
+    high = min(high, low + step);
+  }
+  return low;
+}
+
+// Tile `tile` of `rows` queries or keys (as cu_seqlens says) as (sequence, tile inside it).
+SEAL_DEVICE Sequence locate(const BackwardKernelParams& p, const int32_t* cu_seqlens, int rows, int tile, int batch_row, int* local_tile) {
+  if (cu_seqlens == nullptr) {
+    *local_tile = tile;
+    return sequence(p, batch_row);
+  }
+  const int index = find_sequence(cu_seqlens, rows, p.batch, tile);
+  *local_tile = tile - (cu_seqlens[index] / rows + index);
+  return sequence(p, index);
+}
+
+// Launch order: inside a section of pairs all first tiles come first, then all second ones, ... so that the longest tiles
+// start early while a section's rows stay in L2. `pairs` are (batch row, head, split), the last one fastest.
+struct LaunchOrder {
+  int tile, pair;
+
+  SEAL_DEVICE LaunchOrder(int block, int tiles, int pairs, int section) {
+    const int first = block / (section * tiles) * section;
+    const int width = min(section, pairs - first);
+    const int rest = block - first * tiles;
+    tile = rest / width;
+    pair = first + rest % width;
+  }
+};
+
+// A value equal in all lanes, in a uniform register from the start (the result of a reduction over the warp is one): what is
+// derived from it then costs no register of the threads, of which the accumulators leave few.
+SEAL_DEVICE uint32_t uniform_register(uint32_t value) { return __reduce_max_sync(0xffffffffu, value); }
+
+// The descriptor of k16 step `step`, made at this place: hoisted out of a loop, the descriptors of all steps of all resident
+// operands do not fit in the uniform registers.
+template <Major kMajor, int kRows>
+SEAL_DEVICE uint64_t descriptor_of(const Operand<kMajor, kRows>& operand, int step) {
+  const uint64_t first = operand.at(0);
+  uint32_t low;
+  asm volatile("add.u32 %0, %1, %2;" : "=r"(low) : "r"(static_cast<uint32_t>(first)), "r"(static_cast<uint32_t>(operand.at(step) - first)));
+  return (first & 0xffffffff00000000u) | low;
+}
+
+// product() of wgmma.cuh with such descriptors.
+template <class T, int kK, Major kMajorA, int kRowsA, Major kMajorB, int kRowsB, int kAcc>
+SEAL_DEVICE void lean_product(float (&acc)[kAcc], Operand<kMajorA, kRowsA> a, Operand<kMajorB, kRowsB> b, bool accumulate) {
+#pragma unroll
+  for (int step = 0; step < kK / 16; ++step) {
+    Wgmma<T, 2 * kAcc>::template ss<kMajorA == Major::kMN, kMajorB == Major::kMN>(acc, descriptor_of(a, step), descriptor_of(b, step),
+                                                                                 accumulate || step > 0);
+  }
+}
+
+struct BackwardMaps {
+  CUtensorMap q, k, v, grad_out;
+};
+
+// Stage of a ring and parity of its round in step `step`.
+template <int kStages>
+SEAL_DEVICE int stage_of(int step) { return step % kStages; }
+template <int kStages>
+SEAL_DEVICE uint32_t phase_of(int step) { return step / kStages % 2; }
+
+SEAL_DEVICE float read_as_float(const void* data, int64_t index, int type) {
+  if (type == 2) return __ldg(static_cast<const float*>(data) + index);
+  const uint32_t bits = __ldg(static_cast<const uint16_t*>(data) + index);
+  return type == 0 ? __uint_as_float(bits << 16) : __half2float(__ushort_as_half(static_cast<unsigned short>(bits)));
+}
+
+SEAL_DEVICE int64_t position_of(const BackwardPositions& positions, int batch_row, int64_t token) {
+  if (positions.data == nullptr) return positions.first + token;
+  const int64_t at = batch_row * positions.batch_stride + token * positions.token_stride;
+  return positions.is_int64 ? __ldg(static_cast<const long long*>(positions.data) + at) : __ldg(static_cast<const int*>(positions.data) + at);
+}
+
+// Rows of an fp32 tile in shared memory end in kPad floats: with D + 8 words a row, the accumulator's float2 writes have no
+// bank conflicts.
+constexpr int kPad = 8;
+
+// One warp writes rows [first_row, first_row + rows) of a tile of kStride floats a row to
+// global memory, times `factor`, after the inverse rotation where `rotate`. `token` is the tensor's row (packed: of the
+// whole tensor) of tile row 0; rows from `rows` on are left alone.
+template <class T, int kD>
+SEAL_DEVICE void store_rows(const BackwardKernelParams& p, const float* tile, int rows, void* output, int64_t token, int batch_row,
+                            int64_t rows_per_batch, int head, int heads, float factor, bool rotate, const BackwardPositions& positions) {
+  constexpr int kChunks = kD / 8;
+  constexpr int kRowsAtOnce = 32 / kChunks > 0 ? 32 / kChunks : 1;
+  const int lane = threadIdx.x % 32;
+  for (int row = lane / kChunks; row < rows; row += kRowsAtOnce) {
+    const int channel = lane % kChunks * 8;
+    if (channel >= p.head_dim) continue;
+    const float* values = tile + row * (kD + kPad);
+    float x[8];
+#pragma unroll
+    for (int i = 0; i < 8; ++i) x[i] = values[channel + i];
+    if (rotate && channel < p.rotary_dim) {
+      const int half = p.rotary_dim / 2;
+      const int64_t wanted = position_of(positions, batch_row, token + row);
+      const bool inside = wanted >= 0 && wanted < p.cos_rows;
+      const int64_t position = inside ? wanted : 0;
+      const int64_t cos_row = batch_row * p.cos_batch_stride + position * p.cos_row_stride;
+      const int64_t sin_row = batch_row * p.sin_batch_stride + position * p.sin_row_stride;
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        const int c = channel + i;
+        if (c >= p.rotary_dim) break;
+        const bool first = p.interleaved ? c % 2 == 0 : c < half;
+        const int pair = p.interleaved ? c / 2 : (first ? c : c - half);
+        const int partner = p.interleaved ? c ^ 1 : (first ? c + half : c - half);
+        const float cos = read_as_float(p.cos, cos_row + pair, p.cos_type), sin = read_as_float(p.sin, sin_row + pair, p.cos_type);
+        x[i] = inside ? x[i] * cos + (first ? values[partner] : -values[partner]) * sin : NAN;
+      }
+    }
+    uint4 packed;
+    packed.x = pack<T>(x[0] * factor, x[1] * factor);
+    packed.y = pack<T>(x[2] * factor, x[3] * factor);
+    packed.z = pack<T>(x[4] * factor, x[5] * factor);
+    packed.w = pack<T>(x[6] * factor, x[7] * factor);
+    const int64_t at = ((batch_row * rows_per_batch + token + row) * heads + head) * static_cast<int64_t>(p.head_dim) + channel;
+    *reinterpret_cast<uint4*>(static_cast<T*>(output) + at) = packed;
+  }
+}
+
+}  // namespace seal::sm90

@@ -1,0 +1,133 @@
+// The launches of one head_dim and dtype. attention_backward_hd*.cu instantiate them, so that they compile side by side.
+#pragma once
+
+#include <algorithm>
+
+#include "attention_backward_main.cuh"
+#include "attention_backward_query.cuh"
+#include "attention_backward_rows.cuh"
+#include "attention_backward_wide.cuh"
+
+namespace seal::sm90 {
+
+constexpr int padded_head_dim(int head_dim) { return head_dim <= 64 ? 64 : head_dim <= 128 ? 128 : 256; }
+
+#define SEAL_RETURN_IF_ERROR(call)                     \
+  do {                                                 \
+    const cudaError_t status_ = (call);                \
+    if (status_ != cudaSuccess) return status_;        \
+  } while (0)
+
+inline TileSource tile_source(const BackwardKernelParams& p, const BackwardTensor& t, int rows, int heads) {
+  return {t.data, p.cu_seqlens_q != nullptr ? 1 : p.batch, rows, heads, p.head_dim, t.batch_stride, t.row_stride, t.head_stride};
+}
+
+// Query rows of a step of the main kernel.
+template <int kD>
+constexpr int kStepRows = 64;
+
+inline cudaError_t make_maps(BackwardMaps* maps, const BackwardKernelParams& p, int query_rows, int key_rows) {
+  const bool packed = p.cu_seqlens_q != nullptr;
+  SEAL_RETURN_IF_ERROR(make_tile_map(&maps->q, tile_source(p, p.q, p.seqlen_q, p.heads_q), p.half, packed, query_rows));
+  SEAL_RETURN_IF_ERROR(make_tile_map(&maps->grad_out, tile_source(p, p.grad_out, p.seqlen_q, p.heads_q), p.half, packed, query_rows));
+  SEAL_RETURN_IF_ERROR(make_tile_map(&maps->k, tile_source(p, p.k, p.seqlen_k, p.heads_k), p.half, packed, key_rows));
+  return make_tile_map(&maps->v, tile_source(p, p.v, p.seqlen_k, p.heads_k), p.half, packed, key_rows);
+}
+
+template <class T, int kD, BackwardWork kWork>
+cudaError_t launch_main(const BackwardKernelParams& p, cudaStream_t stream) {
+  constexpr int kM = kStepRows<kD>;
+  BackwardMaps maps;
+  SEAL_RETURN_IF_ERROR(make_maps(&maps, p, kM, p.key_rows));
+  int bytes;
+  void (*kernel)(BackwardKernelParams, BackwardMaps);
+  if constexpr (kD == 256) {
+    bytes = sizeof(WideShared) + 1024, kernel = attention_backward_wide<T, kWork>;
+  } else {
+    bytes = sizeof(BackwardShared<kD, kM>) + 1024, kernel = attention_backward_main<T, kD, kM, kWork>;
+  }
+  SEAL_RETURN_IF_ERROR(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
+  kernel<<<static_cast<unsigned>(p.tile_count_k * p.heads_k * p.splits), 384, bytes, stream>>>(p, maps);
+  return cudaGetLastError();
+}
+
+template <class T, int kD>
+cudaError_t launch_query(const BackwardKernelParams& p, cudaStream_t stream) {
+  constexpr int kN = 64;
+  BackwardMaps maps;
+  SEAL_RETURN_IF_ERROR(make_maps(&maps, p, kTileRows, kN));
+  constexpr int kBytes = sizeof(QueryShared<kD, kN>) + 1024;
+  const auto kernel = attention_backward_query<T, kD, kN>;
+  SEAL_RETURN_IF_ERROR(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes));
+  kernel<<<static_cast<unsigned>(p.tile_count_q * p.heads_q), 384, kBytes, stream>>>(p, maps);
+  return cudaGetLastError();
+}
+
+template <class T, int kD, int kRows, bool kSplitRows>
+cudaError_t launch_tiles(const BackwardKernelParams& p, const AccumulatorTiles& t, cudaStream_t stream) {
+  constexpr int kBytes = kRows * (kD + kPad) * 4;
+  const auto kernel = attention_backward_tiles<T, kD, kRows, kSplitRows>;
+  SEAL_RETURN_IF_ERROR(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes));
+  const int64_t tiles = t.of_queries ? p.tile_count_q * (kTileRows / kRows) : p.tile_count_k * (p.key_rows / kRows);
+  kernel<<<dim3(static_cast<unsigned>(tiles), t.heads), 256, kBytes, stream>>>(p, t);
+  return cudaGetLastError();
+}
+
+template <int kD>
+cudaError_t sum_offset(const BackwardKernelParams& p, cudaStream_t stream) {
+  if (p.grad_offset == nullptr) return cudaSuccess;
+  attention_backward_sum<kD><<<dim3(p.heads_q, p.grad_offset_per_batch ? p.batch : 1), 1024, 0, stream>>>(
+      p, p.doffset_partial, p.grad_offset, true, p.grad_offset_per_batch, true);
+  return cudaGetLastError();
+}
+
+template <class T, int kD>
+cudaError_t launch_backward(const BackwardKernelParams& p, cudaStream_t stream) {
+  const bool any_rows = p.seqlen_q > 0, any_keys = p.seqlen_k > 0;
+  if (any_rows) {
+    attention_backward_rows<T, kD><<<dim3(static_cast<unsigned>(p.tile_count_q), p.heads_q), 256, 0, stream>>>(p);
+    SEAL_RETURN_IF_ERROR(cudaGetLastError());
+  }
+  if (!any_rows || !any_keys) {  // no products: only the gradient of the offset may be more than zero
+    const auto clear = [&](void* data, int64_t rows, int64_t heads, int64_t bytes) {
+      return data == nullptr ? cudaSuccess : cudaMemsetAsync(data, 0, static_cast<size_t>(rows * heads * bytes), stream);
+    };
+    const int64_t batch = p.cu_seqlens_q != nullptr ? 1 : p.batch, row = 2 * p.head_dim;
+    SEAL_RETURN_IF_ERROR(clear(p.grad_q, batch * p.seqlen_q, p.heads_q, row));
+    SEAL_RETURN_IF_ERROR(clear(p.grad_k, batch * p.seqlen_k, p.heads_k, row));
+    SEAL_RETURN_IF_ERROR(clear(p.grad_v, batch * p.seqlen_k, p.heads_k, row));
+    SEAL_RETURN_IF_ERROR(clear(p.grad_scale, p.grad_scale_per_batch ? p.batch : 1, p.heads_q, p.grad_scale_per_channel ? 4 * p.head_dim : 4));
+    if (!any_rows) return clear(p.grad_offset, p.grad_offset_per_batch ? p.batch : 1, p.heads_q, 4 * p.head_dim);
+    return sum_offset<kD>(p, stream);
+  }
+  const bool need_keys = p.grad_k != nullptr || p.grad_v != nullptr || p.grad_scale != nullptr;
+  if (p.dq != nullptr) {
+    if constexpr (kD < 256) SEAL_RETURN_IF_ERROR((launch_main<T, kD, BackwardWork::kAll>(p, stream)));
+  } else if (p.grad_k != nullptr) {
+    SEAL_RETURN_IF_ERROR((launch_main<T, kD, BackwardWork::kKeyValue>(p, stream)));
+  } else if (need_keys) {
+    SEAL_RETURN_IF_ERROR((launch_main<T, kD, BackwardWork::kValue>(p, stream)));
+  }
+  if (p.grad_q != nullptr && p.dq == nullptr) SEAL_RETURN_IF_ERROR((launch_query<T, kD>(p, stream)));
+  const bool rotate = p.cos != nullptr;
+  if (kD < 256 && p.dq != nullptr) {
+    const AccumulatorTiles t{p.dq, 0, p.padded_rows_q * kD, 1, p.heads_q, true, p.grad_q, p.softmax_scale, rotate};
+    SEAL_RETURN_IF_ERROR((launch_tiles<T, kD, kStepRows<kD>, kStepRows<kD> == 128>(p, t, stream)));
+  }
+  if (p.splits > 1) {
+    constexpr int kRows = kD == 256 ? 64 : kTileRows;
+    const int64_t head_stride = p.tile_count_k * kRows * kD;
+    AccumulatorTiles t{p.dk_partial, p.heads_k * head_stride, head_stride, p.splits, p.heads_k, false, p.grad_k, p.softmax_scale, rotate};
+    if (p.grad_k != nullptr) SEAL_RETURN_IF_ERROR((launch_tiles<T, kD, kRows, kRows == 128>(p, t, stream)));
+    t.data = p.dv_partial, t.output = p.grad_v, t.factor = 1.f, t.rotate = false;
+    if (p.grad_v != nullptr) SEAL_RETURN_IF_ERROR((launch_tiles<T, kD, kRows, kRows == 128>(p, t, stream)));
+  }
+  if (p.grad_scale != nullptr) {
+    attention_backward_sum<kD><<<dim3(p.heads_q, p.grad_scale_per_batch ? p.batch : 1), 1024, 0, stream>>>(
+        p, p.dscale_partial, p.grad_scale, false, p.grad_scale_per_batch, p.grad_scale_per_channel);
+    SEAL_RETURN_IF_ERROR(cudaGetLastError());
+  }
+  return sum_offset<kD>(p, stream);
+}
+
+}  // namespace seal::sm90

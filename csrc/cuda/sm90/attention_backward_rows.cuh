@@ -1,0 +1,177 @@
+// The memory-bound kernels around the main one: per-row vectors and offset gradient before it, accumulator tiles to
+// tensors and sums of partial results after it.
+#pragma once
+
+#include "attention_backward_common.cuh"
+
+namespace seal::sm90 {
+
+// delta = rowsum(g * (out - offset)) - grad_lse, lse2 = lse * log2(e), zeros in dq, column sums of g. One CTA: kTileRows
+// rows of one head. Rows past the end and rows that see no key get lse2 = +inf, hence probabilities 0, and delta 0.
+template <class T, int kD>
+__global__ void __launch_bounds__(256) attention_backward_rows(const __grid_constant__ BackwardKernelParams p) {
+  constexpr int kLanes = kD / 8, kRowsAtOnce = 256 / kLanes;  // lanes of a row: 16 bytes each
+  __shared__ float sums[kRowsAtOnce][kD];
+  const bool packed = p.cu_seqlens_q != nullptr;
+  const int batch_row = packed ? 0 : blockIdx.x / p.tiles_q, head = blockIdx.y;
+  int tile;
+  const Sequence seq = locate(p, p.cu_seqlens_q, kTileRows, packed ? blockIdx.x : blockIdx.x % p.tiles_q, batch_row, &tile);
+  const int first = tile * kTileRows, rows = min(kTileRows, seq.length_q - first);
+  if (rows <= 0) {
+    if (p.doffset_partial != nullptr && threadIdx.x < kD)
+      p.doffset_partial[(static_cast<int64_t>(blockIdx.x) * p.heads_q + head) * kD + threadIdx.x] = 0.f;
+    return;
+  }
+
+  const int64_t padded = head * p.padded_rows_q + seq.padded_q + first;
+  if (p.dq != nullptr) {
+    float4* const out = reinterpret_cast<float4*>(p.dq + padded * kD);
+#pragma unroll
+    for (int i = 0; i < kTileRows * kD / 4 / 256; ++i) out[i * 256 + threadIdx.x] = make_float4(0.f, 0.f, 0.f, 0.f);
+  }
+
+  const int lane = threadIdx.x % kLanes, channel = lane * 8;
+  const bool inside = channel < p.head_dim;
+  float offset[8] = {}, sum[8] = {};
+  if (p.offset != nullptr && inside) {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) offset[i] = p.offset[seq.index * p.offset_batch_stride + head * p.offset_head_stride + channel + i];
+  }
+  const T* const g_first = static_cast<const T*>(p.grad_out.data) + batch_row * p.grad_out.batch_stride + head * p.grad_out.head_stride + channel;
+  const T* const o_first = static_cast<const T*>(p.out.data) + batch_row * p.out.batch_stride + head * p.out.head_stride + channel;
+#pragma unroll 4
+  for (int r = threadIdx.x / kLanes; r < kTileRows; r += kRowsAtOnce) {
+    float delta = 0.f;
+    const int64_t token = seq.first_q + first + r;
+    if (r < rows && inside) {
+      const uint4 g4 = *reinterpret_cast<const uint4*>(g_first + token * p.grad_out.row_stride);
+      const uint4 o4 = *reinterpret_cast<const uint4*>(o_first + token * p.out.row_stride);
+      const uint32_t g[4] = {g4.x, g4.y, g4.z, g4.w}, o[4] = {o4.x, o4.y, o4.z, o4.w};
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float2 gx = unpack<T>(g[i]), ox = unpack<T>(o[i]);
+        delta += gx.x * (ox.x - offset[2 * i]) + gx.y * (ox.y - offset[2 * i + 1]);
+        sum[2 * i] += gx.x, sum[2 * i + 1] += gx.y;
+      }
+    }
+    if (p.lse2 == nullptr) continue;
+#pragma unroll
+    for (int step = kLanes / 2; step > 0; step /= 2) delta += __shfl_xor_sync(0xffffffffu, delta, step);
+    if (lane == 0) {
+      float lse2 = INFINITY;
+      if (r < rows) {
+        const int64_t at = packed ? head * static_cast<int64_t>(p.seqlen_q) + token : (static_cast<int64_t>(batch_row) * p.heads_q + head) * p.seqlen_q + token;
+        const float lse = p.lse[at];
+        if (lse != -INFINITY) {
+          lse2 = lse * kLog2e;
+          if (p.grad_lse != nullptr) delta -= p.grad_lse[at];
+        } else {
+          delta = 0.f;
+        }
+      }
+      p.lse2[padded + r] = lse2;
+      p.delta[padded + r] = delta;
+    }
+  }
+  if (p.doffset_partial == nullptr) return;
+#pragma unroll
+  for (int i = 0; i < 8; ++i) sums[threadIdx.x / kLanes][channel + i] = sum[i];
+  __syncthreads();
+  for (int c = threadIdx.x; c < kD; c += 256) {
+    float total = 0.f;
+    for (int r = 0; r < kRowsAtOnce; ++r) total += sums[r][c];
+    p.doffset_partial[(static_cast<int64_t>(blockIdx.x) * p.heads_q + head) * kD + c] = total;
+  }
+}
+
+// Tiles of kRows x kD in accumulator order, summed over `count` slices, to rows of a tensor. kSplitRows: the second
+// warpgroup holds the second half of the rows, else the second half of the columns.
+struct AccumulatorTiles {
+  const float* data;          // [count][heads, rows / kRows, kRows * kD]
+  int64_t slice_stride, head_stride;
+  int32_t count, heads;
+  bool of_queries;            // else of keys
+  void* output;
+  float factor;
+  bool rotate;
+};
+
+template <class T, int kD, int kRows, bool kSplitRows>
+__global__ void __launch_bounds__(256)
+    attention_backward_tiles(const __grid_constant__ BackwardKernelParams p, const __grid_constant__ AccumulatorTiles t) {
+  extern __shared__ float tile[];  // [kRows][kD + kPad]
+  constexpr int kColumns = kSplitRows ? kD : kD / 2;
+  const bool packed = p.cu_seqlens_q != nullptr;
+  const int tile_rows = t.of_queries ? kTileRows : p.key_rows, parts = tile_rows / kRows;
+  const int big = blockIdx.x / parts, part = blockIdx.x % parts;
+  const int tiles = t.of_queries ? p.tiles_q : p.tiles_k;
+  const int batch_row = packed ? 0 : big / tiles, head = blockIdx.y;
+  wait_for_dependencies();
+  int local;
+  const Sequence seq = locate(p, t.of_queries ? p.cu_seqlens_q : p.cu_seqlens_k, tile_rows, packed ? big : big % tiles, batch_row, &local);
+  const int first = local * tile_rows + part * kRows;
+  const int rows = (t.of_queries ? seq.length_q : seq.length_k) - first;
+  if (rows <= 0) return;
+
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int64_t at = head * t.head_stride + static_cast<int64_t>(blockIdx.x) * kRows * kD;
+  const int row = (kSplitRows ? warp : warp % 4) * 16 + lane / 4, column = (kSplitRows ? 0 : warp / 4 * kColumns) + lane % 4 * 2;
+#pragma unroll
+  for (int i = 0; i < kColumns / 8; ++i) {
+    const float4* from = reinterpret_cast<const float4*>(t.data + at) + (warp * (kColumns / 8) + i) * 32 + lane;
+    float4 x = *from;
+    for (int slice = 1; slice < t.count; ++slice) {
+      const float4 y = from[slice * (t.slice_stride / 4)];
+      x.x += y.x, x.y += y.y, x.z += y.z, x.w += y.w;
+    }
+    *reinterpret_cast<float2*>(tile + row * (kD + kPad) + column + 8 * i) = make_float2(x.x, x.y);
+    *reinterpret_cast<float2*>(tile + (row + 8) * (kD + kPad) + column + 8 * i) = make_float2(x.z, x.w);
+  }
+  __syncthreads();
+  constexpr int kWarpRows = kRows / 8;
+  store_rows<T, kD>(p, tile + warp * kWarpRows * (kD + kPad), min(kWarpRows, rows - warp * kWarpRows), t.output,
+                    (t.of_queries ? seq.first_q : seq.first_k) + first + warp * kWarpRows, batch_row, t.of_queries ? p.seqlen_q : p.seqlen_k,
+                    head, t.heads, t.factor, t.rotate, t.of_queries ? p.positions_q : p.positions_k);
+}
+
+// Sums partial[tile, head, channel] over the tiles (of one batch row where per_batch) in a fixed order, and over the channels
+// where not per_channel. One CTA of 1024 threads: one head, one batch row.
+template <int kD>
+__global__ void __launch_bounds__(1024)
+    attention_backward_sum(const __grid_constant__ BackwardKernelParams p, const float* partial, float* output, bool of_queries,
+                           bool per_batch, bool per_channel) {
+  constexpr int kGroups = 1024 / kD;
+  __shared__ float sums[kGroups][kD];
+  const int head = blockIdx.x, group = threadIdx.x / kD, channel = threadIdx.x % kD;
+  const int32_t* cu = of_queries ? p.cu_seqlens_q : p.cu_seqlens_k;
+  int64_t first = 0, last = of_queries ? p.tile_count_q : p.tile_count_k;
+  wait_for_dependencies();
+  if (per_batch && cu != nullptr) {
+    const int b = blockIdx.y, rows = of_queries ? kTileRows : p.key_rows;
+    first = cu[b] / rows + b;
+    last = first + (cu[b + 1] - cu[b] + rows - 1) / rows;
+  } else if (per_batch) {
+    const int tiles = of_queries ? p.tiles_q : p.tiles_k;
+    first = static_cast<int64_t>(blockIdx.y) * tiles, last = first + tiles;
+  }
+  float sum = 0.f;
+#pragma unroll 4
+  for (int64_t tile = first + group; tile < last; tile += kGroups) sum += partial[(tile * p.heads_q + head) * kD + channel];
+  sums[group][channel] = sum;
+  __syncthreads();
+  if (group > 0) return;
+  for (int g = 1; g < kGroups; ++g) sum += sums[g][channel];
+  const int64_t at = static_cast<int64_t>(blockIdx.y) * p.heads_q + head;
+  if (per_channel) {
+    if (channel < p.head_dim) output[at * p.head_dim + channel] = sum;
+    return;
+  }
+  sums[0][channel] = channel < p.head_dim ? sum : 0.f;
+  asm volatile("bar.sync 1, %0;" ::"n"(kD) : "memory");
+  if (channel != 0) return;
+  float total = 0.f;
+  for (int c = 0; c < kD; ++c) total += sums[0][c];
+  output[at] = total;
+}
+
+}  // namespace seal::sm90
