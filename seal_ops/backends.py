@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-import os
 
 import torch
 
@@ -51,17 +50,8 @@ def why_not(backend: str, op: str, device: torch.device, dtype: torch.dtype, hea
             return f"backend cuda runs on CUDA tensors, got {device}"
         major, minor = torch.cuda.get_device_capability(device)
         return module.why_not_cuda(op, dtype, head_dim, 10 * major + minor) or None
-    if importlib.util.find_spec("triton") is None:
-        return "backend triton: triton is not installed (pip install triton)"
-    if device.type != "cuda" and not interpreting():
-        return f"backend triton runs on GPU tensors (or on the CPU with TRITON_INTERPRET=1), got {device}"
     from . import triton as kernels
-    return kernels.why_not(op, dtype, head_dim)
-
-
-def interpreting() -> bool:
-    """Whether Triton kernels run in its interpreter, on CPU tensors."""
-    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+    return kernels.why_not(op, dtype, head_dim, device)
 
 
 def candidates(device: torch.device) -> tuple[str, ...]:
