@@ -10,6 +10,7 @@ import sys
 import traceback
 from dataclasses import fields
 
+from . import commands
 from .options import (
     Command, Help, backend_option, config_option, configure, configured, load, model_options, plot_file, positive, task,
     task_options,
@@ -108,7 +109,7 @@ def _demo(args):
     if args.full:
         lengths, cases = sorted({*lengths[:2], lengths[-1]}), 200
     values = {field.name: getattr(args, field.name) for field in fields(demo.Settings)}
-    values |= {"lengths": tuple(lengths), "cases": cases, "model": _shipped(args.model)}
+    values |= {"lengths": tuple(lengths), "cases": cases, "model": demo.shipped(args.model)}
     if args.restart:
         demo.forget(args.output)
     results = demo.run(demo.Settings(**values), args.output, say=lambda line: print(line, flush=True))
@@ -118,14 +119,6 @@ def _demo(args):
     print(f"measuring {seconds['evaluation']:.0f} s, training {seconds['training']:.0f} s")
     for name in (demo.RESULTS, *results["plots"]):
         print(os.path.join(args.output, name))
-
-
-def _shipped(name):
-    """The folder of the repository's model, wherever the command is run from."""
-    if os.path.isdir(name) or os.path.isabs(name):
-        return name
-    beside = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), name)
-    return beside if os.path.isdir(beside) else name
 
 
 def _data_options(parser):
@@ -287,7 +280,7 @@ def _bench(args):
     return bench(args)
 
 
-COMMANDS = {
+_COMMANDS = {
     "env": Command("versions, what was built, which backend each op uses and why", "seal env", _env_options, _env),
     "demo": Command(
         "measure retrieval, train SEAL-H and SEAL-C on the shipped model, measure again, merge",
@@ -328,3 +321,8 @@ COMMANDS = {
         _bench,
     ),
 }
+# In the order of a day's work.
+_ORDER = (
+    "env", "demo", "data", "train", "eval", "heads", "compare", "transfer", "study", "harness", "merge", "report", "bench",
+)  # fmt: skip
+COMMANDS = {name: (_COMMANDS | commands.COMMANDS)[name] for name in _ORDER}

@@ -174,6 +174,14 @@ def forget(output: str) -> None:
             os.unlink(path)
 
 
+def shipped(name: str) -> str:
+    """The folder of the repository's model, wherever the command is run from; any other name as it is."""
+    if os.path.isdir(name) or os.path.isabs(name):
+        return name
+    beside = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), name)
+    return beside if os.path.isdir(beside) else name
+
+
 def _claim(output, settings):
     """Makes the folder this demo's, or checks that it is."""
     path = os.path.join(output, SETTINGS)

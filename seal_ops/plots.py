@@ -213,9 +213,9 @@ def agreement(gradient, ablation, path, *, name: str, rho: float | None, labels:
     x, y = [float(v) for v in ablation], [float(v) for v in gradient]
     ax.axhline(0, color="0.7", linewidth=0.8)
     ax.axvline(0, color="0.7", linewidth=0.8)
-    # Linear within one nat, logarithmic beyond: a few heads carry everything.
-    ax.set_xscale("symlog", linthresh=1)
-    ax.set_yscale("symlog", linthresh=1)
+    if max(map(abs, x + y)) > 5:  # linear within one nat, logarithmic beyond: a few heads may carry everything
+        ax.set_xscale("symlog", linthresh=1)
+        ax.set_yscale("symlog", linthresh=1)
     ends = [min(x + y), *[t / 10 for t in range(-10, 11)], max(x + y)]
     ends = sorted(t for t in ends if min(x + y) <= t <= max(x + y))
     ax.plot(ends, ends, color="0.4", linewidth=1, linestyle="--", label="equal")
@@ -224,9 +224,11 @@ def agreement(gradient, ablation, path, *, name: str, rho: float | None, labels:
         ax.annotate(labels[i], (x[i], y[i]), xytext=(4, 4), textcoords="offset points", fontsize=8)
     ax.set_xlabel("measured change of the answer's log-probability (nats)")
     ax.set_ylabel("first-order estimate (nats)")
+    if labels:
+        ax.text(0.98, 0.02, "labels: layer.head", transform=ax.transAxes, fontsize=8, color="0.35", ha="right")
     shown = "" if rho is None else f"\nSpearman {rho:.2f}"
     ax.set_title(f"{name}{shown}", loc="left", fontsize=11)
-    ax.legend(frameon=False, fontsize=8)
+    ax.legend(frameon=False, fontsize=8, loc="upper left")
     save(fig, path)
 
 
