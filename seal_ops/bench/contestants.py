@@ -174,7 +174,6 @@ def all_contestants(fa3_folder: str | None = None) -> list[Contestant]:
         _by_hand("hf-fa2", "HF rotary + SDPA FlashAttention-2 + scale", torch_sdpa(fa2), gpu_full),
         _by_hand("hf-sdpa", "HF rotary + SDPA + scale", torch_sdpa(None), _on("cpu", window=False)),
         _by_hand("hf-compiled-cudnn", "compiled HF rotary + SDPA cuDNN + scale", torch_sdpa(cudnn), gpu_full, compiled=True),
-        _by_hand("hf-compiled-fa2", "compiled HF rotary + SDPA FlashAttention-2 + scale", torch_sdpa(fa2), gpu_full, compiled=True),
         _scaled("scaled-fa3", "FlashAttention-3 + scale", fa3, fa3_why_not),
         _scaled("scaled-cudnn", "SDPA cuDNN + scale", torch_sdpa(cudnn), gpu_full),
         _scaled("scaled-sdpa", "SDPA + scale", torch_sdpa(None), _on("cpu", window=False)),

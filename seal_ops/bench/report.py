@@ -132,7 +132,7 @@ _STYLES = {
     "seal-cuda": ("#D55E00", ""), "seal-triton": ("#E69F00", "//"), "seal-cpu": ("#D55E00", ""),
     "fa3": ("#0072B2", ""), "sdpa-cudnn": ("#56B4E9", "\\\\"), "sdpa-fa2": ("#009E73", ".."), "flex": ("#CC79A7", "xx"),
     "hf-fa3": ("#0072B2", ""), "hf-cudnn": ("#56B4E9", "\\\\"), "hf-fa2": ("#009E73", ".."),
-    "hf-compiled-cudnn": ("#CC79A7", "xx"), "hf-compiled-fa2": ("#F0E442", "oo"),
+    "hf-compiled-cudnn": ("#CC79A7", "xx"),
     "scaled-fa3": ("#0072B2", ""), "scaled-cudnn": ("#56B4E9", "\\\\"), "peft-ia3-cudnn": ("#CC79A7", "xx"),
     "hf-rotary": ("#0072B2", ""), "hf-rotary-compiled": ("#CC79A7", "xx"),
 }
