@@ -82,7 +82,7 @@ void run_on_cuda(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
     const auto* device = at::cuda::getDeviceProperties(q.get_device());
     const std::string reason =
         seal::why_not_cuda(name, q.scalar_type(), q.size(-1), device->major * 10 + device->minor);
-    TORCH_CHECK(reason.empty() || backend == "auto", "seal::", name, ": ", reason);
+    TORCH_CHECK_VALUE(reason.empty() || backend == "auto", "seal::", name, ": ", reason);
     ours = reason.empty();
   }
   if (ours) stack->pop_back();
