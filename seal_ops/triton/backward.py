@@ -187,8 +187,8 @@ class _Call:
             _dq[(geometry.programs(geometry.len_q, tile.m, geometry.heads),)](
                 self.rows_q.source(tile.m), self.rows_k.source(tile.n), self.rows_v.source(tile.n), self.rows_g.source(tile.m),
                 self.statistics.tensor, result, geometry.cu_q, geometry.cu_k, self.factor, *self.numbers,
-                self.statistics.columns, geometry.tiles(geometry.len_q, tile.m), geometry.heads, geometry.left, geometry.right, BLOCK_M=tile.m,
-                BLOCK_N=tile.n, **self.constants, **tile.options)
+                self.statistics.columns, geometry.tiles(geometry.len_q, tile.m), geometry.heads, geometry.left,
+                geometry.right, BLOCK_M=tile.m, BLOCK_N=tile.n, **self.constants, **tile.options)
 
         choose("dq", self.like, launch)
         return result

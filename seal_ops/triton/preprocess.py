@@ -105,9 +105,9 @@ class Statistics:
         self.sums = lse.new_zeros(tiles * geometry.batch, geometry.heads, geometry.head_dim) if need_offset else None
         _statistics[(geometry.programs(geometry.len_q, TOKENS, geometry.heads),)](
             grad_out, *strides(grad_out), out.contiguous(), lse.contiguous(),
-            None if grad_lse is None else grad_lse.contiguous(), self.tensor, self.sums, geometry.cu_q, factor_arguments(offset, geometry), geometry.num_seqs, geometry.len_q,
-            self.columns, tiles, geometry.heads, HEAD_DIM=geometry.head_dim, BLOCK_D=padded_head_dim(geometry.head_dim),
-            BLOCK_M=TOKENS, num_warps=4)
+            None if grad_lse is None else grad_lse.contiguous(), self.tensor, self.sums, geometry.cu_q,
+            factor_arguments(offset, geometry), geometry.num_seqs, geometry.len_q, self.columns, tiles,
+            geometry.heads, HEAD_DIM=geometry.head_dim, BLOCK_D=padded_head_dim(geometry.head_dim), BLOCK_M=TOKENS, num_warps=4)
 
     def source(self, block: int):
         """What tiling.load_statistics reads blocks of `block` rows from."""

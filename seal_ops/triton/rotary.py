@@ -115,9 +115,9 @@ def _launch(q, k, q_out, k_out, len_q, len_k, cos, sin, positions, positions_k, 
     with on_device(given):
         _rope[(programs,)](
             q, k, q_out, k_out, cos, sin, at_q, at_k, *strides(q), *strides(k), *strides(q_out), *strides(k_out), at_q_b,
-            at_k_b, *tables, len_q, len_k, max(0, len_k - len_q), tiles, *heads, IN_PLACE=in_place, HALF=half, BLOCK_HALF=block_half,
-            HEAD_DIM=head_dim, BLOCK_REST=triton.next_power_of_2(max(1, head_dim - 2 * half)), BLOCK_T=block_t, HEADS=_HEADS,
-            INTERLEAVED=interleaved, INVERSE=inverse, GATHERED=gathered, num_warps=4)
+            at_k_b, *tables, len_q, len_k, max(0, len_k - len_q), tiles, *heads, IN_PLACE=in_place, HALF=half,
+            BLOCK_HALF=block_half, HEAD_DIM=head_dim, BLOCK_REST=triton.next_power_of_2(max(1, head_dim - 2 * half)),
+            BLOCK_T=block_t, HEADS=_HEADS, INTERLEAVED=interleaved, INVERSE=inverse, GATHERED=gathered, num_warps=4)
 
 
 def rope(q, k, cos, sin, positions=None, positions_k=None, *, interleaved=False, inverse=False):
