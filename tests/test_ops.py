@@ -71,13 +71,15 @@ def test_only_what_needs_a_gradient_is_computed(backend, device):
     grad_out, _ = gradients_of(case, inputs)
     whole = run(call(backend), case, inputs)
     names = ("grad_q", "grad_k", "grad_v", "grad_scale", "grad_offset")
+    tolerance = max(1e-5, 2 * torch.finfo(inputs["q"].dtype).eps)
     for wanted in [(0,), (1, 2), (3,), (4,), (2, 3), ()]:
         needs = [n in wanted for n in range(5)]
         got = seal.attention_backward(grad_out, None, inputs["q"], inputs["k"], inputs["v"], out, lse, inputs["scale"],
                                       inputs["offset"], needs=needs, backend=backend)
         for n, name in enumerate(names):
-            if needs[n]:
-                torch.testing.assert_close(got[n], whole[name], rtol=1e-5, atol=1e-5)
+            if needs[n]:  # another path through the kernels and another order of summation may round differently
+                error, size = (got[n] - whole[name]).abs().max().item(), whole[name].abs().max().item()
+                assert error <= tolerance * size, f"{name} differs by {error} of {size}"
             else:
                 assert got[n].shape == (0,), f"{name} was not asked for"
 
