@@ -40,38 +40,44 @@ export PYTHONPATH="$package${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 SEAL_
 # A build whose kernels do not load would only skip their tests: that is a failure here.
 "$python" - >"$work/import.log" 2>&1 <<'PYTHON'
 import sys
-import seal_ops.backends
-loaded = seal_ops.backends.extension()
+import seal_ops
+from seal_ops.backends import extension, has_cuda_kernels
+loaded = extension()
 print(seal_ops.__file__, loaded if isinstance(loaded, str) else loaded.build_facts())
-sys.exit(not seal_ops.backends.has_cuda_kernels())
+sys.exit(not has_cuda_kernels())
 PYTHON
 finish import $? 0 "$(tail -n 1 "$work/import.log" | cut -c1-400)"
 
-workers() { "$python" -c "import xdist" 2>/dev/null && echo "-n $1 --dist loadgroup"; }
+# One thread for each worker: more would only stand in each other's way.
+export OMP_NUM_THREADS=1
+limit=${SEAL_STAGE_S:-330}
+has() { "$python" -c "import $1" 2>/dev/null; }
 suite() {  # name, workers, pytest arguments
-  local name=$1 count=$2 begin=$SECONDS
+  local name=$1 count=$2 begin=$SECONDS options=()
   shift 2
-  timeout -s INT -k 15 "${SEAL_STAGE_S:-330}" "$python" -m pytest -q --tb=line --durations=5 -p no:cacheprovider $(workers "$count") \
+  has xdist && options+=(-n "$count" --dist loadgroup)
+  has pytest_timeout && options+=(--session-timeout="$limit")  # ends between two tests, and reports
+  timeout -k 5 $((limit + 40)) "$python" -m pytest -q --tb=line --durations=5 -p no:cacheprovider "${options[@]}" \
     --junitxml="$work/$name.xml" "$@" >"$work/$name.log" 2>&1
   echo "$? $((SECONDS - begin))" >"$work/$name.status"
 }
-# racecheck sees shared memory only through ordinary accesses and the tensor form of the copy engine: hazards it reports
-# for data that a 1-D cp.async.bulk wrote and an mbarrier published are false, and named in docs/kernel_notes.md.
 sanitizer() {  # tool, parts
-  local tool=$1 begin=$SECONDS
+  local tool=$1 begin=$SECONDS code
   shift
   command -v compute-sanitizer >/dev/null || { echo "77 0" >"$work/$tool.status"; echo "compute-sanitizer is not installed" >"$work/$tool.log"; return; }
-  PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout -k 5 "${SEAL_STAGE_S:-330}" compute-sanitizer --tool "$tool" --kernel-name kns=seal \
-    --error-exitcode 9 --print-limit 20 "$python" tests/gpu/sanitize.py "$@" >"$work/$tool.log" 2>&1
-  echo "$? $((SECONDS - begin))" >"$work/$tool.status"
+  PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout -k 5 "$limit" compute-sanitizer --tool "$tool" --kernel-name kns=seal \
+    --error-exitcode 9 --print-limit 2000 "$python" tests/gpu/sanitize.py "$@" >"$work/$tool.log" 2>&1
+  code=$?
+  [ "$tool" = racecheck ] && [ $code -eq 9 ] && { "$python" tests/gpu/known_races.py "$work/racecheck.log" >>"$work/racecheck.log"; code=$?; }
+  echo "$code $((SECONDS - begin))" >"$work/$tool.status"
 }
-suite cuda 5 tests/gpu tests/test_ops.py tests/test_rope.py -k "[cuda or -cuda or ptx_kit" &
+suite cuda 7 tests/gpu tests/test_ops.py tests/test_rope.py -k "[cuda or -cuda or ptx_kit" &
 suite triton 8 tests/gpu tests/test_ops.py tests/test_rope.py tests/test_triton_kernels.py -k "[triton or -triton or triton_kernels" &
 for tool in memcheck racecheck synccheck; do sanitizer $tool & done
 wait
 for name in cuda triton memcheck racecheck synccheck; do
   read -r code seconds <"$work/$name.status"
-  finish "$name" "$code" "$seconds" "$(grep -E ' (passed|failed|error)|SUMMARY|not finite' "$work/$name.log" | tail -n 1 | cut -c1-110)"
+  finish "$name" "$code" "$seconds" "$(grep -E ' (passed|failed|error)|SUMMARY|not finite|^known_races' "$work/$name.log" | tail -n 1 | cut -c1-110)"
 done
 
 grep -h -E '^(FAILED|ERROR)' "$work"/cuda.log "$work"/triton.log | cut -c1-230 | head -n 40
