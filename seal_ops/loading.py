@@ -43,8 +43,10 @@ def load_model(name: str, *, device: str = "auto", dtype: str = "auto", call: st
 def _load(kind, name, call, **options):
     if os.sep in name and not os.path.isdir(name) and (name.startswith((".", os.sep)) or name.count(os.sep) > 1):
         raise FileNotFoundError(f"{call}: model must be a folder or a name on the hub, got {name}, which does not exist")
+    from safetensors import SafetensorError
+
     try:
         return kind.from_pretrained(name, **options)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:300]
         raise OSError(f"{call}: {name} could not be loaded: {reason}") from error

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import runpy
+import shutil
 import subprocess
 import sys
 
@@ -150,6 +151,13 @@ def test_failures_are_one_sentence_and_exit_with_1(capsys, folder, tmp_path, arg
     code, _, err = seal(capsys, *(a.format(tmp=tmp_path, model=folder) for a in arguments))
     assert code == 1 and len(err.strip().splitlines()) == 1 and err.startswith(f"seal {arguments[0]}: ")
     assert re.search(message, err), err
+
+
+def test_damaged_weights_are_one_sentence(capsys, folder, tmp_path):
+    damaged = shutil.copytree(folder, tmp_path / "damaged")
+    (damaged / "model.safetensors").write_bytes(b"junk")
+    code, _, err = seal(capsys, "eval", "--model", damaged, "--lengths", 200)
+    assert code == 1 and "could not be loaded" in err and len(err.strip().splitlines()) == 1
 
 
 def test_traceback_on_request(capsys, folder):
