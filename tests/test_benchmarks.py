@@ -62,7 +62,8 @@ def test_a_contestant_that_fails_gets_a_row_and_the_others_go_on():
 
 
 def test_the_command_writes_rows_with_the_environment_and_a_plot(tmp_path, capsys):
-    assert bench.main(["--suite", "smoke", "--no-compiled", "--row-ms", "2", "--out", str(tmp_path), "--name", "r", "--device", "cpu"]) == 0
+    names = "seal-cpu,sdpa,hf-sdpa,hf-rotary,scaled-sdpa,peft-ia3"
+    assert bench.main(["--suite", "smoke", "--only", names, "--row-ms", "2", "--out", str(tmp_path), "--name", "r", "--device", "cpu"]) == 0
     with open(tmp_path / "r.csv") as file:
         rows = list(csv.DictReader(file))
     timed = {(r["operation"], r["contestant"], r["direction"]) for r in rows if r["status"] == "ok"}
@@ -74,6 +75,11 @@ def test_the_command_writes_rows_with_the_environment_and_a_plot(tmp_path, capsy
     assert all(float(r["ms_p20"]) <= float(r["ms"]) <= float(r["ms_p80"]) and float(r["worst_error"]) < 1e-4 for r in rows if r["status"] == "ok")
     stored = json.loads((tmp_path / "r.json").read_text())
     assert len(stored["rows"]) == len(rows) and stored["environment"]["torch"] == torch.__version__
+    table = (tmp_path / "r.md").read_text()
+    assert "Times faster seal_ops (cpu) is" in table and "PEFT (IA)³" in table
+    forward, sdpa = (next(float(r["ms"]) for r in rows if (r["operation"], r["contestant"], r["direction"]) == ("attention", name, "forward"))
+                     for name in ("seal-cpu", "sdpa"))
+    assert f"| tiny 48 × 2 | {sdpa / forward:.2f} / " in table
     assert (tmp_path / "r.png").read_bytes()[:4] == b"\x89PNG"
     assert "seal-cpu" in capsys.readouterr().out
 

@@ -99,31 +99,42 @@ def _shape_label(key: tuple) -> str:
     return f"{model} {length_name(seqlen)} × {batch}"
 
 
+def _cell(found: dict[str, dict], base: dict[str, dict] | None = None) -> str:
+    """forward / backward / both of one contestant at one shape: TFLOP/s (GB/s for rope), or how many times faster than `base`."""
+    if "gbps" in found["forward"] and found["forward"]["gbps"] != "":
+        if base:
+            return f"{base['forward']['ms'] / found['forward']['ms']:.2f}"
+        share = found["forward"]["copy_share"]
+        return _figure(found["forward"]["gbps"]) + (f" ({share:.0%})" if share != "" else "")
+    times = lambda rows: (rows["forward"]["ms"], rows["backward"]["ms"], rows["forward"]["ms"] + rows["backward"]["ms"])
+    if base:
+        return " / ".join(f"{theirs / ours:.2f}" for ours, theirs in zip(times(found), times(base)))
+    both = found["forward"]["tflops"] * found["forward"]["ms"] / FORWARD_FLOPS_SHARE / times(found)[2]
+    return " / ".join(map(_figure, (found["forward"]["tflops"], found["backward"]["tflops"], both)))
+
+
 def markdown(rows: list[dict], contestants: list[Contestant]) -> str:
-    """Tables to read: for every operation shapes by contestants, TFLOP/s as forward / backward / both, or GB/s."""
+    """Tables to read: for every operation shapes by contestants, and how many times faster ours is than each peer."""
     text = []
     for operation, title in TITLES.items():
         here = [r for r in rows if r["operation"] == operation and r["status"] == "ok"]
-        names = [c for c in contestants if any(r["contestant"] == c.name for r in here)]
-        if not names:
-            continue
-        unit = "GB/s read + written (share of the copy bandwidth)" if operation == "rope" else "TFLOP/s, forward / backward / both"
-        text += [f"**{title}**: {unit}", "", "| | " + " | ".join(c.label for c in names) + " |", "|---" * (len(names) + 1) + "|"]
-        for key in dict.fromkeys(map(_shape_key, here)):
-            cells = []
-            for c in names:
-                found = {r["direction"]: r for r in here if r["contestant"] == c.name and _shape_key(r) == key}
-                if not found:
-                    cells.append("–")
-                elif operation == "rope":
-                    share = found["forward"]["copy_share"]
-                    cells.append(_figure(found["forward"]["gbps"]) + (f" ({share:.0%})" if share != "" else ""))
-                else:
-                    forward, backward = found["forward"], found["backward"]
-                    both = forward["tflops"] * forward["ms"] / FORWARD_FLOPS_SHARE / (forward["ms"] + backward["ms"])
-                    cells.append(" / ".join(map(_figure, (forward["tflops"], backward["tflops"], both))))
-            text.append(f"| {_shape_label(key)} | " + " | ".join(cells) + " |")
-        text.append("")
+        shown = [c for c in contestants if any(r["contestant"] == c.name for r in here)]
+        found = {(c.name, key): {r["direction"]: r for r in here if r["contestant"] == c.name and _shape_key(r) == key}
+                 for c in shown for key in map(_shape_key, here)}
+        parts = "" if operation == "rope" else ", forward / backward / both"
+        unit = "GB/s read + written (share of the copy)" if operation == "rope" else f"TFLOP/s{parts}"
+        tables = [(f"{title}**: {unit}", shown, None)]
+        if shown and shown[0].name.startswith("seal-"):
+            tables.append((f"Times faster {shown[0].label} is**{parts}", shown[1:], shown[0].name))
+        for heading, columns, ours in tables if shown else ():
+            text += [f"**{heading}", "", "| | " + " | ".join(c.label for c in columns) + " |", "|---" * (len(columns) + 1) + "|"]
+            for key in dict.fromkeys(map(_shape_key, here)):
+                cells = []
+                for c in columns:
+                    theirs, mine = found[c.name, key], found[ours, key] if ours else None
+                    cells.append("–" if not theirs or (ours and not mine) else _cell(mine, theirs) if ours else _cell(theirs))
+                text.append(f"| {_shape_label(key)} | " + " | ".join(cells) + " |")
+            text.append("")
     return "\n".join(text)
 
 
