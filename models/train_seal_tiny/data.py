@@ -5,8 +5,9 @@ so absent slots hold ``DROP`` and are squeezed out when a batch is packed.
 """
 
 import torch
+import torch.nn.functional as F
 
-from wording import ADJECTIVES, FILLER, LINES, MAX_NUMBER, NOUNS, WORDINGS
+from wording import ADJECTIVES, FILLER, MAX_NUMBER, NOUNS, WORDINGS
 
 DROP = -1
 _HOLE = -10  # _HOLE: adjective, _HOLE - 1: noun, _HOLE - 2 - i: digit i
@@ -70,11 +71,10 @@ class Texts:
     def numbers(self, batch, count):
         return torch.randint(1, MAX_NUMBER + 1, (batch, count), device=self.device)
 
-    def write(self, wording, part, key=None, number=None):
+    def write(self, wording, part, key, number=None):
         """Fills one template for ``key``, ``number`` ``[B, n]``: ids ``[B, n, L]`` and which of them are digits."""
         template = self.templates[wording, part]
-        shape = (key if key is not None else number).shape
-        out = template.expand(*shape, -1).clone()
+        out = template.expand(*key.shape, -1).clone()
         for j, t in self.holes[wording, part]:
             if t == _HOLE:
                 out[..., j] = self.adjectives[key // len(NOUNS)]
@@ -85,8 +85,15 @@ class Texts:
         digits = template < _HOLE - 1
         return out, digits.expand_as(out)
 
-    def row(self, wording, part, batch):
-        return self.templates[wording, part].expand(batch, -1)
+    def start(self, batch):
+        """``<s>`` as a part for :func:`pack`."""
+        bos = torch.full((batch, 1), self.bos, device=self.device)
+        return bos, _off(bos)
+
+    def header(self, wording, batch):
+        """A wording's header as a part for :func:`pack`."""
+        head = self.templates[wording, "header"].expand(batch, -1)
+        return head, _off(head)
 
 
 def _after(mask):
@@ -99,7 +106,7 @@ def _after(mask):
 def pack(parts, length, pad):
     """Joins ``(ids [B, k], answer [B, k])`` parts, drops holes; tokens ``[B, length]`` and the answer mask, padded."""
     tokens = torch.cat([p[0] for p in parts], dim=1)
-    answer = torch.cat([p[1].expand_as(p[0]) for p in parts], dim=1)
+    answer = torch.cat([p[1] for p in parts], dim=1)
     keep = tokens != DROP
     place = (keep.cumsum(1) - 1).masked_fill(~keep, length).clamp(max=length)
     out = tokens.new_full((len(tokens), length + 1), pad).scatter(1, place, tokens)
@@ -124,11 +131,9 @@ def repeats(texts, batch, low, high, length, header=False):
     order = (torch.rand(batch, high, device=texts.device) + absent).argsort(1)
     again, digits = texts.write("lines", "fact", key.gather(1, order), number.gather(1, order))
     gone = absent.gather(1, order)
-    parts = [(torch.full((batch, 1), texts.bos, device=texts.device),) * 2]
-    parts = [(parts[0][0], _off(parts[0][0]))]
+    parts = [texts.start(batch)]
     if header:
-        head = texts.row("lines", "header", batch)
-        parts.append((head, _off(head)))
+        parts.append(texts.header("lines", batch))
     parts.append((_hide(record, absent), _off(record.flatten(1))))
     parts.append((_hide(again, gone), _after(digits).flatten(1)))
     return pack(parts, length, texts.pad)
@@ -144,7 +149,7 @@ def questions(texts, batch, low, high, length, wording="lines", asked=1, bias=No
         spread: number of filler sentences among which the facts are placed (0: facts only).
 
     Returns:
-        ``tokens [B, length]``, the mask of answer tokens, and of all tokens of answer sentences where ``asked`` is 1.
+        ``tokens [B, length]`` and the mask of answer tokens: digits, the full stop behind them and ``</s>``.
     """
     device = texts.device
     key, number = texts.keys(batch, high), texts.numbers(batch, high)
@@ -155,8 +160,8 @@ def questions(texts, batch, low, high, length, wording="lines", asked=1, bias=No
     if spread:
         filler = texts.filler[torch.randint(len(texts.filler), (batch, spread), device=device)]
         wide = max(filler.shape[-1], facts.shape[-1])
-        facts = torch.nn.functional.pad(facts.masked_fill(absent[..., None], DROP), (0, wide - facts.shape[-1]), value=DROP)
-        filler = torch.nn.functional.pad(filler, (0, wide - filler.shape[-1]), value=DROP)
+        facts = facts.masked_fill(absent[..., None], DROP)
+        facts, filler = (F.pad(ids, (0, wide - ids.shape[-1]), value=DROP) for ids in (facts, filler))
         # Facts keep their order (the last one stays the last); filler falls anywhere between them.
         at = torch.cat(
             (torch.rand(batch, high, device=device).sort(1).values, torch.rand(batch, spread, device=device)), dim=1
@@ -185,9 +190,8 @@ def questions(texts, batch, low, high, length, wording="lines", asked=1, bias=No
     end = torch.full((*which.shape, 1), texts.eos, device=device)
     turn = torch.cat((ask, reply, end), dim=-1)
     answer = torch.cat((_off(ask), _after(digits), ~_off(end)), dim=-1)
-    bos = torch.full((batch, 1), texts.bos, device=device)
-    head = texts.row(wording, "header", batch)
-    parts = [(bos, _off(bos)), (head, _off(head)), (body, _off(body)), (turn.flatten(1), answer.flatten(1))]
+    parts = [texts.start(batch), texts.header(wording, batch)]
+    parts += [(body, _off(body)), (turn.flatten(1), answer.flatten(1))]
     return pack(parts, length, texts.pad)
 
 
@@ -211,6 +215,3 @@ def retrieval_cases(texts, cases, lines, length):
     stop = (tokens != texts.pad).sum(1, keepdim=True)
     sentence = (at > start) & (at < stop)
     return tokens, sentence, digits
-
-
-__all__ = ["Texts", "questions", "repeats", "retrieval_cases", "lines_for", "pack", "LINES"]

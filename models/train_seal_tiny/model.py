@@ -87,7 +87,8 @@ class _MLP(nn.Module):
         self.down_proj = nn.Linear(size.mlp, size.hidden, bias=False)
 
     def forward(self, x):
-        return _linear(F.silu(_linear(x, self.gate_proj.weight)) * _linear(x, self.up_proj.weight), self.down_proj.weight)
+        gate, up = _linear(x, self.gate_proj.weight), _linear(x, self.up_proj.weight)
+        return _linear(F.silu(gate) * up, self.down_proj.weight)
 
 
 class _Layer(nn.Module):
@@ -150,7 +151,3 @@ class Llama(nn.Module):
 
     def logits(self, hidden):
         return _linear(hidden, self.model.embed_tokens.weight)
-
-    def hf_state_dict(self):
-        """bf16 weights under the names that ``LlamaForCausalLM`` loads (tied, so without ``lm_head``)."""
-        return {k: v.detach().to(torch.bfloat16).cpu().contiguous() for k, v in self.state_dict().items()}

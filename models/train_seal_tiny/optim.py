@@ -1,4 +1,7 @@
-"""AdamW, and Muon for the matrices, on one flat parameter vector; every value is a tensor, so a CUDA graph can hold it."""
+"""AdamW, and Muon for the matrices, on one flat parameter vector.
+
+Every value that changes is a tensor, so that a CUDA graph can hold a step.
+"""
 
 import math
 
