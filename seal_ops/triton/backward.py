@@ -190,7 +190,7 @@ class _Call:
                 self.statistics.columns, geometry.tiles(geometry.len_q, tile.m), geometry.heads, geometry.left,
                 geometry.right, BLOCK_M=tile.m, BLOCK_N=tile.n, **self.constants, **tile.options)
 
-        choose("dq", self.like, launch)
+        choose("dq" if self.scale is None or geometry.packed else "dq_scaled", self.like, launch)
         return result
 
     def grad_k_v_scale(self, k, v, need_k: bool, need_v: bool, need_scale: bool):

@@ -35,23 +35,27 @@ class Tile:
 # warps: two programs then share a multiprocessor, and one's softmax runs beside the other's matrix products.
 _HOPPER = {
     "forward": {
+        32: [Tile(128, 128, 4, 3), Tile(64, 64, 4, 2), Tile(32, 32, 4, 2)],
         64: [Tile(128, 64, 4, 3), Tile(64, 64, 4, 3), Tile(64, 64, 4, 2), Tile(32, 32, 4, 2)],
-        128: [Tile(128, 64, 4, 2), Tile(64, 64, 4, 3), Tile(64, 64, 4, 2), Tile(32, 32, 4, 2)],
+        128: [Tile(128, 64, 4, 2), Tile(64, 64, 4, 2), Tile(32, 32, 4, 2)],
         256: [Tile(128, 64, 8, 2), Tile(64, 32, 4, 2), Tile(32, 32, 4, 1)],
     },
     "dkdv": {
-        64: [Tile(64, 64, 4, 3, 168), Tile(64, 64, 4, 2), Tile(32, 32, 4, 1)],
+        64: [Tile(64, 64, 4, 2, 168), Tile(32, 32, 4, 1)],
         128: [Tile(64, 64, 4, 2), Tile(32, 64, 4, 2), Tile(32, 32, 4, 1)],
     },
     "dk": {256: [Tile(32, 128, 8, 2), Tile(32, 64, 4, 1), Tile(32, 32, 4, 1)]},
-    "dv": {256: [Tile(64, 64, 4, 1), Tile(32, 64, 4, 1), Tile(32, 32, 4, 1)]},
+    "dv": {256: [Tile(64, 128, 8, 2), Tile(32, 64, 4, 2), Tile(32, 64, 4, 1), Tile(32, 32, 4, 1)]},
     "dq": {
         64: [Tile(64, 64, 4, 3), Tile(64, 64, 4, 2), Tile(32, 32, 4, 1)],
-        128: [Tile(64, 64, 4, 3), Tile(64, 64, 4, 2), Tile(64, 32, 4, 2), Tile(32, 32, 4, 1)],
+        128: [Tile(64, 64, 4, 2), Tile(64, 32, 4, 2), Tile(32, 32, 4, 1)],
         256: [Tile(64, 32, 4, 2), Tile(32, 32, 4, 1)],
     },
 }
-# GPUs without TMA: chosen by what compiles without spills in the loops, not measured.
+# Scaled, the grad_out tile is multiplied in registers and stays there, so that two programs with a third stage fill a
+# multiprocessor's 228 KB to the last byte; packed sequences need a few bytes more, and then it would hold one program alone.
+_HOPPER["dq_scaled"] = {**_HOPPER["dq"], 128: [Tile(64, 64, 4, 3), *_HOPPER["dq"][128]]}
+# GPUs without TMA: chosen by what compiles with few or no spills, not measured.
 _OLDER = {
     "forward": {
         64: [Tile(64, 64, 4, 2), Tile(32, 32, 4, 2)],
@@ -70,8 +74,10 @@ _OLDER = {
         256: [Tile(64, 32, 8, 1), Tile(32, 16, 4, 1)],
     },
 }
-_FULL = [Tile(32, 32, 4, 2), Tile(16, 16, 4, 1)]  # fp32 has no tensor cores here: small tiles, fused multiply-adds
-_INTERPRETED = [Tile(32, 32, 4, 1)]               # the interpreter's time goes by the number of operations, not their size
+_OLDER["dq_scaled"] = _OLDER["dq"]
+# fp32 has no exact tensor-core product: fused multiply-adds, whose unrolled code limits the tile (compile time, registers).
+_FULL = {64: [Tile(32, 32, 8, 1), Tile(16, 16, 4, 1)], 128: [Tile(16, 16, 8, 1)]}
+_INTERPRETED = [Tile(32, 32, 4, 1)]  # the interpreter's time goes by the number of operations, not their size
 
 _chosen: dict[tuple, Tile] = {}
 
@@ -80,10 +86,8 @@ def candidates(kernel: str, like: Tensor) -> list[Tile]:
     """Tiles for a kernel on q of this element type, head_dim and device, best first."""
     if not like.is_cuda:
         return _INTERPRETED
-    if like.element_size() == 4:
-        return _FULL
-    table = (_HOPPER if uses_tma(like) else _OLDER)[kernel]
-    return table[max(min(table), padded_head_dim(like.shape[-1]))]
+    table = _FULL if like.element_size() == 4 else (_HOPPER if uses_tma(like) else _OLDER)[kernel]
+    return table[min(max(min(table), padded_head_dim(like.shape[-1])), max(table))]
 
 
 def split(like: Tensor) -> bool:
