@@ -73,6 +73,8 @@ class Influence:
     def standard_error(self, measure: str, length: int | None = None) -> torch.Tensor:
         """Standard error of :meth:`change` over the cases, ``[units]``; NaN with fewer than two."""
         changes = self._changes(measure, length)
+        if len(changes) < 2:
+            return torch.full_like(changes[0], float("nan"))
         return changes.std(0) / len(changes) ** 0.5
 
     def _changes(self, measure, length):
