@@ -216,3 +216,13 @@ def test_more_than_two_to_the_31_elements():
                       (grad_v[:, -seen_by_tail:], exact[2][:, -seen_by_tail:])):
         error = (got.double() - want).abs().max() / want.abs().max()
         assert error < 2e-2, error
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_a_position_outside_the_table_gives_nan_and_no_read(interleaved):
+    x = torch.randn(1, 4, 1, 16, device=DEVICE)
+    cos, sin = torch.ones(3, 4, device=DEVICE), torch.zeros(3, 4, device=DEVICE)
+    positions = torch.tensor([0, 2, 3, -1], device=DEVICE)
+    for rotated in kernels.rope(x, x, cos, sin, positions, interleaved=interleaved):
+        assert torch.equal(rotated[:, :2], x[:, :2]) and torch.equal(rotated[..., 8:], x[..., 8:])
+        assert rotated[:, 2:, :, :8].isnan().all()

@@ -12,9 +12,9 @@ _HEADS = 8  # heads a program turns
 
 
 @triton.jit
-def _angles(cos_ptr, sin_ptr, at_ptr, at_b, table_b, table_s, table_d, batch, tokens, inside, first, HALF: tl.constexpr,
-            BLOCK_HALF: tl.constexpr, GATHERED: tl.constexpr, INVERSE: tl.constexpr):
-    """cos and sin [tokens, BLOCK_HALF] in fp32; beyond the rotary channels 1 and 0."""
+def _angles(cos_ptr, sin_ptr, at_ptr, at_b, table_b, table_s, table_d, table_length, batch, tokens, inside, first,
+            HALF: tl.constexpr, BLOCK_HALF: tl.constexpr, GATHERED: tl.constexpr, INVERSE: tl.constexpr):
+    """cos and sin [tokens, BLOCK_HALF] in fp32. A position outside the table gives NaN and no read: a kernel cannot raise."""
     c = tl.arange(0, BLOCK_HALF)
     if GATHERED:
         place = tokens.to(tl.int64)
@@ -23,9 +23,9 @@ def _angles(cos_ptr, sin_ptr, at_ptr, at_b, table_b, table_s, table_d, batch, to
     else:
         place = tokens.to(tl.int64) + first
     where = batch.to(tl.int64) * table_b + place[:, None] * table_s + c[None, :] * table_d
-    valid = inside[:, None] & (c < HALF)[None, :]
-    cos = tl.load(cos_ptr + where, mask=valid, other=1.0).to(tl.float32)
-    sin = tl.load(sin_ptr + where, mask=valid, other=0.0).to(tl.float32)
+    valid = (inside & (place >= 0) & (place < table_length))[:, None] & (c < HALF)[None, :]
+    cos = tl.load(cos_ptr + where, mask=valid, other=float("nan")).to(tl.float32)
+    sin = tl.load(sin_ptr + where, mask=valid, other=float("nan")).to(tl.float32)
     if INVERSE:
         sin = -sin
     return cos, sin
@@ -61,11 +61,11 @@ def _turn(x_ptr, y_ptr, x_b, x_s, x_h, y_b, y_s, y_h, batch, tokens, inside, hea
         head += 1
 
 
-@triton.jit(do_not_specialize=["len_q", "len_k", "first_q", "tiles", "q_at_b", "k_at_b", "table_b"])
+@triton.jit(do_not_specialize=["len_q", "len_k", "first_q", "tiles", "q_at_b", "k_at_b", "table_b", "table_length"])
 def _rope(q_ptr, k_ptr, q_out_ptr, k_out_ptr, cos_ptr, sin_ptr, q_at_ptr, k_at_ptr, q_b, q_s, q_h, k_b, k_s, k_h, q_out_b,
-          q_out_s, q_out_h, k_out_b, k_out_s, k_out_h, q_at_b, k_at_b, table_b, table_s, table_d, len_q, len_k, first_q, tiles,
-          q_heads, k_heads, IN_PLACE: tl.constexpr, HALF: tl.constexpr, BLOCK_HALF: tl.constexpr, HEAD_DIM: tl.constexpr,
-          BLOCK_REST: tl.constexpr, BLOCK_T: tl.constexpr, HEADS: tl.constexpr, INTERLEAVED: tl.constexpr,
+          q_out_s, q_out_h, k_out_b, k_out_s, k_out_h, q_at_b, k_at_b, table_b, table_s, table_d, table_length, len_q, len_k,
+          first_q, tiles, q_heads, k_heads, IN_PLACE: tl.constexpr, HALF: tl.constexpr, BLOCK_HALF: tl.constexpr,
+          HEAD_DIM: tl.constexpr, BLOCK_REST: tl.constexpr, BLOCK_T: tl.constexpr, HEADS: tl.constexpr, INTERLEAVED: tl.constexpr,
           INVERSE: tl.constexpr, GATHERED: tl.constexpr):
     pid = tl.program_id(0)
     tokens = (pid % tiles) * BLOCK_T + tl.arange(0, BLOCK_T)
@@ -75,14 +75,14 @@ def _rope(q_ptr, k_ptr, q_out_ptr, k_out_ptr, cos_ptr, sin_ptr, q_at_ptr, k_at_p
     batch = pid // (tiles * parts)
     if part < parts_q:
         inside = tokens < len_q
-        cos, sin = _angles(cos_ptr, sin_ptr, q_at_ptr, q_at_b, table_b, table_s, table_d, batch, tokens, inside, first_q, HALF,
-                           BLOCK_HALF, GATHERED, INVERSE)
+        cos, sin = _angles(cos_ptr, sin_ptr, q_at_ptr, q_at_b, table_b, table_s, table_d, table_length, batch, tokens, inside,
+                           first_q, HALF, BLOCK_HALF, GATHERED, INVERSE)
         _turn(q_ptr, q_out_ptr, q_b, q_s, q_h, q_out_b, q_out_s, q_out_h, batch, tokens, inside, part * HEADS, q_heads, cos,
               sin, IN_PLACE, HALF, BLOCK_HALF, HEAD_DIM, BLOCK_REST, INTERLEAVED, HEADS)
     else:
         inside = tokens < len_k
-        cos, sin = _angles(cos_ptr, sin_ptr, k_at_ptr, k_at_b, table_b, table_s, table_d, batch, tokens, inside, 0, HALF,
-                           BLOCK_HALF, GATHERED, INVERSE)
+        cos, sin = _angles(cos_ptr, sin_ptr, k_at_ptr, k_at_b, table_b, table_s, table_d, table_length, batch, tokens, inside,
+                           0, HALF, BLOCK_HALF, GATHERED, INVERSE)
         _turn(k_ptr, k_out_ptr, k_b, k_s, k_h, k_out_b, k_out_s, k_out_h, batch, tokens, inside, (part - parts_q) * HEADS,
               k_heads, cos, sin, IN_PLACE, HALF, BLOCK_HALF, HEAD_DIM, BLOCK_REST, INTERLEAVED, HEADS)
 
@@ -115,7 +115,7 @@ def _launch(q, k, q_out, k_out, len_q, len_k, cos, sin, positions, positions_k, 
     with on_device(given):
         _rope[(programs,)](
             q, k, q_out, k_out, cos, sin, at_q, at_k, *strides(q), *strides(k), *strides(q_out), *strides(k_out), at_q_b,
-            at_k_b, *tables, len_q, len_k, max(0, len_k - len_q), tiles, *heads, IN_PLACE=in_place, HALF=half,
+            at_k_b, *tables, cos.shape[-2], len_q, len_k, max(0, len_k - len_q), tiles, *heads, IN_PLACE=in_place, HALF=half,
             BLOCK_HALF=block_half, HEAD_DIM=head_dim, BLOCK_REST=triton.next_power_of_2(max(1, head_dim - 2 * half)),
             BLOCK_T=block_t, HEADS=_HEADS, INTERLEAVED=interleaved, INVERSE=inverse, GATHERED=gathered, num_warps=4)
 
