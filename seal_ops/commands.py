@@ -86,7 +86,8 @@ def _heads(args):
     order = [i for i in change.argsort().tolist() if change[i] == change[i]]
     print(f"{len(found.units)} {args.granularity}s; largest changes of the answer's log-probability (nats, mean of all cases):")
     for i in [*order[:5], *order[-5:]] if len(order) > 10 else order:
-        print(f"   layer {found.units[i][0]:>2} {args.granularity} {'.'.join(map(str, found.units[i][1:])):>6}: {change[i]:+8.3f}")
+        layer, *place = found.units[i]
+        print(f"   layer {layer:>2} {args.granularity} {'.'.join(map(str, place)):>6}: {change[i]:+8.3f}")
     print(study.describe_agreement(found))
     if args.quadrants:
         results = heads.quadrant_experiment(
@@ -243,7 +244,9 @@ def _harness_options(parser):
     model_options(parser)
     parser.add_argument("--scales", metavar="DIR", help="trained scales to put on the model")
     parser.add_argument("--tasks", nargs="+", required=True, metavar="TASK", help="longeval_lines, ruler, longbench, ...")
-    parser.add_argument("--lengths", type=positive, nargs="+", default=[4096], help="prompt tokens, for tasks that generate prompts; one run each")
+    parser.add_argument(
+        "--lengths", type=positive, nargs="+", default=[4096], help="prompt tokens, for tasks that generate prompts; a run each"
+    )
     parser.add_argument("--limit", type=positive, help="cases of each task")
     parser.add_argument("--batch-size", type=positive, default=1, help="prompts in a batch")
     parser.add_argument("--chat", action="store_true", help="prompts in the tokenizer's chat format")

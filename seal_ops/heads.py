@@ -2,8 +2,9 @@
 
 Two measures of one thing, the change of the answer's log-probability when a unit is taken away:
 
-* *ablation*: the unit's scale set to 0 (or to a ``factor`` of itself).  Many units' variants of one prompt run as the rows of one batch, each row with
-  scales of its own (:meth:`seal_ops.scales.Scales.rows`), so that nothing is patched between forward passes;
+* *ablation*: the unit's scale set to 0 (or to a ``factor`` of itself).  Many units' variants of one prompt run as the
+  rows of one batch, each row with scales of its own (:meth:`seal_ops.scales.Scales.rows`), so that nothing is patched
+  between forward passes;
 * *gradient*: ``-d log p / d keep`` at ``keep = 1``, the same change to first order, for all units in one backward pass.
 
 The first order is exact for small changes only: expect the two to agree at ``factor=0.9`` and less so at 0.
@@ -431,7 +432,8 @@ def quadrant_experiment(
                         factor = keep[layer][0]
                         if per_channel and scale.dim() == 1:
                             raise ValueError(
-                                "heads.quadrant_experiment: model must have channel scales or none for channels, got head scales"
+                                "heads.quadrant_experiment: model must have channel scales, or none, for an influence of "
+                                "channels, got head scales"
                             )
                         scale.copy_(before[layer] * (factor if scale.dim() == 2 else factor[:, 0]))
                 path = None if output is None else os.path.join(output, f"quadrant-{len(results)}.json")
