@@ -44,14 +44,14 @@ class Settings:
 
     model: str = os.path.join("models", "seal-tiny")
     task: str = "lines"
-    lengths: tuple[int, ...] = (512, 1024)
+    lengths: tuple[int, ...] = (512, 1536)
     cases: int = 30
     samples: int = 50
     methods: tuple[str, ...] = METHODS
     rates: Mapping = field(default_factory=dict)
     transfer_tasks: tuple[str, ...] = ("lines", "multikey", "passkey")
     transfer_method: str = "SEAL-C"
-    transfer_length: int = 512
+    transfer_length: int = 1024
     heads_lengths: tuple[int, ...] = (512, 1024)
     heads_cases: int = 5
     factor: float = 0.9
