@@ -1,5 +1,7 @@
 // Plan and launches of the attention backward on sm_90a: which kernels run, on which workspace.
-#include "attention_backward_launch.cuh"
+#include <algorithm>
+
+#include "attention_backward_common.cuh"
 
 namespace seal {
 
@@ -23,7 +25,7 @@ size_t plan(const AttentionBackwardParams& params, BackwardKernelParams* p) {
   static_cast<AttentionBackwardParams&>(*p) = params;
   const bool packed = p->cu_seqlens_q != nullptr;
   const int dim = padded_head_dim(p->head_dim);
-  p->key_rows = dim == 256 ? WideShared::kRows : kTileRows;
+  p->key_rows = key_rows(dim);
   const auto tiles = [&](int64_t length, int rows) { return static_cast<int32_t>(packed ? length / rows + p->batch : (length + rows - 1) / rows); };
   p->tiles_q = tiles(p->seqlen_q, kTileRows);
   p->tiles_k = tiles(p->seqlen_k, p->key_rows);

@@ -102,6 +102,12 @@ struct LaunchOrder {
 // derived from it then costs no register of the threads, of which the accumulators leave few.
 SEAL_DEVICE uint32_t uniform_register(uint32_t value) { return __reduce_max_sync(0xffffffffu, value); }
 
+// shared = inside ? global : 0, one float, on its way until copies_done(); then a barrier for the other threads.
+SEAL_DEVICE void copy_float(float* shared, const float* global, bool inside) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(smem_address(shared)), "l"(global), "r"(inside ? 4 : 0) : "memory");
+}
+SEAL_DEVICE void copies_done() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+
 // The descriptor of k16 step `step`, made at this place: hoisted out of a loop, the descriptors of all steps of all resident
 // operands do not fit in the uniform registers.
 template <Major kMajor, int kRows>
@@ -191,5 +197,16 @@ SEAL_DEVICE void store_rows(const BackwardKernelParams& p, const float* tile, in
     *reinterpret_cast<uint4*>(static_cast<T*>(output) + at) = packed;
   }
 }
+
+// ---- host
+
+// The head_dim of the kernels that serve `head_dim`: the copy engine fills the channels beyond it with zeros.
+constexpr int padded_head_dim(int head_dim) { return head_dim <= 64 ? 64 : head_dim <= 128 ? 128 : 256; }
+// Keys of a tile of the main kernel.
+constexpr int key_rows(int padded_head_dim) { return padded_head_dim == 256 ? 64 : kTileRows; }
+
+// All launches of one dtype and padded head_dim (attention_backward_launch.cuh, instantiated in attention_backward_hd*.cu).
+template <class T, int kD>
+cudaError_t launch_backward(const BackwardKernelParams& p, cudaStream_t stream);
 
 }  // namespace seal::sm90

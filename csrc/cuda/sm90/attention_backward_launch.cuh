@@ -1,16 +1,12 @@
 // The launches of one head_dim and dtype. attention_backward_hd*.cu instantiate them, so that they compile side by side.
 #pragma once
 
-#include <algorithm>
-
 #include "attention_backward_main.cuh"
 #include "attention_backward_query.cuh"
 #include "attention_backward_rows.cuh"
 #include "attention_backward_wide.cuh"
 
 namespace seal::sm90 {
-
-constexpr int padded_head_dim(int head_dim) { return head_dim <= 64 ? 64 : head_dim <= 128 ? 128 : 256; }
 
 #define SEAL_RETURN_IF_ERROR(call)                     \
   do {                                                 \
@@ -110,12 +106,12 @@ cudaError_t launch_backward(const BackwardKernelParams& p, cudaStream_t stream) 
   }
   if (p.grad_q != nullptr && p.dq == nullptr) SEAL_RETURN_IF_ERROR((launch_query<T, kD>(p, stream)));
   const bool rotate = p.cos != nullptr;
-  if (kD < 256 && p.dq != nullptr) {
+  if (p.dq != nullptr) {
     const AccumulatorTiles t{p.dq, 0, p.padded_rows_q * kD, 1, p.heads_q, true, p.grad_q, p.softmax_scale, rotate};
     SEAL_RETURN_IF_ERROR((launch_tiles<T, kD, kStepRows<kD>, kStepRows<kD> == 128>(p, t, stream)));
   }
   if (p.splits > 1) {
-    constexpr int kRows = kD == 256 ? 64 : kTileRows;
+    constexpr int kRows = key_rows(kD);
     const int64_t head_stride = p.tile_count_k * kRows * kD;
     AccumulatorTiles t{p.dk_partial, p.heads_k * head_stride, head_stride, p.splits, p.heads_k, false, p.grad_k, p.softmax_scale, rotate};
     if (p.grad_k != nullptr) SEAL_RETURN_IF_ERROR((launch_tiles<T, kD, kRows, kRows == 128>(p, t, stream)));

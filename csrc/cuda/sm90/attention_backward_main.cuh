@@ -5,8 +5,8 @@
 // Warpgroups 1 and 2 consume, 64 keys each. A step (64 or 128 queries) is five products:
 //   S^T = K Q^T    dP^T = V dO^T    dV += P^T dO    dQ = dS K    dK += dS^T Q
 // S^T and dP^T are computed transposed, so that P^T and dS^T are A operands in registers; only dQ needs dS in shared memory.
-// S of the next step is issued before dQ and dK of this one: the exponentials then overlap dK and dP, the product
-// P * (dP - delta) overlaps dV, and the barrier between the two warpgroups overlaps S.
+// S of the next step is issued behind dV, and dQ is one step late: so there are products in flight while dS is made, and the
+// two warpgroups, which need each other's dS for dQ, do not wait for each other.
 //
 // Scale: dP = (scale * g) V^T and dV = scale * (P^T g) per channel, so V is multiplied in shared memory once per head and
 // the accumulator once per head; dscale is the column sum of V * (P^T g), V unscaled: no division, exact at scale 0.
@@ -49,14 +49,6 @@ struct BackwardTask {
     full_end = p.window_left < 0 ? end : max(0, first_key - shift + p.window_left + 1) / kM;
     if (first_key + kRows > seq.length_k) full_end = full_begin;
   }
-  // The query tile that is taken `m`-th.
-  SEAL_DEVICE int query_tile(int m) const {
-#ifdef SEAL_BACKWARD_DESCEND
-    return begin + end - 1 - m;
-#else
-    return m;
-#endif
-  }
   SEAL_DEVICE int steps(const BackwardKernelParams& p) const { return (end - begin) * p.heads_per_cta; }
 
   // Sets scores of a transposed tile to -inf where masked; `key` is the thread's first row of the accumulator.
@@ -82,22 +74,17 @@ struct BackwardTask {
 
 template <int kD, int kM>
 struct BackwardShared {
-  static constexpr int kStagesQ = 4, kStagesDo = 2;  // powers of two
-  static constexpr int kBytesKv = tile_bytes(kTileRows, kD), kBytesQ = tile_bytes(kM, kD), kBytesDs = tile_bytes(kTileRows, kM);
+  static constexpr int kStagesQ = 4, kStagesDo = 2, kBuffersDs = 3;
+  static constexpr int kBytesKv = tile_bytes(kTileRows, kD), kBytesQ = tile_bytes(kM, kD), kBytesDs = tile_bytes(kM, kTileRows);
 
   char k[kBytesKv], v[kBytesKv];
   char q[kStagesQ][kBytesQ], grad_out[kStagesDo][kBytesQ];  // after the loop: the fp32 tile of the epilogue
-  char ds[2][kBytesDs];
-#ifdef SEAL_BACKWARD_BULK
-  float4 dq[8][kM * kD / 8 / 4];
-#endif
+  char ds[kBuffersDs][kBytesDs];  // [queries][keys]
   BackwardTask<kM> task;
-  float lse2[kStagesQ][kM], delta[kStagesDo][kM];
-  uint64_t k_full, v_full, v_empty, q_full[kStagesQ], q_empty[kStagesQ], do_full[kStagesDo], do_empty[kStagesDo];
+  float lse2[kStagesQ][kM], delta[kStagesDo][kM], scale[4][kD], column_sums[2][8][kD];
+  uint64_t k_full, v_full, v_empty, q_full[kStagesQ], q_empty[kStagesQ], do_full[kStagesDo], do_empty[kStagesDo], ds_full[kBuffersDs];
 
   SEAL_DEVICE float* tile() { return reinterpret_cast<float*>(q); }
-  // Column sums of eight warps, in the buffer of dS that no product reads after the barrier of a step of this parity.
-  SEAL_DEVICE float* column_sums(int step) { return reinterpret_cast<float*>(ds[(step + 1) & 1]); }
   SEAL_DEVICE static constexpr uint32_t offset_q(int stage) { return 2 * kBytesKv + stage * kBytesQ; }
   SEAL_DEVICE static constexpr uint32_t offset_grad_out(int stage) { return offset_q(kStagesQ + stage); }
   SEAL_DEVICE static constexpr uint32_t offset_ds(int buffer) { return offset_grad_out(kStagesDo) + buffer * kBytesDs; }
@@ -107,11 +94,7 @@ struct BackwardShared {
 // Where the accumulators leave room, a warpgroup keeps its rows of K and V as A operands in registers: S^T and dP^T then read
 // half as much shared memory, and V is scaled in registers.
 template <int kD>
-#ifdef SEAL_BACKWARD_SHARED_KEYS
-constexpr bool kKeysInRegisters = false;
-#else
 constexpr bool kKeysInRegisters = kD == 64;
-#endif
 
 template <class T, int kD, int kM, BackwardWork kWork>
 __global__ void __launch_bounds__(384, 1)
@@ -133,6 +116,7 @@ __global__ void __launch_bounds__(384, 1)
     barrier_init(&shared.v_empty, 8);
     for (int i = 0; i < Shared::kStagesQ; ++i) barrier_init(&shared.q_full[i], 1), barrier_init(&shared.q_empty[i], 8);
     for (int i = 0; i < Shared::kStagesDo; ++i) barrier_init(&shared.do_full[i], 1), barrier_init(&shared.do_empty[i], 8);
+    for (int i = 0; i < Shared::kBuffersDs; ++i) barrier_init(&shared.ds_full[i], 8);
     fence_barrier_init();
   }
   __syncthreads();
@@ -162,15 +146,15 @@ __global__ void __launch_bounds__(384, 1)
       barrier_expect_bytes(&shared.k_full, Shared::kBytesKv);
       tma_load_tile<kTileRows, kD>(shared.k, &maps.k, &shared.k_full, head_k, key_rows, keep);
       int head = task.first_head, m = task.begin, next_head = head, next_m = m;  // of dO and of Q, which is one step ahead
-      load_q(0, next_head, task.query_tile(next_m));
+      load_q(0, next_head, next_m);
       for (int step = 0; step < steps; ++step) {
         if (++next_m == task.end) next_m = task.begin, ++next_head;
-        if (step + 1 < steps) load_q(step + 1, next_head, task.query_tile(next_m));
+        if (step + 1 < steps) load_q(step + 1, next_head, next_m);
         const int stage = stage_of<Shared::kStagesDo>(step);
         barrier_wait(&shared.do_empty[stage], phase_of<Shared::kStagesDo>(step) ^ 1);
         barrier_expect_bytes(&shared.do_full[stage], Shared::kBytesQ + kM * 4);
-        tma_load_tile<kM, kD>(shared.grad_out[stage], &maps.grad_out, &shared.do_full[stage], head, query_rows(task.query_tile(m)), keep);
-        bulk_load(shared.delta[stage], p.delta + head * p.padded_rows_q + seq.padded_q + task.query_tile(m) * kM, kM * 4, &shared.do_full[stage]);
+        tma_load_tile<kM, kD>(shared.grad_out[stage], &maps.grad_out, &shared.do_full[stage], head, query_rows(m), keep);
+        bulk_load(shared.delta[stage], p.delta + head * p.padded_rows_q + seq.padded_q + m * kM, kM * 4, &shared.do_full[stage]);
         head = next_head, m = next_m;
       }
     } else if (warp == 1 && elect_one()) {
@@ -215,79 +199,98 @@ __global__ void __launch_bounds__(384, 1)
       return reinterpret_cast<uint32_t*>(shared.v + j / 8 * (kTileRows * kSlabRowBytes) + swizzled(row_of(thread) + 8 * h, j % 8) +
                                          column_of(thread) * 2);
     };
-    const auto scale_of = [&](int head, int channel) {
-      const float* at = p.scale + task.seq.index * p.scale_batch_stride + head * p.scale_head_stride;
-      return channel < p.head_dim ? make_float2(__ldg(at + channel * p.scale_channel_stride), __ldg(at + (channel + 1) * p.scale_channel_stride))
-                                  : make_float2(0.f, 0.f);
+    // This thread's channel of a head's scale into shared memory, a head ahead of its use.
+    const auto load_scale = [&](int head) {
+      const uint32_t channel = index();
+      if (channel >= kD || head >= task.first_head + p.heads_per_cta) return;
+      const bool inside = channel < p.head_dim;
+      const float* const from = p.scale + task.seq.index * p.scale_batch_stride + head * p.scale_head_stride;
+      copy_float(&shared.scale[head % 4][channel], from + (inside ? channel * p.scale_channel_stride : 0), inside);
     };
+    const auto scale_at = [&](int head, uint32_t channel) { return *reinterpret_cast<const float2*>(&shared.scale[head % 4][channel]); };
     const auto scale_v = [&](int head) {
       const uint32_t thread = index();
       if constexpr (kRegisters) {
 #pragma unroll
         for (int j = 0; j < kD / 8; ++j) {
-          const float2 factor = has_scale ? scale_of(head, 8 * j + column_of(thread)) : make_float2(1.f, 1.f);
+          const float2 factor = has_scale ? scale_at(head, 8 * j + column_of(thread)) : make_float2(1.f, 1.f);
 #pragma unroll
           for (int h = 0; h < 2; ++h) {
             const float2 value = unpack<T>(*v_at(thread, j, h));
             v_rows_r[2 * j + h] = pack<T>(value.x * factor.x, value.y * factor.y);
           }
         }
-        return;
-      }
-#pragma unroll 2
-      for (int j = 0; j < kD / 8; ++j) {
-        const float2 factor = scale_of(head, 8 * j + column_of(thread));
+      } else {
+#pragma unroll 4
+        for (int j = 0; j < kD / 8; ++j) {
+          const float2 factor = scale_at(head, 8 * j + column_of(thread));
 #pragma unroll
-        for (int h = 0; h < 2; ++h) {
-          const float2 value = unpack<T>(*v_at(thread, j, h));
-          *v_at(thread, j, h) = pack<T>(value.x * factor.x, value.y * factor.y);
+          for (int h = 0; h < 2; ++h) {
+            const float2 value = unpack<T>(*v_at(thread, j, h));
+            *v_at(thread, j, h) = pack<T>(value.x * factor.x, value.y * factor.y);
+          }
         }
+        fence_proxy_async();
+        named_sync(2 + group, 128);
       }
-      fence_proxy_async();
-      named_sync(2 + group, 128);
     };
-    const auto end_of_head = [&](int head_index, int step) {
+    const auto end_of_head = [&](int head_index) {
       const int head = task.first_head + head_index;
       const uint32_t thread = index(), lane = thread % 32;
-      if (!kRegisters) barrier_wait(&shared.v_full, (head_index + 1) & 1);
-      if (p.dscale_partial != nullptr) {
-        float* const sums = shared.column_sums(step);
-#pragma unroll
-        for (int j = 0; j < kD / 8; ++j) {
-          if (j % 2 == 0) asm volatile("" ::: "memory");
-          const float2 v0 = unpack<T>(*v_at(thread, j, 0)), v1 = unpack<T>(*v_at(thread, j, 1));
-          float x = v0.x * dv[4 * j] + v1.x * dv[4 * j + 2], y = v0.y * dv[4 * j + 1] + v1.y * dv[4 * j + 3];
-#pragma unroll
-          for (int offset = 4; offset < 32; offset *= 2) {
-            x += __shfl_xor_sync(0xffffffffu, x, offset);
-            y += __shfl_xor_sync(0xffffffffu, y, offset);
-          }
-          if (lane < 4) *reinterpret_cast<float2*>(sums + thread / 32 * kD + 8 * j + column_of(thread)) = make_float2(x, y);
-        }
-        named_sync(1, 256);
-        if (thread < kD) {
-          float sum = 0.f;
-#pragma unroll
-          for (int w = 0; w < 8; ++w) sum += sums[w * kD + thread];
-          p.dscale_partial[(task.tile * p.heads_q + head) * kD + thread] = sum;
-        }
-        named_sync(1, 256);
-      }
-      // dV of the heads so far, this head scaled.
       const bool first = head_index == 0, last = head_index == p.heads_per_cta - 1;
+      if (!kRegisters) barrier_wait(&shared.v_full, (head_index + 1) & 1);
+      float* const sums = shared.column_sums[head_index % 2][0];
+      if (p.dscale_partial != nullptr) {
+        // Columns of V * dV summed over the warp's 16 rows: every step halves the columns a lane keeps.
+#pragma unroll
+        for (int quarter = 0; quarter < kD / 32; ++quarter) {
+          asm volatile("" ::: "memory");
+          float x[8];
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            const int j = 4 * quarter + i;
+            const float2 v0 = unpack<T>(*v_at(thread, j, 0)), v1 = unpack<T>(*v_at(thread, j, 1));
+            x[2 * i] = v0.x * dv[4 * j] + v1.x * dv[4 * j + 2], x[2 * i + 1] = v0.y * dv[4 * j + 1] + v1.y * dv[4 * j + 3];
+          }
+#pragma unroll
+          for (int half = 4; half > 0; half /= 2) {
+            const bool upper = lane & (4 * half);
+#pragma unroll
+            for (int i = 0; i < half; ++i) {
+              const float sent = upper ? x[i] : x[i + half], kept = upper ? x[i + half] : x[i];
+              x[i] = kept + __shfl_xor_sync(0xffffffffu, sent, 4 * half);
+            }
+          }
+          // Bits 4, 3, 2 of the lane chose value 4 .. 7, then 2 or 3 of those, ...: value lane / 4 is left.
+          sums[thread / 32 * kD + 32 * quarter + 8 * (lane / 8) + column_of(thread) + lane / 4 % 2] = x[0];
+        }
+      }
+      copies_done();
+      named_sync(1, 256);  // also keeps the warpgroups within a head of each other: two buffers of sums, four of scales
+      if (!last) load_scale(head + 2);
+      if (p.dscale_partial != nullptr && thread < kD) {
+        float sum = 0.f;
+#pragma unroll
+        for (int w = 0; w < 8; ++w) sum += sums[w * kD + thread];
+        p.dscale_partial[(task.tile * p.heads_q + head) * kD + thread] = sum;
+      }
+      // dV of the heads so far, this head scaled: kept in memory (each thread its own words), back in registers at the last head.
       float4* const sum = reinterpret_cast<float4*>(p.dv_sum + (task.head_k * p.tile_count_k + task.tile) * kTileRows * kD) +
                           thread / 32 * (kD / 8) * 32 + lane;
 #pragma unroll
       for (int j = 0; j < kD / 8; ++j) {
-        if (j % 2 == 0) asm volatile("" ::: "memory");  // a few loads at a time: there are no registers for all
-        const float2 factor = scale_of(head, 8 * j + column_of(thread));
+        if (j % 4 == 0) asm volatile("" ::: "memory");  // a few loads at a time: there are no registers for all
+        const float2 factor = scale_at(head, 8 * j + column_of(thread));
         float4 x = make_float4(dv[4 * j] * factor.x, dv[4 * j + 1] * factor.y, dv[4 * j + 2] * factor.x, dv[4 * j + 3] * factor.y);
-        if (!first) {
+        if (!last) {
+          if (first) sum[j * 32] = x;
+          else reduce_add(reinterpret_cast<float*>(sum + j * 32), x.x, x.y, x.z, x.w);
+          x = make_float4(0.f, 0.f, 0.f, 0.f);
+        } else if (!first) {
           const float4 before = sum[j * 32];
           x.x += before.x, x.y += before.y, x.z += before.z, x.w += before.w;
         }
-        if (!last) sum[j * 32] = x;
-        dv[4 * j] = last ? x.x : 0.f, dv[4 * j + 1] = last ? x.y : 0.f, dv[4 * j + 2] = last ? x.z : 0.f, dv[4 * j + 3] = last ? x.w : 0.f;
+        dv[4 * j] = x.x, dv[4 * j + 1] = x.y, dv[4 * j + 2] = x.z, dv[4 * j + 3] = x.w;
       }
       if (!last) scale_v(head + 1);
     };
@@ -307,7 +310,7 @@ __global__ void __launch_bounds__(384, 1)
       if constexpr (kRegisters) {
         product<T, Major::kK, kM>(acc, k_rows_r, q_rows(step), false);
       } else {
-        product<T, kD>(acc, k_rows, q_rows(step), false);
+        lean_product<T, kD>(acc, k_rows, q_rows(step), false);
       }
       wgmma_commit();
     };
@@ -321,15 +324,44 @@ __global__ void __launch_bounds__(384, 1)
     barrier_wait(&shared.q_full[0], 0);
     issue_s(s, 0);
     barrier_wait(&shared.v_full, 0);
+    if (has_scale) {
+      load_scale(task.first_head);
+      load_scale(task.first_head + 1);
+      copies_done();
+      named_sync(1, 256);
+    }
     if (has_scale || kRegisters) scale_v(task.first_head);
     wgmma_wait<0>();
     fence_registers(s);
 
     const int begin = uniform_register(task.begin), end = uniform_register(task.end);
-    const int first_head = uniform_register(task.first_head);
-    const int64_t first_tile = uniform_register(static_cast<uint32_t>(task.seq.padded_q / kM));
-    int m = begin, head = 0;
-    for (int step = 0;; ++step) {
+    int m = begin, head = 0, step = 0;
+    // dQ = dS K is one step late: the other warpgroup's half of dS has then long been there, and the two are free to drift
+    // apart by a step, one in its products while the other takes exponentials.
+    const auto issue_dq = [&](float (&dq)[kDqFloats], int buffer) {
+      const uint32_t ds = base + Shared::offset_ds(buffer) + (kSplitRows ? group * 64 * kSlabRowBytes : 0);
+      wgmma_fence();
+      lean_product<T, kTileRows>(dq, Operand<Major::kK, kM>::at_uniform(ds), k_columns, false);
+      wgmma_commit();
+    };
+    const auto add_dq = [&](const float (&dq)[kDqFloats], float* out) {
+#pragma unroll
+      for (int i = 0; i < kDqFloats / 4; ++i) reduce_add(out + i * 128, dq[4 * i], dq[4 * i + 1], dq[4 * i + 2], dq[4 * i + 3]);
+    };
+    const int head_tiles = uniform_register(static_cast<uint32_t>(p.padded_rows_q / kM));
+    const int first_tile = uniform_register(static_cast<uint32_t>(task.first_head * head_tiles + task.seq.padded_q / kM));
+    int late_tile = 0;                    // of dQ, of the step before
+    int buffer = 0, late_buffer = Shared::kBuffersDs - 1;  // of dS, of this step and of the step before
+    uint32_t late_phases = 0;             // parity of the round of each buffer
+    const auto wait_for_late_ds = [&] {
+      barrier_wait(&shared.ds_full[late_buffer], late_phases >> late_buffer & 1);
+      late_phases ^= 1u << late_buffer;
+    };
+    const auto dq_at = [&](int tile) { return p.dq + static_cast<int64_t>(tile) * (kM * kD) + index() / 32 * (kDqFloats * 32) + index() % 32 * 4; };
+#ifdef SEAL_BACKWARD_SKEW
+    if (kWork == BackwardWork::kAll && group == 1) named_sync(4, 256);
+#endif
+    for (;; ++step) {
       const int q_stage = stage_of<Shared::kStagesQ>(step), do_stage = stage_of<Shared::kStagesDo>(step);
       const uint32_t grad_at = base + Shared::offset_grad_out(do_stage);
       const auto q_columns = Operand<Major::kMN, kM>::at_uniform(base + Shared::offset_q(q_stage));
@@ -342,12 +374,11 @@ __global__ void __launch_bounds__(384, 1)
         if constexpr (kRegisters) {
           product<T, Major::kK, kM>(dp, v_rows_r, Operand<Major::kK, kM>::at_uniform(grad_at), false);
         } else {
-          product<T, kD>(dp, v_rows, Operand<Major::kK, kM>::at_uniform(grad_at), false);
+          lean_product<T, kD>(dp, v_rows, Operand<Major::kK, kM>::at_uniform(grad_at), false);
         }
         wgmma_commit();
       }
-      const int tile = task.query_tile(m);
-      if (tile < task.full_begin || tile >= task.full_end) task.mask(p, s, tile, task.first_key + row_of(index()));
+      if (m < task.full_begin || m >= task.full_end) task.mask(p, s, m, task.first_key + row_of(index()));
       const float* const lse2_row = &shared.lse2[q_stage][column_of(index())];
 #pragma unroll
       for (int j = 0; j < kM / 8; ++j) {
@@ -368,6 +399,9 @@ __global__ void __launch_bounds__(384, 1)
       const bool last_of_head = m == end - 1, last = last_of_head && head == p.heads_per_cta - 1;
       if (!last) barrier_wait(&shared.q_full[stage_of<Shared::kStagesQ>(step + 1)], phase_of<Shared::kStagesQ>(step + 1));
       issue_s(next_s, step + 1);
+#ifdef SEAL_BACKWARD_SKEW
+      if (kWork == BackwardWork::kAll && step == 0 && group == 0) named_arrive(4, 256);
+#endif
       wgmma_wait<1>();  // dP and dV
       if (has_scale && !kRegisters && last_of_head && lane == 0) barrier_arrive(&shared.v_empty);
       if constexpr (kWork != BackwardWork::kValue) {
@@ -380,48 +414,36 @@ __global__ void __launch_bounds__(384, 1)
 #pragma unroll
           for (int h = 0; h < 2; ++h) {
             const float2 probability = unpack<T>(p_rows[2 * j + h]);
-            ds_rows[2 * j + h] = pack<T>(probability.x * (dp[4 * j + 2 * h] - delta.x), probability.y * (dp[4 * j + 2 * h + 1] - delta.y));
+            dp[4 * j + 2 * h] = probability.x * (dp[4 * j + 2 * h] - delta.x);
+            dp[4 * j + 2 * h + 1] = probability.y * (dp[4 * j + 2 * h + 1] - delta.y);
           }
         }
+        pack_fragment<T>(ds_rows, dp);
         if constexpr (kWork == BackwardWork::kAll) {
-          const uint32_t ds = base + Shared::offset_ds(step & 1), thread = index();
+          // With the other's dS of the step before its dQ of three steps ago is done too: its buffer is free.
+          if (step > 0) wait_for_late_ds();
+          const uint32_t ds = base + Shared::offset_ds(buffer), thread = index();
+          // The lane's row of matrix lane / 8 of a k16 step is query 16 t + lane / 16 * 8 + lane % 8.
+          const uint32_t query = thread % 32 / 16 * 8 + thread % 8, chunk = thread / 32 % 4 * 2 + thread / 8 % 2;
 #pragma unroll
           for (int t = 0; t < kM / 16; ++t) {
-            const uint32_t chunk = 2 * t + thread % 32 / 16;
-            stmatrix(ds + chunk / 8 * (kTileRows * kSlabRowBytes) + swizzled(thread / 32 * 16 + thread % 16, chunk % 8), ds_rows[4 * t],
-                     ds_rows[4 * t + 1], ds_rows[4 * t + 2], ds_rows[4 * t + 3]);
+            stmatrix_transposed(ds + group * (kM * kSlabRowBytes) + swizzled(query, chunk) + t * 16 * kSlabRowBytes, ds_rows[4 * t],
+                                ds_rows[4 * t + 1], ds_rows[4 * t + 2], ds_rows[4 * t + 3]);
           }
           fence_proxy_async();
-          if (lane == 0) barrier_arrive(&shared.do_empty[do_stage]);
-          // dQ needs dS of both warpgroups. A buffer of dS is written again two steps on, after the next barrier, which a
-          // warpgroup reaches only when its dQ of this step is done.
-          named_sync(1, 256);
-          float* const out = p.dq + ((first_head + head) * p.padded_rows_q + (first_tile + tile) * kM) * kD + thread / 32 * (kDqFloats * 32);
+          __syncwarp();
+          if (lane == 0) barrier_arrive(&shared.do_empty[do_stage]), barrier_arrive(&shared.ds_full[buffer]);
+          float* const out = dq_at(late_tile);
           float dq[kDqFloats];
-          wgmma_fence();
-          product<T, kTileRows>(dq, Operand<Major::kMN, kTileRows>::at_uniform(ds + (kSplitRows ? group * kTileRows * kSlabRowBytes : 0)),
-                                k_columns, false);
-          wgmma_commit();
+          issue_dq(dq, late_buffer);  // at step 0 of an empty buffer, to no purpose
           product<T, Major::kMN, kM>(dk, ds_rows, q_columns, true);
           wgmma_commit();
           wgmma_wait<1>();  // dQ, and before it the next S
           fence_registers(dq);
-#ifdef SEAL_BACKWARD_BULK
-          bulk_wait_read();  // of the step before (only the lane that issued has anything to wait for)
-          __syncwarp();
-          float4* const staged = shared.dq[thread / 32];
-#pragma unroll
-          for (int i = 0; i < kDqFloats / 4; ++i) staged[i * 32 + thread % 32] = make_float4(dq[4 * i], dq[4 * i + 1], dq[4 * i + 2], dq[4 * i + 3]);
-          fence_proxy_async();
-          __syncwarp();
-          if (lane == 0) {
-            bulk_reduce_add(out, staged, kDqFloats * 128);
-            bulk_commit();
-          }
-#else
-#pragma unroll
-          for (int i = 0; i < kDqFloats / 4; ++i) reduce_add(out + thread % 32 * 4 + i * 128, dq[4 * i], dq[4 * i + 1], dq[4 * i + 2], dq[4 * i + 3]);
-#endif
+          if (step > 0) add_dq(dq, out);
+          late_tile = first_tile + head * head_tiles + m;
+          late_buffer = buffer;
+          buffer = buffer == Shared::kBuffersDs - 1 ? 0 : buffer + 1;
         } else {
           __syncwarp();
           if (lane == 0) barrier_arrive(&shared.do_empty[do_stage]);
@@ -444,7 +466,7 @@ __global__ void __launch_bounds__(384, 1)
       if (last_of_head) {
         if (has_scale) {
           fence_registers(dv);
-          end_of_head(head, step);
+          end_of_head(head);
         }
         if (last) break;
         m = begin, ++head;
@@ -453,9 +475,14 @@ __global__ void __launch_bounds__(384, 1)
     wgmma_wait<0>();
     fence_registers(dk);
     fence_registers(dv);
-#ifdef SEAL_BACKWARD_BULK
-    bulk_wait();
-#endif
+    if constexpr (kWork == BackwardWork::kAll) {
+      float dq[kDqFloats];
+      wait_for_late_ds();
+      issue_dq(dq, late_buffer);
+      wgmma_wait<0>();
+      fence_registers(dq);
+      add_dq(dq, dq_at(late_tile));
+    }
   } else if (p.dscale_partial != nullptr) {
     for (int i = index(); i < p.heads_per_cta * kD; i += 256) p.dscale_partial[(task.tile * p.heads_q + task.first_head) * kD + i] = 0.f;
   }

@@ -3,8 +3,8 @@
 //   warpgroup 1:  S^T = K Q^T, P, dV += P^T dO      (and with it dscale)
 //   warpgroup 2:  dP^T = V dO^T, dS, dK += dS^T Q
 // P goes from the first to the second through shared memory. While one takes exponentials or makes dS, the other's products
-// keep the tensor cores busy. dQ comes from attention_backward_query.cuh: with only 64 keys a tile, adding up dQ in memory
-// would cost more than computing S and dP twice.
+// keep the tensor cores busy. dQ comes from attention_backward_query.cuh: with only 64 keys a tile, adding dQ up in memory
+// costs as much as computing S and dP twice (measured: the same time), and is not deterministic.
 //
 // Scale: as in attention_backward_main.cuh; warpgroup 1 scales V in shared memory, warpgroup 2 waits for it.
 #pragma once
@@ -21,7 +21,7 @@ struct WideShared {
   uint4 p[2][4][128];                 // P of a step in accumulator order; after the loop q .. p: the epilogue's fp32 tiles
   BackwardTask<kM, kRows> task;
   float lse2[kStages][kM], delta[kStages][kM];
-  float column_sums[4][kD];
+  float scale[4][kD], column_sums[4][kD];
   uint64_t k_full, v_full, v_empty, v_scaled, q_full[kStages], q_empty[kStages], do_full[kStages], do_empty[kStages], p_full[2], p_empty[2];
   static_assert(2 * kStages * kBytes + sizeof(p) >= 2 * kRows * (kD + kPad) * 4, "room for the epilogue's tiles");
 };
@@ -115,16 +115,21 @@ __global__ void __launch_bounds__(384, 1)
       const auto v_at = [&](int j, int h) {
         return reinterpret_cast<uint32_t*>(shared.v + j / 8 * (kRows * kSlabRowBytes) + swizzled(row + 8 * h, j % 8) + column * 2);
       };
-      const auto scale_of = [&](int head, int j) {
-        const float* at = p.scale + task.seq.index * p.scale_batch_stride + head * p.scale_head_stride;
-        const int c = 8 * j + column;
-        return c < p.head_dim ? make_float2(__ldg(at + c * p.scale_channel_stride), __ldg(at + (c + 1) * p.scale_channel_stride))
-                              : make_float2(0.f, 0.f);
+      // A head's scale into shared memory, a head ahead of its use.
+      const auto load_scale = [&](int head) {
+        if (head >= task.first_head + p.heads_per_cta) return;
+        const float* const from = p.scale + task.seq.index * p.scale_batch_stride + head * p.scale_head_stride;
+#pragma unroll
+        for (int c = thread; c < kD; c += 128) {
+          const bool inside = c < p.head_dim;
+          copy_float(&shared.scale[head % 4][c], from + (inside ? c * p.scale_channel_stride : 0), inside);
+        }
       };
+      const auto scale_at = [&](int head, int j) { return *reinterpret_cast<const float2*>(&shared.scale[head % 4][8 * j + column]); };
       const auto scale_v = [&](int head) {
-#pragma unroll 2
+#pragma unroll 4
         for (int j = 0; j < kD / 8; ++j) {
-          const float2 factor = scale_of(head, j);
+          const float2 factor = scale_at(head, j);
 #pragma unroll
           for (int h = 0; h < 2; ++h) {
             const float2 value = unpack<T>(*v_at(j, h));
@@ -137,48 +142,71 @@ __global__ void __launch_bounds__(384, 1)
       };
       const auto end_of_head = [&](int head_index) {
         const int head = task.first_head + head_index;
+        const bool first = head_index == 0, last = head_index == p.heads_per_cta - 1;
         if (kKeys) barrier_wait(&shared.v_full, (head_index + 1) & 1);
         if (p.dscale_partial != nullptr) {
+          // Columns of V * dV summed over the warp's 16 rows: every step halves the columns a lane keeps.
 #pragma unroll
-          for (int j = 0; j < kD / 8; ++j) {
-            if (j % 4 == 0) asm volatile("" ::: "memory");
-            const float2 v0 = unpack<T>(*v_at(j, 0)), v1 = unpack<T>(*v_at(j, 1));
-            float x = v0.x * acc[4 * j] + v1.x * acc[4 * j + 2], y = v0.y * acc[4 * j + 1] + v1.y * acc[4 * j + 3];
+          for (int part = 0; part < kD / 32; ++part) {
+            asm volatile("" ::: "memory");
+            float x[8];
 #pragma unroll
-            for (int offset = 4; offset < 32; offset *= 2) {
-              x += __shfl_xor_sync(0xffffffffu, x, offset);
-              y += __shfl_xor_sync(0xffffffffu, y, offset);
+            for (int i = 0; i < 4; ++i) {
+              const int j = 4 * part + i;
+              const float2 v0 = unpack<T>(*v_at(j, 0)), v1 = unpack<T>(*v_at(j, 1));
+              x[2 * i] = v0.x * acc[4 * j] + v1.x * acc[4 * j + 2], x[2 * i + 1] = v0.y * acc[4 * j + 1] + v1.y * acc[4 * j + 3];
             }
-            if (lane < 4) *reinterpret_cast<float2*>(&shared.column_sums[thread / 32][8 * j + column]) = make_float2(x, y);
+#pragma unroll
+            for (int half = 4; half > 0; half /= 2) {
+              const bool upper = lane & (4 * half);
+#pragma unroll
+              for (int i = 0; i < half; ++i) {
+                const float sent = upper ? x[i] : x[i + half], kept = upper ? x[i + half] : x[i];
+                x[i] = kept + __shfl_xor_sync(0xffffffffu, sent, 4 * half);
+              }
+            }
+            shared.column_sums[thread / 32][32 * part + 8 * (lane / 8) + column + lane / 4 % 2] = x[0];
           }
-          named_sync(2, 128);
+        }
+        copies_done();
+        named_sync(2, 128);
+        if (!last) load_scale(head + 2);
+        if (p.dscale_partial != nullptr) {
           for (int c = thread; c < kD; c += 128) {
             p.dscale_partial[(task.tile * p.heads_q + head) * kD + c] =
                 shared.column_sums[0][c] + shared.column_sums[1][c] + shared.column_sums[2][c] + shared.column_sums[3][c];
           }
-          named_sync(2, 128);
         }
-        const bool first = head_index == 0, last = head_index == p.heads_per_cta - 1;
         float4* const sum = reinterpret_cast<float4*>(p.dv_sum + (task.head_k * p.tile_count_k + task.tile) * kRows * kD) + thread;
 #pragma unroll
         for (int j = 0; j < kD / 8; ++j) {
           if (j % 4 == 0) asm volatile("" ::: "memory");
-          const float2 factor = scale_of(head, j);
+          const float2 factor = scale_at(head, j);
           float4 x = make_float4(acc[4 * j] * factor.x, acc[4 * j + 1] * factor.y, acc[4 * j + 2] * factor.x, acc[4 * j + 3] * factor.y);
-          if (!first) {
+          if (!last) {
+            if (first) sum[j * 128] = x;
+            else reduce_add(reinterpret_cast<float*>(sum + j * 128), x.x, x.y, x.z, x.w);
+            x = make_float4(0.f, 0.f, 0.f, 0.f);
+          } else if (!first) {
             const float4 before = sum[j * 128];
             x.x += before.x, x.y += before.y, x.z += before.z, x.w += before.w;
           }
-          if (!last) sum[j * 128] = x;
-          acc[4 * j] = last ? x.x : 0.f, acc[4 * j + 1] = last ? x.y : 0.f, acc[4 * j + 2] = last ? x.z : 0.f, acc[4 * j + 3] = last ? x.w : 0.f;
+          acc[4 * j] = x.x, acc[4 * j + 1] = x.y, acc[4 * j + 2] = x.z, acc[4 * j + 3] = x.w;
         }
         if (kKeys && !last) scale_v(head + 1);
+        named_sync(2, 128);  // nobody still reads the sums and scales
       };
 
       const auto k_rows = Operand<Major::kK, kRows>::at_uniform(tile_at(0, 0));
       float s[kM / 2];
       barrier_wait(&shared.v_full, 0);
-      if (kKeys && has_scale) scale_v(task.first_head);
+      if (has_scale) {
+        load_scale(task.first_head);
+        load_scale(task.first_head + 1);
+        copies_done();
+        named_sync(2, 128);
+        if (kKeys) scale_v(task.first_head);
+      }
       barrier_wait(&shared.k_full, 0);
       barrier_wait(&shared.q_full[0], 0);
       wgmma_fence();

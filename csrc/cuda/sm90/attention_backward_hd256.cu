@@ -1,0 +1,9 @@
+// Attention backward on sm_90a for a head_dim from 136 to 256.
+#include "attention_backward_launch.cuh"
+
+namespace seal::sm90 {
+
+template cudaError_t launch_backward<__nv_bfloat16, 256>(const BackwardKernelParams&, cudaStream_t);
+template cudaError_t launch_backward<__half, 256>(const BackwardKernelParams&, cudaStream_t);
+
+}  // namespace seal::sm90
