@@ -17,7 +17,8 @@ finish() {  # name, exit code, seconds, remark
   local verdict=passed
   [ "$2" -eq 0 ] || { verdict=FAILED; status=1; }
   [ "$2" -ne 77 ] || { verdict=skipped; }
-  table+=("$(printf '%-26s %-8s %4d s  %s' "$1" "$verdict" "$3" "$4")")
+  table+=("$(printf '%-10s %-8s %4d s  %s' "$1" "$verdict" "$3" "$4")")
+  echo "${table[-1]}"
 }
 
 # ---- build, outside the checkout
@@ -29,7 +30,7 @@ if [ -z "${SEAL_PREBUILT:-}" ]; then
   SEAL_BUILD_CUDA=1 "$python" -m pip install -q --no-build-isolation --no-deps --target "$package" "$work/source" >"$work/build.log" 2>&1
   code=$?
   finish build $code $((SECONDS - begin)) "$(tail -n 1 "$work/build.log" | cut -c1-90)"
-  if [ $code -ne 0 ]; then tail -n 30 "$work/build.log"; printf '%s\n' "${table[@]}"; exit 1; fi
+  if [ $code -ne 0 ]; then tail -n 30 "$work/build.log"; exit 1; fi
 fi
 
 # ---- tests, from a copy without seal_ops beside it, so that the installed package is what runs
@@ -51,6 +52,10 @@ finish import $? 0 "$(tail -n 1 "$work/import.log" | cut -c1-400)"
 # One thread for each worker: more would only stand in each other's way.
 export OMP_NUM_THREADS=1
 limit=${SEAL_STAGE_S:-330}
+report() {  # a stage that ran beside others: name, exit code, seconds
+  echo "$2 $3" >"$work/$1.status"
+  echo "$1 ended with code $2 after $3 s"
+}
 has() { "$python" -c "import $1" 2>/dev/null; }
 suite() {  # name, workers, pytest arguments
   local name=$1 count=$2 begin=$SECONDS options=()
@@ -59,17 +64,17 @@ suite() {  # name, workers, pytest arguments
   has pytest_timeout && options+=(--session-timeout="$limit")  # ends between two tests, and reports
   timeout -k 5 $((limit + 40)) "$python" -m pytest -q --tb=line --durations=5 -p no:cacheprovider "${options[@]}" \
     --junitxml="$work/$name.xml" "$@" >"$work/$name.log" 2>&1
-  echo "$? $((SECONDS - begin))" >"$work/$name.status"
+  report "$name" $? $((SECONDS - begin))
 }
 sanitizer() {  # tool, parts
   local tool=$1 begin=$SECONDS code
   shift
-  command -v compute-sanitizer >/dev/null || { echo "77 0" >"$work/$tool.status"; echo "compute-sanitizer is not installed" >"$work/$tool.log"; return; }
+  command -v compute-sanitizer >/dev/null || { echo "SUMMARY: compute-sanitizer is not installed" >"$work/$tool.log"; report "$tool" 77 0; return; }
   PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout -k 5 "$limit" compute-sanitizer --tool "$tool" --kernel-name kns=seal \
     --error-exitcode 9 --print-limit 2000 "$python" tests/gpu/sanitize.py "$@" >"$work/$tool.log" 2>&1
   code=$?
   [ "$tool" = racecheck ] && [ $code -eq 9 ] && { "$python" tests/gpu/known_races.py "$work/racecheck.log" >>"$work/racecheck.log"; code=$?; }
-  echo "$code $((SECONDS - begin))" >"$work/$tool.status"
+  report "$tool" $code $((SECONDS - begin))
 }
 suite cuda 7 tests/gpu tests/test_ops.py tests/test_rope.py -k "[cuda or -cuda or ptx_kit" &
 suite triton 8 tests/gpu tests/test_ops.py tests/test_rope.py tests/test_triton_kernels.py -k "[triton or -triton or triton_kernels" &
