@@ -216,6 +216,8 @@ def agreement(gradient, ablation, path, *, name: str, rho: float | None, labels:
     if max(map(abs, x + y)) > 5:  # linear within one nat, logarithmic beyond: a few heads may carry everything
         ax.set_xscale("symlog", linthresh=1)
         ax.set_yscale("symlog", linthresh=1)
+    else:
+        ax.locator_params(nbins=6)
     ends = [min(x + y), *[t / 10 for t in range(-10, 11)], max(x + y)]
     ends = sorted(t for t in ends if min(x + y) <= t <= max(x + y))
     ax.plot(ends, ends, color="0.4", linewidth=1, linestyle="--", label="equal")
@@ -228,7 +230,7 @@ def agreement(gradient, ablation, path, *, name: str, rho: float | None, labels:
         ax.text(0.98, 0.02, "labels: layer.head", transform=ax.transAxes, fontsize=8, color="0.35", ha="right")
     shown = "" if rho is None else f"\nSpearman {rho:.2f}"
     ax.set_title(f"{name}{shown}", loc="left", fontsize=11)
-    ax.legend(frameon=False, fontsize=8, loc="upper left")
+    ax.legend(frameon=False, fontsize=8, loc="best")
     save(fig, path)
 
 
