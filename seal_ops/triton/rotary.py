@@ -37,26 +37,27 @@ def _turn(x_ptr, y_ptr, x_b, x_s, x_h, y_b, y_s, y_h, batch, tokens, inside, hea
           INTERLEAVED: tl.constexpr, HEADS: tl.constexpr):
     """Turns HEADS heads from `head` on."""
     c = tl.arange(0, BLOCK_HALF)
-    valid = inside[:, None] & (c < HALF)[None, :]
     for _ in tl.range(0, HEADS):
-        there = head < heads
+        # Compared as a vector: Triton 3.9's interpreter takes no mask made of a tensor and a scalar condition.
+        there = inside & (tl.zeros_like(tokens) + head < heads)
+        valid = there[:, None] & (c < HALF)[None, :]
         x = x_ptr + batch.to(tl.int64) * x_b + head.to(tl.int64) * x_h + (tokens.to(tl.int64) * x_s)[:, None]
         y = y_ptr + batch.to(tl.int64) * y_b + head.to(tl.int64) * y_h + (tokens.to(tl.int64) * y_s)[:, None]
         if INTERLEAVED:  # neighbours: load both together, then take them apart
             both = tl.arange(0, 2 * BLOCK_HALF)
-            keep = inside[:, None] & (both < 2 * HALF)[None, :] & there
+            keep = there[:, None] & (both < 2 * HALF)[None, :]
             pair = tl.load(x + both[None, :], mask=keep, other=0.0).to(tl.float32)
             a, b = tl.split(pair.reshape(tokens.shape[0], BLOCK_HALF, 2))
             turned = tl.join(a * cos - b * sin, b * cos + a * sin).reshape(tokens.shape[0], 2 * BLOCK_HALF)
             tl.store(y + both[None, :], turned.to(y_ptr.dtype.element_ty), mask=keep)
         else:
-            a = tl.load(x + c[None, :], mask=valid & there, other=0.0).to(tl.float32)
-            b = tl.load(x + HALF + c[None, :], mask=valid & there, other=0.0).to(tl.float32)
-            tl.store(y + c[None, :], (a * cos - b * sin).to(y_ptr.dtype.element_ty), mask=valid & there)
-            tl.store(y + HALF + c[None, :], (b * cos + a * sin).to(y_ptr.dtype.element_ty), mask=valid & there)
+            a = tl.load(x + c[None, :], mask=valid, other=0.0).to(tl.float32)
+            b = tl.load(x + HALF + c[None, :], mask=valid, other=0.0).to(tl.float32)
+            tl.store(y + c[None, :], (a * cos - b * sin).to(y_ptr.dtype.element_ty), mask=valid)
+            tl.store(y + HALF + c[None, :], (b * cos + a * sin).to(y_ptr.dtype.element_ty), mask=valid)
         if not IN_PLACE and 2 * HALF < HEAD_DIM:
             rest = 2 * HALF + tl.arange(0, BLOCK_REST)
-            keep = inside[:, None] & (rest < HEAD_DIM)[None, :] & there
+            keep = there[:, None] & (rest < HEAD_DIM)[None, :]
             tl.store(y + rest[None, :], tl.load(x + rest[None, :], mask=keep, other=0.0), mask=keep)
         head += 1
 
