@@ -97,13 +97,18 @@ def direct(q, k, v, scale=None, offset=None, **arguments):
 
 @pytest.mark.parametrize("case", [SMALL[4], SMALL[5], SMALL[9], SMALL[12]], ids=str)
 def test_pointers_give_what_descriptors_give(case, monkeypatch):
-    """GPUs without TMA read tiles through pointers; here both ways run and must agree bit for bit."""
+    """GPUs without TMA read tiles through pointers; here both ways run. Compiled, they differ in the layout of a tile and so in
+    the order of some sums; the interpreter has one order."""
     inputs = make(case, torch.float16, DEVICE)
     through_descriptors = run(direct, case, inputs)
     monkeypatch.setenv("SEAL_TRITON_TMA", "0")
     monkeypatch.setattr(configs, "_chosen", dict(configs._chosen))  # the same tiles
     for name, value in run(direct, case, inputs).items():
-        assert torch.equal(value, through_descriptors[name]), name
+        if DEVICE.type == "cpu":
+            assert torch.equal(value, through_descriptors[name]), name
+        else:
+            largest = through_descriptors[name].abs().nan_to_num(posinf=0.0).max().item()
+            torch.testing.assert_close(value, through_descriptors[name], rtol=2e-3, atol=1e-3 * largest, msg=name)
 
 
 @pytest.mark.parametrize("tma", ["1", "0"])
