@@ -5,8 +5,8 @@
 // Warpgroups 1 and 2 consume, 64 keys each. A step (64 or 128 queries) is five products:
 //   S^T = K Q^T    dP^T = V dO^T    dV += P^T dO    dQ = dS K    dK += dS^T Q
 // S^T and dP^T are computed transposed, so that P^T and dS^T are A operands in registers; only dQ needs dS in shared memory.
-// S of the next step is issued behind dV, and dQ is one step late: so there are products in flight while dS is made, and the
-// two warpgroups, which need each other's dS for dQ, do not wait for each other.
+// S of the next step is issued behind dV: so there are products in flight while dS is made, and while the two warpgroups wait
+// for each other's dS.
 //
 // Scale: dP = (scale * g) V^T and dV = scale * (P^T g) per channel, so V is multiplied in shared memory once per head and
 // the accumulator once per head; dscale is the column sum of V * (P^T g), V unscaled: no division, exact at scale 0.
@@ -74,7 +74,7 @@ struct BackwardTask {
 
 template <int kD, int kM>
 struct BackwardShared {
-  static constexpr int kStagesQ = 4, kStagesDo = 2, kBuffersDs = 3;
+  static constexpr int kStagesQ = 4, kStagesDo = 2, kBuffersDs = 2;
   static constexpr int kBytesKv = tile_bytes(kTileRows, kD), kBytesQ = tile_bytes(kM, kD), kBytesDs = tile_bytes(kM, kTileRows);
 
   char k[kBytesKv], v[kBytesKv];
@@ -82,7 +82,7 @@ struct BackwardShared {
   char ds[kBuffersDs][kBytesDs];  // [queries][keys]
   BackwardTask<kM> task;
   float lse2[kStagesQ][kM], delta[kStagesDo][kM], scale[4][kD], column_sums[2][8][kD];
-  uint64_t k_full, v_full, v_empty, q_full[kStagesQ], q_empty[kStagesQ], do_full[kStagesDo], do_empty[kStagesDo], ds_full[kBuffersDs];
+  uint64_t k_full, v_full, v_empty, q_full[kStagesQ], q_empty[kStagesQ], do_full[kStagesDo], do_empty[kStagesDo];
 
   SEAL_DEVICE float* tile() { return reinterpret_cast<float*>(q); }
   SEAL_DEVICE static constexpr uint32_t offset_q(int stage) { return 2 * kBytesKv + stage * kBytesQ; }
@@ -116,7 +116,6 @@ __global__ void __launch_bounds__(384, 1)
     barrier_init(&shared.v_empty, 8);
     for (int i = 0; i < Shared::kStagesQ; ++i) barrier_init(&shared.q_full[i], 1), barrier_init(&shared.q_empty[i], 8);
     for (int i = 0; i < Shared::kStagesDo; ++i) barrier_init(&shared.do_full[i], 1), barrier_init(&shared.do_empty[i], 8);
-    for (int i = 0; i < Shared::kBuffersDs; ++i) barrier_init(&shared.ds_full[i], 8);
     fence_barrier_init();
   }
   __syncthreads();
@@ -310,7 +309,7 @@ __global__ void __launch_bounds__(384, 1)
       if constexpr (kRegisters) {
         product<T, Major::kK, kM>(acc, k_rows_r, q_rows(step), false);
       } else {
-        lean_product<T, kD>(acc, k_rows, q_rows(step), false);
+        product<T, kD>(acc, k_rows, q_rows(step), false);
       }
       wgmma_commit();
     };
@@ -336,12 +335,10 @@ __global__ void __launch_bounds__(384, 1)
 
     const int begin = uniform_register(task.begin), end = uniform_register(task.end);
     int m = begin, head = 0, step = 0;
-    // dQ = dS K is one step late: the other warpgroup's half of dS has then long been there, and the two are free to drift
-    // apart by a step, one in its products while the other takes exponentials.
     const auto issue_dq = [&](float (&dq)[kDqFloats], int buffer) {
       const uint32_t ds = base + Shared::offset_ds(buffer) + (kSplitRows ? group * 64 * kSlabRowBytes : 0);
       wgmma_fence();
-      lean_product<T, kTileRows>(dq, Operand<Major::kK, kM>::at_uniform(ds), k_columns, false);
+      product<T, kTileRows>(dq, Operand<Major::kK, kM>::at_uniform(ds), k_columns, false);
       wgmma_commit();
     };
     const auto add_dq = [&](const float (&dq)[kDqFloats], float* out) {
@@ -350,17 +347,7 @@ __global__ void __launch_bounds__(384, 1)
     };
     const int head_tiles = uniform_register(static_cast<uint32_t>(p.padded_rows_q / kM));
     const int first_tile = uniform_register(static_cast<uint32_t>(task.first_head * head_tiles + task.seq.padded_q / kM));
-    int late_tile = 0;                    // of dQ, of the step before
-    int buffer = 0, late_buffer = Shared::kBuffersDs - 1;  // of dS, of this step and of the step before
-    uint32_t late_phases = 0;             // parity of the round of each buffer
-    const auto wait_for_late_ds = [&] {
-      barrier_wait(&shared.ds_full[late_buffer], late_phases >> late_buffer & 1);
-      late_phases ^= 1u << late_buffer;
-    };
     const auto dq_at = [&](int tile) { return p.dq + static_cast<int64_t>(tile) * (kM * kD) + index() / 32 * (kDqFloats * 32) + index() % 32 * 4; };
-#ifdef SEAL_BACKWARD_SKEW
-    if (kWork == BackwardWork::kAll && group == 1) named_sync(4, 256);
-#endif
     for (;; ++step) {
       const int q_stage = stage_of<Shared::kStagesQ>(step), do_stage = stage_of<Shared::kStagesDo>(step);
       const uint32_t grad_at = base + Shared::offset_grad_out(do_stage);
@@ -374,7 +361,7 @@ __global__ void __launch_bounds__(384, 1)
         if constexpr (kRegisters) {
           product<T, Major::kK, kM>(dp, v_rows_r, Operand<Major::kK, kM>::at_uniform(grad_at), false);
         } else {
-          lean_product<T, kD>(dp, v_rows, Operand<Major::kK, kM>::at_uniform(grad_at), false);
+          product<T, kD>(dp, v_rows, Operand<Major::kK, kM>::at_uniform(grad_at), false);
         }
         wgmma_commit();
       }
@@ -399,9 +386,6 @@ __global__ void __launch_bounds__(384, 1)
       const bool last_of_head = m == end - 1, last = last_of_head && head == p.heads_per_cta - 1;
       if (!last) barrier_wait(&shared.q_full[stage_of<Shared::kStagesQ>(step + 1)], phase_of<Shared::kStagesQ>(step + 1));
       issue_s(next_s, step + 1);
-#ifdef SEAL_BACKWARD_SKEW
-      if (kWork == BackwardWork::kAll && step == 0 && group == 0) named_arrive(4, 256);
-#endif
       wgmma_wait<1>();  // dP and dV
       if (has_scale && !kRegisters && last_of_head && lane == 0) barrier_arrive(&shared.v_empty);
       if constexpr (kWork != BackwardWork::kValue) {
@@ -420,9 +404,7 @@ __global__ void __launch_bounds__(384, 1)
         }
         pack_fragment<T>(ds_rows, dp);
         if constexpr (kWork == BackwardWork::kAll) {
-          // With the other's dS of the step before its dQ of three steps ago is done too: its buffer is free.
-          if (step > 0) wait_for_late_ds();
-          const uint32_t ds = base + Shared::offset_ds(buffer), thread = index();
+          const uint32_t ds = base + Shared::offset_ds(step % 2), thread = index();
           // The lane's row of matrix lane / 8 of a k16 step is query 16 t + lane / 16 * 8 + lane % 8.
           const uint32_t query = thread % 32 / 16 * 8 + thread % 8, chunk = thread / 32 % 4 * 2 + thread / 8 % 2;
 #pragma unroll
@@ -431,19 +413,18 @@ __global__ void __launch_bounds__(384, 1)
                                 ds_rows[4 * t + 1], ds_rows[4 * t + 2], ds_rows[4 * t + 3]);
           }
           fence_proxy_async();
-          __syncwarp();
-          if (lane == 0) barrier_arrive(&shared.do_empty[do_stage]), barrier_arrive(&shared.ds_full[buffer]);
-          float* const out = dq_at(late_tile);
+          if (lane == 0) barrier_arrive(&shared.do_empty[do_stage]);
+          // dQ needs dS of both warpgroups. A buffer of dS is written again two steps on, after the next barrier, which a
+          // warpgroup reaches only when its dQ of this step is done.
+          named_sync(1, 256);
+          float* const out = dq_at(first_tile + head * head_tiles + m);
           float dq[kDqFloats];
-          issue_dq(dq, late_buffer);  // at step 0 of an empty buffer, to no purpose
+          issue_dq(dq, step % 2);
           product<T, Major::kMN, kM>(dk, ds_rows, q_columns, true);
           wgmma_commit();
           wgmma_wait<1>();  // dQ, and before it the next S
           fence_registers(dq);
-          if (step > 0) add_dq(dq, out);
-          late_tile = first_tile + head * head_tiles + m;
-          late_buffer = buffer;
-          buffer = buffer == Shared::kBuffersDs - 1 ? 0 : buffer + 1;
+          add_dq(dq, out);
         } else {
           __syncwarp();
           if (lane == 0) barrier_arrive(&shared.do_empty[do_stage]);
@@ -475,14 +456,6 @@ __global__ void __launch_bounds__(384, 1)
     wgmma_wait<0>();
     fence_registers(dk);
     fence_registers(dv);
-    if constexpr (kWork == BackwardWork::kAll) {
-      float dq[kDqFloats];
-      wait_for_late_ds();
-      issue_dq(dq, late_buffer);
-      wgmma_wait<0>();
-      fence_registers(dq);
-      add_dq(dq, dq_at(late_tile));
-    }
   } else if (p.dscale_partial != nullptr) {
     for (int i = index(); i < p.heads_per_cta * kD; i += 256) p.dscale_partial[(task.tile * p.heads_q + task.first_head) * kD + i] = 0.f;
   }
