@@ -1,4 +1,6 @@
 """Tests that need a GPU; run_all.sh runs them together with the shared suite. Without one they are skipped, not passed."""
+import os
+
 import pytest
 import torch
 
@@ -42,3 +44,17 @@ def poisoned():
     assert torch.empty(5, device="cuda").isnan().all()
     yield
     torch.use_deterministic_algorithms(before)
+
+
+@pytest.fixture(autouse=True)
+def _device_survives():
+    """A kernel's fault shows in the test that launched it. The process is of no use afterwards: a worker of pytest-xdist ends
+    here, is reported with the test's name, and is replaced, so that one fault does not fail every test after it."""
+    yield
+    if torch.cuda.is_available():
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError:
+            if "PYTEST_XDIST_WORKER" in os.environ:
+                os._exit(1)
+            raise
