@@ -130,7 +130,7 @@ def run(settings: Settings, output: str, *, progress: bool | None = None, say: C
     if os.path.exists(path):  # a run that found everything done must not overwrite how long it took
         with open(path, encoding="utf-8") as file:
             earlier = json.load(file).get("seconds", {})
-        results["seconds"] = {name: max(value, earlier.get(name, 0)) for name, value in seconds.items()}
+        results["seconds"] = {**seconds, **earlier}  # this file is written last, so an earlier one timed whole stages
     atomic_write(path, json.dumps(results, indent=1) + "\n")
     write_report(output, title=f"SEAL on {settings.model}")
     return results
