@@ -4,7 +4,9 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import platform
+import re
 import shutil
+import subprocess
 import sys
 
 import torch
@@ -22,12 +24,20 @@ def _version(package: str) -> str:
         return "not installed"
 
 
+def _nvcc() -> str:
+    if shutil.which("nvcc") is None:
+        return "not on PATH"
+    printed = subprocess.run(["nvcc", "--version"], capture_output=True, text=True).stdout
+    release = re.search(r"release ([\d.]+)", printed)
+    return release[1] if release else "of unknown version"
+
+
 def facts() -> dict:
-    """Everything `seal env` prints, as a dictionary of strings (also kept beside benchmark results)."""
-    found = {"seal_ops": __version__, "python": platform.python_version(), "platform": platform.platform()}
+    """Everything `seal env` prints, as a dictionary of strings (also kept beside results: so no path of the machine)."""
+    found = {"seal_ops": __version__, "python": platform.python_version(), "platform": f"{platform.system()} {platform.machine()}"}
     found.update({name: _version(name) for name in _PACKAGES})
     found["torch cuda"] = torch.version.cuda or "none (a CPU build of torch)"
-    found["nvcc"] = shutil.which("nvcc") or "not on PATH"
+    found["nvcc"] = _nvcc()
     if torch.cuda.is_available():
         major, minor = torch.cuda.get_device_capability()
         found["gpu"] = f"{torch.cuda.get_device_name()} (compute capability {major}.{minor}), {torch.cuda.device_count()} visible"
