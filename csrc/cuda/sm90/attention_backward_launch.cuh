@@ -18,9 +18,7 @@ inline TileSource tile_source(const BackwardKernelParams& p, const BackwardTenso
   return {t.data, p.cu_seqlens_q != nullptr ? 1 : p.batch, rows, heads, p.head_dim, t.batch_stride, t.row_stride, t.head_stride};
 }
 
-// Query rows of a step of the main kernel.
-template <int kD>
-constexpr int kStepRows = 64;
+constexpr int kStepRows = 64;  // queries of a step of the main kernel
 
 inline cudaError_t make_maps(BackwardMaps* maps, const BackwardKernelParams& p, int query_rows, int key_rows) {
   const bool packed = p.cu_seqlens_q != nullptr;
@@ -32,7 +30,7 @@ inline cudaError_t make_maps(BackwardMaps* maps, const BackwardKernelParams& p, 
 
 template <class T, int kD, BackwardWork kWork>
 cudaError_t launch_main(const BackwardKernelParams& p, cudaStream_t stream) {
-  constexpr int kM = kStepRows<kD>;
+  constexpr int kM = kStepRows;
   BackwardMaps maps;
   SEAL_RETURN_IF_ERROR(make_maps(&maps, p, kM, p.key_rows));
   int bytes;
@@ -108,7 +106,7 @@ cudaError_t launch_backward(const BackwardKernelParams& p, cudaStream_t stream) 
   const bool rotate = p.cos != nullptr;
   if (p.dq != nullptr) {
     const AccumulatorTiles t{p.dq, 0, p.padded_rows_q * kD, 1, p.heads_q, true, p.grad_q, p.softmax_scale, rotate};
-    SEAL_RETURN_IF_ERROR((launch_tiles<T, kD, kStepRows<kD>, kStepRows<kD> == 128>(p, t, stream)));
+    SEAL_RETURN_IF_ERROR((launch_tiles<T, kD, kStepRows, false>(p, t, stream)));
   }
   if (p.splits > 1) {
     constexpr int kRows = key_rows(kD);

@@ -2,7 +2,7 @@
 // through the query tiles that see them, for every query head of the group in turn, so that dK and dV stay in registers.
 //
 // Warpgroup 0 produces: warp 0 streams K, Q, dO and the row vectors through TMA, warp 1 reloads V at the end of a head.
-// Warpgroups 1 and 2 consume, 64 keys each. A step (64 or 128 queries) is five products:
+// Warpgroups 1 and 2 consume, 64 keys each. A step, 64 queries, is five products:
 //   S^T = K Q^T    dP^T = V dO^T    dV += P^T dO    dQ = dS K    dK += dS^T Q
 // S^T and dP^T are computed transposed, so that P^T and dS^T are A operands in registers; only dQ needs dS in shared memory.
 // S of the next step is issued behind dV: so there are products in flight while dS is made, and while the two warpgroups wait
@@ -297,11 +297,10 @@ __global__ void __launch_bounds__(384, 1)
     const auto k_rows = Operand<Major::kK, kTileRows>::at_uniform(base + group * 64 * kSlabRowBytes);
     const auto v_rows = Operand<Major::kK, kTileRows>::at_uniform(base + Shared::kBytesKv + group * 64 * kSlabRowBytes);
     const auto q_rows = [&](int step) { return Operand<Major::kK, kM>::at_uniform(base + Shared::offset_q(stage_of<Shared::kStagesQ>(step))); };
-    // dQ: 64 queries a warpgroup. Of 128 queries each takes half the rows, of 64 half the channels.
-    constexpr bool kSplitRows = kM == 128;
-    constexpr int kDqColumns = kSplitRows ? kD : kD / 2, kDqFloats = 64 * kDqColumns / 128;
-    static_assert(kSplitRows || kM == 64);
-    const uint32_t dq_columns = kSplitRows ? 0 : group * kDqColumns;
+    // dQ of a step: 64 queries, each warpgroup half of the channels.
+    static_assert(kM == 64, "one wgmma of dQ has 64 rows");
+    constexpr int kDqColumns = kD / 2, kDqFloats = 64 * kDqColumns / 128;
+    const uint32_t dq_columns = group * kDqColumns;
     const auto k_columns = Operand<Major::kMN, kTileRows>::at_uniform(base + dq_columns / 64 * (kTileRows * kSlabRowBytes) + dq_columns % 64 * 2);
 
     const auto issue_s = [&](float (&acc)[kM / 2], int step) {
@@ -336,9 +335,8 @@ __global__ void __launch_bounds__(384, 1)
     const int begin = uniform_register(task.begin), end = uniform_register(task.end);
     int m = begin, head = 0, step = 0;
     const auto issue_dq = [&](float (&dq)[kDqFloats], int buffer) {
-      const uint32_t ds = base + Shared::offset_ds(buffer) + (kSplitRows ? group * 64 * kSlabRowBytes : 0);
       wgmma_fence();
-      product<T, kTileRows>(dq, Operand<Major::kK, kM>::at_uniform(ds), k_columns, false);
+      product<T, kTileRows>(dq, Operand<Major::kK, kM>::at_uniform(base + Shared::offset_ds(buffer)), k_columns, false);
       wgmma_commit();
     };
     const auto add_dq = [&](const float (&dq)[kDqFloats], float* out) {
