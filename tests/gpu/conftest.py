@@ -9,9 +9,38 @@ from seal_ops.backends import why_not
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "xdist_group(name): tests of a group run one after another in one worker of pytest-xdist")
+    config.pluginmanager.register(DeviceSurvives())
 
 
-def pytest_collection_modifyitems(items):
+class DeviceSurvives:
+    """A kernel's fault shows in the test that launched it, also in the shared tests. The process is of no use afterwards: a
+    worker of pytest-xdist ends here, is reported with the test's name and replaced; without workers the session ends. One
+    fault must not fail every test after it."""
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtest_teardown(self, item):
+        if not torch.cuda.is_initialized():
+            return
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError as fault:
+            sentence = f"the device met a fault in {item.nodeid}: {str(fault).splitlines()[0]}"
+            if "PYTEST_XDIST_WORKER" in os.environ:
+                os.write(2, f"{sentence}\n".encode())
+                os._exit(1)
+            pytest.exit(sentence, returncode=1)
+
+
+@pytest.hookimpl(trylast=True)  # after -k and -m
+def pytest_collection_modifyitems(config, items):
+    """SEAL_PART=i/n keeps every n-th test from the i-th on: a suite spread over several GPUs or runs."""
+    if "SEAL_PART" in os.environ:
+        part, parts = map(int, os.environ["SEAL_PART"].split("/"))
+        if not 1 <= part <= parts:
+            raise pytest.UsageError(f"SEAL_PART must be i/n with 1 <= i <= n, got {os.environ['SEAL_PART']}")
+        kept = items[part - 1::parts]
+        config.hook.pytest_deselected(items=[item for n, item in enumerate(items) if n % parts != part - 1])
+        items[:] = kept
     if torch.cuda.is_available():
         return
     for item in items:
@@ -44,17 +73,3 @@ def poisoned():
     assert torch.empty(5, device="cuda").isnan().all()
     yield
     torch.use_deterministic_algorithms(before)
-
-
-@pytest.fixture(autouse=True)
-def _device_survives():
-    """A kernel's fault shows in the test that launched it. The process is of no use afterwards: a worker of pytest-xdist ends
-    here, is reported with the test's name, and is replaced, so that one fault does not fail every test after it."""
-    yield
-    if torch.cuda.is_available():
-        try:
-            torch.cuda.synchronize()
-        except RuntimeError:
-            if "PYTEST_XDIST_WORKER" in os.environ:
-                os._exit(1)
-            raise

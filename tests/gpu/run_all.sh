@@ -1,18 +1,28 @@
 #!/usr/bin/env bash
 # The whole GPU suite on a machine with a Hopper GPU, nvcc and a CUDA torch: builds the extension, runs the shared tests and
-# the GPU tests on the cuda and triton backends, then compute-sanitizer. At most 8 minutes; a table of the stages comes last.
+# the GPU tests on the cuda and triton backends, and compute-sanitizer. At most 8 minutes; a table of the stages comes last.
 #
 # usage: tests/gpu/run_all.sh [WORKDIR]     logs and JUnit files stay in WORKDIR (default: a new temporary folder)
-#        SEAL_PREBUILT=DIR  skips the build and tests the package installed in DIR
+#        SEAL_STAGES="build cuda ..."       only these of: build cuda triton memcheck racecheck synccheck
+#        SEAL_PART=2/3                      only the second third of the tests of the cuda and triton stages
+#        SEAL_PREBUILT=DIR                  no build: tests the package installed in DIR
+#        SEAL_SECONDS=300                   time for everything together (default 470)
+# Over two GPUs, after SEAL_STAGES=build tests/gpu/run_all.sh /tmp/gpu, with SEAL_PREBUILT=/tmp/gpu/package for both:
+#   CUDA_VISIBLE_DEVICES=0 SEAL_PART=1/2 tests/gpu/run_all.sh /tmp/gpu/1 &
+#   CUDA_VISIBLE_DEVICES=1 SEAL_PART=2/2 SEAL_STAGES="cuda triton" tests/gpu/run_all.sh /tmp/gpu/2
 set -uo pipefail
 root=$(cd "$(dirname "$0")/../.." && pwd)
 work=${1:-$(mktemp -d)}
 mkdir -p "$work/run"
 python=${PYTHON:-python3}
-started=$SECONDS
+stages=" ${SEAL_STAGES:-build cuda triton memcheck racecheck synccheck} "
+for name in $stages; do
+  case $name in build | cuda | triton | memcheck | racecheck | synccheck) ;; *) echo "SEAL_STAGES must name stages, got $name" >&2; exit 2 ;; esac
+done
 declare -a table=()
 status=0
 
+left() { echo $((${SEAL_SECONDS:-470} - SECONDS > 10 ? ${SEAL_SECONDS:-470} - SECONDS : 10)); }
 finish() {  # name, exit code, seconds, remark
   local verdict=passed
   [ "$2" -eq 0 ] || { verdict=FAILED; status=1; }
@@ -37,7 +47,8 @@ fi
 cp -r "$root/tests" "$root/csrc" "$work/run/"
 cp "$root/pyproject.toml" "$work/run/" 2>/dev/null
 cd "$work/run"
-export PYTHONPATH="$package${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 SEAL_TRITON_AUTOTUNE=0 TRITON_CACHE_DIR="$work/triton-cache"
+export PYTHONPATH="$package${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 SEAL_TRITON_AUTOTUNE=0
+export TRITON_CACHE_DIR="${TRITON_CACHE_DIR:-$work/triton-cache}"
 # A build whose kernels do not load would only skip their tests: that is a failure here.
 "$python" - >"$work/import.log" 2>&1 <<'PYTHON'
 import sys
@@ -51,42 +62,50 @@ finish import $? 0 "$(tail -n 1 "$work/import.log" | cut -c1-400)"
 
 # One thread for each worker: more would only stand in each other's way.
 export OMP_NUM_THREADS=1
-limit=${SEAL_STAGE_S:-330}
 report() {  # a stage that ran beside others: name, exit code, seconds
   echo "$2 $3" >"$work/$1.status"
-  echo "$1 ended with code $2 after $3 s"
+  echo "$1 ended with code $2 after $3 s (at $SECONDS s)"
 }
 has() { "$python" -c "import $1" 2>/dev/null; }
 suite() {  # name, workers, pytest arguments
-  local name=$1 count=$2 begin=$SECONDS options=()
+  local name=$1 count=$2 begin=$SECONDS limit options=()
   shift 2
+  [[ $stages == *" $name "* ]] || return 0
+  limit=$(left)
   has xdist && options+=(-n "$count" --dist loadgroup)
-  has pytest_timeout && options+=(--session-timeout="$limit")  # ends between two tests, and reports
-  timeout -k 5 $((limit + 40)) "$python" -m pytest -q --tb=line --durations=5 -p no:cacheprovider "${options[@]}" \
+  # The session's limit ends between two tests, and reports; a test that hangs ends its worker, which says its name.
+  has pytest_timeout && options+=(--session-timeout=$((limit - 8)) --timeout=150 --timeout-method=thread)
+  timeout -k 2 "$limit" "$python" -m pytest -v -rs --tb=short --durations=15 -p no:cacheprovider "${options[@]}" \
     --junitxml="$work/$name.xml" "$@" >"$work/$name.log" 2>&1
   report "$name" $? $((SECONDS - begin))
 }
-sanitizer() {  # tool, parts
+sanitizer() {  # tool, parts of sanitize.py
   local tool=$1 begin=$SECONDS code
   shift
+  [[ $stages == *" $tool "* ]] || return 0
   command -v compute-sanitizer >/dev/null || { echo "SUMMARY: compute-sanitizer is not installed" >"$work/$tool.log"; report "$tool" 77 0; return; }
-  PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout -k 5 "$limit" compute-sanitizer --tool "$tool" --kernel-name kns=seal \
+  PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout -k 2 "$(left)" compute-sanitizer --tool "$tool" --kernel-name kns=seal \
     --error-exitcode 9 --print-limit 2000 "$python" tests/gpu/sanitize.py "$@" >"$work/$tool.log" 2>&1
   code=$?
   [ "$tool" = racecheck ] && [ $code -eq 9 ] && { "$python" tests/gpu/known_races.py "$work/racecheck.log" >>"$work/racecheck.log"; code=$?; }
   report "$tool" $code $((SECONDS - begin))
 }
-suite cuda 7 tests/gpu tests/test_ops.py tests/test_rope.py -k "[cuda or -cuda or ptx_kit" &
-suite triton 8 tests/gpu tests/test_ops.py tests/test_rope.py tests/test_triton_kernels.py -k "[triton or -triton or triton_kernels" &
-for tool in memcheck racecheck synccheck; do sanitizer $tool & done
+# The processes of a GPU take turns on it: the two suites one after the other take no longer than side by side.
+rm -f "$work"/*.status
+sanitizer memcheck forward backward rope grid &
+sanitizer racecheck &
+sanitizer synccheck &
+suite cuda "${SEAL_WORKERS:-6}" tests/gpu tests/test_ops.py tests/test_rope.py -k "[cuda or -cuda or ptx_kit"
+suite triton "${SEAL_WORKERS:-8}" tests/gpu tests/test_ops.py tests/test_rope.py tests/test_triton_kernels.py -k "[triton or -triton or triton_kernels"
 wait
 for name in cuda triton memcheck racecheck synccheck; do
+  [ -e "$work/$name.status" ] || continue
   read -r code seconds <"$work/$name.status"
   finish "$name" "$code" "$seconds" "$(grep -E ' (passed|failed|error)|SUMMARY|not finite|^known_races' "$work/$name.log" | tail -n 1 | cut -c1-110)"
 done
 
-grep -h -E '^(FAILED|ERROR)' "$work"/cuda.log "$work"/triton.log | cut -c1-230 | head -n 40
+cat "$work"/cuda.log "$work"/triton.log 2>/dev/null | grep -E '^(FAILED|ERROR)' | cut -c1-230 | head -n 40
 echo
 printf '%s\n' "${table[@]}"
-printf 'all stages: %d s, logs in %s\n' $((SECONDS - started)) "$work"
+printf 'all stages: %d s, logs in %s\n' $SECONDS "$work"
 exit $status

@@ -1,13 +1,19 @@
 """Every kernel of the cuda backend once or twice on small odd shapes: what run_all.sh runs under compute-sanitizer.
 
-usage: sanitize.py [forward] [backward] [rope]     (default: all)
+usage: sanitize.py [forward] [backward] [rope] [grid]     (default: all but the grid)
+
+`grid` is the packed half of test_gpu_grid.py, forward and backward, without an oracle: every mask, factor and dtype on
+sequences that end inside a tile.
 """
+import pathlib
 import sys
 
 import torch
 
 import seal_ops
 from seal_ops import rope_frequencies, rope_tables
+
+sys.path[:0] = [str(pathlib.Path(__file__).parents[1])]  # cases.py
 
 BACKEND = dict(backend="cuda")
 
@@ -54,10 +60,20 @@ def rope():
         yield from seal_ops.rope(q[:, -5:], k, *table, interleaved=interleaved, inverse=True, **BACKEND)
 
 
+def grid():
+    from cases import make, run
+    from test_gpu_grid import PACKED, covering
+
+    for case, dtype in covering(PACKED, (64, 128, 256)):
+        got = run(lambda **arguments: seal_ops.attention(**arguments, return_lse=True, **BACKEND), case, make(case, dtype, "cuda"))
+        del got["lse"]  # -inf where a row sees no key
+        yield from got.values()
+
+
 def main():
     parts = sys.argv[1:] or ["forward", "backward", "rope"]
     torch.manual_seed(0)
-    results = [t for part in parts for t in {"forward": forward, "backward": backward, "rope": rope}[part]()]
+    results = [t for part in parts for t in {"forward": forward, "backward": backward, "rope": rope, "grid": grid}[part]()]
     torch.cuda.synchronize()
     bad = sum(not bool(t.detach().cpu().isfinite().all()) for t in results)
     print(f"{len(results)} results of {', '.join(parts)}, {bad} of them not finite")
