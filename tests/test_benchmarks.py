@@ -84,6 +84,36 @@ def test_the_command_writes_rows_with_the_environment_and_a_plot(tmp_path, capsy
     assert "seal-cpu" in capsys.readouterr().out
 
 
+def test_parts_are_measured_one_by_one_resumed_and_merged(tmp_path, capsys):
+    options = ["--shape", "tiny:48:1", "--shape", "tiny:33:2", "--only", "seal-cpu,sdpa,hf-sdpa,hf-rotary", "--row-ms", "2", "--out", str(tmp_path), "--device", "cpu"]
+    assert bench.main([*options, "--name", "cut", "--part", "1/2", "--ops", "attention"]) == 0
+    first = json.loads((tmp_path / "cut-part1of2.json").read_text())["rows"]
+    assert bench.main([*options, "--name", "cut", "--part", "1/2", "--resume"]) == 0
+    rows = json.loads((tmp_path / "cut-part1of2.json").read_text())["rows"]
+    assert rows[:len(first)] == first and {r["operation"] for r in rows} == set(contestants.OPERATIONS) and len({r["seqlen"] for r in rows}) == 1
+    assert bench.main([*options, "--name", "cut", "--part", "2/2"]) == 0
+    parts = [str(tmp_path / f"cut-part{n}of2.json") for n in (1, 2)]
+    assert bench.main(["--merge", *parts, "--name", "whole", "--out", str(tmp_path)]) == 0
+    with open(tmp_path / "whole.csv") as file:
+        merged = list(csv.DictReader(file))
+    assert {(r["seqlen"], r["batch"]) for r in merged} == {("48", "1"), ("33", "2")} and "--part 1/2" in merged[0]["command"]
+    assert len(json.loads((tmp_path / "whole.json").read_text())["runs"]) == 2
+    assert "| tiny 33 × 2 |" in (tmp_path / "whole.md").read_text() and (tmp_path / "whole.png").exists()
+    capsys.readouterr()
+    for arguments, sentence in ((["--merge", parts[0], parts[0]], "must get every operation at a shape from one file"),
+                                (["--merge", str(tmp_path / "whole.md")], "expected a JSON file that seal bench wrote")):
+        with pytest.raises(SystemExit):
+            bench.main([*arguments, "--out", str(tmp_path)])
+        assert sentence in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("parts", [1, 2, 3, 4, 9])
+def test_parts_cover_every_shape_once(parts):
+    whole = shapes.SUITES["headline"]
+    split = [shapes.part_of(whole, f"{n}/{parts}") for n in range(1, parts + 1)]
+    assert sorted(map(str, sum(split, []))) == sorted(map(str, whole)) and (parts < 2 or split[0] == whole[-1:])
+
+
 def test_no_time_left_means_no_rows_and_it_is_said(tmp_path, capsys):
     bench.main(["--suite", "smoke", "--budget-s", "0", "--out", str(tmp_path), "--device", "cpu", "--no-compiled"])
     assert "rows were left out" in capsys.readouterr().out and not list(tmp_path.iterdir())
@@ -91,7 +121,7 @@ def test_no_time_left_means_no_rows_and_it_is_said(tmp_path, capsys):
 
 @pytest.mark.parametrize("arguments, sentence", [
     (["--shape", "gpt:8k"], "--shape must be MODEL:LENGTH"), (["--shape", "gemma-7b:8x"], "a length like 8192 or 8k"),
-    (["--ops", "softmax"], "--ops must name some of"), (["--only", "fa9"], "--only must name some of")])
+    (["--part", "3/2"], "--part must be I/N"), (["--part", "x"], "--part must be I/N"), (["--ops", "softmax"], "--ops must name some of"), (["--only", "fa9"], "--only must name some of")])
 def test_bad_arguments_get_one_sentence(arguments, sentence, capsys):
     with pytest.raises(SystemExit) as stopped:
         bench.main(arguments)

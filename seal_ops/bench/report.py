@@ -2,17 +2,19 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import io
 import json
 import os
 import platform
+import statistics
 import subprocess
 
 import torch
 
 from ..files import atomic_write, replacing
 from .contestants import Contestant
-from .shapes import length_name
+from .shapes import MODELS, length_name
 
 FIELDS = ("operation", "direction", "contestant", "model", "batch", "seqlen", "heads", "kv_heads", "head_dim", "window", "dtype",
           "ms", "ms_p20", "ms_p80", "calls", "tflops", "matmul_share", "gbps", "copy_share", "peak_mib", "worst_error", "status")
@@ -58,23 +60,88 @@ def _git(*arguments: str) -> str:
     return _output("git", *arguments)
 
 
-class Record:
-    """The rows of one run, written whole after every addition, so that a run that is cut off keeps what it measured."""
+@dataclasses.dataclass
+class Measured:
+    """What one process measured: its command, the facts of its machine and its rows."""
 
-    def __init__(self, folder: str, name: str, facts: dict[str, str], command: str):
+    command: str
+    environment: dict[str, str]
+    rows: list[dict]
+
+
+class Record:
+    """Result files of one run, or of several put together; written whole after every addition, so that a run that is cut
+    off keeps what it measured."""
+
+    def __init__(self, folder: str, name: str, runs: list[Measured], command: str):
         self.stem = os.path.join(folder, name)
-        self.facts, self.command = facts, command
-        self.rows: list[dict] = []
+        self.runs, self.command = runs, command
+
+    @property
+    def rows(self) -> list[dict]:
+        return sorted((row for run in self.runs for row in run.rows),
+                      key=lambda r: (list(TITLES).index(r["operation"]), list(MODELS).index(r["model"]), r["seqlen"]))
 
     def add(self, rows: list[dict]) -> None:
-        self.rows += rows
-        atomic_write(self.stem + ".json", json.dumps({"command": self.command, "environment": self.facts, "rows": self.rows}, indent=1) + "\n")
+        """Rows of the last run."""
+        self.runs[-1].rows += rows
+        self.save()
+
+    def save(self) -> None:
+        """NAME.json and NAME.csv; every row of the CSV carries its own run's command and facts."""
+        stored = dataclasses.asdict(self.runs[0]) if len(self.runs) == 1 else {"command": self.command, "runs": list(map(dataclasses.asdict, self.runs))}
+        atomic_write(self.stem + ".json", json.dumps(stored, indent=1) + "\n")
         table = io.StringIO()
-        writer = csv.DictWriter(table, (*FIELDS, *self.facts, "command"), lineterminator="\n")
+        writer = csv.DictWriter(table, (*FIELDS, *dict.fromkeys(name for run in self.runs for name in run.environment), "command"), lineterminator="\n")
         writer.writeheader()
-        for row in self.rows:
-            writer.writerow({**row, **self.facts, "command": self.command})
+        for run in self.runs:
+            for row in run.rows:
+                writer.writerow({**row, **run.environment, "command": run.command})
         atomic_write(self.stem + ".csv", table.getvalue())
+
+    def finish(self, contestants: list[Contestant]) -> None:
+        """NAME.png and NAME.md of what was timed, if anything was."""
+        facts = self.runs[0].environment
+        title = f"{facts['gpu']}, driver {facts['driver']}, torch {facts['torch']}, {facts['commit']}; {self.command}"
+        ceilings = {name: statistics.fmean(float(run.environment[name]) for run in self.runs)
+                    for name in ("matmul_tflops", "copy_gbps") if all(name in run.environment for run in self.runs)}
+        if plot(self.rows, contestants, self.stem + ".png", title, ceilings):
+            commands = "".join(f"- `{run.command}`\n" for run in self.runs) if len(self.runs) > 1 else ""
+            atomic_write(self.stem + ".md", f"{title}\n{commands}\n{markdown(self.rows, contestants)}")
+            print(f"wrote {self.stem}.csv, .json, .md and .png")
+
+
+def load(path: str) -> list[Measured]:
+    """The runs of a result file. Raises ValueError in one sentence where it is none."""
+    try:
+        with open(path) as file:
+            stored = json.load(file)
+        return [Measured(**run) for run in stored.get("runs", [stored])]
+    except (OSError, ValueError, TypeError, AttributeError) as reason:
+        raise ValueError(f"expected a JSON file that seal bench wrote, got {path} ({reason})") from None
+
+
+def group_key(row: dict) -> tuple:
+    """An operation at a shape: figures are compared within it, so all of them come from one process."""
+    return row["operation"], row["model"], row["batch"], row["seqlen"]
+
+
+def joined(paths: list[str]) -> list[Measured]:
+    """The runs of several files, for one report. Raises ValueError where an operation at a shape was measured twice or the
+    runs are not of one kind of card, driver, torch and commit."""
+    runs, seen = [], {}
+    for path in paths:
+        found = load(path)
+        for key in {group_key(row) for run in found for row in run.rows}:
+            if key in seen:
+                raise ValueError(f"--merge must get every operation at a shape from one file, got {' '.join(map(str, key))} from {seen[key]} and {path}")
+            seen[key] = path
+        runs += found
+    for name in ("gpu", "driver", "torch", "commit", "extension"):
+        values = sorted({run.environment.get(name, "") for run in runs})
+        if len(values) > 1:
+            raise ValueError(f"--merge must get files of one {name}, got {' and '.join(values)}")
+    return runs
 
 
 TITLES = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import itertools
+import os
 import shlex
 import time
 
@@ -11,12 +12,13 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..files import atomic_write
 from . import gate, report, timing
 from .contestants import OPERATIONS, Contestant, Problem, Run, all_contestants
-from .shapes import MODELS, SUITES, Shape, parse_shape
+from .shapes import MODELS, SUITES, Shape, parse_shape, part_of
 
-EXAMPLE = "example: seal bench --suite headline --fa3 ./fa3 --out results --budget-s 240"
+EXAMPLE = """examples:
+  seal bench --suite headline --fa3 ./fa3 --out results --budget-s 240
+  for i in 1 2 3; do CUDA_VISIBLE_DEVICES=$i seal bench --part $i/3 --name h & done; wait; seal bench --merge benchmarks/results/h-part*.json"""
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -35,6 +37,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--row-ms", type=float, default=120, metavar="MS", help="device time for each figure")
     parser.add_argument("--out", default="benchmarks/results", metavar="FOLDER", help="folder for NAME.csv, .json, .md and .png")
     parser.add_argument("--name", help="of the result files (suite and GPU)")
+    parser.add_argument("--part", metavar="I/N", help="only the I-th of N parts of the shapes, each its own process, on a GPU of its own or later")
+    parser.add_argument("--resume", action="store_true", help="keep what NAME.json holds already and measure the rest")
+    parser.add_argument("--merge", nargs="+", metavar="JSON", help="measure nothing: one report of these result files, such as the parts")
 
 
 def command_line(options: argparse.Namespace) -> str:
@@ -45,6 +50,9 @@ def command_line(options: argparse.Namespace) -> str:
     for action in parser._actions:
         value = getattr(options, action.dest, action.default)
         if action.dest == "help" or value == action.default:
+            continue
+        if action.nargs == "+":
+            words += [action.option_strings[0], *value]
             continue
         for item in value if isinstance(value, list) else [value]:
             words += [action.option_strings[0]] if item is True else [action.option_strings[0], str(item)]
@@ -214,6 +222,11 @@ def _chosen(option: str, given: str | None, known: list[str]) -> list[str]:
 def bench(options: argparse.Namespace) -> int:
     """Runs the benchmark that `add_options` describes. Returns 1 where a contestant was wrong; raises ValueError in one sentence."""
     started = time.monotonic()
+    if options.merge:
+        record = report.Record(options.out, options.name or "merged", report.joined(options.merge), command_line(options))
+        record.save()
+        record.finish(all_contestants())
+        return 0
     device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"--device must be one that torch sees, got {options.device} without a GPU")
@@ -226,24 +239,37 @@ def bench(options: argparse.Namespace) -> int:
     suite = options.suite or (None if shapes else "headline" if on_gpu else "smoke")
     shapes += SUITES[suite] if suite else []
 
+    if options.part is not None:
+        shapes = part_of(shapes, options.part)
+
     facts = report.environment(device)
     name = options.name or f"{suite or 'shapes'}-{facts['gpu'].removeprefix('NVIDIA ').replace(' ', '-').lower() if on_gpu else 'cpu'}"
-    record = report.Record(options.out, name, facts, command_line(options))
+    if options.part is not None:
+        name += "-part" + options.part.replace("/", "of")
+    run = report.Measured(command_line(options), facts, [])
+    record = report.Record(options.out, name, [run], run.command)
+    if options.resume and os.path.exists(record.stem + ".json"):
+        resume(run, record.stem + ".json")
     clock = timing.Clock(device)
-    limits = timing.ceilings(clock, dtype) if on_gpu else None
-    if limits:
+    limits = None
+    if "matmul_tflops" in facts:  # resumed: those of the same run
+        limits = timing.Ceilings(float(facts["matmul_tflops"]), float(facts["copy_gbps"]))
+    elif on_gpu:
+        limits = timing.ceilings(clock, dtype)
         facts["matmul_tflops"], facts["copy_gbps"] = f"{limits.matmul_tflops:.1f}", f"{limits.copy_gbps:.1f}"
+    if limits:
         print(f"{facts['gpu']}, driver {facts['driver']}, torch {facts['torch']}: matrix product {limits.matmul_tflops:.0f} TFLOP/s, "
               f"copy {limits.copy_gbps:.0f} GB/s", flush=True)
     session = Session(device, dtype, clock, limits, options.row_ms)
 
     left_out = 0
-    # Contestants under torch.compile come in a second pass: their start-up costs seconds a shape and must not eat the others' time.
-    # The projection, whose rows repeat the attention's, comes last.
-    passes = sorted(itertools.product(operations, (False, True)), key=lambda p: (p[0] == "attention_o_proj", p[1]))
+    done = {(*report.group_key(row), row["contestant"]) for row in run.rows}
+    # Contestants under torch.compile come in a second pass: their start-up costs seconds a shape and must not eat the others'
+    # time. The projection, whose rows repeat the attention's, comes last in each.
+    passes = sorted(itertools.product(operations, (False, True)), key=lambda p: (p[1], p[0] == "attention_o_proj"))
     for (operation, compiled), shape in itertools.product(passes, shapes):
         group = [c for c in contestants if c.name in only and c.compiled == compiled and operation in c.operations]
-        if not group or (compiled and options.no_compiled):
+        if not group or (compiled and options.no_compiled) or all((operation, shape.model, shape.batch, shape.seqlen, c.name) in done for c in group):
             continue
         if time.monotonic() - started > options.budget_s:
             left_out += 1
@@ -253,11 +279,18 @@ def bench(options: argparse.Namespace) -> int:
         show(shape, operation, [r for r in rows if not r["status"].startswith("runs on")], time.monotonic() - started)
     if left_out:
         print(f"{left_out} rows were left out: the budget of {options.budget_s:.0f} s was used up")
-    title = f"{facts['gpu']}, driver {facts['driver']}, torch {facts['torch']}, {facts['commit']}; {record.command}"
-    if report.plot(record.rows, contestants, record.stem + ".png", title, dataclasses.asdict(limits) if limits else {}):
-        atomic_write(record.stem + ".md", f"{title}\n\n{report.markdown(record.rows, contestants)}")
-        print(f"wrote {record.stem}.csv, .json, .md and .png")
+    record.finish(contestants)
     return 1 if any(r["status"].startswith("wrong") for r in record.rows) else 0
+
+
+def resume(run: report.Measured, path: str) -> None:
+    """Puts the rows and ceilings of an earlier, unfinished run into `run`. Raises ValueError where it is not the same run."""
+    (earlier, *others) = report.load(path)
+    for name, value in run.environment.items():
+        if others or earlier.environment.get(name) != value:
+            raise ValueError(f"--resume must find an unfinished run of the same {name} {value}, got {path} with {earlier.environment.get(name)}")
+    run.environment.update(earlier.environment)
+    run.rows += earlier.rows
 
 
 def measure_shape(operation: str, shape: Shape, group: list[Contestant], session: Session) -> list[dict]:

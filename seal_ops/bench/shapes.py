@@ -86,6 +86,22 @@ SUITES: dict[str, list[Shape]] = {
 }
 
 
+def part_of(shapes: list[Shape], text: str) -> list[Shape]:
+    """The i-th of n parts of about equal work, from "i/n"; together the parts are `shapes`. Raises ValueError in one sentence."""
+    try:
+        part, parts = map(int, text.split("/"))
+    except ValueError:
+        part, parts = 0, 0
+    if not 1 <= part <= parts:
+        raise ValueError(f"--part must be I/N with 1 <= I <= N, got {text!r}")
+    # Start-up, compilation and the gate of a shape take about as long as 2e13 FLOPs of every contestant.
+    cost = {shape: 2e13 + shape.forward_flops for shape in shapes}
+    mine: list[set[Shape]] = [set() for _ in range(parts)]
+    for shape in sorted(shapes, key=lambda s: -cost[s]):
+        min(mine, key=lambda chosen: sum(cost[s] for s in chosen)).add(shape)
+    return [shape for shape in shapes if shape in mine[part - 1]]
+
+
 def parse_shape(text: str) -> Shape:
     """`model:length` or `model:length:batch`, lengths as 8192 or 8k. Raises ValueError in one sentence."""
     parts = text.split(":")
