@@ -34,7 +34,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", help="cuda where there is one, unless given")
     parser.add_argument("--fa3", metavar="FOLDER", help="folder with FlashAttention-3's library, a peer for timing only")
     parser.add_argument("--budget-s", type=float, default=600, metavar="SECONDS", help="start no new rows after this time")
-    parser.add_argument("--row-ms", type=float, default=120, metavar="MS", help="device time for each figure")
+    parser.add_argument("--row-ms", type=float, default=180, metavar="MS", help="device time for each figure")
     parser.add_argument("--out", default="benchmarks/results", metavar="FOLDER", help="folder for NAME.csv, .json, .md and .png")
     parser.add_argument("--name", help="of the result files (suite and GPU)")
     parser.add_argument("--part", metavar="I/N", help="only the I-th of N parts of the shapes, each its own process, on a GPU of its own or later")

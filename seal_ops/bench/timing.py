@@ -39,10 +39,12 @@ class Clock:
             size = torch.cuda.get_device_properties(device).L2_cache_size
             self._flush = torch.empty(4 * size, dtype=torch.int8, device=device)
 
-    def __call__(self, call: Callable[[], object], repeat: int) -> list[float]:
-        """Milliseconds of each of `repeat` calls."""
+    def __call__(self, call: Callable[[], object], repeat: int, warm: int = 0) -> list[float]:
+        """Milliseconds of each of `repeat` calls, after `warm` calls that are not timed."""
         if self.device.type != "cuda":
             samples = []
+            for _ in range(warm):
+                call()
             for _ in range(repeat):
                 start = time.perf_counter()
                 call()
@@ -51,7 +53,10 @@ class Clock:
         events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeat)]
         # The host queues all of it behind a short sleep of the device and so stays ahead: what a call costs on the host (a
         # tenth of a millisecond under autograd) would otherwise be counted wherever the device waits for it.
-        torch.cuda._sleep(min(30_000_000, 300_000 * repeat))  # cycles: 0.15 ms a call, at most 15 ms
+        torch.cuda._sleep(min(30_000_000, 300_000 * (warm + repeat)))  # cycles: 0.15 ms a call, at most 15 ms
+        for _ in range(warm):
+            self._flush.zero_()
+            call()
         for start, end in events:
             self._flush.zero_()
             start.record()
@@ -62,17 +67,20 @@ class Clock:
 
 
 def in_turn(calls: dict[str, Callable[[], object]], clock: Clock, budget_ms: float, rounds: int = 3,
-            most: int = 100) -> dict[str, Times]:
+            most: int = 100, warm_ms: float = 25) -> dict[str, Times]:
     """Times every call for about `budget_ms`, in `rounds` rounds over all of them; at least twice, however long it takes.
 
-    The calls have run once before (the gate sees to that): what they compile or load is not timed.
+    The calls have run once before (the gate sees to that): what they compile or load is not timed. Each turn begins with
+    `warm_ms` of untimed calls, as do_bench does: within such a time the card's clock settles where this call's power puts it,
+    and not the call before it or a pause.
     """
     estimates = {name: clock(call, 1)[0] for name, call in calls.items()}
     samples: dict[str, list[float]] = {name: [] for name in calls}
     for turn in range(rounds):
         for name, call in calls.items():
             if turn < 2 or turn * estimates[name] < budget_ms:
-                samples[name] += clock(call, max(1, min(most, round(budget_ms / rounds / max(estimates[name], 1e-3)))))
+                count = lambda ms: min(most, round(ms / max(estimates[name], 1e-3)))
+                samples[name] += clock(call, max(1, count(budget_ms / rounds)), count(min(warm_ms, budget_ms / rounds)))
     return {name: Times.of(values) for name, values in samples.items()}
 
 
