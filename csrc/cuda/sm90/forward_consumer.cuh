@@ -348,10 +348,12 @@ class Consumer {
     fence_proxy_async();
     __syncwarp();
     if (lane == 0) {
-      const RowCoordinates at(arguments_.sequences.packed(), 16, first_row, tile.length_q, tile.first_q);
+      if (first_row < tile.length_q) {  // no box without a row: see the loading of Q
+        const RowCoordinates at(arguments_.sequences.packed(), 16, first_row, tile.length_q, tile.first_q);
 #pragma unroll
-      for (int slab = 0; slab < slabs(kHeadDim); ++slab) {
-        tma_store(&maps_.out, staging + (slab * Config::kQRows + 16 * warp_) * kSlabRowBytes, slab * kSlabColumns, tile.head, at);
+        for (int slab = 0; slab < slabs(kHeadDim); ++slab) {
+          tma_store(&maps_.out, staging + (slab * Config::kQRows + 16 * warp_) * kSlabRowBytes, slab * kSlabColumns, tile.head, at);
+        }
       }
       bulk_commit();
       barrier_arrive(&shared_.tile_empty[slot_.stage]);

@@ -63,9 +63,12 @@ SEAL_DEVICE void produce_operands(Shared<Config>& shared, const Maps& maps, cons
     const bool any = tile.block_end > tile.block_begin;
     if (any) load_k(tile.block_end - 1);
     barrier_wait(&shared.q_empty[q.stage], q.phase ^ 1);
-    barrier_expect_bytes(&shared.q_full[q.stage], Config::kWarpgroups * Config::kQBytes);
-#pragma unroll
-    for (int w = 0; w < Config::kWarpgroups; ++w) {
+    // Only boxes that hold a row: of one wholly outside the hardware still touches the map's base, which for packed sequences
+    // lies before the tensor, perhaps where nothing is mapped.
+    const int boxes = min(Config::kWarpgroups, (tile.length_q - tile.row + Config::kQRows - 1) / Config::kQRows);
+    barrier_expect_bytes(&shared.q_full[q.stage], boxes * Config::kQBytes);
+#pragma unroll 1
+    for (int w = 0; w < boxes; ++w) {
       const RowCoordinates at(packed, Config::kQRows, tile.row + w * Config::kQRows, tile.length_q, tile.first_q);
       tma_load_tile<Config::kQRows, Config::kHeadDim>(shared.q[q.stage][w], &maps.q, &shared.q_full[q.stage], tile.head, at, stream);
     }
