@@ -3,8 +3,8 @@
 // One thread block per multiprocessor, persistent. Warpgroup 0 supplies: its warp 0 runs the copy engine, its warp 1 picks
 // tiles and fetches the scale rows. The other warpgroups consume: each owns 64 query rows of the tile and walks the
 // key blocks from the last to the first, so that masked blocks come first. A consumer issues S' = Q K'^T of the next block,
-// then O += P V of the present one, and does the softmax of S' while the second product runs; the consumers take turns at
-// issuing, so that one's softmax falls under the other's products. O leaves through the shared memory of Q.
+// then O += P V of the present one, and does the softmax of S' from then on; the consumers take turns at issuing, so that
+// one's softmax falls under the other's products. O leaves through the shared memory of Q or V.
 #include "forward_consumer.cuh"
 #include "forward_producer.cuh"
 
@@ -27,12 +27,14 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
     };
     init(shared.tile_full, 2, 1);
     init(shared.tile_empty, 2, kConsumerWarps + 1);
+    init(&shared.tile_wanted, 1, 1);
     init(shared.q_full, Config::kQStages, 1);
     init(shared.q_empty, Config::kQStages, kConsumerWarps);
-    init(shared.k_full, Config::kStages, 1);
-    init(shared.k_empty, Config::kStages, kConsumerWarps);
-    init(shared.v_full, Config::kStages, 1);
-    init(shared.v_empty, Config::kStages, kConsumerWarps);
+    init(&shared.out_empty, 1, kConsumerWarps);
+    init(shared.k_full, Config::kKStages, 1);
+    init(shared.k_empty, Config::kKStages, kConsumerWarps);
+    init(shared.v_full, Config::kVStages, 1);
+    init(shared.v_empty, Config::kVStages, kConsumerWarps);
     fence_barrier_init();
     prefetch_map(&maps.q);
     prefetch_map(&maps.k);
@@ -101,6 +103,7 @@ cudaError_t launch(const AttentionForwardParams& p, cudaStream_t stream) {
   arguments.lse = p.lse;
   arguments.lse_head_stride = p.q.rows;
   arguments.lse_sequence_stride = p.q.heads * p.q.rows;
+  arguments.zero = 0;
   // Equal tiles are dealt out in turn; unequal ones are claimed, for which the counter must be zero.
   const bool equal = !packed && p.window_left < 0 && p.window_right < 0;
   arguments.tile_counter = equal || tiles <= grid ? nullptr : p.tile_counter;
@@ -114,14 +117,10 @@ cudaError_t launch(const AttentionForwardParams& p, cudaStream_t stream) {
 
 template <class T>
 cudaError_t launch_for_head_dim(const AttentionForwardParams& p, cudaStream_t stream) {
-#ifdef V_D
-  return launch<ForwardConfig<__nv_bfloat16, V_D, V_N, V_W, V_S, V_Q>>(p, stream);
-#else
-  //                                              head_dim, keys, warpgroups, K/V stages, Q stages
-  if (p.head_dim <= 64) return launch<ForwardConfig<T, 64, 128, 3, 4, 2>>(p, stream);
-  if (p.head_dim <= 128) return launch<ForwardConfig<T, 128, 128, 2, 2, 2>>(p, stream);
-  return launch<ForwardConfig<T, 256, 80, 2, 2, 1>>(p, stream);
-#endif
+  //                                              head_dim, keys, warpgroups, stages of K, V, Q
+  if (p.head_dim <= 64) return launch<ForwardConfig<T, 64, 128, 3, 4, 4, 2>>(p, stream);
+  if (p.head_dim <= 128) return launch<ForwardConfig<T, 128, 128, 2, 2, 3, 2>>(p, stream);
+  return launch<ForwardConfig<T, 256, 80, 2, 2, 2, 1>>(p, stream);
 }
 
 }  // namespace

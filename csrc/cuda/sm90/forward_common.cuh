@@ -5,34 +5,24 @@
 #include "tile_scheduler.cuh"
 #include "wgmma.cuh"
 
-#ifndef V_PR
-#define V_PR 40
-#define V_CR 232
-#endif
-#ifndef V_LATE
-#define V_LATE 128
-#endif
-#ifndef V_POLY
-#define V_POLY 0
-#endif
 namespace seal::sm90 {
 
-template <class T_, int kHeadDim_, int kBlockN_, int kWarpgroups_, int kStages_, int kQStages_>
+template <class T_, int kHeadDim_, int kBlockN_, int kWarpgroups_, int kKStages_, int kVStages_, int kQStages_>
 struct ForwardConfig {
   using T = T_;
   static constexpr int kHeadDim = kHeadDim_;        // of the shared-memory tiles; the tensors' may be smaller
   static constexpr int kWarpgroups = kWarpgroups_;  // consumers
   static constexpr int kBlockM = 64 * kWarpgroups_, kBlockN = kBlockN_;
-  static constexpr int kStages = kStages_;          // of K and of V
-  static constexpr int kQStages = kQStages_;
+  static constexpr int kKStages = kKStages_, kVStages = kVStages_, kQStages = kQStages_;
+  // O leaves through the shared memory of Q, or where there is one place for Q only, through that of V.
+  static constexpr bool kOutInValues = kQStages == 1;
   static constexpr int kThreads = 128 * (kWarpgroups + 1);
-  // 65,536 registers: 24 + 2 * 240 or 32 + 3 * 160 for each of 128 lanes of a warpgroup.
-  static constexpr int kProducerRegisters = kWarpgroups == 2 ? V_PR : 32;
-  static constexpr int kConsumerRegisters = kWarpgroups == 2 ? V_CR : 160;
+  // 65,536 registers: 40 + 2 * 232 or 32 + 3 * 160 for each of 128 lanes of a warpgroup.
+  static constexpr int kProducerRegisters = kWarpgroups == 2 ? 40 : 32;
+  static constexpr int kConsumerRegisters = kWarpgroups == 2 ? 232 : 160;
   // A big O is rescaled between the issue of the two products, under the first; a small one right after its own product.
-  static constexpr bool kRescaleLate = kHeadDim > V_LATE;
-  static constexpr int kPolynomial = kHeadDim == 64 ? V_POLY : 0;
-  static constexpr int kQRows = 64;                 // Q lies as one tile per warpgroup
+  static constexpr bool kRescaleLate = kHeadDim > 128;
+  static constexpr int kQRows = 64;  // Q lies as one tile per warpgroup
   static constexpr int kQBytes = tile_bytes(kQRows, kHeadDim);
   static constexpr int kKBytes = tile_bytes(kBlockN, kHeadDim);
 };
@@ -40,14 +30,14 @@ struct ForwardConfig {
 template <class Config>
 struct Shared {
   uint8_t q[Config::kQStages][Config::kWarpgroups][Config::kQBytes];
-  uint8_t k[Config::kStages][Config::kKBytes];
-  uint8_t v[Config::kStages][Config::kKBytes];
+  uint8_t k[Config::kKStages][Config::kKBytes];
+  uint8_t v[Config::kVStages][Config::kKBytes];
   float scale[2][Config::kHeadDim];
   Tile tile[2];
-  uint64_t tile_full[2], tile_empty[2];
-  uint64_t q_full[Config::kQStages], q_empty[Config::kQStages];
-  uint64_t k_full[Config::kStages], k_empty[Config::kStages];
-  uint64_t v_full[Config::kStages], v_empty[Config::kStages];
+  uint64_t tile_full[2], tile_empty[2], tile_wanted;
+  uint64_t q_full[Config::kQStages], q_empty[Config::kQStages], out_empty;
+  uint64_t k_full[Config::kKStages], k_empty[Config::kKStages];
+  uint64_t v_full[Config::kVStages], v_empty[Config::kVStages];
 };
 
 struct Maps {
@@ -62,6 +52,7 @@ struct Arguments {
   float* lse;
   int64_t lse_head_stride, lse_sequence_stride;
   int* tile_counter;
+  uint32_t zero;  // 0, which ptxas cannot know: see after() in softmax.cuh
 };
 
 // Position in a ring of kStages buffers.

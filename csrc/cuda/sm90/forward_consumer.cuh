@@ -7,32 +7,27 @@
 namespace seal::sm90 {
 
 // Walks the key blocks of a tile from the last to the first. One step issues S' = Q K'^T of the next block and O += P V of
-// the present one, and does the softmax of S' while the second product runs. Steps chain across tiles: the last step of a
-// tile issues the first S' of the next one, whose softmax and products then cover the storing of O.
+// the present one; the softmax of S' runs under that product and then under the products of the other warpgroups. Steps chain
+// across tiles: the last step of a tile issues the first S' of the next one, and O leaves under the second.
 template <class Config>
 class Consumer {
   using T = typename Config::T;
+  using Queries = Operand<Major::kK, Config::kQRows>;
   static constexpr int kN = Config::kBlockN, kHeadDim = Config::kHeadDim;
-  // A row block that ends in the left half of its last key block computes that half only.
-#ifdef V_NOHALF
-  static constexpr bool kHalves = false;
-#else
+  // Rows that end in the left half of their last key block compute the scores of that half only.
   static constexpr bool kHalves = kN == 128;
-#endif
-  // The next tile's Q must be there before this tile's O has left the shared memory it shares with Q.
-#ifdef V_NOCHAIN
-  static constexpr bool kChain = false;
-#else
+  // Chaining takes two places for Q: the next tile's must be there before this tile's is done with.
   static constexpr bool kChain = Config::kQStages > 1;
-#endif
+  static constexpr bool kOutInValues = Config::kOutInValues;
   using Whole = std::false_type;
   using Half = std::bool_constant<kHalves>;
 
   // The blocks that this warpgroup's rows see: [begin, end), of which [plain_begin, plain_end) whole.
   struct Work {
     int begin, end, plain_begin, plain_end;
-    bool half;                  // of block end - 1 only the left half is seen
+    bool half;  // of block end - 1 only the left half is seen
     SEAL_DEVICE bool any() const { return end > begin; }
+    SEAL_DEVICE bool plain(int block) const { return block >= plain_begin && block < plain_end; }
   };
 
  public:
@@ -43,34 +38,44 @@ class Consumer {
   SEAL_DEVICE void run() {
     if (warpgroup_ == Config::kWarpgroups - 1) pass_turn();
     OnlineSoftmax softmax(arguments_.scale_log2);
-    Work work;
-    bool begun = false;  // the tile's first block is computed: scores_ holds its exponentials
+    Work work{};
+    bool begun = false;     // the tile's first block is computed: scores_ holds its exponentials
+    bool finished = false;  // out_ is the result of the tile before, to be stored
     while (true) {
       const Tile& tile = shared_.tile[slot_.stage];  // read again where needed: registers are scarce
+      int block = work.end - 2;
+      const bool store_under_scores = kChain && begun && block >= work.begin && work.plain(block);
+      if (finished && !store_under_scores) store();
       if (!begun) {
         barrier_wait(&shared_.tile_full[slot_.stage], slot_.phase);
         if (tile.row < 0) break;
         work = work_of(tile);
+        block = work.end - 2;
         softmax = OnlineSoftmax(arguments_.scale_log2);
         barrier_wait(&shared_.q_full[q_.stage], q_.phase);
         skip(tile.block_end - work.end);
         if (work.any()) begin(tile, work, softmax);
       }
-#pragma unroll
-      for (int i = 0; i < kHeadDim / 2; ++i) out_[i] = 0.f;
+      if (!store_under_scores) {
+        release_leaving();
+        clear_out();
+      }
 
       begun = false;
+      finished = true;
       if (work.any()) {
         pack_fragment<T>(p_, scores_);
-        int block = work.end - 2;
-        if (block >= work.begin) {
-          barrier_wait(&shared_.k_full[k_.stage], k_.phase);
-          if (work.half) step<Half>(tile, work, block--, softmax);
-          for (; block >= work.begin; --block) step<Whole>(tile, work, block, softmax);
+        if (store_under_scores) step<false, true>(tile, block--, softmax);
+        while (block >= work.begin) {
+#pragma unroll 1
+          for (; block >= work.begin && !work.plain(block); --block) step<true, false>(tile, block, softmax);
+#pragma unroll 1
+          for (const int last = max(work.begin, work.plain_begin); block >= last; --block) step<false, false>(tile, block, softmax);
         }
-        release_leaving();
-        finish(tile, softmax);
-
+      }
+      if constexpr (kOutInValues) release(&shared_.q_empty[0]);
+      finish(tile, softmax);
+      if (work.any()) {
         if (kChain && work.begin == tile.block_begin) {
           RingIndex<2> next_slot = slot_;
           next_slot.advance();
@@ -94,11 +99,7 @@ class Consumer {
           last_step();
           skip(work.begin - tile.block_begin);
         }
-      } else {
-        release_leaving();
-        finish(tile, softmax);
       }
-      store(tile);
       slot_.advance();
       q_.advance();
     }
@@ -107,37 +108,35 @@ class Consumer {
 
  private:
   // ---- turns: a warpgroup issues its products only after the one before it has issued its own
-#ifdef V_NOPP
-  SEAL_DEVICE void take_turn() const {}
-  SEAL_DEVICE void pass_turn() const {}
-#else
+
   SEAL_DEVICE void take_turn() const { named_sync(kBarrierTurn + warpgroup_, 256); }
   SEAL_DEVICE void pass_turn() const { named_arrive(kBarrierTurn + (warpgroup_ + 1) % Config::kWarpgroups, 256); }
-#endif
 
   // ---- buffers
 
   SEAL_DEVICE void release(uint64_t* empty) const {
     if (lane_ == 0) barrier_arrive(empty);
   }
-  SEAL_DEVICE void release_keys() {
-    release(&shared_.k_empty[k_.stage]);
+  // Not before `earlier` is computed (see after() in softmax.cuh), and so neither what follows: arrivals and waits keep their order.
+  SEAL_DEVICE void release_keys(float earlier = 0.f) {
+    release(&shared_.k_empty[k_.stage] + (__float_as_uint(earlier) & arguments_.zero));
     k_.advance();
   }
   SEAL_DEVICE void release_values() {
     release(&shared_.v_empty[v_.stage]);
     v_.advance();
   }
-  // The Q of the tile before, once O has been copied out of it.
+  // The place from which the O of the tile before leaves, once it has been copied.
   SEAL_DEVICE void release_leaving() {
     if (leaving_ && lane_ == 0) {
       bulk_wait_read();
-      barrier_arrive(&shared_.q_empty[Config::kQStages == 1 ? 0 : q_.stage ^ 1]);
+      barrier_arrive(kOutInValues ? &shared_.out_empty : &shared_.q_empty[q_.stage ^ 1]);
     }
     leaving_ = false;
   }
   // Blocks that only other warpgroups need: everyone takes every turn and releases every block.
   SEAL_DEVICE void skip(int blocks) {
+    if (kOutInValues && blocks > 0) release_leaving();
     for (int i = 0; i < blocks; ++i) {
       barrier_wait(&shared_.k_full[k_.stage], k_.phase);
       release_keys();
@@ -191,7 +190,7 @@ class Consumer {
   // ---- products. Each product and the wait for it lie on one straight path of code, or ptxas serialises them.
 
   template <class IsHalf>
-  SEAL_DEVICE void multiply_keys(Operand<Major::kK, Config::kQRows> queries) {
+  SEAL_DEVICE void multiply_keys(Queries queries) {
     const auto keys = k_tiles_.advanced(k_.stage * Config::kKBytes);
     wgmma_fence();
     if constexpr (IsHalf::value) {
@@ -202,31 +201,39 @@ class Consumer {
     wgmma_commit();
   }
 
-  template <class WasHalf>
   SEAL_DEVICE void multiply_values() {
-    const auto values = v_tiles_.advanced(v_.stage * Config::kKBytes);
+    barrier_wait(&shared_.v_full[v_.stage], v_.phase);
     wgmma_fence();
-    if constexpr (WasHalf::value) {
-      product<T>(out_, reinterpret_cast<const uint32_t(&)[kN / 8]>(p_[0]), values, true);
-    } else {
-      product<T>(out_, p_, values, true);
-    }
+    product<T>(out_, p_, v_tiles_.advanced(v_.stage * Config::kKBytes), true);
     wgmma_commit();
   }
 
-  SEAL_DEVICE Operand<Major::kK, Config::kQRows> queries_at(int stage) const {
-    return q_tiles_.advanced(stage * Config::kWarpgroups * Config::kQBytes);
-  }
+  SEAL_DEVICE Queries queries_at(int stage) const { return q_tiles_.advanced(stage * Config::kWarpgroups * Config::kQBytes); }
 
+  SEAL_DEVICE void clear_out() {
+#pragma unroll
+    for (int i = 0; i < kHeadDim / 2; ++i) out_[i] = 0.f;
+  }
   SEAL_DEVICE void rescale_out() {
-#ifdef V_SKIP
-    if (!__any_sync(0xffffffffu, factor_[0] != 1.f || factor_[1] != 1.f)) return;
-#endif
 #pragma unroll
     for (int i = 0; i < kHeadDim / 2; ++i) out_[i] *= factor_[(i / 2) % 2];
   }
 
   // ---- steps
+
+  // The softmax of S' and the end of the product P V that runs meanwhile. The order is what counts: the maximum of row 0, then
+  // its exponentials over the maximum of row 1, the wait for the product among them, and over the rest rescaling and packing.
+  template <bool kMasked>
+  SEAL_DEVICE void softmax_over_product(OnlineSoftmax& softmax) {
+    const uint32_t zero = arguments_.zero;
+    const float looked_through = softmax.template raise_maximum<kMasked>(0, scores_, factor_[0], 0.f, 0);
+    softmax.template raise_maximum<kMasked>(1, scores_, factor_[1], looked_through, zero);
+    softmax.template exponentiate<kMasked>(0, scores_, factor_[0]);
+    release_keys(scores_[kN / 4]);
+    softmax.template exponentiate<kMasked>(1, scores_, factor_[1]);
+    wgmma_wait<0>();
+    release_values();
+  }
 
   // The first block of a tile, when no tile before could do it.
   SEAL_DEVICE void begin(const Tile& tile, const Work& work, OnlineSoftmax& softmax) {
@@ -234,35 +241,39 @@ class Consumer {
     take_turn();
     multiply_keys<Whole>(queries_at(q_.stage));
     pass_turn();
+    release_leaving();
     wgmma_wait<0>();
     release_keys();
     mask(tile, work.end - 1);
-    softmax.template update<Config::kPolynomial>(scores_, factor_);
+#pragma unroll
+    for (int row = 0; row < 2; ++row) {
+      softmax.template raise_maximum<true>(row, scores_, factor_[row], 0.f, 0);
+      softmax.template exponentiate<true>(row, scores_, factor_[row]);
+    }
   }
 
-  // S' of `block`, P V of the block before. Its keys have arrived.
-  template <class WasHalf>
-  SEAL_DEVICE void step(const Tile& tile, const Work& work, int block, OnlineSoftmax& softmax) {
+  // S' of `block`, P V of the block before. kStore: the result of the tile before is still in out_ and leaves under S'; the
+  // turn passes before that, which takes longer than the other warpgroup's softmax.
+  template <bool kMasked, bool kStore>
+  SEAL_DEVICE void step(const Tile& tile, int block, OnlineSoftmax& softmax) {
+    barrier_wait(&shared_.k_full[k_.stage], k_.phase);
     take_turn();
     multiply_keys<Whole>(queries_at(q_.stage));
-    if constexpr (Config::kRescaleLate) rescale_out();
-    barrier_wait(&shared_.v_full[v_.stage], v_.phase);
-    multiply_values<WasHalf>();
-    pass_turn();
-    release_leaving();
+    if constexpr (kStore) {
+      pass_turn();
+      store();
+      clear_out();
+    } else if constexpr (Config::kRescaleLate) {
+      rescale_out();
+    }
+    multiply_values();
+    if constexpr (!kStore) pass_turn();
     wgmma_wait<1>();
-    release_keys();
-    if (block >= work.plain_end || block < work.plain_begin) mask(tile, block);
-    softmax.template update<Config::kPolynomial>(scores_, factor_);
-    // The softmax must stay before the next wait, under the product of P and V; ptxas keeps it there only if a branch lies
-    // between. That branch is the wait for the next block's keys.
-    fence_registers(scores_);
-    fence_registers(softmax.sum);
-    if (block > work.begin) barrier_wait(&shared_.k_full[k_.stage], k_.phase);
-    wgmma_wait<0>();
-    release_values();
+    if constexpr (kMasked) mask(tile, block);
+    softmax_over_product<kMasked>(softmax);
     if constexpr (!Config::kRescaleLate) rescale_out();
     pack_fragment<T>(p_, scores_);
+    if constexpr (kStore) release_leaving();
   }
 
   // The last P V of a tile, together with the first S' of the next one. `out_` is complete then.
@@ -275,25 +286,17 @@ class Consumer {
     take_turn();
     multiply_keys<IsHalf>(queries_at(next_q.stage));
     if constexpr (Config::kRescaleLate) rescale_out();
-    barrier_wait(&shared_.v_full[v_.stage], v_.phase);
-    multiply_values<Whole>();
+    multiply_values();
     pass_turn();
     wgmma_wait<1>();
-    release_keys();
     mask(next_tile, next_work.end - 1);  // in a half block also what was not computed
-    softmax.template update<Config::kPolynomial>(scores_, factor_);
-    fence_registers(scores_);  // and a branch, as in step()
-    fence_registers(softmax.sum);
-    if (next_work.end - 1 > next_work.begin) barrier_wait(&shared_.k_full[k_.stage], k_.phase);
-    wgmma_wait<0>();
-    release_values();
+    softmax_over_product<true>(softmax);
   }
 
   // The last P V of a tile.
   SEAL_DEVICE void last_step() {
-    barrier_wait(&shared_.v_full[v_.stage], v_.phase);
     if constexpr (Config::kRescaleLate) rescale_out();
-    multiply_values<Whole>();
+    multiply_values();
     wgmma_wait<0>();
     release_values();
   }
@@ -316,18 +319,26 @@ class Consumer {
     }
   }
 
-  SEAL_DEVICE void store(const Tile& tile) {
+  // Sends out_, the result of the tile before, on its way.
+  SEAL_DEVICE void store() {
+    const int slot = slot_.stage ^ 1;
+    const Tile& tile = shared_.tile[slot];
     const uint32_t lane = fresh_lane();  // keeps the addresses below out of the registers of the loop
     const int first_row = tile.row + 64 * warpgroup_ + 16 * warp_;  // of this warp
 
-    // O over this warpgroup's own Q, once all four warps have finished reading that; each warp stores its 16 rows.
-    const float2* scale = reinterpret_cast<const float2*>(shared_.scale[slot_.stage]) + lane % 4;
+    // O goes through the shared memory of this warpgroup's own Q, once all four warps have finished reading that; or, where Q has
+    // one place only, through that of V, once all warpgroups have. Each warp stores its 16 rows.
+    const float2* scale = reinterpret_cast<const float2*>(shared_.scale[slot]) + lane % 4;
     const ChannelTensor& offset = arguments_.offset;  // rare: read from global memory
     const float* offset_row =
         offset.data == nullptr ? nullptr : offset.data + tile.sequence * offset.batch_stride + tile.head * offset.head_stride;
-    uint8_t* staging = shared_.q[q_.stage][warpgroup_];
+    uint8_t* staging = kOutInValues ? shared_.v[warpgroup_] : shared_.q[kChain ? q_.stage ^ 1 : 0][warpgroup_];
     const uint32_t row_address = smem_address(staging) + (16 * warp_ + lane % 16) * kSlabRowBytes;
-    named_sync(kBarrierWarpgroup + warpgroup_, 128);
+    if constexpr (kOutInValues) {
+      named_sync(kBarrierWarpgroup, 128 * Config::kWarpgroups);
+    } else {
+      named_sync(kBarrierWarpgroup + warpgroup_, 128);
+    }
 #pragma unroll
     for (int pair = 0; pair < kHeadDim / 16; ++pair) {  // 16 columns: two accumulator groups of 8
       float o[8];
@@ -356,10 +367,9 @@ class Consumer {
         }
       }
       bulk_commit();
-      barrier_arrive(&shared_.tile_empty[slot_.stage]);
+      barrier_arrive(&shared_.tile_empty[slot]);
     }
     leaving_ = true;
-    if constexpr (Config::kQStages == 1) release_leaving();
   }
   static_assert(Config::kQStages <= 2);
 
@@ -369,11 +379,12 @@ class Consumer {
   const int warpgroup_, warp_, lane_;
   const Operand<Major::kK, kN> k_tiles_;
   const Operand<Major::kMN, kN> v_tiles_;
-  const Operand<Major::kK, Config::kQRows> q_tiles_;  // of the first stage
+  const Queries q_tiles_;  // of the first stage
   RingIndex<2> slot_;
   RingIndex<Config::kQStages> q_;
-  RingIndex<Config::kStages> k_, v_;
-  bool leaving_ = false;  // O of the tile before may still be on its way out of that tile's Q
+  RingIndex<Config::kKStages> k_;
+  RingIndex<Config::kVStages> v_;
+  bool leaving_ = false;  // O of the tile before may still be on its way out of shared memory
 
   float scores_[kN / 2];     // S, then its exponentials
   uint32_t p_[kN / 4];       // those as the A operand

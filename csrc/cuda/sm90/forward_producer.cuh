@@ -11,8 +11,9 @@ SEAL_DEVICE void produce_tiles(Shared<Config>& shared, const Arguments& argument
   TileScheduler<Config::kBlockM, Config::kBlockN> scheduler(arguments.sequences, arguments.heads, arguments.kv_heads,
                                                             arguments.head_dim, arguments.tile_counter);
   RingIndex<2> slot;
+  RingIndex<1> wanted;
   while (true) {
-    const Tile tile = scheduler.next();
+    const Tile tile = scheduler.tile();
     barrier_wait(&shared.tile_empty[slot.stage], slot.phase ^ 1);
     if (tile.row >= 0) {
       const ChannelTensor& scale = arguments.scale;
@@ -28,6 +29,9 @@ SEAL_DEVICE void produce_tiles(Shared<Config>& shared, const Arguments& argument
     if (lane == 0) barrier_arrive(&shared.tile_full[slot.stage]);
     if (tile.row < 0) return;
     slot.advance();
+    barrier_wait(&shared.tile_wanted, wanted.phase);
+    wanted.advance();
+    scheduler.claim();
   }
 }
 
@@ -37,7 +41,9 @@ SEAL_DEVICE void produce_operands(Shared<Config>& shared, const Maps& maps, cons
   const uint64_t keep = policy_evict_last(), stream = policy_evict_first();
   RingIndex<2> slot;
   RingIndex<Config::kQStages> q;
-  RingIndex<Config::kStages> k, v;
+  RingIndex<Config::kKStages> k;
+  RingIndex<Config::kVStages> v;
+  RingIndex<1> out;
   while (true) {
     barrier_wait(&shared.tile_full[slot.stage], slot.phase);
     const Tile tile = shared.tile[slot.stage];
@@ -73,9 +79,19 @@ SEAL_DEVICE void produce_operands(Shared<Config>& shared, const Maps& maps, cons
       tma_load_tile<Config::kQRows, Config::kHeadDim>(shared.q[q.stage][w], &maps.q, &shared.q_full[q.stage], tile.head, at, stream);
     }
     q.advance();
+    // Ask for the next tile when the last few blocks of this one remain: early enough to hide the search for it, and no earlier,
+    // or tiles are worked on out of order and those at work together no longer share keys in the L2 cache.
+    constexpr int kAhead = 4;
+    if (tile.block_end - tile.block_begin <= kAhead) barrier_arrive(&shared.tile_wanted);
+    if (tile.block_end - 2 >= tile.block_begin) load_k(tile.block_end - 2);
+    if constexpr (Config::kOutInValues) {
+      barrier_wait(&shared.out_empty, out.phase ^ 1);
+      out.advance();
+    }
     for (int block = tile.block_end - 2; block >= tile.block_begin; --block) {
-      load_k(block);
+      if (block == tile.block_begin + kAhead - 1) barrier_arrive(&shared.tile_wanted);
       load_v(block + 1);
+      if (block > tile.block_begin) load_k(block - 1);
     }
     if (any) load_v(tile.block_begin);
   }

@@ -18,15 +18,10 @@ SEAL_DEVICE void mask_scores(float (&scores)[kAcc], const int (&left)[2], const 
   }
 }
 
-// 2^x for x <= 127 on the multiply-add pipe, to relieve the special function unit; relative error below 2^-13, less than
-// what rounding the result to bf16 or fp16 loses. Exactly 0 for x <= -127 and -inf (the constant term is 1 for that).
-SEAL_DEVICE float exp2_polynomial(float x) {
-  constexpr float kRound = 12582912.f;  // 1.5 * 2^23: adding it leaves the nearest integer in the low bits
-  x = fmaxf(x, -127.f);
-  const float shifted = x + kRound;
-  const float f = x - (shifted - kRound);  // in [-1/2, 1/2]
-  const float p = fmaf(fmaf(fmaf(0.05500893f, f, 0.24221096f), f, 0.69328293f), f, 1.f);
-  return __int_as_float(__float_as_int(p) + (__float_as_int(shifted) << 23));
+// `value`, but computed after `earlier`. ptxas puts independent instructions in an order of its own, in which less of the
+// softmax overlaps with the products; this dependence holds it to ours. `zero` is 0 at run time, which ptxas cannot know.
+SEAL_DEVICE float after(float earlier, uint32_t zero, float value) {
+  return __uint_as_float(__float_as_uint(value) | (__float_as_uint(earlier) & zero));
 }
 
 struct OnlineSoftmax {
@@ -39,35 +34,40 @@ struct OnlineSoftmax {
     sum[0] = sum[1] = 0.f;
   }
 
-  // Turns scores into exp2(scale_log2 * (score - running maximum)); `rescale` is what earlier results must be multiplied by.
-  // One in kPolynomial exponentials avoids the special function unit; 0: none.
-  template <int kPolynomial, int kAcc>
-  SEAL_DEVICE void update(float (&scores)[kAcc], float (&rescale)[2]) {
-    float high[4];  // two partial maxima a row: shorter dependent chains
+  // What is subtracted from the exponents of a row; any finite number where no key has been seen yet.
+  template <bool kMasked>
+  SEAL_DEVICE float base(float top) const {
+    return (kMasked && top == -INFINITY ? 0.f : top) * scale_log2;
+  }
+
+  // Raises the running maximum of one of the thread's two rows by a block of scores; `rescale` is what earlier results of the
+  // row must be multiplied by. kMasked: scores may be -inf. Runs after `earlier`; returns a value that is there when the
+  // thread's own scores have been looked through.
+  template <bool kMasked, int kAcc>
+  SEAL_DEVICE float raise_maximum(int row, const float (&scores)[kAcc], float& rescale, float earlier, uint32_t zero) {
+    float high[2] = {after(earlier, zero, max[row]), scores[2 * row]};  // two partial maxima: shorter dependent chains
 #pragma unroll
-    for (int i = 0; i < 4; ++i) high[i] = scores[i];
+    for (int i = 1; i < kAcc / 2; ++i) high[i % 2] = fmaxf(high[i % 2], scores[i / 2 * 4 + 2 * row + i % 2]);
+    const float own = fmaxf(high[0], high[1]);
+    float top = fmaxf(own, __shfl_xor_sync(0xffffffffu, own, 1));
+    top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 2));
+    rescale = exp2_approx(fmaf(max[row], scale_log2, -base<kMasked>(top)));
+    max[row] = top;
+    return own;
+  }
+
+  // Then turns the row's scores into exp2(scale_log2 * (score - running maximum)) and adds them up.
+  template <bool kMasked, int kAcc>
+  SEAL_DEVICE void exponentiate(int row, float (&scores)[kAcc], float rescale) {
+    const float subtrahend = base<kMasked>(max[row]);
+    float partial[2] = {sum[row] * rescale, 0.f};
 #pragma unroll
-    for (int i = 4; i < kAcc; ++i) high[i % 4] = fmaxf(high[i % 4], scores[i]);
-    float base[2];
-#pragma unroll
-    for (int row = 0; row < 2; ++row) {
-      float top = fmaxf(max[row], fmaxf(high[2 * row], high[2 * row + 1]));
-      top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 1));
-      top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 2));
-      base[row] = (top == -INFINITY ? 0.f : top) * scale_log2;  // no key seen yet: any finite number
-      rescale[row] = exp2_approx(fmaf(max[row], scale_log2, -base[row]));
-      max[row] = top;
+    for (int i = 0; i < kAcc / 2; ++i) {
+      float& score = scores[i / 2 * 4 + 2 * row + i % 2];
+      score = exp2_approx(fmaf(score, scale_log2, -subtrahend));
+      partial[i % 2] += score;
     }
-    float partial[4] = {sum[0] * rescale[0], 0.f, sum[1] * rescale[1], 0.f};
-#pragma unroll
-    for (int i = 0; i < kAcc; ++i) {
-      const float exponent = fmaf(scores[i], scale_log2, -base[(i / 2) % 2]);
-      const bool polynomial = kPolynomial > 0 && i % (kPolynomial > 0 ? kPolynomial : 1) == kPolynomial - 1;
-      scores[i] = polynomial ? exp2_polynomial(exponent) : exp2_approx(exponent);
-      partial[i % 4] += scores[i];
-    }
-    sum[0] = partial[0] + partial[1];
-    sum[1] = partial[2] + partial[3];
+    sum[row] = partial[0] + partial[1];
   }
 
   // Completes the sums; gives 1 / sum (0 for a row without keys) and the natural log-sum-exp of the scaled scores.

@@ -32,7 +32,7 @@ struct Tile {
 template <int kBlockM, int kBlockN>
 class TileScheduler {
  public:
-  static constexpr int64_t kSectionBytes = 32 << 20;
+  static constexpr int64_t kSectionBytes = 16 << 20;
 
   // counter: tiles beyond the first gridDim.x are claimed through it; null: tile t goes to thread block t % gridDim.x.
   SEAL_DEVICE TileScheduler(const Sequences& sequences, int heads, int kv_heads, int head_dim, int* counter)
@@ -40,7 +40,19 @@ class TileScheduler {
     section_keys_ = static_cast<int>(kSectionBytes / (4 * head_dim));
   }
 
-  SEAL_DEVICE Tile next() {
+  // Moves on to the next tile. Call it as late as the next tile can wait: tiles claimed early are worked on out of order.
+  SEAL_DEVICE void claim() {
+    if (counter_ == nullptr) {
+      index_ += gridDim.x;
+    } else {
+      int claimed = 0;
+      if (threadIdx.x % 32 == 0) claimed = atomicAdd(counter_, 1);
+      index_ = __shfl_sync(0xffffffffu, claimed, 0) + gridDim.x;
+    }
+  }
+
+  // The tile claimed last, or the thread block's first.
+  SEAL_DEVICE Tile tile() {
     Tile tile;
     tile.row = -1;
     const int lane = threadIdx.x % 32;
@@ -91,13 +103,6 @@ class TileScheduler {
     tile.row = (blocks - 1 - local / heads_here) * kBlockM;
     find_key_blocks(tile);
 
-    int claimed = 0;
-    if (counter_ == nullptr) {
-      index_ += gridDim.x;
-    } else {
-      if (lane == 0) claimed = atomicAdd(counter_, 1);
-      index_ = __shfl_sync(0xffffffffu, claimed, 0) + gridDim.x;
-    }
     return tile;
   }
 
