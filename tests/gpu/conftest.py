@@ -1,5 +1,7 @@
 """Tests that need a GPU; run_all.sh runs them together with the shared suite. Without one they are skipped, not passed."""
+import fcntl
 import os
+import tempfile
 
 import pytest
 import torch
@@ -8,7 +10,6 @@ from seal_ops.backends import why_not
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "xdist_group(name): tests of a group run one after another in one worker of pytest-xdist")
     config.pluginmanager.register(DeviceSurvives())
 
 
@@ -26,6 +27,7 @@ class DeviceSurvives:
         except RuntimeError as fault:
             sentence = f"the device met a fault in {item.nodeid}: {str(fault).splitlines()[0]}"
             if "PYTEST_XDIST_WORKER" in os.environ:
+                item.config.pluginmanager.getplugin("capturemanager").suspend_global_capture()
                 os.write(2, f"{sentence}\n".encode())
                 os._exit(1)
             pytest.exit(sentence, returncode=1)
@@ -62,6 +64,15 @@ def backend(request) -> str:
 @pytest.fixture
 def device(backend) -> torch.device:
     return torch.device("cuda", 0)
+
+
+@pytest.fixture
+def alone():
+    """One such test at a time on this machine, whatever worker runs it: tens of GB each."""
+    with open(os.path.join(tempfile.gettempdir(), "seal-gpu-tests.lock"), "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+        torch.cuda.empty_cache()
 
 
 @pytest.fixture

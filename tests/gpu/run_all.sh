@@ -72,9 +72,9 @@ suite() {  # name, workers, pytest arguments
   shift 2
   [[ $stages == *" $name "* ]] || return 0
   limit=$(left)
-  has xdist && options+=(-n "$count" --dist loadgroup)
+  has xdist && options+=(-n "$count" --dist load)
   # The session's limit ends between two tests, and reports; a test that hangs ends its worker, which says its name.
-  has pytest_timeout && options+=(--session-timeout=$((limit - 8)) --timeout=150 --timeout-method=thread)
+  has pytest_timeout && options+=(--session-timeout=$((limit > 60 ? limit - 20 : limit / 2)) --timeout=150 --timeout-method=thread)
   timeout -k 2 "$limit" "$python" -m pytest -vv -rs --tb=short --durations=15 -p no:cacheprovider "${options[@]}" \
     --junitxml="$work/$name.xml" "$@" >"$work/$name.log" 2>&1
   report "$name" $? $((SECONDS - begin))

@@ -83,8 +83,7 @@ def test_a_position_outside_the_table_is_nan_not_a_stray_read(backend):
     assert turned[:, 0].isfinite().all() and turned[:, 1:].isnan().all()
 
 
-@pytest.mark.xdist_group("huge")
-def test_more_than_2_31_elements(backend, device):
+def test_more_than_2_31_elements(backend, device, alone):
     tokens, heads, head_dim = 140_000, 128, 128  # 2.29e9 elements of q, 4.6 GB
     cos, sin = rope_tables(tokens, rope_frequencies(head_dim)[0], device=device)
     q = torch.empty(1, tokens, heads, head_dim, device=device, dtype=torch.bfloat16).normal_()

@@ -192,9 +192,8 @@ def test_inductor_compiles_one_graph(backend, device, op):
                 torch.testing.assert_close(a, b, rtol=3e-2, atol=3e-2 * float(b.abs().max()))
 
 
-@pytest.mark.xdist_group("huge")  # tens of GB each
 @pytest.mark.parametrize("layout", ["many rows", "wide rows"])
-def test_more_than_2_31_elements(backend, device, layout):
+def test_more_than_2_31_elements(backend, device, layout, alone):
     """Offsets beyond 32 bits: many batch rows, and long strides of a slice of a packed projection."""
     if layout == "many rows":
         batch, seqlen, width = 8200, 512, 4  # q: 2.15e9 elements

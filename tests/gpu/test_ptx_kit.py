@@ -16,7 +16,6 @@ HERE = pathlib.Path(__file__).parent
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0), reason="needs a Hopper GPU"),
     pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc"),
-    pytest.mark.xdist_group("ptx_kit"),  # built once
 ]
 
 
