@@ -19,6 +19,7 @@ class Consumer {
   // Chaining takes two places for Q: the next tile's must be there before this tile's is done with.
   static constexpr bool kChain = Config::kQStages > 1;
   static constexpr bool kOutInValues = Config::kOutInValues;
+  static constexpr bool kSpareRegisters = Config::kWarpgroups == 2;  // 232 a thread rather than 160
   using Whole = std::false_type;
   using Half = std::bool_constant<kHalves>;
 
@@ -215,6 +216,7 @@ class Consumer {
     for (int i = 0; i < kHeadDim / 2; ++i) out_[i] = 0.f;
   }
   SEAL_DEVICE void rescale_out() {
+    if (!__any_sync(0xffffffffu, factor_[0] != 1.f || factor_[1] != 1.f)) return;  // the rule: see OnlineSoftmax
 #pragma unroll
     for (int i = 0; i < kHeadDim / 2; ++i) out_[i] *= factor_[(i / 2) % 2];
   }
@@ -271,8 +273,8 @@ class Consumer {
     wgmma_wait<1>();
     if constexpr (kMasked) mask(tile, block);
     softmax_over_product<kMasked>(softmax);
-    if constexpr (!Config::kRescaleLate) rescale_out();
     pack_fragment<T>(p_, scores_);
+    if constexpr (!Config::kRescaleLate) rescale_out();
     if constexpr (kStore) release_leaving();
   }
 
@@ -319,6 +321,28 @@ class Consumer {
     }
   }
 
+  // Writes the finished rows to shared memory. kOffset: there may be an offset.
+  template <bool kOffset>
+  SEAL_DEVICE void stage_out(uint32_t row_address, const float2* scale, const float* offset_row, uint32_t lane) {
+#pragma unroll
+    for (int pair = 0; pair < kHeadDim / 16; ++pair) {  // 16 columns: two accumulator groups of 8
+      float o[8];
+      const float2 factors[2] = {scale[8 * pair], scale[8 * pair + 4]};
+#pragma unroll
+      for (int i = 0; i < 8; ++i) o[i] = out_[8 * pair + i] * inverse_[i / 2 % 2] * (i % 2 == 0 ? factors[i / 4].x : factors[i / 4].y);
+      if (kOffset && offset_row != nullptr) {
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+          const int channel = 16 * pair + 8 * (i / 4) + 2 * (lane % 4) + i % 2;
+          if (channel < arguments_.head_dim) o[i] += offset_row[channel * arguments_.offset.channel_stride];
+        }
+      }
+      const uint32_t chunk = 2 * (pair % 4) + lane / 16;
+      stmatrix(row_address + (pair / 4) * Config::kQRows * kSlabRowBytes + ((chunk ^ (lane & 7)) << 4), pack<T>(o[0], o[1]),
+               pack<T>(o[2], o[3]), pack<T>(o[4], o[5]), pack<T>(o[6], o[7]));
+    }
+  }
+
   // Sends out_, the result of the tile before, on its way.
   SEAL_DEVICE void store() {
     const int slot = slot_.stage ^ 1;
@@ -339,22 +363,10 @@ class Consumer {
     } else {
       named_sync(kBarrierWarpgroup + warpgroup_, 128);
     }
-#pragma unroll
-    for (int pair = 0; pair < kHeadDim / 16; ++pair) {  // 16 columns: two accumulator groups of 8
-      float o[8];
-      const float2 factors[2] = {scale[8 * pair], scale[8 * pair + 4]};
-#pragma unroll
-      for (int i = 0; i < 8; ++i) o[i] = out_[8 * pair + i] * inverse_[i / 2 % 2] * (i % 2 == 0 ? factors[i / 4].x : factors[i / 4].y);
-      if (offset_row != nullptr) {
-#pragma unroll
-        for (int i = 0; i < 8; ++i) {
-          const int channel = 16 * pair + 8 * (i / 4) + 2 * (lane % 4) + i % 2;
-          if (channel < arguments_.head_dim) o[i] += offset_row[channel * offset.channel_stride];
-        }
-      }
-      const uint32_t chunk = 2 * (pair % 4) + lane / 16;
-      stmatrix(row_address + (pair / 4) * Config::kQRows * kSlabRowBytes + ((chunk ^ (lane & 7)) << 4), pack<T>(o[0], o[1]),
-               pack<T>(o[2], o[3]), pack<T>(o[4], o[5]), pack<T>(o[6], o[7]));
+    if (kSpareRegisters && offset_row == nullptr) {
+      stage_out<false>(row_address, scale, nullptr, lane);
+    } else {
+      stage_out<true>(row_address, scale, offset_row, lane);
     }
     fence_proxy_async();
     __syncwarp();
@@ -384,6 +396,7 @@ class Consumer {
   RingIndex<Config::kQStages> q_;
   RingIndex<Config::kKStages> k_;
   RingIndex<Config::kVStages> v_;
+
   bool leaving_ = false;  // O of the tile before may still be on its way out of shared memory
 
   float scores_[kN / 2];     // S, then its exponentials

@@ -24,9 +24,13 @@ SEAL_DEVICE float after(float earlier, uint32_t zero, float value) {
   return __uint_as_float(__float_as_uint(value) | (__float_as_uint(earlier) & zero));
 }
 
+// The running maximum follows the scores' with some slack, so that earlier results rarely have to be rescaled: exponentials are at
+// most 2^kSlack, which neither fp32 sums nor 16-bit exponentials mind, and everything is divided by the sum in the end.
 struct OnlineSoftmax {
+  static constexpr float kSlack = 8.f;
+
   float scale_log2;  // softmax_scale * log2(e), > 0
-  float max[2];      // of the raw scores, equal in the four lanes of a row
+  float max[2];      // what a row's exponents are taken from: a raw score, equal in the row's four lanes
   float sum[2];      // of this lane's columns only, until finish()
 
   SEAL_DEVICE explicit OnlineSoftmax(float scale_log2) : scale_log2(scale_log2) {
@@ -40,9 +44,9 @@ struct OnlineSoftmax {
     return (kMasked && top == -INFINITY ? 0.f : top) * scale_log2;
   }
 
-  // Raises the running maximum of one of the thread's two rows by a block of scores; `rescale` is what earlier results of the
-  // row must be multiplied by. kMasked: scores may be -inf. Runs after `earlier`; returns a value that is there when the
-  // thread's own scores have been looked through.
+  // Raises the running maximum of one of the thread's two rows where a block of scores exceeds it by more than the slack;
+  // `rescale` is what earlier results of the row must be multiplied by. kMasked: scores may be -inf. Runs after `earlier`;
+  // returns a value that is there when the thread's own scores have been looked through.
   template <bool kMasked, int kAcc>
   SEAL_DEVICE float raise_maximum(int row, const float (&scores)[kAcc], float& rescale, float earlier, uint32_t zero) {
     float high[2] = {after(earlier, zero, max[row]), scores[2 * row]};  // two partial maxima: shorter dependent chains
@@ -51,8 +55,10 @@ struct OnlineSoftmax {
     const float own = fmaxf(high[0], high[1]);
     float top = fmaxf(own, __shfl_xor_sync(0xffffffffu, own, 1));
     top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 2));
-    rescale = exp2_approx(fmaf(max[row], scale_log2, -base<kMasked>(top)));
-    max[row] = top;
+    const float rise = (top - max[row]) * scale_log2;
+    const bool raised = rise > kSlack;  // not where both are -inf
+    rescale = raised ? exp2_approx(-rise) : 1.f;
+    if (raised) max[row] = top;
     return own;
   }
 
