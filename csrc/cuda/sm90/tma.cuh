@@ -68,27 +68,12 @@ SEAL_DEVICE void tma_load(void* shared, const CUtensorMap* map, uint64_t* barrie
       : "memory");
 }
 
-// A whole tile of kRows x kHeadDim, slab by slab: its first `present` slabs. Those beyond the tensor's last column must not be
-// loaded, for of a box wholly outside a packed map the hardware touches memory before the tensor; zero_absent_slabs fills them.
+// A whole tile of kRows x kHeadDim, slab by slab.
 template <int kRows, int kHeadDim>
-SEAL_DEVICE void tma_load_tile(void* shared, const CUtensorMap* map, uint64_t* barrier, int head, RowCoordinates at, uint64_t policy,
-                               int present = slabs(kHeadDim)) {
+SEAL_DEVICE void tma_load_tile(void* shared, const CUtensorMap* map, uint64_t* barrier, int head, RowCoordinates at, uint64_t policy) {
 #pragma unroll
   for (int slab = 0; slab < slabs(kHeadDim); ++slab) {
-    if (slab < present) tma_load(static_cast<char*>(shared) + slab * kRows * kSlabRowBytes, map, barrier, slab * kSlabColumns, head, at, policy);
-  }
-}
-
-// Zeros in the slabs of `tiles` consecutive tiles from `present` on. By all threads of the block; then fence_proxy_async and
-// __syncthreads.
-template <int kRows, int kHeadDim>
-SEAL_DEVICE void zero_absent_slabs(void* shared, int tiles, int present) {
-  constexpr int kSlabBytes = kRows * kSlabRowBytes;
-  for (int tile = 0; tile < tiles; ++tile) {
-    char* const first = static_cast<char*>(shared) + tile * tile_bytes(kRows, kHeadDim);
-    for (int at = present * kSlabBytes + threadIdx.x * 16; at < slabs(kHeadDim) * kSlabBytes; at += blockDim.x * 16) {
-      *reinterpret_cast<uint4*>(first + at) = make_uint4(0, 0, 0, 0);
-    }
+    tma_load(static_cast<char*>(shared) + slab * kRows * kSlabRowBytes, map, barrier, slab * kSlabColumns, head, at, policy);
   }
 }
 
