@@ -118,7 +118,7 @@ __global__ void small_kernel(const uint16_t* in, uint16_t* plain, uint16_t* tran
   fence_proxy_async();
   __syncwarp();
   if (elect_one()) {
-    bulk_reduce_add(sum, values, sizeof(values));
+    bulk_reduce_add(sum, values, sizeof(values), policy_evict_last());
     bulk_commit();
     bulk_wait();
   }

@@ -36,24 +36,27 @@ size_t plan(const AttentionBackwardParams& params, BackwardKernelParams* p) {
   // One CTA for a whole group of query heads needs no sums over heads, but there must be enough of them.
   const int group = p->heads_q / p->heads_k;
   constexpr int64_t kEnoughCtas = 4 * 132;
-  const bool whole_group = p->tile_count_k * p->heads_k >= kEnoughCtas;
+  constexpr int kMostHeads = 32;  // of a thread block (BackwardTask::exact)
+  const bool whole_group = p->tile_count_k * p->heads_k >= kEnoughCtas && group <= kMostHeads;
   p->heads_per_cta = whole_group ? group : 1;
   p->splits = group / p->heads_per_cta;
   constexpr int64_t kL2Share = 40 << 20;
   const int64_t pair_bytes = static_cast<int64_t>(p->seqlen_q) * dim * 8 * p->heads_per_cta;
   p->section = packed ? 1 : static_cast<int32_t>(std::max<int64_t>(1, std::min<int64_t>(kL2Share / std::max<int64_t>(1, pair_bytes), 1 << 20)));
 
-  const bool need_rows = p->grad_q || p->grad_k || p->grad_v || p->grad_scale;
-  const bool need_keys = p->grad_k || p->grad_v || p->grad_scale;
+  const bool need_products = p->grad_q || p->grad_k || p->grad_v, need_keys = p->grad_k || p->grad_v;
+  const bool need_rows = need_products || p->grad_scale;
   const int64_t kv_floats = static_cast<int64_t>(p->heads_k) * p->tile_count_k * p->key_rows * dim;
   Arena arena{static_cast<char*>(p->workspace)};
   p->lse2 = need_rows ? arena.floats(p->heads_q * p->padded_rows_q) : nullptr;
   p->delta = need_rows ? arena.floats(p->heads_q * p->padded_rows_q) : nullptr;
   p->dq = p->grad_q && need_keys && !p->deterministic && dim < 256 ? arena.floats(p->heads_q * p->padded_rows_q * dim) : nullptr;
-  p->dv_sum = p->scale && p->heads_per_cta > 1 ? arena.floats(kv_floats) : nullptr;
   p->dk_partial = p->splits > 1 && p->grad_k ? arena.floats(p->splits * kv_floats) : nullptr;
   p->dv_partial = p->splits > 1 && p->grad_v ? arena.floats(p->splits * kv_floats) : nullptr;
-  p->dscale_partial = p->grad_scale ? arena.floats(p->tile_count_k * p->heads_q * dim) : nullptr;
+  const int64_t tokens_q = static_cast<int64_t>(p->seqlen_q) * (packed ? 1 : p->batch);
+  p->scaled_grad = p->scale && need_products ? arena.floats((tokens_q * p->heads_q * p->head_dim + 1) / 2) : nullptr;
+  p->dscale_partial = p->grad_scale ? arena.floats(p->tile_count_q * p->heads_q * dim) : nullptr;
+  p->dscale_exact = p->grad_scale ? arena.floats(p->tile_count_k * p->heads_q * dim) : nullptr;
   p->doffset_partial = p->grad_offset ? arena.floats(p->tile_count_q * p->heads_q * dim) : nullptr;
   return arena.used;
 }

@@ -26,9 +26,10 @@ struct BackwardKernelParams : AttentionBackwardParams {
 
   float *lse2, *delta;         // [heads_q, padded_rows_q]: lse * log2(e) (+inf: no probability), rowsum(g * (out - offset)) - grad_lse
   float* dq;                   // [heads_q, padded_rows_q, D] in accumulator order
-  float* dv_sum;               // [heads_k, tile_count_k, key_rows * D]: dV of the heads so far, accumulator order
   float *dk_partial, *dv_partial;            // [splits][heads_k, tile_count_k, key_rows * D], accumulator order
-  float *dscale_partial, *doffset_partial;   // [tile_count_{k,q}, heads_q, D]
+  float *dscale_partial, *doffset_partial;   // [tile_count_q, heads_q, D]: columns of g * out, of g
+  float* dscale_exact;                       // [tile_count_k, heads_q, D]: columns of V * (P^T g), of the heads that need it
+  void* scaled_grad;           // [rows of q, heads_q, head_dim]: scale * g, 16-bit
 };
 
 struct Sequence {
@@ -98,15 +99,24 @@ struct LaunchOrder {
   }
 };
 
+// Whether the gradient of this head's scale must come from P^T g. Elsewhere it is rowsum(g * out) / scale, which costs nothing
+// beside delta; but a zero cannot be divided by, a tiny or huge scale may have cost `out` its precision (fp16), and an offset
+// would have to be subtracted from the rounded `out`. All lanes of a converged warp call it.
+SEAL_DEVICE bool needs_exact_dscale(const BackwardKernelParams& p, int index, int head) {
+  if (p.offset != nullptr) return true;
+  const float low = p.half ? 0x1p-4f : 0x1p-40f, high = p.half ? 0x1p8f : 0x1p60f;
+  const float* const scale = p.scale + index * p.scale_batch_stride + head * p.scale_head_stride;
+  bool unfit = false;
+  for (int channel = threadIdx.x % 32; channel < (p.scale_channel_stride == 0 ? 1 : p.head_dim); channel += 32) {
+    const float size = fabsf(scale[channel * p.scale_channel_stride]);
+    unfit |= !(size >= low && size <= high);
+  }
+  return __any_sync(0xffffffffu, unfit);
+}
+
 // A value equal in all lanes, in a uniform register from the start (the result of a reduction over the warp is one): what is
 // derived from it then costs no register of the threads, of which the accumulators leave few.
 SEAL_DEVICE uint32_t uniform_register(uint32_t value) { return __reduce_max_sync(0xffffffffu, value); }
-
-// shared = inside ? global : 0, one float, on its way until copies_done(); then a barrier for the other threads.
-SEAL_DEVICE void copy_float(float* shared, const float* global, bool inside) {
-  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(smem_address(shared)), "l"(global), "r"(inside ? 4 : 0) : "memory");
-}
-SEAL_DEVICE void copies_done() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
 // The descriptor of k16 step `step`, made at this place: hoisted out of a loop, the descriptors of all steps of all resident
 // operands do not fit in the uniform registers.
@@ -129,7 +139,7 @@ SEAL_DEVICE void lean_product(float (&acc)[kAcc], Operand<kMajorA, kRowsA> a, Op
 }
 
 struct BackwardMaps {
-  CUtensorMap q, k, v, grad_out;
+  CUtensorMap q, k, v, grad_out, unscaled_grad_out;
 };
 
 // Stage of a ring and parity of its round in step `step`.

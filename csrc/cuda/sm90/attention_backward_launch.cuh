@@ -18,19 +18,24 @@ inline TileSource tile_source(const BackwardKernelParams& p, const BackwardTenso
   return {t.data, p.cu_seqlens_q != nullptr ? 1 : p.batch, rows, heads, p.head_dim, t.batch_stride, t.row_stride, t.head_stride};
 }
 
-constexpr int kStepRows = 64;  // queries of a step of the main kernel
+// Queries of a step of the main kernel.
+constexpr int step_rows(int padded_head_dim) { return padded_head_dim == 64 ? 128 : 64; }
 
 inline cudaError_t make_maps(BackwardMaps* maps, const BackwardKernelParams& p, int query_rows, int key_rows) {
   const bool packed = p.cu_seqlens_q != nullptr;
   SEAL_RETURN_IF_ERROR(make_tile_map(&maps->q, tile_source(p, p.q, p.seqlen_q, p.heads_q), p.half, packed, query_rows));
-  SEAL_RETURN_IF_ERROR(make_tile_map(&maps->grad_out, tile_source(p, p.grad_out, p.seqlen_q, p.heads_q), p.half, packed, query_rows));
+  const int64_t row = static_cast<int64_t>(p.heads_q) * p.head_dim;
+  const BackwardTensor scaled_grad{p.scaled_grad, row * p.seqlen_q, row, p.head_dim};
+  const BackwardTensor& grad_out = p.scaled_grad != nullptr ? scaled_grad : p.grad_out;
+  SEAL_RETURN_IF_ERROR(make_tile_map(&maps->grad_out, tile_source(p, grad_out, p.seqlen_q, p.heads_q), p.half, packed, query_rows));
+  SEAL_RETURN_IF_ERROR(make_tile_map(&maps->unscaled_grad_out, tile_source(p, p.grad_out, p.seqlen_q, p.heads_q), p.half, packed, query_rows));
   SEAL_RETURN_IF_ERROR(make_tile_map(&maps->k, tile_source(p, p.k, p.seqlen_k, p.heads_k), p.half, packed, key_rows));
   return make_tile_map(&maps->v, tile_source(p, p.v, p.seqlen_k, p.heads_k), p.half, packed, key_rows);
 }
 
 template <class T, int kD, BackwardWork kWork>
 cudaError_t launch_main(const BackwardKernelParams& p, cudaStream_t stream) {
-  constexpr int kM = kStepRows;
+  constexpr int kM = step_rows(kD);
   BackwardMaps maps;
   SEAL_RETURN_IF_ERROR(make_maps(&maps, p, kM, p.key_rows));
   int bytes;
@@ -70,8 +75,16 @@ cudaError_t launch_tiles(const BackwardKernelParams& p, const AccumulatorTiles& 
 template <int kD>
 cudaError_t sum_offset(const BackwardKernelParams& p, cudaStream_t stream) {
   if (p.grad_offset == nullptr) return cudaSuccess;
-  attention_backward_sum<kD><<<dim3(p.heads_q, p.grad_offset_per_batch ? p.batch : 1), 1024, 0, stream>>>(
-      p, p.doffset_partial, p.grad_offset, true, p.grad_offset_per_batch, true);
+  attention_backward_sum<kD, FactorGradient::kOffset>
+      <<<dim3(p.heads_q, p.grad_offset_per_batch ? p.batch : 1), 1024, 0, stream>>>(p, p.grad_offset, p.grad_offset_per_batch, true);
+  return cudaGetLastError();
+}
+
+template <int kD>
+cudaError_t sum_scale(const BackwardKernelParams& p, cudaStream_t stream) {
+  if (p.grad_scale == nullptr) return cudaSuccess;
+  attention_backward_sum<kD, FactorGradient::kScale>
+      <<<dim3(p.heads_q, p.grad_scale_per_batch ? p.batch : 1), 1024, 0, stream>>>(p, p.grad_scale, p.grad_scale_per_batch, p.grad_scale_per_channel);
   return cudaGetLastError();
 }
 
@@ -79,7 +92,12 @@ template <class T, int kD>
 cudaError_t launch_backward(const BackwardKernelParams& p, cudaStream_t stream) {
   const bool any_rows = p.seqlen_q > 0, any_keys = p.seqlen_k > 0;
   if (any_rows) {
-    attention_backward_rows<T, kD><<<dim3(static_cast<unsigned>(p.tile_count_q), p.heads_q), 256, 0, stream>>>(p);
+    const dim3 grid(static_cast<unsigned>(p.tile_count_q), p.heads_q);
+    if (p.scale != nullptr) {
+      attention_backward_rows<T, kD, true><<<grid, 256, 0, stream>>>(p);
+    } else {
+      attention_backward_rows<T, kD, false><<<grid, 256, 0, stream>>>(p);
+    }
     SEAL_RETURN_IF_ERROR(cudaGetLastError());
   }
   if (!any_rows || !any_keys) {  // no products: only the gradient of the offset may be more than zero
@@ -94,19 +112,20 @@ cudaError_t launch_backward(const BackwardKernelParams& p, cudaStream_t stream) 
     if (!any_rows) return clear(p.grad_offset, p.grad_offset_per_batch ? p.batch : 1, p.heads_q, 4 * p.head_dim);
     return sum_offset<kD>(p, stream);
   }
-  const bool need_keys = p.grad_k != nullptr || p.grad_v != nullptr || p.grad_scale != nullptr;
   if (p.dq != nullptr) {
     if constexpr (kD < 256) SEAL_RETURN_IF_ERROR((launch_main<T, kD, BackwardWork::kAll>(p, stream)));
   } else if (p.grad_k != nullptr) {
     SEAL_RETURN_IF_ERROR((launch_main<T, kD, BackwardWork::kKeyValue>(p, stream)));
-  } else if (need_keys) {
+  } else if (p.grad_v != nullptr) {
     SEAL_RETURN_IF_ERROR((launch_main<T, kD, BackwardWork::kValue>(p, stream)));
+  } else if (p.grad_scale != nullptr) {
+    SEAL_RETURN_IF_ERROR((launch_main<T, kD, BackwardWork::kScale>(p, stream)));
   }
   if (p.grad_q != nullptr && p.dq == nullptr) SEAL_RETURN_IF_ERROR((launch_query<T, kD>(p, stream)));
   const bool rotate = p.cos != nullptr;
   if (p.dq != nullptr) {
     const AccumulatorTiles t{p.dq, 0, p.padded_rows_q * kD, 1, p.heads_q, true, p.grad_q, p.softmax_scale, rotate};
-    SEAL_RETURN_IF_ERROR((launch_tiles<T, kD, kStepRows, false>(p, t, stream)));
+    SEAL_RETURN_IF_ERROR((launch_tiles<T, kD, step_rows(kD), step_rows(kD) == 128>(p, t, stream)));
   }
   if (p.splits > 1) {
     constexpr int kRows = key_rows(kD);
@@ -116,11 +135,7 @@ cudaError_t launch_backward(const BackwardKernelParams& p, cudaStream_t stream) 
     t.data = p.dv_partial, t.output = p.grad_v, t.factor = 1.f, t.rotate = false;
     if (p.grad_v != nullptr) SEAL_RETURN_IF_ERROR((launch_tiles<T, kD, kRows, kRows == 128>(p, t, stream)));
   }
-  if (p.grad_scale != nullptr) {
-    attention_backward_sum<kD><<<dim3(p.heads_q, p.grad_scale_per_batch ? p.batch : 1), 1024, 0, stream>>>(
-        p, p.dscale_partial, p.grad_scale, false, p.grad_scale_per_batch, p.grad_scale_per_channel);
-    SEAL_RETURN_IF_ERROR(cudaGetLastError());
-  }
+  SEAL_RETURN_IF_ERROR(sum_scale<kD>(p, stream));
   return sum_offset<kD>(p, stream);
 }
 

@@ -1,30 +1,38 @@
 // Main kernel of the attention backward, head_dim up to 128: one CTA owns kTileRows keys of one key/value head and walks
 // through the query tiles that see them, for every query head of the group in turn, so that dK and dV stay in registers.
 //
-// Warpgroup 0 produces: warp 0 streams K, Q, dO and the row vectors through TMA, warp 1 reloads V at the end of a head.
-// Warpgroups 1 and 2 consume, 64 keys each. A step, 64 queries, is five products:
+// Warpgroup 0 supplies: one warp streams K, V, Q, dO and the row vectors through TMA, two add dQ to global memory.
+// Warpgroups 1 and 2 compute, 64 keys each. A step, kM queries, is five products:
 //   S^T = K Q^T    dP^T = V dO^T    dV += P^T dO    dQ = dS K    dK += dS^T Q
-// S^T and dP^T are computed transposed, so that P^T and dS^T are A operands in registers; only dQ needs dS in shared memory.
-// S of the next step is issued behind dV: so there are products in flight while dS is made, and while the two warpgroups wait
-// for each other's dS.
+// S^T and dP^T are computed transposed, so that P^T and dS^T are A operands in registers; only dQ needs dS in shared memory,
+// where the two warpgroups meet once a step. dQ leaves through shared memory by bulk reductions: added from registers, the
+// computing warps would wait for memory at their next fence.
 //
-// Scale: dP = (scale * g) V^T and dV = scale * (P^T g) per channel, so V is multiplied in shared memory once per head and
-// the accumulator once per head; dscale is the column sum of V * (P^T g), V unscaled: no division, exact at scale 0.
+// A scale needs nothing here: dO is then scale * g (attention_backward_rows.cuh). Heads whose dscale must be exact are walked
+// through once more after the epilogue: P^T g of each, and the column sums of V * (P^T g).
 #pragma once
 
 #include "attention_backward_common.cuh"
 
 namespace seal::sm90 {
 
-// What the launch is to produce: dQ, dK and dV; dK and dV; dV (and with each dscale).
-enum class BackwardWork { kAll, kKeyValue, kValue };
+// What is to be produced: dQ, dK and dV; dK and dV; dV; nothing but dscale of the heads that needs_exact_dscale() names (which
+// the other launches produce as well, where it is wanted).
+enum class BackwardWork { kAll, kKeyValue, kValue, kScale };
+
+// Query tiles from the last to the first: under the causal mask the CTAs of a head then read and add to the same rows at about
+// the same time, which keeps them in L2 (hd128, 32k: 37.3 ms instead of 38.5). At head_dim 64 the other order is faster.
+template <int kD>
+constexpr bool kDescending = kD == 128;
 
 // What one CTA works on: a tile of kRows keys and the query tiles, kM rows each, that see it. It lives in shared memory: in
 // registers it would cost what the accumulators need.
 template <int kM, int kRows = kTileRows>
 struct BackwardTask {
   Sequence seq;
-  int batch_row, head_k, split, first_head, first_key;
+  int batch_row, head_k, split, first_key;
+  int first_head;
+  uint64_t exact;            // bit h: head first_head + h needs an exact dscale
   int64_t tile;          // among all tiles of keys
   int begin, end;        // query tiles
   int full_begin, full_end;  // those of them in which nothing is masked
@@ -38,6 +46,7 @@ struct BackwardTask {
     first_key = local * kRows;
     tile = packed ? order.tile : static_cast<int64_t>(batch_row) * p.tiles_k + order.tile;
     first_head = (head_k * p.splits + split) * p.heads_per_cta;
+    exact = 0;
 
     const int last_key = min(first_key + kRows, seq.length_k) - 1, shift = seq.shift();
     const int first = p.window_right < 0 ? 0 : max(0, first_key - shift - p.window_right);
@@ -49,7 +58,21 @@ struct BackwardTask {
     full_end = p.window_left < 0 ? end : max(0, first_key - shift + p.window_left + 1) / kM;
     if (first_key + kRows > seq.length_k) full_end = full_begin;
   }
-  SEAL_DEVICE int steps(const BackwardKernelParams& p) const { return (end - begin) * p.heads_per_cta; }
+  // The m-th query tile in the order of work.
+  template <int kD>
+  SEAL_DEVICE int turn(int m) const { return kDescending<kD> ? begin + end - 1 - m : m; }
+
+  // All lanes of a converged warp call it.
+  SEAL_DEVICE void find_exact_heads(const BackwardKernelParams& p) {
+    if (p.dscale_exact == nullptr) return;
+    for (int h = 0; h < p.heads_per_cta; ++h) {
+      if (needs_exact_dscale(p, seq.index, first_head + h)) exact |= uint64_t{1} << h;
+    }
+  }
+  SEAL_DEVICE int first_exact_head() const { return next_exact_head(first_head - 1); }
+  // The exact head after `head`, if there is one.
+  SEAL_DEVICE int next_exact_head(int head) const { return head + __ffsll(exact >> (head + 1 - first_head)); }
+  SEAL_DEVICE int exact_steps() const { return (end - begin) * __popcll(exact); }
 
   // Sets scores of a transposed tile to -inf where masked; `key` is the thread's first row of the accumulator.
   SEAL_DEVICE void mask(const BackwardKernelParams& p, float (&scores)[kM / 2], int m, int key) const {
@@ -74,32 +97,56 @@ struct BackwardTask {
 
 template <int kD, int kM>
 struct BackwardShared {
-  static constexpr int kStagesQ = 4, kStagesDo = 2, kBuffersDs = 2;
+  static constexpr int kStages = 2, kBuffersDs = 2;
   static constexpr int kBytesKv = tile_bytes(kTileRows, kD), kBytesQ = tile_bytes(kM, kD), kBytesDs = tile_bytes(kM, kTileRows);
 
   char k[kBytesKv], v[kBytesKv];
-  char q[kStagesQ][kBytesQ], grad_out[kStagesDo][kBytesQ];  // after the loop: the fp32 tile of the epilogue
-  char ds[kBuffersDs][kBytesDs];  // [queries][keys]
+  char q[kStages][kBytesQ], grad_out[kStages][kBytesQ];
+  char ds[kBuffersDs][kBytesDs];  // [queries][keys]; after the loop q .. ds: the fp32 tile of the epilogue
+  float dq[2][kM * kD / 2];       // a step's dQ on its way to global memory, each warpgroup's half in accumulator order
   BackwardTask<kM> task;
-  float lse2[kStagesQ][kM], delta[kStagesDo][kM], scale[4][kD], column_sums[2][8][kD];
-  uint64_t k_full, v_full, v_empty, q_full[kStagesQ], q_empty[kStagesQ], do_full[kStagesDo], do_empty[kStagesDo];
+  alignas(16) float lse2[kStages][kM], delta[kStages][kM];  // filled by bulk copies
+  uint64_t k_full, v_full, stages_free, q_full[kStages], q_empty[kStages], do_full[kStages], do_empty[kStages], dq_full[2], dq_empty[2];
 
   SEAL_DEVICE float* tile() { return reinterpret_cast<float*>(q); }
+  SEAL_DEVICE static constexpr uint32_t offset_v() { return kBytesKv; }
   SEAL_DEVICE static constexpr uint32_t offset_q(int stage) { return 2 * kBytesKv + stage * kBytesQ; }
-  SEAL_DEVICE static constexpr uint32_t offset_grad_out(int stage) { return offset_q(kStagesQ + stage); }
-  SEAL_DEVICE static constexpr uint32_t offset_ds(int buffer) { return offset_grad_out(kStagesDo) + buffer * kBytesDs; }
-  static_assert((kStagesQ + kStagesDo) * kBytesQ >= kTileRows * (kD + kPad) * 4, "the epilogue's tile needs the room of the stages");
+  SEAL_DEVICE static constexpr uint32_t offset_grad_out(int stage) { return offset_q(kStages + stage); }
+  SEAL_DEVICE static constexpr uint32_t offset_ds(int buffer) { return offset_q(2 * kStages) + buffer * kBytesDs; }
+  static_assert(2 * kStages * kBytesQ + kBuffersDs * kBytesDs >= kTileRows * (kD + kPad) * 4, "room for the epilogue's tile");
 };
 
-// Where the accumulators leave room, a warpgroup keeps its rows of K and V as A operands in registers: S^T and dP^T then read
-// half as much shared memory, and V is scaled in registers.
-template <int kD>
-constexpr bool kKeysInRegisters = kD == 64;
+// dscale of one head from one tile of keys: the columns of V * (P^T g), summed over the rows. `v`: the tile in shared memory;
+// `scratch`: 8 * kD floats there. By the 256 computing threads.
+template <class T, int kD>
+SEAL_DEVICE void sum_columns(const BackwardKernelParams& p, const char* v, float* scratch, int64_t tile, int head, const float (&dv)[kD / 2]) {
+  const uint32_t thread = threadIdx.x - 128, lane = thread % 32, row = thread / 32 * 16 + lane / 4, column = lane % 4 * 2;
+  const auto v_at = [&](int j, int h) {
+    return unpack<T>(*reinterpret_cast<const uint32_t*>(v + j / 8 * (kTileRows * kSlabRowBytes) + swizzled(row + 8 * h, j % 8) + column * 2));
+  };
+#pragma unroll
+  for (int j = 0; j < kD / 8; ++j) {
+    const float2 v0 = v_at(j, 0), v1 = v_at(j, 1);
+    float x = v0.x * dv[4 * j] + v1.x * dv[4 * j + 2], y = v0.y * dv[4 * j + 1] + v1.y * dv[4 * j + 3];
+#pragma unroll
+    for (int step = 4; step < 32; step *= 2) x += __shfl_xor_sync(0xffffffffu, x, step), y += __shfl_xor_sync(0xffffffffu, y, step);
+    if (lane < 4) *reinterpret_cast<float2*>(scratch + thread / 32 * kD + 8 * j + column) = make_float2(x, y);
+  }
+  named_sync(1, 256);
+  if (thread < kD) {
+    float sum = 0.f;
+#pragma unroll
+    for (int w = 0; w < 8; ++w) sum += scratch[w * kD + thread];
+    p.dscale_exact[(tile * p.heads_q + head) * kD + thread] = sum;
+  }
+  named_sync(1, 256);
+}
 
 template <class T, int kD, int kM, BackwardWork kWork>
 __global__ void __launch_bounds__(384, 1)
     attention_backward_main(const __grid_constant__ BackwardKernelParams p, const __grid_constant__ BackwardMaps maps) {
   using Shared = BackwardShared<kD, kM>;
+  constexpr int kStages = Shared::kStages;
   extern __shared__ char raw[];
   const uint32_t base = uniform_register((smem_address(raw) + 1023) & ~1023u);
   Shared& shared = *static_cast<Shared*>(__cvta_shared_to_generic(base));
@@ -107,63 +154,83 @@ __global__ void __launch_bounds__(384, 1)
   const uint32_t warp = warp_uniform(threadIdx.x / 32);
   const int lane = threadIdx.x % 32;
   if (warp == 1) {
-    const BackwardTask<kM> task(p);
+    BackwardTask<kM> task(p);
+    task.find_exact_heads(p);
     if (lane == 0) shared.task = task;
   }
   if (warp == 0 && elect_one()) {
     barrier_init(&shared.k_full, 1);
     barrier_init(&shared.v_full, 1);
-    barrier_init(&shared.v_empty, 8);
-    for (int i = 0; i < Shared::kStagesQ; ++i) barrier_init(&shared.q_full[i], 1), barrier_init(&shared.q_empty[i], 8);
-    for (int i = 0; i < Shared::kStagesDo; ++i) barrier_init(&shared.do_full[i], 1), barrier_init(&shared.do_empty[i], 8);
+    barrier_init(&shared.stages_free, 8);
+    for (int i = 0; i < kStages; ++i) {
+      barrier_init(&shared.q_full[i], 1), barrier_init(&shared.q_empty[i], 8);
+      barrier_init(&shared.do_full[i], 1), barrier_init(&shared.do_empty[i], 8);
+    }
+    for (int i = 0; i < 2; ++i) barrier_init(&shared.dq_full[i], 4), barrier_init(&shared.dq_empty[i], 1);
     fence_barrier_init();
   }
   __syncthreads();
   wait_for_dependencies();
+  const BackwardTask<kM>& task = shared.task;
+  const int steps = kWork == BackwardWork::kScale ? 0 : (task.end - task.begin) * p.heads_per_cta, exact_steps = task.exact_steps();
 
   if (warp < 4) {
-    // ================ producers ================
+    // ================ suppliers ================
     registers_shrink<24>();
-    const bool packed = p.cu_seqlens_k != nullptr;
-    const BackwardTask<kM>& task = shared.task;
+    if (steps + exact_steps == 0 || !elect_one()) return;
     const Sequence& seq = task.seq;
-    const int steps = task.steps(p), head_k = task.head_k, batch_row = task.batch_row;
-    if (steps == 0) return;
-    const RowCoordinates key_rows(packed, kTileRows, task.first_key, seq.length_k, packed ? seq.first_k : batch_row);
-    if (warp == 0 && elect_one()) {
+    if (warp == 0) {
+      const bool packed = p.cu_seqlens_k != nullptr;
       const uint64_t keep = policy_evict_last();
-      const auto query_rows = [&](int m) {
-        return RowCoordinates(packed, kM, m * kM, seq.length_q, packed ? seq.first_q : batch_row);
+      const RowCoordinates key_rows(packed, kTileRows, task.first_key, seq.length_k, packed ? seq.first_k : task.batch_row);
+      const auto load_keys = [&](char* to, const CUtensorMap* map, uint64_t* full) {
+        barrier_expect_bytes(full, Shared::kBytesKv);
+        tma_load_tile<kTileRows, kD>(to, map, full, task.head_k, key_rows, keep);
       };
-      const auto load_q = [&](int step, int head, int m) {
-        const int stage = stage_of<Shared::kStagesQ>(step);
-        barrier_wait(&shared.q_empty[stage], phase_of<Shared::kStagesQ>(step) ^ 1);
-        barrier_expect_bytes(&shared.q_full[stage], Shared::kBytesQ + kM * 4);
-        tma_load_tile<kM, kD>(shared.q[stage], &maps.q, &shared.q_full[stage], head, query_rows(m), keep);
-        bulk_load(shared.lse2[stage], p.lse2 + head * p.padded_rows_q + seq.padded_q + m * kM, kM * 4, &shared.q_full[stage]);
+      load_keys(shared.k, &maps.k, &shared.k_full);
+      const auto stream = [&](int step, int head, int m, const CUtensorMap* grad_out) {
+        const int stage = stage_of<kStages>(step);
+        const uint32_t phase = phase_of<kStages>(step) ^ 1;
+        const RowCoordinates rows(packed, kM, m * kM, seq.length_q, packed ? seq.first_q : task.batch_row);
+        const int64_t row = head * p.padded_rows_q + seq.padded_q + m * kM;
+        const auto load = [&](char* to, float* to_vector, const CUtensorMap* map, const float* vector, uint64_t* full, uint64_t* empty) {
+          barrier_wait(empty, phase);
+          barrier_expect_bytes(full, Shared::kBytesQ + kM * 4);
+          tma_load_tile<kM, kD>(to, map, full, head, rows, keep);
+          bulk_load(to_vector, vector + row, kM * 4, full);
+        };
+        load(shared.q[stage], shared.lse2[stage], &maps.q, p.lse2, &shared.q_full[stage], &shared.q_empty[stage]);
+        if (step == 0) load_keys(shared.v, &maps.v, &shared.v_full);
+        load(shared.grad_out[stage], shared.delta[stage], grad_out, p.delta, &shared.do_full[stage], &shared.do_empty[stage]);
       };
-      barrier_expect_bytes(&shared.k_full, Shared::kBytesKv);
-      tma_load_tile<kTileRows, kD>(shared.k, &maps.k, &shared.k_full, head_k, key_rows, keep);
-      int head = task.first_head, m = task.begin, next_head = head, next_m = m;  // of dO and of Q, which is one step ahead
-      load_q(0, next_head, next_m);
+      int step = 0;
+      for (int head = task.first_head, m = task.begin; step < steps; ++step) {
+        stream(step, head, task.turn<kD>(m), &maps.grad_out);
+        if (++m == task.end) m = task.begin, ++head;
+      }
+      if (exact_steps > 0 && steps > 0) barrier_wait(&shared.stages_free, 0);
+      for (int head = task.first_exact_head(), m = task.begin; step < steps + exact_steps; ++step) {
+        stream(step, head, task.turn<kD>(m), &maps.unscaled_grad_out);
+        if (++m == task.end) m = task.begin, head = task.next_exact_head(head);
+      }
+    } else if (warp >= 2 && kWork == BackwardWork::kAll) {
+      // dQ of one warpgroup. The fence on this side of the barrier orders its shared-memory writes before the reduction; on
+      // the other side all computing threads would wait for it.
+      const int group = warp - 2;
+      const uint64_t keep = policy_evict_last();
+      const int64_t head_floats = p.padded_rows_q * kD;
+      float* out = p.dq + task.first_head * head_floats + seq.padded_q * kD + group * (kM * kD / 2);
+      int m = task.begin;
       for (int step = 0; step < steps; ++step) {
-        if (++next_m == task.end) next_m = task.begin, ++next_head;
-        if (step + 1 < steps) load_q(step + 1, next_head, next_m);
-        const int stage = stage_of<Shared::kStagesDo>(step);
-        barrier_wait(&shared.do_empty[stage], phase_of<Shared::kStagesDo>(step) ^ 1);
-        barrier_expect_bytes(&shared.do_full[stage], Shared::kBytesQ + kM * 4);
-        tma_load_tile<kM, kD>(shared.grad_out[stage], &maps.grad_out, &shared.do_full[stage], head, query_rows(m), keep);
-        bulk_load(shared.delta[stage], p.delta + head * p.padded_rows_q + seq.padded_q + m * kM, kM * 4, &shared.do_full[stage]);
-        head = next_head, m = next_m;
+        barrier_wait(&shared.dq_full[group], step & 1);
+        fence_proxy_async();
+        bulk_reduce_add(out + static_cast<int64_t>(task.turn<kD>(m)) * (kM * kD), shared.dq[group], kM * kD * 2, keep);
+        bulk_commit();
+        bulk_wait_read();
+        barrier_arrive(&shared.dq_empty[group]);
+        if (++m == task.end) m = task.begin, out += head_floats;
       }
-    } else if (warp == 1 && elect_one()) {
-      // V, and with a scale V again after the last dP of every head: the consumers scale it in place.
-      const int loads = p.scale != nullptr && !kKeysInRegisters<kD> ? p.heads_per_cta + 1 : 1;
-      for (int i = 0; i < loads; ++i) {
-        barrier_wait(&shared.v_empty, (i & 1) ^ 1);
-        barrier_expect_bytes(&shared.v_full, Shared::kBytesKv);
-        tma_load_tile<kTileRows, kD>(shared.v, &maps.v, &shared.v_full, head_k, key_rows, policy_evict_last());
-      }
+      bulk_wait();
     }
     return;
   }
@@ -182,312 +249,206 @@ __global__ void __launch_bounds__(384, 1)
   float dk[kD / 2], dv[kD / 2];
 #pragma unroll
   for (int i = 0; i < kD / 2; ++i) dk[i] = dv[i] = 0.f;
-  const BackwardTask<kM>& task = shared.task;
-  const bool has_scale = p.scale != nullptr;
 
-  if (task.end > task.begin) {
+  int step = 0;
+  // Steps up to `last` (excluded) as parts of `work`; with kScale those of the exact heads.
+  const auto walk = [&](auto work, int last) {
+    constexpr BackwardWork kPart = decltype(work)::value;
+    constexpr bool kValueOnly = kPart == BackwardWork::kValue || kPart == BackwardWork::kScale;
     const float scale_log2 = p.softmax_scale * kLog2e;
-    // V scaled in place and the end of a head; both touch only rows of this warp.
-    constexpr bool kRegisters = kKeysInRegisters<kD>;
-    uint32_t k_rows_r[kRegisters ? kD / 4 : 1], v_rows_r[kRegisters ? kD / 4 : 1];  // A operands: row r, r + 8 of two column groups a k16 step
-    const auto k_at = [&](uint32_t thread, int j, int h) {
-      return reinterpret_cast<uint32_t*>(shared.k + j / 8 * (kTileRows * kSlabRowBytes) + swizzled(row_of(thread) + 8 * h, j % 8) +
-                                         column_of(thread) * 2);
-    };
-    const auto v_at = [&](uint32_t thread, int j, int h) {
-      return reinterpret_cast<uint32_t*>(shared.v + j / 8 * (kTileRows * kSlabRowBytes) + swizzled(row_of(thread) + 8 * h, j % 8) +
-                                         column_of(thread) * 2);
-    };
-    // This thread's channel of a head's scale into shared memory, a head ahead of its use.
-    const auto load_scale = [&](int head) {
-      const uint32_t channel = index();
-      if (channel >= kD || head >= task.first_head + p.heads_per_cta) return;
-      const bool inside = channel < p.head_dim;
-      const float* const from = p.scale + task.seq.index * p.scale_batch_stride + head * p.scale_head_stride;
-      copy_float(&shared.scale[head % 4][channel], from + (inside ? channel * p.scale_channel_stride : 0), inside);
-    };
-    const auto scale_at = [&](int head, uint32_t channel) { return *reinterpret_cast<const float2*>(&shared.scale[head % 4][channel]); };
-    const auto scale_v = [&](int head) {
-      const uint32_t thread = index();
-      if constexpr (kRegisters) {
-#pragma unroll
-        for (int j = 0; j < kD / 8; ++j) {
-          const float2 factor = has_scale ? scale_at(head, 8 * j + column_of(thread)) : make_float2(1.f, 1.f);
-#pragma unroll
-          for (int h = 0; h < 2; ++h) {
-            const float2 value = unpack<T>(*v_at(thread, j, h));
-            v_rows_r[2 * j + h] = pack<T>(value.x * factor.x, value.y * factor.y);
-          }
-        }
-      } else {
-#pragma unroll 4
-        for (int j = 0; j < kD / 8; ++j) {
-          const float2 factor = scale_at(head, 8 * j + column_of(thread));
-#pragma unroll
-          for (int h = 0; h < 2; ++h) {
-            const float2 value = unpack<T>(*v_at(thread, j, h));
-            *v_at(thread, j, h) = pack<T>(value.x * factor.x, value.y * factor.y);
-          }
-        }
-        fence_proxy_async();
-        named_sync(2 + group, 128);
-      }
-    };
-    const auto end_of_head = [&](int head_index) {
-      const int head = task.first_head + head_index;
-      const uint32_t thread = index(), lane = thread % 32;
-      const bool first = head_index == 0, last = head_index == p.heads_per_cta - 1;
-      if (!kRegisters) barrier_wait(&shared.v_full, (head_index + 1) & 1);
-      float* const sums = shared.column_sums[head_index % 2][0];
-      if (p.dscale_partial != nullptr) {
-        // Columns of V * dV summed over the warp's 16 rows: every step halves the columns a lane keeps.
-#pragma unroll
-        for (int quarter = 0; quarter < kD / 32; ++quarter) {
-          asm volatile("" ::: "memory");
-          float x[8];
-#pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            const int j = 4 * quarter + i;
-            const float2 v0 = unpack<T>(*v_at(thread, j, 0)), v1 = unpack<T>(*v_at(thread, j, 1));
-            x[2 * i] = v0.x * dv[4 * j] + v1.x * dv[4 * j + 2], x[2 * i + 1] = v0.y * dv[4 * j + 1] + v1.y * dv[4 * j + 3];
-          }
-#pragma unroll
-          for (int half = 4; half > 0; half /= 2) {
-            const bool upper = lane & (4 * half);
-#pragma unroll
-            for (int i = 0; i < half; ++i) {
-              const float sent = upper ? x[i] : x[i + half], kept = upper ? x[i + half] : x[i];
-              x[i] = kept + __shfl_xor_sync(0xffffffffu, sent, 4 * half);
-            }
-          }
-          // Bits 4, 3, 2 of the lane chose value 4 .. 7, then 2 or 3 of those, ...: value lane / 4 is left.
-          sums[thread / 32 * kD + 32 * quarter + 8 * (lane / 8) + column_of(thread) + lane / 4 % 2] = x[0];
-        }
-      }
-      copies_done();
-      named_sync(1, 256);  // also keeps the warpgroups within a head of each other: two buffers of sums, four of scales
-      if (!last) load_scale(head + 2);
-      if (p.dscale_partial != nullptr && thread < kD) {
-        float sum = 0.f;
-#pragma unroll
-        for (int w = 0; w < 8; ++w) sum += sums[w * kD + thread];
-        p.dscale_partial[(task.tile * p.heads_q + head) * kD + thread] = sum;
-      }
-      // dV of the heads so far, this head scaled: kept in memory (each thread its own words), back in registers at the last head.
-      float4* const sum = reinterpret_cast<float4*>(p.dv_sum + (task.head_k * p.tile_count_k + task.tile) * kTileRows * kD) +
-                          thread / 32 * (kD / 8) * 32 + lane;
-#pragma unroll
-      for (int j = 0; j < kD / 8; ++j) {
-        if (j % 4 == 0) asm volatile("" ::: "memory");  // a few loads at a time: there are no registers for all
-        const float2 factor = scale_at(head, 8 * j + column_of(thread));
-        float4 x = make_float4(dv[4 * j] * factor.x, dv[4 * j + 1] * factor.y, dv[4 * j + 2] * factor.x, dv[4 * j + 3] * factor.y);
-        if (!last) {
-          if (first) sum[j * 32] = x;
-          else reduce_add(reinterpret_cast<float*>(sum + j * 32), x.x, x.y, x.z, x.w);
-          x = make_float4(0.f, 0.f, 0.f, 0.f);
-        } else if (!first) {
-          const float4 before = sum[j * 32];
-          x.x += before.x, x.y += before.y, x.z += before.z, x.w += before.w;
-        }
-        dv[4 * j] = x.x, dv[4 * j + 1] = x.y, dv[4 * j + 2] = x.z, dv[4 * j + 3] = x.w;
-      }
-      if (!last) scale_v(head + 1);
-    };
-
     const auto k_rows = Operand<Major::kK, kTileRows>::at_uniform(base + group * 64 * kSlabRowBytes);
-    const auto v_rows = Operand<Major::kK, kTileRows>::at_uniform(base + Shared::kBytesKv + group * 64 * kSlabRowBytes);
-    const auto q_rows = [&](int step) { return Operand<Major::kK, kM>::at_uniform(base + Shared::offset_q(stage_of<Shared::kStagesQ>(step))); };
-    // dQ of a step: 64 queries, each warpgroup half of the channels.
-    static_assert(kM == 64, "one wgmma of dQ has 64 rows");
-    constexpr int kDqColumns = kD / 2, kDqFloats = 64 * kDqColumns / 128;
-    const uint32_t dq_columns = group * kDqColumns;
+    const auto v_rows = Operand<Major::kK, kTileRows>::at_uniform(base + Shared::offset_v() + group * 64 * kSlabRowBytes);
+    // dQ of a step, 64 rows a warpgroup: of 128 queries each takes half, of 64 each takes half of the channels.
+    constexpr bool kSplitRows = kM == 128;
+    constexpr int kDqColumns = kSplitRows ? kD : kD / 2, kDqFloats = 64 * kDqColumns / 128;
+    const uint32_t dq_columns = kSplitRows ? 0 : group * kDqColumns;
     const auto k_columns = Operand<Major::kMN, kTileRows>::at_uniform(base + dq_columns / 64 * (kTileRows * kSlabRowBytes) + dq_columns % 64 * 2);
-
-    const auto issue_s = [&](float (&acc)[kM / 2], int step) {
-      wgmma_fence();
-      if constexpr (kRegisters) {
-        product<T, Major::kK, kM>(acc, k_rows_r, q_rows(step), false);
-      } else {
-        product<T, kD>(acc, k_rows, q_rows(step), false);
-      }
-      wgmma_commit();
-    };
-    float s[kM / 2];
-    barrier_wait(&shared.k_full, 0);
-    if constexpr (kRegisters) {
-      const uint32_t thread = index();
-#pragma unroll
-      for (int i = 0; i < kD / 4; ++i) k_rows_r[i] = *k_at(thread, i / 2, i % 2);
-    }
-    barrier_wait(&shared.q_full[0], 0);
-    issue_s(s, 0);
-    barrier_wait(&shared.v_full, 0);
-    if (has_scale) {
-      load_scale(task.first_head);
-      load_scale(task.first_head + 1);
-      copies_done();
-      named_sync(1, 256);
-    }
-    if (has_scale || kRegisters) scale_v(task.first_head);
-    wgmma_wait<0>();
-    fence_registers(s);
-
     const int begin = uniform_register(task.begin), end = uniform_register(task.end);
-    int m = begin, head = 0, step = 0;
-    const auto issue_dq = [&](float (&dq)[kDqFloats], int buffer) {
-      wgmma_fence();
-      product<T, kTileRows>(dq, Operand<Major::kK, kM>::at_uniform(base + Shared::offset_ds(buffer)), k_columns, false);
-      wgmma_commit();
-    };
-    const auto add_dq = [&](const float (&dq)[kDqFloats], float* out) {
-#pragma unroll
-      for (int i = 0; i < kDqFloats / 4; ++i) reduce_add(out + i * 128, dq[4 * i], dq[4 * i + 1], dq[4 * i + 2], dq[4 * i + 3]);
-    };
-    const int head_tiles = uniform_register(static_cast<uint32_t>(p.padded_rows_q / kM));
-    const int first_tile = uniform_register(static_cast<uint32_t>(task.first_head * head_tiles + task.seq.padded_q / kM));
-    const auto dq_at = [&](int tile) { return p.dq + static_cast<int64_t>(tile) * (kM * kD) + index() / 32 * (kDqFloats * 32) + index() % 32 * 4; };
-    for (;; ++step) {
-      const int q_stage = stage_of<Shared::kStagesQ>(step), do_stage = stage_of<Shared::kStagesDo>(step);
-      const uint32_t grad_at = base + Shared::offset_grad_out(do_stage);
-      const auto q_columns = Operand<Major::kMN, kM>::at_uniform(base + Shared::offset_q(q_stage));
-      float dp[kM / 2], next_s[kM / 2];
+    const int full_begin = uniform_register(task.full_begin), full_end = uniform_register(task.full_end);
+    constexpr int kAhead = kM == 64 ? kM / 8 : 0;  // row vectors read before the wait for the product: registers allow all or none
 
-      // dP^T in flight (behind dK of the step before) while the exponentials are taken.
-      barrier_wait(&shared.do_full[do_stage], phase_of<Shared::kStagesDo>(step));
-      if constexpr (kWork != BackwardWork::kValue) {
+    barrier_wait(&shared.k_full, 0);
+    barrier_wait(&shared.v_full, 0);
+    bool q_ready = false;  // Q of the step was seen to have arrived
+    int m = begin;
+    [[maybe_unused]] int head = kPart == BackwardWork::kScale ? task.first_exact_head() : 0;
+    for (;; ++step) {
+      const int stage = stage_of<kStages>(step);
+      const uint32_t phase = phase_of<kStages>(step), thread = index();
+      const uint32_t q_at = base + Shared::offset_q(stage), grad_at = base + Shared::offset_grad_out(stage);
+      float s[kM / 2], dp[kM / 2];
+      if (!q_ready) barrier_wait(&shared.q_full[stage], phase);
+      float2 lse2_ahead[kM / 8];
+      const float* const lse2_row = &shared.lse2[stage][column_of(thread)];
+#pragma unroll
+      for (int j = 0; j < kAhead; ++j) lse2_ahead[j] = *reinterpret_cast<const float2*>(lse2_row + 8 * j);
+      const bool do_ready = barrier_peek(&shared.do_full[stage], phase);
+      wgmma_fence();
+      product<T, kD>(s, k_rows, Operand<Major::kK, kM>::at_uniform(q_at), false);
+      wgmma_commit();
+      if (!do_ready) barrier_wait(&shared.do_full[stage], phase);
+      if constexpr (!kValueOnly) {
         wgmma_fence();
-        if constexpr (kRegisters) {
-          product<T, Major::kK, kM>(dp, v_rows_r, Operand<Major::kK, kM>::at_uniform(grad_at), false);
-        } else {
-          product<T, kD>(dp, v_rows, Operand<Major::kK, kM>::at_uniform(grad_at), false);
-        }
+        product<T, kD>(dp, v_rows, Operand<Major::kK, kM>::at_uniform(grad_at), false);
         wgmma_commit();
       }
-      if (m < task.full_begin || m >= task.full_end) task.mask(p, s, m, task.first_key + row_of(index()));
-      const float* const lse2_row = &shared.lse2[q_stage][column_of(index())];
+      wgmma_wait<kValueOnly ? 0 : 1>();
+      fence_registers(s);
+      const int tile_m = kDescending<kD> ? begin + end - 1 - m : m;
+      if (tile_m < full_begin || tile_m >= full_end) task.mask(p, s, tile_m, task.first_key + row_of(thread));
 #pragma unroll
       for (int j = 0; j < kM / 8; ++j) {
-        const float2 lse2 = *reinterpret_cast<const float2*>(lse2_row + 8 * j);
-        s[4 * j] = exp2_approx(s[4 * j] * scale_log2 - lse2.x);
-        s[4 * j + 1] = exp2_approx(s[4 * j + 1] * scale_log2 - lse2.y);
-        s[4 * j + 2] = exp2_approx(s[4 * j + 2] * scale_log2 - lse2.x);
-        s[4 * j + 3] = exp2_approx(s[4 * j + 3] * scale_log2 - lse2.y);
+        const float2 lse2 = j < kAhead ? lse2_ahead[j] : *reinterpret_cast<const float2*>(lse2_row + 8 * j);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) s[4 * j + i] = exp2_approx(s[4 * j + i] * scale_log2 - (i % 2 == 0 ? lse2.x : lse2.y));
       }
-
-      // dV, then S^T of the next step: in flight while dS is made of dP and the rounded P. After the last step there is no
-      // next one: then an old stage is multiplied to no purpose, which costs fewer registers than a branch.
       uint32_t p_rows[kM / 4];
       pack_fragment<T>(p_rows, s);
-      wgmma_fence();
-      product<T, Major::kMN, kM>(dv, p_rows, Operand<Major::kMN, kM>::at_uniform(grad_at), true);
-      wgmma_commit();
-      const bool last_of_head = m == end - 1, last = last_of_head && head == p.heads_per_cta - 1;
-      if (!last) barrier_wait(&shared.q_full[stage_of<Shared::kStagesQ>(step + 1)], phase_of<Shared::kStagesQ>(step + 1));
-      issue_s(next_s, step + 1);
-      wgmma_wait<1>();  // dP and dV
-      if (has_scale && !kRegisters && last_of_head && lane == 0) barrier_arrive(&shared.v_empty);
-      if constexpr (kWork != BackwardWork::kValue) {
+      const auto multiply_dv = [&] {
+        wgmma_fence();
+        product<T, Major::kMN, kM>(dv, p_rows, Operand<Major::kMN, kM>::at_uniform(grad_at), true);
+        wgmma_commit();
+      };
+      if constexpr (kValueOnly) {
+        __syncwarp();
+        if (lane == 0) barrier_arrive(&shared.q_empty[stage]);
+        multiply_dv();
+        wgmma_wait<0>();
+        if (lane == 0) barrier_arrive(&shared.do_empty[stage]);
+      } else {
+        float2 delta_ahead[kM / 8];
+        const float* const delta_row = &shared.delta[stage][column_of(thread)];
+#pragma unroll
+        for (int j = 0; j < kAhead; ++j) delta_ahead[j] = *reinterpret_cast<const float2*>(delta_row + 8 * j);
+        wgmma_wait<0>();
         fence_registers(dp);
-        const float* const delta_row = &shared.delta[do_stage][column_of(index())];
-        uint32_t ds_rows[kM / 4];
 #pragma unroll
         for (int j = 0; j < kM / 8; ++j) {
-          const float2 delta = *reinterpret_cast<const float2*>(delta_row + 8 * j);
+          const float2 delta = j < kAhead ? delta_ahead[j] : *reinterpret_cast<const float2*>(delta_row + 8 * j);
 #pragma unroll
-          for (int h = 0; h < 2; ++h) {
-            const float2 probability = unpack<T>(p_rows[2 * j + h]);
-            dp[4 * j + 2 * h] = probability.x * (dp[4 * j + 2 * h] - delta.x);
-            dp[4 * j + 2 * h + 1] = probability.y * (dp[4 * j + 2 * h + 1] - delta.y);
-          }
+          for (int i = 0; i < 4; ++i) dp[4 * j + i] = s[4 * j + i] * (dp[4 * j + i] - (i % 2 == 0 ? delta.x : delta.y));
         }
+        uint32_t ds_rows[kM / 4];
         pack_fragment<T>(ds_rows, dp);
-        if constexpr (kWork == BackwardWork::kAll) {
-          const uint32_t ds = base + Shared::offset_ds(step % 2), thread = index();
+        const auto multiply_dk = [&] {
+          wgmma_fence();
+          product<T, Major::kMN, kM>(dk, ds_rows, Operand<Major::kMN, kM>::at_uniform(q_at), true);
+          wgmma_commit();
+        };
+        const auto next_q_ready = [&] { return barrier_peek(&shared.q_full[stage_of<kStages>(step + 1)], phase_of<kStages>(step + 1)); };
+        if constexpr (kPart == BackwardWork::kAll) {
           // The lane's row of matrix lane / 8 of a k16 step is query 16 t + lane / 16 * 8 + lane % 8.
+          const uint32_t ds = base + Shared::offset_ds(step % 2);
           const uint32_t query = thread % 32 / 16 * 8 + thread % 8, chunk = thread / 32 % 4 * 2 + thread / 8 % 2;
 #pragma unroll
           for (int t = 0; t < kM / 16; ++t) {
             stmatrix_transposed(ds + group * (kM * kSlabRowBytes) + swizzled(query, chunk) + t * 16 * kSlabRowBytes, ds_rows[4 * t],
                                 ds_rows[4 * t + 1], ds_rows[4 * t + 2], ds_rows[4 * t + 3]);
           }
+          multiply_dv();
           fence_proxy_async();
-          if (lane == 0) barrier_arrive(&shared.do_empty[do_stage]);
           // dQ needs dS of both warpgroups. A buffer of dS is written again two steps on, after the next barrier, which a
           // warpgroup reaches only when its dQ of this step is done.
           named_sync(1, 256);
-          float* const out = dq_at(first_tile + head * head_tiles + m);
           float dq[kDqFloats];
-          issue_dq(dq, step % 2);
-          product<T, Major::kMN, kM>(dk, ds_rows, q_columns, true);
-          wgmma_commit();
-          wgmma_wait<1>();  // dQ, and before it the next S
-          fence_registers(dq);
-          add_dq(dq, out);
-        } else {
-          __syncwarp();
-          if (lane == 0) barrier_arrive(&shared.do_empty[do_stage]);
           wgmma_fence();
-          product<T, Major::kMN, kM>(dk, ds_rows, q_columns, true);
+          product<T, kTileRows>(dq, Operand<Major::kK, kM>::at_uniform(ds + (kSplitRows ? group * 64 * kSlabRowBytes : 0)), k_columns, false);
           wgmma_commit();
-          wgmma_wait<1>();  // the next S
-        }
-      } else {
-        if (lane == 0) barrier_arrive(&shared.do_empty[do_stage]), barrier_arrive(&shared.q_empty[q_stage]);
-        wgmma_wait<0>();
-      }
-      wgmma_wait<0>();  // dK: ptxas serialises where it stays in flight into the next step
-      fence_registers(dk);
-      if (kWork != BackwardWork::kValue && lane == 0) barrier_arrive(&shared.q_empty[q_stage]);
-      fence_registers(next_s);
+          wgmma_wait<1>();  // dV
+          if (lane == 0) barrier_arrive(&shared.do_empty[stage]);
+          multiply_dk();
+          q_ready = next_q_ready();
+          const bool dq_free = barrier_peek(&shared.dq_empty[group], (step & 1) ^ 1);
+          wgmma_wait<1>();  // dQ
+          fence_registers(dq);
+          if (!dq_free) barrier_wait(&shared.dq_empty[group], (step & 1) ^ 1);
+          float* const to = &shared.dq[group][thread % 128 / 32 * (kDqFloats * 32) + thread % 32 * 4];
 #pragma unroll
-      for (int i = 0; i < kM / 2; ++i) s[i] = next_s[i];
-      ++m;
-      if (last_of_head) {
-        if (has_scale) {
+          for (int i = 0; i < kDqFloats / 4; ++i) {
+            *reinterpret_cast<float4*>(to + i * 128) = make_float4(dq[4 * i], dq[4 * i + 1], dq[4 * i + 2], dq[4 * i + 3]);
+          }
+          __syncwarp();
+          if (lane == 0) barrier_arrive(&shared.dq_full[group]);
+        } else {
+          multiply_dv();
+          multiply_dk();
+          q_ready = next_q_ready();
+          wgmma_wait<1>();  // dV
+          if (lane == 0) barrier_arrive(&shared.do_empty[stage]);
+        }
+        wgmma_wait<0>();  // dK
+        fence_registers(dk);
+        if (lane == 0) barrier_arrive(&shared.q_empty[stage]);
+      }
+      if (++m == end) {
+        m = begin;
+        if constexpr (kPart == BackwardWork::kScale) {
           fence_registers(dv);
-          end_of_head(head);
+          sum_columns<T, kD>(p, shared.v, reinterpret_cast<float*>(shared.ds), task.tile, head, dv);
+          head = task.next_exact_head(head);
+#pragma unroll
+          for (int i = 0; i < kD / 2; ++i) dv[i] = 0.f;
         }
-        if (last) break;
-        m = begin, ++head;
       }
+      if (step == last - 1) break;
     }
-    wgmma_wait<0>();
-    fence_registers(dk);
+    ++step;
     fence_registers(dv);
-  } else if (p.dscale_partial != nullptr) {
-    for (int i = index(); i < p.heads_per_cta * kD; i += 256) p.dscale_partial[(task.tile * p.heads_q + task.first_head) * kD + i] = 0.f;
-  }
-
-  // ================ epilogue ================
-  const uint32_t thread = index();
-  if (p.splits > 1) {
-    const int64_t at = ((static_cast<int64_t>(task.split) * p.heads_k + task.head_k) * p.tile_count_k + task.tile) * kTileRows * kD +
-                       (thread / 32 * (kD / 8) * 32 + lane) * 4;
-#pragma unroll
-    for (int j = 0; j < kD / 8; ++j) {
-      if (p.dk_partial != nullptr) *reinterpret_cast<float4*>(p.dk_partial + at + j * 128) = make_float4(dk[4 * j], dk[4 * j + 1], dk[4 * j + 2], dk[4 * j + 3]);
-      if (p.dv_partial != nullptr) *reinterpret_cast<float4*>(p.dv_partial + at + j * 128) = make_float4(dv[4 * j], dv[4 * j + 1], dv[4 * j + 2], dv[4 * j + 3]);
-    }
-    return;
-  }
-  named_sync(1, 256);  // both warpgroups are done with the stages
-  const int first_row = thread / 32 * 16;
-  float* const tile = shared.tile() + first_row * (kD + kPad);
-  const auto write = [&](const float (&acc)[kD / 2], void* output, float factor, bool rotate) {
-#pragma unroll
-    for (int j = 0; j < kD / 8; ++j) {
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        *reinterpret_cast<float2*>(tile + (lane / 4 + 8 * h) * (kD + kPad) + 8 * j + column_of(thread)) = make_float2(acc[4 * j + 2 * h], acc[4 * j + 2 * h + 1]);
-      }
-    }
-    __syncwarp();
-    store_rows<T, kD>(p, tile, min(16, task.seq.length_k - task.first_key - first_row), output, task.seq.first_k + task.first_key + first_row,
-                      task.batch_row, p.seqlen_k, task.head_k, p.heads_k, factor, rotate, p.positions_k);
-    __syncwarp();
   };
-  if (p.grad_v != nullptr) write(dv, p.grad_v, 1.f, false);
-  if (kWork != BackwardWork::kValue && p.grad_k != nullptr) write(dk, p.grad_k, p.softmax_scale, p.cos != nullptr);
+  // ================ epilogue ================
+  const auto store_keys = [&] {
+    const uint32_t thread = index();
+    if (p.splits > 1) {
+      const int64_t at = ((static_cast<int64_t>(task.split) * p.heads_k + task.head_k) * p.tile_count_k + task.tile) * kTileRows * kD +
+                         (thread / 32 * (kD / 8) * 32 + lane) * 4;
+#pragma unroll
+      for (int j = 0; j < kD / 8; ++j) {
+        const auto give = [&](float* partial, const float (&acc)[kD / 2]) {
+          if (partial != nullptr) *reinterpret_cast<float4*>(partial + at + j * 128) = make_float4(acc[4 * j], acc[4 * j + 1], acc[4 * j + 2], acc[4 * j + 3]);
+        };
+        give(p.dk_partial, dk);
+        give(p.dv_partial, dv);
+      }
+      return;
+    }
+    named_sync(1, 256);  // both warpgroups are done with the stages
+    const int first_row = thread / 32 * 16;
+    float* const tile = shared.tile() + first_row * (kD + kPad);
+    const auto write = [&](const float (&acc)[kD / 2], void* output, float factor, bool rotate) {
+#pragma unroll
+      for (int j = 0; j < kD / 8; ++j) {
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          float* const at = tile + (lane / 4 + 8 * h) * (kD + kPad) + 8 * j + column_of(thread);
+          *reinterpret_cast<float2*>(at) = make_float2(acc[4 * j + 2 * h], acc[4 * j + 2 * h + 1]);
+        }
+      }
+      __syncwarp();
+      store_rows<T, kD>(p, tile, min(16, task.seq.length_k - task.first_key - first_row), output, task.seq.first_k + task.first_key + first_row,
+                        task.batch_row, p.seqlen_k, task.head_k, p.heads_k, factor, rotate, p.positions_k);
+      __syncwarp();
+    };
+    if (p.grad_v != nullptr) write(dv, p.grad_v, 1.f, false);
+    if (kWork != BackwardWork::kValue && p.grad_k != nullptr) write(dk, p.grad_k, p.softmax_scale, p.cos != nullptr);
+  };
+
+  if constexpr (kWork != BackwardWork::kScale) {
+    if (steps > 0) walk(std::integral_constant<BackwardWork, kWork>(), steps);
+    store_keys();
+    // The epilogue's writes come before the copy engine's into the same memory.
+    fence_proxy_async();
+    __syncwarp();
+    if (lane == 0) barrier_arrive(&shared.stages_free);
+#pragma unroll
+    for (int i = 0; i < kD / 2; ++i) dv[i] = 0.f;
+  }
+  if (exact_steps > 0) {
+    walk(std::integral_constant<BackwardWork, BackwardWork::kScale>(), steps + exact_steps);
+  } else {
+    for (uint64_t rest = task.exact; rest != 0; rest &= rest - 1) {  // a tile of keys that nobody sees
+      if (index() < kD) p.dscale_exact[(task.tile * p.heads_q + task.first_head + __ffsll(rest) - 1) * kD + index()] = 0.f;
+    }
+  }
 }
 
 }  // namespace seal::sm90

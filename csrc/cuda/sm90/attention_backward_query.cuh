@@ -3,8 +3,7 @@
 // dP are computed twice), but no fp32 dQ in memory, no atomics and a fixed order of summation.
 //
 // Warpgroup 0 streams K and V; warpgroups 1 and 2 take 64 queries each and never wait for each other. A step, kN keys:
-//   S = Q K^T    dP = (scale * g) V^T    dQ += dS K
-// The scale is multiplied into the tile of g in shared memory, once.
+//   S = Q K^T    dP = dO V^T    dQ += dS K
 #pragma once
 
 #include "attention_backward_common.cuh"
@@ -85,6 +84,10 @@ __global__ void __launch_bounds__(384, 1)
     for (int i = 0; i < Shared::kStagesV; ++i) barrier_init(&shared.v_full[i], 1), barrier_init(&shared.v_empty[i], 8);
     fence_barrier_init();
   }
+  const int present = slabs(p.head_dim);
+  zero_absent_slabs<kTileRows, kD>(shared.q, 2, present, threadIdx.x, 384);
+  zero_absent_slabs<kN, kD>(shared.k, Shared::kStagesK + Shared::kStagesV, present, threadIdx.x, 384);
+  fence_proxy_async();
   __syncthreads();
   const QueryTask<kN>& task = shared.task;
   if (task.first_query >= task.seq.length_q) return;
@@ -97,18 +100,18 @@ __global__ void __launch_bounds__(384, 1)
     const int head_k = task.head / (p.heads_q / p.heads_k);
     const uint64_t keep = policy_evict_last(), stream = policy_evict_first();
     const RowCoordinates rows(packed, kTileRows, task.first_query, task.seq.length_q, packed ? task.seq.first_q : task.batch_row);
-    barrier_expect_bytes(&shared.q_full, 2 * Shared::kBytesQ);
-    tma_load_tile<kTileRows, kD>(shared.q, &maps.q, &shared.q_full, task.head, rows, stream);
-    tma_load_tile<kTileRows, kD>(shared.grad_out, &maps.grad_out, &shared.q_full, task.head, rows, stream);
+    barrier_expect_bytes(&shared.q_full, 2 * present * kTileRows * kSlabRowBytes);
+    tma_load_tile<kTileRows, kD>(shared.q, &maps.q, &shared.q_full, task.head, rows, stream, present);
+    tma_load_tile<kTileRows, kD>(shared.grad_out, &maps.grad_out, &shared.q_full, task.head, rows, stream, present);
     for (int n = task.begin, step = 0; n < task.end; ++n, ++step) {
       const RowCoordinates keys(packed, kN, n * kN, task.seq.length_k, packed ? task.seq.first_k : task.batch_row);
       const int k = stage_of<Shared::kStagesK>(step), v = stage_of<Shared::kStagesV>(step);
       barrier_wait(&shared.k_empty[k], phase_of<Shared::kStagesK>(step) ^ 1);
-      barrier_expect_bytes(&shared.k_full[k], Shared::kBytesK);
-      tma_load_tile<kN, kD>(shared.k[k], &maps.k, &shared.k_full[k], head_k, keys, keep);
+      barrier_expect_bytes(&shared.k_full[k], present * kN * kSlabRowBytes);
+      tma_load_tile<kN, kD>(shared.k[k], &maps.k, &shared.k_full[k], head_k, keys, keep, present);
       barrier_wait(&shared.v_empty[v], phase_of<Shared::kStagesV>(step) ^ 1);
-      barrier_expect_bytes(&shared.v_full[v], Shared::kBytesK);
-      tma_load_tile<kN, kD>(shared.v[v], &maps.v, &shared.v_full[v], head_k, keys, keep);
+      barrier_expect_bytes(&shared.v_full[v], present * kN * kSlabRowBytes);
+      tma_load_tile<kN, kD>(shared.v[v], &maps.v, &shared.v_full[v], head_k, keys, keep, present);
     }
     return;
   }
@@ -130,24 +133,6 @@ __global__ void __launch_bounds__(384, 1)
       lse2[h] = p.lse2[at], delta[h] = p.delta[at];
     }
     barrier_wait(&shared.q_full, 0);
-    if (p.scale != nullptr) {
-      const float* const scale = p.scale + task.seq.index * p.scale_batch_stride + task.head * p.scale_head_stride;
-#pragma unroll 2
-      for (int j = 0; j < kD / 8; ++j) {
-        const int channel = 8 * j + lane % 4 * 2;
-        const float x = channel < p.head_dim ? __ldg(scale + channel * p.scale_channel_stride) : 0.f;
-        const float y = channel < p.head_dim ? __ldg(scale + (channel + 1) * p.scale_channel_stride) : 0.f;
-#pragma unroll
-        for (int h = 0; h < 2; ++h) {
-          uint32_t* const at = reinterpret_cast<uint32_t*>(shared.grad_out + j / 8 * (kTileRows * kSlabRowBytes) + swizzled(row + 8 * h, j % 8) + lane % 4 * 4);
-          const float2 g = unpack<T>(*at);
-          *at = pack<T>(g.x * x, g.y * y);
-        }
-      }
-      fence_proxy_async();
-      named_sync(2 + group, 128);
-    }
-
     const int begin = uniform_register(task.begin), end = uniform_register(task.end);
     const auto q_rows = Operand<Major::kK, kTileRows>::at_uniform(base + group * 64 * kSlabRowBytes);
     const auto grad_rows = Operand<Major::kK, kTileRows>::at_uniform(base + Shared::kBytesQ + group * 64 * kSlabRowBytes);

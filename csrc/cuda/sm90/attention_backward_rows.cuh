@@ -6,82 +6,102 @@
 
 namespace seal::sm90 {
 
-// delta = rowsum(g * (out - offset)) - grad_lse, lse2 = lse * log2(e), zeros in dq, column sums of g. One CTA: kTileRows
-// rows of one head. Rows past the end and rows that see no key get lse2 = +inf, hence probabilities 0, and delta 0.
-template <class T, int kD>
-__global__ void __launch_bounds__(256) attention_backward_rows(const __grid_constant__ BackwardKernelParams p) {
+// delta = rowsum(g * (out - offset)) - grad_lse, lse2 = lse * log2(e), scale * g, zeros in dq, column sums of g and g * out. One
+// CTA: kTileRows rows of one head. kScaled: there is a scale. Rows past the end and rows that see no key get lse2 = +inf, hence
+// probabilities 0, and delta 0.
+template <class T, int kD, bool kScaled>
+__global__ void __launch_bounds__(256, kScaled ? 3 : 4) attention_backward_rows(const __grid_constant__ BackwardKernelParams p) {
   constexpr int kLanes = kD / 8, kRowsAtOnce = 256 / kLanes;  // lanes of a row: 16 bytes each
-  __shared__ float sums[kRowsAtOnce][kD];
+  __shared__ float sums[kRowsAtOnce][kD], row_delta[kTileRows];
   const bool packed = p.cu_seqlens_q != nullptr;
   const int batch_row = packed ? 0 : blockIdx.x / p.tiles_q, head = blockIdx.y;
   int tile;
   const Sequence seq = locate(p, p.cu_seqlens_q, kTileRows, packed ? blockIdx.x : blockIdx.x % p.tiles_q, batch_row, &tile);
-  const int first = tile * kTileRows, rows = min(kTileRows, seq.length_q - first);
-  if (rows <= 0) {
-    if (p.doffset_partial != nullptr && threadIdx.x < kD)
-      p.doffset_partial[(static_cast<int64_t>(blockIdx.x) * p.heads_q + head) * kD + threadIdx.x] = 0.f;
-    return;
-  }
-
-  const int64_t padded = head * p.padded_rows_q + seq.padded_q + first;
-  if (p.dq != nullptr) {
-    float4* const out = reinterpret_cast<float4*>(p.dq + padded * kD);
-#pragma unroll
-    for (int i = 0; i < kTileRows * kD / 4 / 256; ++i) out[i * 256 + threadIdx.x] = make_float4(0.f, 0.f, 0.f, 0.f);
-  }
-
+  const int first = tile * kTileRows, rows = max(0, min(kTileRows, seq.length_q - first));
   const int lane = threadIdx.x % kLanes, channel = lane * 8;
-  const bool inside = channel < p.head_dim;
-  float offset[8] = {}, sum[8] = {};
-  if (p.offset != nullptr && inside) {
+  const int64_t partial_at = (static_cast<int64_t>(blockIdx.x) * p.heads_q + head) * kD;
+  // Columns summed over the rows of the CTA, from the sums of each thread's rows.
+  const auto add_up = [&](const float (&sum)[8], float* partial) {
+    if (partial == nullptr) return;
 #pragma unroll
-    for (int i = 0; i < 8; ++i) offset[i] = p.offset[seq.index * p.offset_batch_stride + head * p.offset_head_stride + channel + i];
-  }
-  const T* const g_first = static_cast<const T*>(p.grad_out.data) + batch_row * p.grad_out.batch_stride + head * p.grad_out.head_stride + channel;
-  const T* const o_first = static_cast<const T*>(p.out.data) + batch_row * p.out.batch_stride + head * p.out.head_stride + channel;
-#pragma unroll 4
-  for (int r = threadIdx.x / kLanes; r < kTileRows; r += kRowsAtOnce) {
-    float delta = 0.f;
-    const int64_t token = seq.first_q + first + r;
-    if (r < rows && inside) {
-      const uint4 g4 = *reinterpret_cast<const uint4*>(g_first + token * p.grad_out.row_stride);
-      const uint4 o4 = *reinterpret_cast<const uint4*>(o_first + token * p.out.row_stride);
-      const uint32_t g[4] = {g4.x, g4.y, g4.z, g4.w}, o[4] = {o4.x, o4.y, o4.z, o4.w};
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const float2 gx = unpack<T>(g[i]), ox = unpack<T>(o[i]);
-        delta += gx.x * (ox.x - offset[2 * i]) + gx.y * (ox.y - offset[2 * i + 1]);
-        sum[2 * i] += gx.x, sum[2 * i + 1] += gx.y;
-      }
+    for (int i = 0; i < 8; ++i) sums[threadIdx.x / kLanes][channel + i] = sum[i];
+    __syncthreads();
+    for (int c = threadIdx.x; c < kD; c += 256) {
+      float total = 0.f;
+      for (int r = 0; r < kRowsAtOnce; ++r) total += sums[r][c];
+      partial[partial_at + c] = total;
     }
-    if (p.lse2 == nullptr) continue;
+    __syncthreads();
+  };
+
+  float g_sum[8] = {}, product_sum[8] = {};
+  if (rows > 0) {
+    const int64_t padded = head * p.padded_rows_q + seq.padded_q + first;
+    if (p.dq != nullptr) {
+      float4* const out = reinterpret_cast<float4*>(p.dq + padded * kD);
 #pragma unroll
-    for (int step = kLanes / 2; step > 0; step /= 2) delta += __shfl_xor_sync(0xffffffffu, delta, step);
-    if (lane == 0) {
-      float lse2 = INFINITY;
+      for (int i = 0; i < kTileRows * kD / 4 / 256; ++i) out[i * 256 + threadIdx.x] = make_float4(0.f, 0.f, 0.f, 0.f);
+    }
+    const bool inside = channel < p.head_dim;
+    float offset[8] = {}, scale[8];
+    if (p.offset != nullptr && inside) {
+#pragma unroll
+      for (int i = 0; i < 8; ++i) offset[i] = p.offset[seq.index * p.offset_batch_stride + head * p.offset_head_stride + channel + i];
+    }
+    if (kScaled && inside) {
+      const float* const from = p.scale + seq.index * p.scale_batch_stride + head * p.scale_head_stride;
+#pragma unroll
+      for (int i = 0; i < 8; ++i) scale[i] = from[(channel + i) * p.scale_channel_stride];
+    }
+    const T* const g_first = static_cast<const T*>(p.grad_out.data) + batch_row * p.grad_out.batch_stride + head * p.grad_out.head_stride + channel;
+    const T* const o_first = static_cast<const T*>(p.out.data) + batch_row * p.out.batch_stride + head * p.out.head_stride + channel;
+    T* const scaled_first = static_cast<T*>(p.scaled_grad) + (static_cast<int64_t>(batch_row) * p.seqlen_q * p.heads_q + head) * p.head_dim + channel;
+#pragma unroll 4
+    for (int r = threadIdx.x / kLanes; r < kTileRows; r += kRowsAtOnce) {
+      float delta = 0.f;
+      if (r < rows && inside) {
+        const int64_t token = seq.first_q + first + r;
+        const uint4 g4 = *reinterpret_cast<const uint4*>(g_first + token * p.grad_out.row_stride);
+        const uint4 o4 = *reinterpret_cast<const uint4*>(o_first + token * p.out.row_stride);
+        const uint32_t g[4] = {g4.x, g4.y, g4.z, g4.w}, o[4] = {o4.x, o4.y, o4.z, o4.w};
+        uint32_t scaled[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const float2 gx = unpack<T>(g[i]), ox = unpack<T>(o[i]);
+          delta += gx.x * (ox.x - offset[2 * i]) + gx.y * (ox.y - offset[2 * i + 1]);
+          g_sum[2 * i] += gx.x, g_sum[2 * i + 1] += gx.y;
+          if (!kScaled) continue;
+          product_sum[2 * i] += gx.x * ox.x, product_sum[2 * i + 1] += gx.y * ox.y;
+          scaled[i] = pack<T>(gx.x * scale[2 * i], gx.y * scale[2 * i + 1]);
+        }
+        if (kScaled && p.scaled_grad != nullptr) {
+          *reinterpret_cast<uint4*>(scaled_first + token * p.heads_q * p.head_dim) = make_uint4(scaled[0], scaled[1], scaled[2], scaled[3]);
+        }
+      }
+      if (p.lse2 == nullptr) continue;
+#pragma unroll
+      for (int step = kLanes / 2; step > 0; step /= 2) delta += __shfl_xor_sync(0xffffffffu, delta, step);
+      if (lane == 0) row_delta[r] = delta;
+    }
+    __syncthreads();
+    if (p.lse2 != nullptr && threadIdx.x < kTileRows) {
+      const int r = threadIdx.x;
+      float lse2 = INFINITY, delta = 0.f;
       if (r < rows) {
+        const int64_t token = seq.first_q + first + r;
         const int64_t at = packed ? head * static_cast<int64_t>(p.seqlen_q) + token : (static_cast<int64_t>(batch_row) * p.heads_q + head) * p.seqlen_q + token;
         const float lse = p.lse[at];
         if (lse != -INFINITY) {
           lse2 = lse * kLog2e;
-          if (p.grad_lse != nullptr) delta -= p.grad_lse[at];
-        } else {
-          delta = 0.f;
+          delta = row_delta[r] - (p.grad_lse != nullptr ? p.grad_lse[at] : 0.f);
         }
       }
       p.lse2[padded + r] = lse2;
       p.delta[padded + r] = delta;
     }
   }
-  if (p.doffset_partial == nullptr) return;
-#pragma unroll
-  for (int i = 0; i < 8; ++i) sums[threadIdx.x / kLanes][channel + i] = sum[i];
-  __syncthreads();
-  for (int c = threadIdx.x; c < kD; c += 256) {
-    float total = 0.f;
-    for (int r = 0; r < kRowsAtOnce; ++r) total += sums[r][c];
-    p.doffset_partial[(static_cast<int64_t>(blockIdx.x) * p.heads_q + head) * kD + c] = total;
-  }
+  add_up(g_sum, p.doffset_partial);
+  if (kScaled) add_up(product_sum, p.dscale_partial);
 }
 
 // Tiles of kRows x kD in accumulator order, summed over `count` slices, to rows of a tensor. kSplitRows: the second
@@ -97,7 +117,7 @@ struct AccumulatorTiles {
 };
 
 template <class T, int kD, int kRows, bool kSplitRows>
-__global__ void __launch_bounds__(256)
+__global__ void __launch_bounds__(256, 2)
     attention_backward_tiles(const __grid_constant__ BackwardKernelParams p, const __grid_constant__ AccumulatorTiles t) {
   extern __shared__ float tile[];  // [kRows][kD + kPad]
   constexpr int kColumns = kSplitRows ? kD : kD / 2;
@@ -116,16 +136,26 @@ __global__ void __launch_bounds__(256)
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int64_t at = head * t.head_stride + static_cast<int64_t>(blockIdx.x) * kRows * kD;
   const int row = (kSplitRows ? warp : warp % 4) * 16 + lane / 4, column = (kSplitRows ? 0 : warp / 4 * kColumns) + lane % 4 * 2;
+  constexpr int kBatch = 8;  // vectors a thread reads before it uses any
 #pragma unroll
-  for (int i = 0; i < kColumns / 8; ++i) {
-    const float4* from = reinterpret_cast<const float4*>(t.data + at) + (warp * (kColumns / 8) + i) * 32 + lane;
-    float4 x = *from;
+  for (int batch = 0; batch < kColumns / 8; batch += kBatch) {
+    const float4* const from = reinterpret_cast<const float4*>(t.data + at) + (warp * (kColumns / 8) + batch) * 32 + lane;
+    float4 x[kBatch];
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) x[i] = from[i * 32];
     for (int slice = 1; slice < t.count; ++slice) {
-      const float4 y = from[slice * (t.slice_stride / 4)];
-      x.x += y.x, x.y += y.y, x.z += y.z, x.w += y.w;
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) {
+        const float4 y = from[i * 32 + slice * (t.slice_stride / 4)];
+        x[i].x += y.x, x[i].y += y.y, x[i].z += y.z, x[i].w += y.w;
+      }
     }
-    *reinterpret_cast<float2*>(tile + row * (kD + kPad) + column + 8 * i) = make_float2(x.x, x.y);
-    *reinterpret_cast<float2*>(tile + (row + 8) * (kD + kPad) + column + 8 * i) = make_float2(x.z, x.w);
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      float* const to = tile + row * (kD + kPad) + column + 8 * (batch + i);
+      *reinterpret_cast<float2*>(to) = make_float2(x[i].x, x[i].y);
+      *reinterpret_cast<float2*>(to + 8 * (kD + kPad)) = make_float2(x[i].z, x[i].w);
+    }
   }
   __syncthreads();
   constexpr int kWarpRows = kRows / 8;
@@ -134,24 +164,26 @@ __global__ void __launch_bounds__(256)
                     head, t.heads, t.factor, t.rotate, t.of_queries ? p.positions_q : p.positions_k);
 }
 
-// Sums partial[tile, head, channel] over the tiles (of one batch row where per_batch) in a fixed order, and over the channels
-// where not per_channel. One CTA of 1024 threads: one head, one batch row.
-template <int kD>
+// Gradient of the scale or the offset: partial sums [tile, head, channel] added over the tiles (of one batch row where
+// per_batch) in a fixed order, and over the channels where not per_channel. One CTA of 1024 threads: one head, one batch row.
+enum class FactorGradient { kScale, kOffset };
+
+template <int kD, FactorGradient kOf>
 __global__ void __launch_bounds__(1024)
-    attention_backward_sum(const __grid_constant__ BackwardKernelParams p, const float* partial, float* output, bool of_queries,
-                           bool per_batch, bool per_channel) {
+    attention_backward_sum(const __grid_constant__ BackwardKernelParams p, float* output, bool per_batch, bool per_channel) {
   constexpr int kGroups = 1024 / kD;
   __shared__ float sums[kGroups][kD];
   const int head = blockIdx.x, group = threadIdx.x / kD, channel = threadIdx.x % kD;
-  const int32_t* cu = of_queries ? p.cu_seqlens_q : p.cu_seqlens_k;
-  int64_t first = 0, last = of_queries ? p.tile_count_q : p.tile_count_k;
-  wait_for_dependencies();
+  const bool exact = kOf == FactorGradient::kScale && needs_exact_dscale(p, blockIdx.y, head);
+  const float* const partial = kOf == FactorGradient::kOffset ? p.doffset_partial : exact ? p.dscale_exact : p.dscale_partial;
+  const int32_t* const cu = exact ? p.cu_seqlens_k : p.cu_seqlens_q;
+  int64_t first = 0, last = exact ? p.tile_count_k : p.tile_count_q;
   if (per_batch && cu != nullptr) {
-    const int b = blockIdx.y, rows = of_queries ? kTileRows : p.key_rows;
+    const int b = blockIdx.y, rows = exact ? p.key_rows : kTileRows;
     first = cu[b] / rows + b;
     last = first + (cu[b + 1] - cu[b] + rows - 1) / rows;
   } else if (per_batch) {
-    const int tiles = of_queries ? p.tiles_q : p.tiles_k;
+    const int tiles = exact ? p.tiles_k : p.tiles_q;
     first = static_cast<int64_t>(blockIdx.y) * tiles, last = first + tiles;
   }
   float sum = 0.f;
@@ -161,6 +193,9 @@ __global__ void __launch_bounds__(1024)
   __syncthreads();
   if (group > 0) return;
   for (int g = 1; g < kGroups; ++g) sum += sums[g][channel];
+  if (kOf == FactorGradient::kScale && !exact && channel < p.head_dim) {
+    sum /= p.scale[blockIdx.y * p.scale_batch_stride + head * p.scale_head_stride + channel * p.scale_channel_stride];
+  }
   const int64_t at = static_cast<int64_t>(blockIdx.y) * p.heads_q + head;
   if (per_channel) {
     if (channel < p.head_dim) output[at * p.head_dim + channel] = sum;

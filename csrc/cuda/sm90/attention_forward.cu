@@ -41,6 +41,13 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
     prefetch_map(&maps.v);
     prefetch_map(&maps.out);
   }
+  const int present = Config::present_slabs(arguments.head_dim);
+  if (present < slabs(Config::kHeadDim)) {
+    zero_absent_slabs<Config::kQRows, Config::kHeadDim>(shared.q, Config::kQStages * Config::kWarpgroups, present, threadIdx.x, Config::kThreads);
+    zero_absent_slabs<Config::kBlockN, Config::kHeadDim>(shared.k, Config::kKStages, present, threadIdx.x, Config::kThreads);
+    zero_absent_slabs<Config::kBlockN, Config::kHeadDim>(shared.v, Config::kVStages, present, threadIdx.x, Config::kThreads);
+    fence_proxy_async();
+  }
   __syncthreads();
 
   if (warp < 4) {

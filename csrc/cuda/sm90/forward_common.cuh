@@ -25,6 +25,8 @@ struct ForwardConfig {
   static constexpr int kQRows = 64;  // Q lies as one tile per warpgroup
   static constexpr int kQBytes = tile_bytes(kQRows, kHeadDim);
   static constexpr int kKBytes = tile_bytes(kBlockN, kHeadDim);
+  // Slabs of a tile that hold columns of the tensor: at head_dim up to 128 all of them.
+  SEAL_DEVICE static int present_slabs(int head_dim) { return kHeadDim <= 128 ? slabs(kHeadDim) : slabs(head_dim); }
 };
 
 template <class Config>

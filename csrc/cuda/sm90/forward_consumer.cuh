@@ -326,6 +326,8 @@ class Consumer {
   SEAL_DEVICE void stage_out(uint32_t row_address, const float2* scale, const float* offset_row, uint32_t lane) {
 #pragma unroll
     for (int pair = 0; pair < kHeadDim / 16; ++pair) {  // 16 columns: two accumulator groups of 8
+      // An absent slab stays as it is: its place must hold zeros for the next Q or V.
+      if (pair / 4 >= Config::present_slabs(arguments_.head_dim)) break;
       float o[8];
       const float2 factors[2] = {scale[8 * pair], scale[8 * pair + 4]};
 #pragma unroll
@@ -375,6 +377,7 @@ class Consumer {
         const RowCoordinates at(arguments_.sequences.packed(), 16, first_row, tile.length_q, tile.first_q);
 #pragma unroll
         for (int slab = 0; slab < slabs(kHeadDim); ++slab) {
+          if (slab >= Config::present_slabs(arguments_.head_dim)) break;
           tma_store(&maps_.out, staging + (slab * Config::kQRows + 16 * warp_) * kSlabRowBytes, slab * kSlabColumns, tile.head, at);
         }
       }

@@ -38,6 +38,7 @@ SEAL_DEVICE void produce_tiles(Shared<Config>& shared, const Arguments& argument
 template <class Config>
 SEAL_DEVICE void produce_operands(Shared<Config>& shared, const Maps& maps, const Arguments& arguments) {
   const bool packed = arguments.sequences.packed();
+  const int present = Config::present_slabs(arguments.head_dim);
   const uint64_t keep = policy_evict_last(), stream = policy_evict_first();
   RingIndex<2> slot;
   RingIndex<Config::kQStages> q;
@@ -53,9 +54,9 @@ SEAL_DEVICE void produce_operands(Shared<Config>& shared, const Maps& maps, cons
 
     const auto load = [&](void* to, const CUtensorMap* map, uint64_t* full, uint64_t* empty, uint32_t phase, int block) {
       barrier_wait(empty, phase ^ 1);
-      barrier_expect_bytes(full, Config::kKBytes);
+      barrier_expect_bytes(full, present * Config::kBlockN * kSlabRowBytes);
       const RowCoordinates at(packed, Config::kBlockN, block * Config::kBlockN, tile.length_k, tile.first_k);
-      tma_load_tile<Config::kBlockN, Config::kHeadDim>(to, map, full, tile.kv_head, at, keep);
+      tma_load_tile<Config::kBlockN, Config::kHeadDim>(to, map, full, tile.kv_head, at, keep, present);
     };
     const auto load_k = [&](int block) {
       load(shared.k[k.stage], &maps.k, &shared.k_full[k.stage], &shared.k_empty[k.stage], k.phase, block);
@@ -72,11 +73,11 @@ SEAL_DEVICE void produce_operands(Shared<Config>& shared, const Maps& maps, cons
     // Only boxes that hold a row: of one wholly outside the hardware still touches the map's base, which for packed sequences
     // lies before the tensor, perhaps where nothing is mapped.
     const int boxes = min(Config::kWarpgroups, (tile.length_q - tile.row + Config::kQRows - 1) / Config::kQRows);
-    barrier_expect_bytes(&shared.q_full[q.stage], boxes * Config::kQBytes);
+    barrier_expect_bytes(&shared.q_full[q.stage], boxes * present * Config::kQRows * kSlabRowBytes);
 #pragma unroll 1
     for (int w = 0; w < boxes; ++w) {
       const RowCoordinates at(packed, Config::kQRows, tile.row + w * Config::kQRows, tile.length_q, tile.first_q);
-      tma_load_tile<Config::kQRows, Config::kHeadDim>(shared.q[q.stage][w], &maps.q, &shared.q_full[q.stage], tile.head, at, stream);
+      tma_load_tile<Config::kQRows, Config::kHeadDim>(shared.q[q.stage][w], &maps.q, &shared.q_full[q.stage], tile.head, at, stream, present);
     }
     q.advance();
     // Ask for the next tile when the last few blocks of this one remain: early enough to hide the search for it, and no earlier,

@@ -63,6 +63,17 @@ SEAL_DEVICE bool barrier_test(uint64_t* barrier, uint32_t phase) {
   return done != 0;
 }
 
+// As barrier_test, but returns at once where that may suspend the thread for a while.
+SEAL_DEVICE bool barrier_peek(uint64_t* barrier, uint32_t phase) {
+  uint32_t done;
+  asm volatile(
+      "{\n.reg .pred p;\nmbarrier.test_wait.parity.shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}\n"
+      : "=r"(done)
+      : "r"(smem_address(barrier)), "r"(phase)
+      : "memory");
+  return done != 0;
+}
+
 SEAL_DEVICE void barrier_wait(uint64_t* barrier, uint32_t phase) {
   while (!barrier_test(barrier, phase)) {
   }
@@ -108,10 +119,10 @@ SEAL_DEVICE void bulk_store(void* global, const void* shared, uint32_t bytes) {
                : "memory");
 }
 
-// global[i] += shared[i], fp32.
-SEAL_DEVICE void bulk_reduce_add(float* global, const void* shared, uint32_t bytes) {
-  asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;" ::"l"(global),
-               "r"(smem_address(shared)), "r"(bytes)
+// global[i] += shared[i], fp32; `policy`: an L2 eviction priority (tma.cuh).
+SEAL_DEVICE void bulk_reduce_add(float* global, const void* shared, uint32_t bytes, uint64_t policy) {
+  asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group.L2::cache_hint.add.f32 [%0], [%1], %2, %3;" ::"l"(global),
+               "r"(smem_address(shared)), "r"(bytes), "l"(policy)
                : "memory");
 }
 

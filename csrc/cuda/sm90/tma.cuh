@@ -68,12 +68,27 @@ SEAL_DEVICE void tma_load(void* shared, const CUtensorMap* map, uint64_t* barrie
       : "memory");
 }
 
-// A whole tile of kRows x kHeadDim, slab by slab.
+// A whole tile of kRows x kHeadDim, slab by slab: its first `present` slabs. Those beyond the tensor's last column must not be
+// loaded, for of a box wholly outside a packed map the hardware touches memory before the tensor; zero_absent_slabs fills them.
 template <int kRows, int kHeadDim>
-SEAL_DEVICE void tma_load_tile(void* shared, const CUtensorMap* map, uint64_t* barrier, int head, RowCoordinates at, uint64_t policy) {
+SEAL_DEVICE void tma_load_tile(void* shared, const CUtensorMap* map, uint64_t* barrier, int head, RowCoordinates at, uint64_t policy,
+                               int present = slabs(kHeadDim)) {
 #pragma unroll
   for (int slab = 0; slab < slabs(kHeadDim); ++slab) {
-    tma_load(static_cast<char*>(shared) + slab * kRows * kSlabRowBytes, map, barrier, slab * kSlabColumns, head, at, policy);
+    if (slab < present) tma_load(static_cast<char*>(shared) + slab * kRows * kSlabRowBytes, map, barrier, slab * kSlabColumns, head, at, policy);
+  }
+}
+
+// Zeros in the slabs of `tiles` consecutive tiles from `present` on. By `threads` threads, this one the `thread`th; then
+// fence_proxy_async and a barrier.
+template <int kRows, int kHeadDim>
+SEAL_DEVICE void zero_absent_slabs(void* shared, int tiles, int present, int thread, int threads) {
+  constexpr int kSlabBytes = kRows * kSlabRowBytes;
+  for (int tile = 0; tile < tiles; ++tile) {
+    char* const first = static_cast<char*>(shared) + tile * tile_bytes(kRows, kHeadDim);
+    for (int at = present * kSlabBytes + thread * 16; at < slabs(kHeadDim) * kSlabBytes; at += threads * 16) {
+      *reinterpret_cast<uint4*>(first + at) = make_uint4(0, 0, 0, 0);
+    }
   }
 }
 
