@@ -6,7 +6,7 @@ Known, one by one:
   (cp.async.bulk.tensor) it follows. The order is that of every other stage: the reader waits for the phase that the copy's
   bytes complete, and a stage is copied into again only after each warp has joined (__syncwarp, or a warp-wide stmatrix
   of values computed from what it read) and one lane arrived at the stage's "empty" mbarrier.
-  Known only where every other access stands on a line that reads lse2 or delta (row_values: either of them).
+  Known only where every other access stands on a line that reads lse2 or delta.
 * `shared.p` of attention_backward_wide: one warpgroup hands P to the other through two mbarriers, p_full and p_empty. Each warp
   ends its accesses with __syncwarp and one lane arrives for all 32; racecheck credits the order to that lane alone.
   Known only where both accesses stand on lines with exactly that expression.
@@ -16,7 +16,7 @@ import re
 import sys
 
 BULK = "bulk_load"
-COPIED = re.compile(r"\b(lse2|delta|row_values)\b")
+COPIED = re.compile(r"\b(lse2|delta)(_row)?\b")
 HANDED_OVER = "shared.p[step & 1][i][thread]"
 
 
