@@ -46,7 +46,7 @@ class Consumer {
       const Tile& tile = shared_.tile[slot_.stage];  // read again where needed: registers are scarce
       int block = work.end - 2;
       const bool store_under_scores = kChain && begun && block >= work.begin && work.plain(block);
-      if (finished && !store_under_scores) store();
+      if (finished && !store_under_scores) store<!kChain>();
       if (!begun) {
         barrier_wait(&shared_.tile_full[slot_.stage], slot_.phase);
         if (tile.row < 0) break;
@@ -118,7 +118,7 @@ class Consumer {
   SEAL_DEVICE void release(uint64_t* empty) const {
     if (lane_ == 0) barrier_arrive(empty);
   }
-  // Not before `earlier` is computed (see after() in softmax.cuh), and so neither what follows: arrivals and waits keep their order.
+  // Not before `earlier` is computed (see after() in softmax.cuh), nor what follows: arrivals and waits keep their order.
   SEAL_DEVICE void release_keys(float earlier = 0.f) {
     release(&shared_.k_empty[k_.stage] + (__float_as_uint(earlier) & arguments_.zero));
     k_.advance();
@@ -193,11 +193,13 @@ class Consumer {
   template <class IsHalf>
   SEAL_DEVICE void multiply_keys(Queries queries) {
     const auto keys = k_tiles_.advanced(k_.stage * Config::kKBytes);
+    constexpr int kColumns = IsHalf::value ? kN / 2 : kN;
+    auto& scores = reinterpret_cast<float(&)[kColumns / 2]>(scores_[0]);
     wgmma_fence();
-    if constexpr (IsHalf::value) {
-      product<T, kHeadDim>(reinterpret_cast<float(&)[kN / 4]>(scores_[0]), queries, keys, false);
+    if constexpr (Config::kQueriesInRegisters) {
+      product<T>(scores, queries_, keys, false);
     } else {
-      product<T, kHeadDim>(scores_, queries, keys, false);
+      product<T, kHeadDim>(scores, queries, keys, false);
     }
     wgmma_commit();
   }
@@ -207,6 +209,23 @@ class Consumer {
     wgmma_fence();
     product<T>(out_, p_, v_tiles_.advanced(v_.stage * Config::kKBytes), true);
     wgmma_commit();
+  }
+
+  // Before the first product with a tile's queries.
+  SEAL_DEVICE void load_queries(int stage) {
+    if constexpr (Config::kQueriesInRegisters) {
+      const uint32_t lane = fresh_lane();
+      const uint32_t start = smem_address(shared_.q[stage][warpgroup_]) + swizzled(16 * warp_ + lane % 16, lane / 16);
+#pragma unroll
+      for (int step = 0; step < kHeadDim / 16; ++step) {
+        ldmatrix(reinterpret_cast<uint32_t(&)[4]>(queries_[4 * step]), chunk_pair(start, step));
+      }
+    }
+  }
+  // From the address of a row's chunk 0 or 1 to that of chunk 2 * pair or 2 * pair + 1: rows are 128 bytes, aligned, so
+  // that the swizzled chunk differs in two bits.
+  static SEAL_DEVICE uint32_t chunk_pair(uint32_t start, int pair) {
+    return (start ^ (pair % 4 << 5)) + pair / 4 * Config::kQRows * kSlabRowBytes;
   }
 
   SEAL_DEVICE Queries queries_at(int stage) const { return q_tiles_.advanced(stage * Config::kWarpgroups * Config::kQBytes); }
@@ -239,6 +258,7 @@ class Consumer {
 
   // The first block of a tile, when no tile before could do it.
   SEAL_DEVICE void begin(const Tile& tile, const Work& work, OnlineSoftmax& softmax) {
+    load_queries(q_.stage);
     barrier_wait(&shared_.k_full[k_.stage], k_.phase);
     take_turn();
     multiply_keys<Whole>(queries_at(q_.stage));
@@ -263,7 +283,7 @@ class Consumer {
     multiply_keys<Whole>(queries_at(q_.stage));
     if constexpr (kStore) {
       pass_turn();
-      store();
+      store<true>();
       clear_out();
     } else if constexpr (Config::kRescaleLate) {
       rescale_out();
@@ -284,6 +304,7 @@ class Consumer {
     RingIndex<Config::kQStages> next_q = q_;
     next_q.advance();
     barrier_wait(&shared_.q_full[next_q.stage], next_q.phase);
+    load_queries(next_q.stage);
     barrier_wait(&shared_.k_full[k_.stage], k_.phase);
     take_turn();
     multiply_keys<IsHalf>(queries_at(next_q.stage));
@@ -323,7 +344,7 @@ class Consumer {
 
   // Writes the finished rows to shared memory. kOffset: there may be an offset.
   template <bool kOffset>
-  SEAL_DEVICE void stage_out(uint32_t row_address, const float2* scale, const float* offset_row, uint32_t lane) {
+  SEAL_DEVICE void stage_out(uint32_t start, const float2* scale, const float* offset_row, uint32_t lane) {
 #pragma unroll
     for (int pair = 0; pair < kHeadDim / 16; ++pair) {  // 16 columns: two accumulator groups of 8
       // An absent slab stays as it is: its place must hold zeros for the next Q or V.
@@ -339,13 +360,13 @@ class Consumer {
           if (channel < arguments_.head_dim) o[i] += offset_row[channel * arguments_.offset.channel_stride];
         }
       }
-      const uint32_t chunk = 2 * (pair % 4) + lane / 16;
-      stmatrix(row_address + (pair / 4) * Config::kQRows * kSlabRowBytes + ((chunk ^ (lane & 7)) << 4), pack<T>(o[0], o[1]),
-               pack<T>(o[2], o[3]), pack<T>(o[4], o[5]), pack<T>(o[6], o[7]));
+      stmatrix(chunk_pair(start, pair), pack<T>(o[0], o[1]), pack<T>(o[2], o[3]), pack<T>(o[4], o[5]), pack<T>(o[6], o[7]));
     }
   }
 
-  // Sends out_, the result of the tile before, on its way.
+  // Sends out_, the result of the tile before, on its way. kOwnCode: with code of its own for calls without offset, which
+  // takes more registers.
+  template <bool kOwnCode>
   SEAL_DEVICE void store() {
     const int slot = slot_.stage ^ 1;
     const Tile& tile = shared_.tile[slot];
@@ -359,16 +380,16 @@ class Consumer {
     const float* offset_row =
         offset.data == nullptr ? nullptr : offset.data + tile.sequence * offset.batch_stride + tile.head * offset.head_stride;
     uint8_t* staging = kOutInValues ? shared_.v[warpgroup_] : shared_.q[kChain ? q_.stage ^ 1 : 0][warpgroup_];
-    const uint32_t row_address = smem_address(staging) + (16 * warp_ + lane % 16) * kSlabRowBytes;
+    const uint32_t start = smem_address(staging) + swizzled(16 * warp_ + lane % 16, lane / 16);
     if constexpr (kOutInValues) {
       named_sync(kBarrierWarpgroup, 128 * Config::kWarpgroups);
     } else {
       named_sync(kBarrierWarpgroup + warpgroup_, 128);
     }
-    if (kSpareRegisters && offset_row == nullptr) {
-      stage_out<false>(row_address, scale, nullptr, lane);
+    if (kOwnCode && kSpareRegisters && offset_row == nullptr) {
+      stage_out<false>(start, scale, nullptr, lane);
     } else {
-      stage_out<true>(row_address, scale, offset_row, lane);
+      stage_out<true>(start, scale, offset_row, lane);
     }
     fence_proxy_async();
     __syncwarp();
@@ -402,6 +423,7 @@ class Consumer {
 
   bool leaving_ = false;  // O of the tile before may still be on its way out of shared memory
 
+  uint32_t queries_[Config::kQueriesInRegisters ? kHeadDim / 4 : 1];  // Q as the A operand
   float scores_[kN / 2];     // S, then its exponentials
   uint32_t p_[kN / 4];       // those as the A operand
   float out_[kHeadDim / 2];

@@ -180,6 +180,15 @@ SEAL_DEVICE void reduce_add(float* global, float a, float b, float c, float d) {
 }
 SEAL_DEVICE void reduce_add(float* global, float a) { asm volatile("red.global.add.f32 [%0], %1;" ::"l"(global), "f"(a) : "memory"); }
 
+// ---- ldmatrix: the reverse of stmatrix below, same addresses and registers.
+
+SEAL_DEVICE void ldmatrix(uint32_t (&r)[4], uint32_t address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(address)
+               : "memory");
+}
+
 // ---- stmatrix: four 8x8 matrices of 16-bit elements. Lane l gives the address of row l % 8 of matrix l / 8; register
 // i of a lane holds elements (lane / 4, 2 * (lane % 4) + {0, 1}) of matrix i, as in a wgmma accumulator after pack().
 
