@@ -102,7 +102,7 @@ class Record:
     def finish(self, contestants: list[Contestant]) -> None:
         """NAME.png and NAME.md of what was timed, if anything was."""
         facts = self.runs[0].environment
-        title = f"{facts['gpu']}, driver {facts['driver']}, torch {facts['torch']}, {facts['commit']}; {self.command}"
+        title = f"{facts['gpu']}, driver {facts['driver']}, torch {facts['torch']}, {facts['commit']}; {self.runs[0].command if len(self.runs) == 1 else self.command}"
         ceilings = {name: statistics.fmean(float(run.environment[name]) for run in self.runs)
                     for name in ("matmul_tflops", "copy_gbps") if all(name in run.environment for run in self.runs)}
         if plot(self.rows, contestants, self.stem + ".png", title, ceilings):
@@ -217,7 +217,8 @@ _STYLES = {
 
 
 def plot(rows: list[dict], contestants: list[Contestant], path: str, title: str, ceiling: dict[str, float]) -> bool:
-    """Bars by shape, a row of panels for each operation (forward, backward), as PNG at `path`; False where nothing was timed."""
+    """Bars by shape, a row of panels for each operation (forward, backward; one below the other where shapes are many), as PNG
+    at `path`; False where nothing was timed."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
@@ -226,8 +227,10 @@ def plot(rows: list[dict], contestants: list[Contestant], path: str, title: str,
     operations = [o for o in TITLES if any(r["operation"] == o for r in timed)]
     if not operations:
         return False
-    figure, axes = plt.subplots(len(operations), 2, figsize=(17, 3.7 * len(operations)), squeeze=False, layout="constrained")
-    for line, operation in zip(axes, operations):
+    columns = 2 if len(set(map(_shape_key, timed))) <= 9 else 1
+    lines = len(operations) * 2 // columns
+    figure, axes = plt.subplots(lines, columns, figsize=(17, 3.7 * lines), squeeze=False, layout="constrained")
+    for line, operation in zip(axes.reshape(-1, 2), operations):
         for axis, direction in zip(line, ("forward", "backward")):
             here = [r for r in timed if (r["operation"], r["direction"]) == (operation, direction)]
             if here:
@@ -258,7 +261,8 @@ def _bars(axis, rows: list[dict], contestants: list[Contestant], operation: str,
         axis.axhline(ceiling[limit], color="black", linewidth=0.8, linestyle="--")
         axis.annotate("matrix product" if operation != "rope" else "copy", (1, ceiling[limit]), xycoords=("axes fraction", "data"),
                       ha="right", va="bottom", fontsize=7)
-    axis.set_xticks(range(len(shapes)), [_shape_label(s).replace(" ", "\n", 1) for s in shapes], fontsize=8)
+    axis.set_xticks(range(len(shapes)), [_shape_label(s).replace(" ", "\n", 1) for s in shapes], fontsize=8 if len(shapes) <= 9 else 6.5)
     axis.set_ylabel(unit)
+    axis.margins(x=0.02, y=0.1)
     axis.spines[["top", "right"]].set_visible(False)
     axis.legend(fontsize=7, frameon=False, ncols=3, loc="upper left", bbox_to_anchor=(0, -0.13))
