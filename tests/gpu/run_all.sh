@@ -7,6 +7,7 @@
 #        SEAL_PART=2/3                      only the second third of the tests of the cuda and triton stages
 #        SEAL_PREBUILT=DIR                  no build: tests the package installed in DIR
 #        SEAL_SECONDS=300                   time for everything together (default 470)
+#        SEAL_WORKERS=6                     processes of each suite, with pytest-xdist (default: 6, and 3 of 4 cores for triton)
 # Over two GPUs, after SEAL_STAGES=build tests/gpu/run_all.sh /tmp/gpu, with SEAL_PREBUILT=/tmp/gpu/package for both:
 #   CUDA_VISIBLE_DEVICES=0 SEAL_PART=1/2 tests/gpu/run_all.sh /tmp/gpu/1 &
 #   CUDA_VISIBLE_DEVICES=1 SEAL_PART=2/2 SEAL_STAGES="cuda triton" tests/gpu/run_all.sh /tmp/gpu/2
@@ -90,13 +91,14 @@ sanitizer() {  # tool, parts of sanitize.py
   [ "$tool" = racecheck ] && [ $code -eq 9 ] && { "$python" tests/gpu/known_races.py "$work/racecheck.log" >>"$work/racecheck.log"; code=$?; }
   report "$tool" $code $((SECONDS - begin))
 }
-# The processes of a GPU take turns on it: the two suites one after the other take no longer than side by side.
+# One suite after the other: the processes of a GPU take turns on it, and Triton's compiler wants the cores.
 rm -f "$work"/*.status
 sanitizer memcheck forward backward rope grid &
 sanitizer racecheck &
 sanitizer synccheck &
 suite cuda "${SEAL_WORKERS:-6}" tests/gpu tests/test_ops.py tests/test_rope.py -k "[cuda or -cuda or ptx_kit"
-suite triton "${SEAL_WORKERS:-8}" tests/gpu tests/test_ops.py tests/test_rope.py tests/test_triton_kernels.py -k "[triton or -triton or triton_kernels"
+cores=$(nproc)
+suite triton "${SEAL_WORKERS:-$((cores > 10 ? cores * 3 / 4 : 8))}" tests/gpu tests/test_ops.py tests/test_rope.py tests/test_triton_kernels.py -k "[triton or -triton or triton_kernels"
 wait
 for name in cuda triton memcheck racecheck synccheck; do
   [ -e "$work/$name.status" ] || continue
