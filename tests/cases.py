@@ -166,7 +166,7 @@ def oracle(case: Case, inputs: dict, grads=None) -> "Exact":
     largest = lambda t: t.abs().amax() if t.numel() else t.new_zeros(())
     floors = {"grad_q": delta * sigma * largest(up["k"]), "grad_k": 2 * delta * sigma * largest(up["q"])}
     if inputs["scale"] is not None:
-        # grad_scale is fp32, but sums g * O whose P was rounded to the inputs' precision: errors that add up as a random
+        # grad_scale is fp32, but sums g * O, with P or the output rounded to the inputs' precision: errors that add up as a random
         # walk over the tokens (and, for a factor per head, the channels).
         unscaled, _ = reference.attention(**{**up, "scale": None, "offset": None})
         tokens = (grad_out.double() * unscaled).square().flatten(0, -3).sum(0)

@@ -24,6 +24,9 @@ enum class BackwardWork { kAll, kKeyValue, kValue, kScale };
 // the same time, which keeps them in L2 (hd128, 32k: 37.3 ms instead of 38.5). At head_dim 64 the other order is faster.
 template <int kD>
 constexpr bool kDescending = kD == 128;
+// The query tile in the place of `m` of [begin, end) in the order of work.
+template <int kD>
+SEAL_DEVICE int turn(int begin, int end, int m) { return kDescending<kD> ? begin + end - 1 - m : m; }
 
 // What one CTA works on: a tile of kRows keys and the query tiles, kM rows each, that see it. It lives in shared memory: in
 // registers it would cost what the accumulators need.
@@ -58,10 +61,6 @@ struct BackwardTask {
     full_end = p.window_left < 0 ? end : max(0, first_key - shift + p.window_left + 1) / kM;
     if (first_key + kRows > seq.length_k) full_end = full_begin;
   }
-  // The m-th query tile in the order of work.
-  template <int kD>
-  SEAL_DEVICE int turn(int m) const { return kDescending<kD> ? begin + end - 1 - m : m; }
-
   // All lanes of a converged warp call it.
   SEAL_DEVICE void find_exact_heads(const BackwardKernelParams& p) {
     if (p.dscale_exact == nullptr) return;
@@ -115,6 +114,48 @@ struct BackwardShared {
   SEAL_DEVICE static constexpr uint32_t offset_ds(int buffer) { return offset_q(2 * kStages) + buffer * kBytesDs; }
   static_assert(2 * kStages * kBytesQ + kBuffersDs * kBytesDs >= kTileRows * (kD + kPad) * 4, "room for the epilogue's tile");
 };
+
+// The supplying thread: K, then step by step Q with lse2 and dO with delta, V behind the first Q; once the epilogue has left the
+// stages, the steps of the exact heads with the unscaled dO. present: see tma_load_tile().
+template <int kD, int kM, int kRows, class Shared>
+SEAL_DEVICE void stream_tiles(const BackwardKernelParams& p, const BackwardMaps& maps, Shared& shared, int steps, int exact_steps, int present) {
+  constexpr int kStages = Shared::kStages;
+  const auto& task = shared.task;
+  const Sequence& seq = task.seq;
+  const bool packed = p.cu_seqlens_k != nullptr;
+  const uint64_t keep = policy_evict_last();
+  const RowCoordinates key_rows(packed, kRows, task.first_key, seq.length_k, packed ? seq.first_k : task.batch_row);
+  const auto load_keys = [&](char* to, const CUtensorMap* map, uint64_t* full) {
+    barrier_expect_bytes(full, present * kRows * kSlabRowBytes);
+    tma_load_tile<kRows, kD>(to, map, full, task.head_k, key_rows, keep, present);
+  };
+  load_keys(shared.k, &maps.k, &shared.k_full);
+  const auto stream = [&](int step, int head, int m, const CUtensorMap* grad_out) {
+    const int stage = stage_of<kStages>(step);
+    const uint32_t phase = phase_of<kStages>(step) ^ 1;
+    const RowCoordinates rows(packed, kM, m * kM, seq.length_q, packed ? seq.first_q : task.batch_row);
+    const int64_t row = head * p.padded_rows_q + seq.padded_q + m * kM;
+    const auto load = [&](char* to, float* to_vector, const CUtensorMap* map, const float* vector, uint64_t* full, uint64_t* empty) {
+      barrier_wait(empty, phase);
+      barrier_expect_bytes(full, present * kM * kSlabRowBytes + kM * 4);
+      tma_load_tile<kM, kD>(to, map, full, head, rows, keep, present);
+      bulk_load(to_vector, vector + row, kM * 4, full);
+    };
+    load(shared.q[stage], shared.lse2[stage], &maps.q, p.lse2, &shared.q_full[stage], &shared.q_empty[stage]);
+    if (step == 0) load_keys(shared.v, &maps.v, &shared.v_full);
+    load(shared.grad_out[stage], shared.delta[stage], grad_out, p.delta, &shared.do_full[stage], &shared.do_empty[stage]);
+  };
+  int step = 0;
+  for (int head = task.first_head, m = task.begin; step < steps; ++step) {
+    stream(step, head, turn<kD>(task.begin, task.end, m), &maps.grad_out);
+    if (++m == task.end) m = task.begin, ++head;
+  }
+  if (exact_steps > 0 && steps > 0) barrier_wait(&shared.stages_free, 0);
+  for (int head = task.first_exact_head(), m = task.begin; step < steps + exact_steps; ++step) {
+    stream(step, head, turn<kD>(task.begin, task.end, m), &maps.unscaled_grad_out);
+    if (++m == task.end) m = task.begin, head = task.next_exact_head(head);
+  }
+}
 
 // dscale of one head from one tile of keys: the columns of V * (P^T g), summed over the rows. `v`: the tile in shared memory;
 // `scratch`: 8 * kD floats there. By the 256 computing threads.
@@ -180,39 +221,7 @@ __global__ void __launch_bounds__(384, 1)
     if (steps + exact_steps == 0 || !elect_one()) return;
     const Sequence& seq = task.seq;
     if (warp == 0) {
-      const bool packed = p.cu_seqlens_k != nullptr;
-      const uint64_t keep = policy_evict_last();
-      const RowCoordinates key_rows(packed, kTileRows, task.first_key, seq.length_k, packed ? seq.first_k : task.batch_row);
-      const auto load_keys = [&](char* to, const CUtensorMap* map, uint64_t* full) {
-        barrier_expect_bytes(full, Shared::kBytesKv);
-        tma_load_tile<kTileRows, kD>(to, map, full, task.head_k, key_rows, keep);
-      };
-      load_keys(shared.k, &maps.k, &shared.k_full);
-      const auto stream = [&](int step, int head, int m, const CUtensorMap* grad_out) {
-        const int stage = stage_of<kStages>(step);
-        const uint32_t phase = phase_of<kStages>(step) ^ 1;
-        const RowCoordinates rows(packed, kM, m * kM, seq.length_q, packed ? seq.first_q : task.batch_row);
-        const int64_t row = head * p.padded_rows_q + seq.padded_q + m * kM;
-        const auto load = [&](char* to, float* to_vector, const CUtensorMap* map, const float* vector, uint64_t* full, uint64_t* empty) {
-          barrier_wait(empty, phase);
-          barrier_expect_bytes(full, Shared::kBytesQ + kM * 4);
-          tma_load_tile<kM, kD>(to, map, full, head, rows, keep);
-          bulk_load(to_vector, vector + row, kM * 4, full);
-        };
-        load(shared.q[stage], shared.lse2[stage], &maps.q, p.lse2, &shared.q_full[stage], &shared.q_empty[stage]);
-        if (step == 0) load_keys(shared.v, &maps.v, &shared.v_full);
-        load(shared.grad_out[stage], shared.delta[stage], grad_out, p.delta, &shared.do_full[stage], &shared.do_empty[stage]);
-      };
-      int step = 0;
-      for (int head = task.first_head, m = task.begin; step < steps; ++step) {
-        stream(step, head, task.turn<kD>(m), &maps.grad_out);
-        if (++m == task.end) m = task.begin, ++head;
-      }
-      if (exact_steps > 0 && steps > 0) barrier_wait(&shared.stages_free, 0);
-      for (int head = task.first_exact_head(), m = task.begin; step < steps + exact_steps; ++step) {
-        stream(step, head, task.turn<kD>(m), &maps.unscaled_grad_out);
-        if (++m == task.end) m = task.begin, head = task.next_exact_head(head);
-      }
+      stream_tiles<kD, kM, kTileRows>(p, maps, shared, steps, exact_steps, slabs(kD));
     } else if (warp >= 2 && kWork == BackwardWork::kAll) {
       // dQ of one warpgroup. The fence on this side of the barrier orders its shared-memory writes before the reduction; on
       // the other side all computing threads would wait for it.
@@ -224,7 +233,7 @@ __global__ void __launch_bounds__(384, 1)
       for (int step = 0; step < steps; ++step) {
         barrier_wait(&shared.dq_full[group], step & 1);
         fence_proxy_async();
-        bulk_reduce_add(out + static_cast<int64_t>(task.turn<kD>(m)) * (kM * kD), shared.dq[group], kM * kD * 2, keep);
+        bulk_reduce_add(out + static_cast<int64_t>(turn<kD>(task.begin, task.end, m)) * (kM * kD), shared.dq[group], kM * kD * 2, keep);
         bulk_commit();
         bulk_wait_read();
         barrier_arrive(&shared.dq_empty[group]);
@@ -294,7 +303,7 @@ __global__ void __launch_bounds__(384, 1)
       }
       wgmma_wait<kValueOnly ? 0 : 1>();
       fence_registers(s);
-      const int tile_m = kDescending<kD> ? begin + end - 1 - m : m;
+      const int tile_m = turn<kD>(begin, end, m);
       if (tile_m < full_begin || tile_m >= full_end) task.mask(p, s, tile_m, task.first_key + row_of(thread));
 #pragma unroll
       for (int j = 0; j < kM / 8; ++j) {

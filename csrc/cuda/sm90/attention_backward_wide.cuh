@@ -64,41 +64,8 @@ __global__ void __launch_bounds__(384, 1)
   if (warp < 4) {
     // ================ producers ================
     registers_shrink<24>();
-    const bool packed = p.cu_seqlens_k != nullptr;
-    const Sequence& seq = task.seq;
     if (steps + exact_steps == 0 || warp != 0 || !elect_one()) return;
-    const RowCoordinates key_rows(packed, kRows, task.first_key, seq.length_k, packed ? seq.first_k : task.batch_row);
-    const uint64_t keep = policy_evict_last();
-    const auto load_keys = [&](char* to, const CUtensorMap* map, uint64_t* full) {
-      barrier_expect_bytes(full, present * kRows * kSlabRowBytes);
-      tma_load_tile<kRows, kD>(to, map, full, task.head_k, key_rows, keep, present);
-    };
-    load_keys(shared.k, &maps.k, &shared.k_full);
-    const auto stream = [&](int step, int head, int m, const CUtensorMap* grad_out) {
-      const int stage = stage_of<kStages>(step);
-      const uint32_t phase = phase_of<kStages>(step) ^ 1;
-      const RowCoordinates rows(packed, kM, m * kM, seq.length_q, packed ? seq.first_q : task.batch_row);
-      const int64_t row = head * p.padded_rows_q + seq.padded_q + m * kM;
-      const auto load = [&](char* to, float* to_vector, const CUtensorMap* map, const float* vector, uint64_t* full, uint64_t* empty) {
-        barrier_wait(empty, phase);
-        barrier_expect_bytes(full, present * kM * kSlabRowBytes + kM * 4);
-        tma_load_tile<kM, kD>(to, map, full, head, rows, keep, present);
-        bulk_load(to_vector, vector + row, kM * 4, full);
-      };
-      load(shared.q[stage], shared.lse2[stage], &maps.q, p.lse2, &shared.q_full[stage], &shared.q_empty[stage]);
-      if (step == 0) load_keys(shared.v, &maps.v, &shared.v_full);
-      load(shared.grad_out[stage], shared.delta[stage], grad_out, p.delta, &shared.do_full[stage], &shared.do_empty[stage]);
-    };
-    int step = 0;
-    for (int head = task.first_head, m = task.begin; step < steps; ++step) {
-      stream(step, head, m, &maps.grad_out);
-      if (++m == task.end) m = task.begin, ++head;
-    }
-    if (exact_steps > 0 && steps > 0) barrier_wait(&shared.stages_free, 0);
-    for (int head = task.first_exact_head(), m = task.begin; step < steps + exact_steps; ++step) {
-      stream(step, head, m, &maps.unscaled_grad_out);
-      if (++m == task.end) m = task.begin, head = task.next_exact_head(head);
-    }
+    stream_tiles<kD, kM, kRows>(p, maps, shared, steps, exact_steps, present);
     return;
   }
 

@@ -70,8 +70,7 @@ SEAL_DEVICE void produce_operands(Shared<Config>& shared, const Maps& maps, cons
     const bool any = tile.block_end > tile.block_begin;
     if (any) load_k(tile.block_end - 1);
     barrier_wait(&shared.q_empty[q.stage], q.phase ^ 1);
-    // Only boxes that hold a row: of one wholly outside the hardware still touches the map's base, which for packed sequences
-    // lies before the tensor, perhaps where nothing is mapped.
+    // Only boxes that hold a row (tma.cuh).
     const int boxes = min(Config::kWarpgroups, (tile.length_q - tile.row + Config::kQRows - 1) / Config::kQRows);
     barrier_expect_bytes(&shared.q_full[q.stage], boxes * present * Config::kQRows * kSlabRowBytes);
 #pragma unroll 1

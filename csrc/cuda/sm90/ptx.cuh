@@ -84,8 +84,8 @@ SEAL_DEVICE void barrier_wait(uint64_t* barrier, uint32_t phase) {
 SEAL_DEVICE void named_sync(uint32_t id, uint32_t threads) { asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
 SEAL_DEVICE void named_arrive(uint32_t id, uint32_t threads) { asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
 
-// Orders this thread's ordinary shared-memory writes before later reads by TMA or wgmma: the writing threads call it,
-// then a barrier, then the reader is started.
+// Orders ordinary shared-memory writes before later reads by TMA or wgmma: the writing threads call it, then a barrier, then the
+// reader is started; or after the barrier the thread that starts the reader calls it.
 SEAL_DEVICE void fence_proxy_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 // ---- register reallocation of a whole warpgroup; needs __launch_bounds__(threads, 1), with the 1 (C7508).
@@ -101,8 +101,6 @@ SEAL_DEVICE void registers_shrink() {
 
 // ---- programmatic dependent launch
 
-// Lets the next kernel of the stream (launched with programmatic serialisation) start.
-SEAL_DEVICE void launch_dependents() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
 // Waits until the kernels this one depends on have finished and their writes are visible.
 SEAL_DEVICE void wait_for_dependencies() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 
@@ -111,11 +109,6 @@ SEAL_DEVICE void wait_for_dependencies() { asm volatile("griddepcontrol.wait;" :
 SEAL_DEVICE void bulk_load(void* shared, const void* global, uint32_t bytes, uint64_t* barrier) {
   asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(smem_address(shared)),
                "l"(global), "r"(bytes), "r"(smem_address(barrier))
-               : "memory");
-}
-
-SEAL_DEVICE void bulk_store(void* global, const void* shared, uint32_t bytes) {
-  asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(global), "r"(smem_address(shared)), "r"(bytes)
                : "memory");
 }
 

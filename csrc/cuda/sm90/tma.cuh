@@ -9,6 +9,7 @@
 // there the "row" dimension has only box_rows entries, the "batch" dimension steps by single rows too, and the map's base
 // lies box_rows rows before the tensor. Starting at row `box_rows - remaining` of that dimension, exactly `remaining` rows
 // are in bounds; RowCoordinates compensates for the shift. So no kernel ever reads or writes past the end of a sequence.
+// A box must hold a row and a column: of one wholly outside, the hardware touches an address that may not be mapped.
 #pragma once
 
 #include <cuda.h>
@@ -68,8 +69,8 @@ SEAL_DEVICE void tma_load(void* shared, const CUtensorMap* map, uint64_t* barrie
       : "memory");
 }
 
-// A whole tile of kRows x kHeadDim, slab by slab: its first `present` slabs. Those beyond the tensor's last column must not be
-// loaded, for of a box wholly outside a packed map the hardware touches memory before the tensor; zero_absent_slabs fills them.
+// A whole tile of kRows x kHeadDim, slab by slab: its first `present` slabs. Those beyond the tensor's last column, boxes without
+// a column, are not loaded; zero_absent_slabs fills them.
 template <int kRows, int kHeadDim>
 SEAL_DEVICE void tma_load_tile(void* shared, const CUtensorMap* map, uint64_t* barrier, int head, RowCoordinates at, uint64_t policy,
                                int present = slabs(kHeadDim)) {
