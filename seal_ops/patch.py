@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
 import types
 import typing
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers.cache_utils import Cache
 from transformers.masking_utils import (
     AttentionMaskInterface,
     bidirectional_mask_function,
@@ -193,8 +195,9 @@ def _forward(self, *args, **kwargs):
     site = self._seal_site
     embeddings = kwargs.get("position_embeddings")
     if site.deferred and embeddings is not None:
-        # A cache wants rotated keys before the attention call.
-        rotation = _Rotation(*embeddings, waits=kwargs.get("past_key_values") is None, backend=site.backend)
+        # A cache wants rotated keys before the attention call. Its argument has had several names, so its type tells.
+        cached = any(isinstance(value, Cache) for value in (*args, *kwargs.values()))
+        rotation = _Rotation(*embeddings, waits=not cached, backend=site.backend)
         kwargs["position_embeddings"] = (rotation, rotation.sin)
         if rotation.waits:
             kwargs["seal_rotation"] = rotation
@@ -383,7 +386,7 @@ def _with_fused_rotation(module: nn.Module) -> types.FunctionType | None:
     The forward keeps its code; only the name of the rotary function resolves to `_rotate`, in this copy alone, so
     neither the class nor its file is touched.
     """
-    forward = type(module).forward
+    forward = inspect.unwrap(type(module).forward)  # under transformers' decorators
     if "forward" in module.__dict__ or not isinstance(forward, types.FunctionType):
         return None  # hooked by another library
     names = [n for n in forward.__code__.co_names if "rotary" in n and callable(forward.__globals__.get(n))]
