@@ -94,7 +94,7 @@ class BuildPython(build_py):
 
     def run(self):
         super().run()
-        target = pathlib.Path(self.build_lib) / "seal_ops"
+        target = pathlib.Path(self.build_lib) / "seal_ops" / "ops"
         if not getattr(self, "editable_mode", False):
             target.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(ROOT / "csrc" / "schemas.inc", target / "schemas.inc")

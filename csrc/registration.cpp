@@ -62,7 +62,7 @@ TORCH_LIBRARY_IMPL(seal_cuda, CUDA, m) {
   m.impl("rope_attention", &seal::rope_attention);
 }
 
-// What serves a CUDA tensor without these kernels (Triton, the oracle): seal_ops/ops.py registers the bodies.
+// What serves a CUDA tensor without these kernels (Triton, the oracle): seal_ops/ops/registration.py registers the bodies.
 TORCH_LIBRARY(seal_portable, m) {
   for (const auto& schema : schemas(true)) m.def(schema.c_str());
 }

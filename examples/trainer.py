@@ -10,7 +10,8 @@ import argparse
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 
 import seal_ops
-from seal_ops.train import LEARNING_RATES, Collator
+from seal_ops.training.loop import LEARNING_RATES
+from seal_ops.training.collator import Collator
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--model", default="models/seal-tiny")

@@ -4,27 +4,37 @@ The ops are `torch.ops.seal.*` (docs/ops.md); `attention`, `rope` and `rope_atte
 `merge`, `evaluate` and `tasks` are SEAL (arXiv 2501.15225) for Hugging Face models; they are imported on first use, so that
 the kernels cost no import of transformers.
 """
+
 import importlib
 
-from .backends import backends
-from .evaluate import evaluate
-from .ops import attention, packed_positions, rope, rope_attention
-from .rope_scaling import rope_frequencies, rope_tables
-from .train import train  # like evaluate and backends not lazy: a later import of the submodule would take its name
-
+from .ops.dispatch import backends
+from .ops.functional import attention, packed_positions, rope, rope_attention
+from .ops.rotary_tables import rope_frequencies, rope_tables
 from .version import __version__
 
+# Public name -> the module that defines it; a name that ends its module's path is that module itself.
 _LAZY = {
-    "attach": "scales", "detach": "scales", "disabled": "scales", "merge": "scales", "load": "scales", "Scales": "scales",
-    "tasks": None, "peft": None, "heads": None,
-}
-__all__ = ["attention", "backends", "evaluate", "packed_positions", "rope", "rope_attention", "rope_frequencies", "rope_tables", "train", *_LAZY]
+    "attach": "adapters.attachment", "detach": "adapters.attachment", "disabled": "adapters.attachment",
+    "load": "adapters.attachment", "merge": "adapters.merging", "Scales": "adapters.scales",
+    "ia3": "adapters.ia3", "tasks": "tasks", "train": "training.loop", "Collator": "training.collator",
+    "evaluate": "evaluation.runner", "Evaluation": "evaluation.results", "statistics": "evaluation.statistics",
+    "measure_head_importance": "experiments.head_importance", "quadrant_experiment": "experiments.quadrants",
+    "compare": "experiments.comparison", "transfer": "experiments.transfer_matrix", "plots": "report.plots",
+}  # fmt: skip
+__all__ = [
+    "__version__", "attention", "backends", "packed_positions", "rope", "rope_attention", "rope_frequencies", "rope_tables",
+    *_LAZY,
+]  # fmt: skip
 
 
 def __getattr__(name: str):
     if name not in _LAZY:
         raise AttributeError(f"module 'seal_ops' has no attribute {name!r}")
-    module = importlib.import_module(f".{_LAZY[name] or name}", __name__)
-    found = module if _LAZY[name] is None else getattr(module, name)
+    module = importlib.import_module(f".{_LAZY[name]}", __name__)
+    found = module if _LAZY[name].rpartition(".")[2] == name else getattr(module, name)
     globals()[name] = found
     return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -12,7 +12,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest  # noqa: E402
 
-from seal_ops.backends import NAMES, why_not  # noqa: E402
+from seal_ops.ops.dispatch import NAMES, why_not  # noqa: E402
 
 
 def device_of(backend: str) -> torch.device:

@@ -1,5 +1,5 @@
 // Checks at the boundary of the attention ops, one sentence each: op, argument, what was expected, what came. They repeat
-// those of seal_ops/checks.py that guard memory; a call that came through Python's fake kernels has passed all of them.
+// those of seal_ops/ops/checks.py that guard memory; a call that came through Python's fake kernels has passed all of them.
 #pragma once
 
 #include <ATen/ATen.h>

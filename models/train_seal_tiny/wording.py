@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 REPOSITORY = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 # The file itself rather than the package: training needs no installed seal_ops.
-_words = runpy.run_path(os.path.join(REPOSITORY, "seal_ops", "tasks", "words.py"))
+_words = runpy.run_path(os.path.join(REPOSITORY, "seal_ops", "tasks", "vocabulary.py"))
 ADJECTIVES, NOUNS = _words["ADJECTIVES"], _words["NOUNS"]
 
 MAX_NUMBER = 50_000

@@ -8,5 +8,7 @@ from __future__ import annotations
 
 def main(argv: list[str] | None = None) -> int:
     """`seal bench`; see `seal bench --help` or docs/benchmarks.md. Returns the exit code."""
-    from .run import main as run  # imported late: the package imports without torch.cuda, triton or matplotlib being touched
+    from .run import (
+        main as run,  # imported late: the package imports without torch.cuda, triton or matplotlib being touched
+    )
     return run(argv)

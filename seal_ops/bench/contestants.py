@@ -15,8 +15,8 @@ from torch.nn.attention import SDPBackend
 
 import seal_ops
 
-from ..backends import why_not as why_not_backend
-from ..rope_scaling import rope_frequencies, rope_tables
+from ..ops.dispatch import why_not as why_not_backend
+from ..ops.rotary_tables import rope_frequencies, rope_tables
 from . import peers
 from .shapes import Shape
 

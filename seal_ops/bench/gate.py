@@ -12,7 +12,8 @@ import math
 import torch
 from torch import Tensor
 
-from .. import mask, reference
+from ..ops import masks as mask
+from ..ops.backends import reference
 
 SECTIONS = 16
 # Relative error that plain roundings of operands and results leave, by dtype; a wrong mask, head or scale gives 0.1 and more.

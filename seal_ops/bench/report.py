@@ -12,7 +12,7 @@ import subprocess
 
 import torch
 
-from ..files import atomic_write, replacing
+from ..utils.files import atomic_write, replacing
 from .contestants import Contestant
 from .shapes import MODELS, length_name
 
@@ -23,7 +23,8 @@ FIELDS = ("operation", "direction", "contestant", "model", "batch", "seqlen", "h
 def environment(device: torch.device) -> dict[str, str]:
     """GPU, driver and the versions that decide speed; "" for what is not there."""
     import seal_ops
-    from ..backends import extension
+
+    from ..ops.dispatch import extension
 
     module = extension()
     facts = {

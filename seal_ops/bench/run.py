@@ -11,7 +11,7 @@ import time
 import torch
 from torch import Tensor
 
-from .. import reference
+from ..ops.backends import reference
 from . import gate, report, timing
 from .contestants import OPERATIONS, Contestant, Problem, Run, all_contestants
 from .shapes import MODELS, SUITES, Shape, parse_shape, part_of

@@ -9,14 +9,14 @@ import importlib
 import inspect
 
 from .base import IGNORE_INDEX, Encoder, Sample, Task
-from .common_words import CommonWords
-from .documents import DocumentQA
-from .lines import LineRetrieval
+from .document_qa import DocumentQA
+from .key_threads import KeyThreads
+from .line_retrieval import LineRetrieval
 from .magic_numbers import MagicNumbers
-from .needle import Needle
-from .passkey import Passkey
-from .threads import KeyThreads
-from .variables import Variables
+from .needle_in_haystack import Needle
+from .passkey_retrieval import Passkey
+from .variable_tracking import Variables
+from .word_extraction import CommonWords
 
 __all__ = [
     "IGNORE_INDEX", "CommonWords", "DocumentQA", "Encoder", "KeyThreads", "LineRetrieval", "MagicNumbers", "Needle",
@@ -98,7 +98,7 @@ def get(task) -> Task:
 
 def write(path, samples) -> None:
     """Writes samples as JSON lines; the file is replaced in one step."""
-    from ..files import atomic_write
+    from ..utils.files import atomic_write
 
     atomic_write(path, "".join(sample.to_json() + "\n" for sample in samples))
 

@@ -248,7 +248,7 @@ class Task:
             raise ValueError(f"tasks.{self.name}: samples must be at least 1, got {samples}")
         drawn = self._stream(tokenizer, length, samples, seed, split, chat_template)
         if progress:
-            from ..progress import track
+            from ..utils.progress import track
 
             drawn = track(drawn, samples, f"{self.name}: writing samples of {length} tokens")
         return list(drawn)

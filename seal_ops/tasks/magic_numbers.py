@@ -7,8 +7,8 @@ key with several values, all asked).  Keys of test samples never occur in traini
 import re
 
 from .haystack import Haystack
-from .passkey import draw_number
-from .words import ADJECTIVES, NOUNS
+from .passkey_retrieval import draw_number
+from .vocabulary import ADJECTIVES, NOUNS
 
 HEADER = (
     "Some special magic numbers are hidden within the following text. Make sure to memorize them. "

@@ -6,7 +6,7 @@ import tempfile
 import pytest
 import torch
 
-from seal_ops.backends import why_not
+from seal_ops.ops.dispatch import why_not
 
 
 def pytest_configure(config):

@@ -54,7 +54,7 @@ export TRITON_CACHE_DIR="${TRITON_CACHE_DIR:-$work/triton-cache}"
 "$python" - >"$work/import.log" 2>&1 <<'PYTHON'
 import sys
 import seal_ops
-from seal_ops.backends import extension, has_cuda_kernels
+from seal_ops.ops.dispatch import extension, has_cuda_kernels
 loaded = extension()
 print(seal_ops.__file__, loaded if isinstance(loaded, str) else loaded.build_facts())
 sys.exit(not has_cuda_kernels())
@@ -96,9 +96,9 @@ rm -f "$work"/*.status
 sanitizer memcheck forward backward rope grid &
 sanitizer racecheck &
 sanitizer synccheck &
-suite cuda "${SEAL_WORKERS:-6}" tests/gpu tests/test_ops.py tests/test_rope.py -k "[cuda or -cuda or ptx_kit"
+suite cuda "${SEAL_WORKERS:-6}" tests/gpu tests/ops/test_ops.py tests/ops/test_rope.py -k "[cuda or -cuda or ptx_kit"
 cores=$(nproc)
-suite triton "${SEAL_WORKERS:-$((cores > 10 ? cores * 3 / 4 : 8))}" tests/gpu tests/test_ops.py tests/test_rope.py tests/test_triton_kernels.py -k "[triton or -triton or triton_kernels"
+suite triton "${SEAL_WORKERS:-$((cores > 10 ? cores * 3 / 4 : 8))}" tests/gpu tests/ops/test_ops.py tests/ops/test_rope.py tests/ops/test_triton_kernels.py -k "[triton or -triton or triton_kernels"
 wait
 for name in cuda triton memcheck racecheck synccheck; do
   [ -e "$work/$name.status" ] || continue

@@ -6,7 +6,7 @@ import torch
 
 import seal_ops
 from cases import Case, assert_close, make, oracle, plain_pytorch, run
-from seal_ops.backends import why_not
+from seal_ops.ops.dispatch import why_not
 
 # Lengths around every tile edge, single rows, and both orders of unequal lengths.
 LENGTHS = [(1, 1), (3, 3), (64, 128), (128, 192), (256, 256), (239, 1), (799, 3), (113, 203), (113, 128), (128, 217), (113, 211),

@@ -12,7 +12,7 @@ import torch
 import seal_ops
 from cases import Case, gradients_of, make
 from seal_ops import rope_frequencies, rope_tables
-from seal_ops.backends import why_not
+from seal_ops.ops.dispatch import why_not
 
 
 class _Properties(ctypes.Structure):  # CUmemAllocationProp: pinned memory of device `id`

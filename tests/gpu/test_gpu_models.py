@@ -5,7 +5,7 @@ from families import FAMILIES, largest, logits, randomise, scale_by_hooks, token
 from transformers import DynamicCache, StaticCache
 
 import seal_ops
-from seal_ops.backends import why_not
+from seal_ops.ops.dispatch import why_not
 
 SIZES = {64: dict(hidden_size=256, head_dim=64), 128: dict(hidden_size=512, head_dim=128)}
 each_family = pytest.mark.parametrize("family", ["llama", "mistral", "qwen3", "gemma2", "gemma3", "phi3"])

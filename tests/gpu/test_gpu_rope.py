@@ -6,8 +6,9 @@ import torch
 
 import seal_ops
 from cases import plain_pytorch
-from seal_ops import reference, rope_frequencies, rope_tables
-from seal_ops.backends import why_not
+from seal_ops.ops.backends import reference
+from seal_ops import rope_frequencies, rope_tables
+from seal_ops.ops.dispatch import why_not
 
 SIZES = [  # batch, tokens, query heads, key heads, head_dim, rotary_dim
     (2, 113, 32, 8, 128, 128), (1, 1, 4, 4, 64, 64), (3, 217, 6, 2, 256, 256), (2, 33, 5, 1, 80, 32), (1, 19, 2, 2, 72, 20),

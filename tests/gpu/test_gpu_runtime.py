@@ -5,7 +5,7 @@ import torch
 import seal_ops
 from cases import Case, assert_close, gradients_of, make, oracle, plain_pytorch, run
 from seal_ops import rope_frequencies, rope_tables
-from seal_ops.backends import why_not
+from seal_ops.ops.dispatch import why_not
 
 
 def call(backend, **options):

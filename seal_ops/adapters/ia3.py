@@ -1,0 +1,101 @@
+"""(IA)^3 adapter files of PEFT, in and out.
+
+(IA)^3 (arXiv 2205.05638) with ``target_modules=["o_proj"], feedforward_modules=["o_proj"]`` multiplies the input of every
+``o_proj`` by a learned vector, which is SEAL-C exactly.  PEFT itself is not needed here: the files are safetensors and
+json, with the tensors named ``base_model.model.<module>.ia3_l`` of shape [1, in_features].
+"""
+from __future__ import annotations
+
+import json
+import os
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from ..huggingface.discovery import find_sites
+from ..huggingface.patch import Site
+from ..utils.files import atomic_write, replacing
+from .attachment import attach_to, attached, refuse_second
+from .files import CONFIG_FILE, WEIGHTS_FILE, read_json, read_tensors
+from .scales import Scales
+
+_PREFIX, _SUFFIX = "base_model.model.", ".ia3_l"
+
+
+def _key(site: Site) -> str:
+    return f"{_PREFIX}{site.name}.o_proj{_SUFFIX}"
+
+
+def _check_direct(call: str, sites: list[Site]) -> None:
+    """(IA)^3 scales what ``o_proj`` reads; SEAL what attention gives."""
+    for site in sites:
+        if not site.direct:
+            raise ValueError(f"seal_ops.ia3.{call}: {site.name}.o_proj must read the attention output directly, got a "
+                             f"module with another step in between ({type(site.module).__name__})")
+
+
+def import_ia3(model: nn.Module, save_directory: str | os.PathLike, backend: str | None = None) -> Scales:
+    """Attaches the (IA)^3 adapter saved by PEFT in ``save_directory`` as channel scales; layers it lacks have none.
+
+    Raises FileNotFoundError for a missing file, and ValueError for an adapter that scales anything but the input of the
+    ``o_proj`` of ``model``'s self-attention, or whose vectors have another length.
+    """
+    refuse_second(model, "ia3.import_ia3")
+    folder = os.fspath(save_directory)
+    config = read_json(folder, call="ia3.import_ia3")
+    if config.get("peft_type") != "IA3":
+        raise ValueError(f"seal_ops.ia3.import_ia3: {os.path.join(folder, CONFIG_FILE)} must have peft_type 'IA3', got "
+                         f"{config.get('peft_type')!r}")
+    tensors = read_tensors(folder, call="ia3.import_ia3")
+    sites = find_sites(model)
+    by_key = {_key(site): layer for layer, site in enumerate(sites)}
+    found: dict[int, Tensor] = {}
+    for name, tensor in tensors.items():
+        if name not in by_key:
+            raise ValueError(f"seal_ops.ia3.import_ia3: {folder!r} must scale only the o_proj of self-attention in "
+                             f"{type(model).__name__}, got {name!r}")
+        site = sites[by_key[name]]
+        if tuple(tensor.shape) != (1, site.num_heads * site.head_dim) or not tensor.is_floating_point():
+            raise ValueError(f"seal_ops.ia3.import_ia3: {name} must be a floating tensor of shape "
+                             f"[1, {site.num_heads * site.head_dim}] (the input of o_proj: feedforward_modules must name "
+                             f"it), got {tensor.dtype} of shape {list(tensor.shape)}")
+        found[by_key[name]] = tensor.reshape(site.num_heads, site.head_dim).float()
+    if not found:
+        raise ValueError(f"seal_ops.ia3.import_ia3: {folder!r} must hold at least one vector, got none")
+    _check_direct("import_ia3", [sites[layer] for layer in found])
+    scales = attach_to(model, sites, "channel", sorted(found), backend)
+    with torch.no_grad():
+        for layer, scale in scales.items():
+            scale.copy_(found[layer])
+    return scales
+
+
+def export_ia3(model: nn.Module, save_directory: str | os.PathLike) -> None:
+    """Writes the scales attached to ``model`` as an (IA)^3 adapter that ``peft.PeftModel.from_pretrained`` reads.
+
+    Head scales are repeated over the channels of their head; layers without a scale get ones.  Both files are replaced
+    in one step each.  Raises ValueError where the model has no scales or has a step between attention and ``o_proj``.
+    """
+    scales, attachment = attached(model, "ia3.export_ia3")
+    sites = attachment.seam.sites
+    _check_direct("export_ia3", sites)
+    learned = dict(scales.items())
+    tensors = {}
+    for layer, site in enumerate(sites):
+        scale = learned[layer].detach().cpu() if layer in learned else torch.ones(site.num_heads)
+        scale = scale.reshape(site.num_heads, -1).expand(-1, site.head_dim)
+        tensors[_key(site)] = scale.reshape(1, -1).contiguous()
+    # PEFT matches names by their ending; where "o_proj" would also hit other modules, each is named in full.
+    modules = [f"{site.name}.o_proj" for site in sites]
+    others = [n for n, _ in model.named_modules() if n.split(".")[-1] == "o_proj" and n not in modules]
+    targets = sorted(modules) if others else ["o_proj"]
+    config = {
+        "peft_type": "IA3", "task_type": "CAUSAL_LM", "inference_mode": True, "fan_in_fan_out": False,
+        "base_model_name_or_path": scales.config.base_model_name_or_path, "revision": None,
+        "target_modules": targets, "feedforward_modules": targets, "modules_to_save": None, "init_ia3_weights": True,
+    }
+    folder = os.fspath(save_directory)
+    with replacing(os.path.join(folder, WEIGHTS_FILE)) as temporary:
+        safetensors.torch.save_file(tensors, temporary, metadata={"format": "pt"})
+    atomic_write(os.path.join(folder, CONFIG_FILE), json.dumps(config, indent=2) + "\n")

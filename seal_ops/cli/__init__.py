@@ -1,0 +1,1 @@
+"""The command ``seal``; one file a subcommand."""

@@ -1,0 +1,66 @@
+"""``seal eval``."""
+
+import os
+
+from .options import Command, backend_option, load, model_options, plot_file, positive, task, task_options
+
+
+def options(parser):
+    model_options(parser)
+    parser.add_argument("--scales", metavar="DIR", help="trained scales to put on the model")
+    task_options(parser)
+    parser.add_argument("--lengths", type=positive, nargs="+", required=True, help="prompt tokens")
+    parser.add_argument("--cases", type=positive, default=50, help="at each length")
+    parser.add_argument("--batch-size", type=positive, help="prompts in a batch at most (default: by length)")
+    parser.add_argument("--seed", type=int, default=0, help="draws the cases")
+    parser.add_argument("--name", help="label in tables and plots (default: base, or the folder of the scales)")
+    parser.add_argument("--output", metavar="FILE", help="JSON with every case")
+    parser.add_argument("--csv", metavar="FILE", help="the cases as CSV")
+    parser.add_argument("--plot", metavar="FILE", type=plot_file, help="accuracy by length (.png, .svg or .pdf)")
+    parser.add_argument("--compare", metavar="FILE", nargs="+", default=[], help="earlier results to draw beside this one")
+    parser.add_argument("--resume", action="store_true", help="continue what --output holds")
+    backend_option(parser)
+
+
+def run(args):
+    from ..adapters import attachment
+    from ..evaluation.results import Evaluation
+    from ..evaluation.runner import evaluate
+    from ..report import plots
+
+    if args.resume and args.output is None:
+        raise ValueError("--resume needs --output, got none")
+    others = [Evaluation.load(path) for path in args.compare]
+    model, tokenizer = load(args)
+    if args.scales is not None:
+        attachment.load(model, args.scales, backend=args.backend)
+    name = args.name or (os.path.basename(os.path.normpath(args.scales)) if args.scales else "base")
+    result = evaluate(
+        model,
+        tokenizer,
+        task(args),
+        args.lengths,
+        args.cases,
+        batch_size=args.batch_size,
+        seed=args.seed,
+        chat_template=args.chat_format,
+        name=name,
+        output=args.output,
+        resume=args.resume,
+    )
+    print(result.table())
+    if args.csv:
+        result.save_csv(args.csv)
+    if args.plot:
+        plots.accuracy_by_length([*others, result], args.plot)
+    for path in filter(None, (args.output, args.csv, args.plot)):
+        print(path)
+
+
+COMMAND = Command(
+    "accuracy by length, with 95 % intervals",
+    "seal eval --model models/seal-tiny --scales my-scales --lengths 512 1024 2048 --cases 50 \\\n"
+        "  --output result.json --plot result.png",
+    options,
+    run,
+)

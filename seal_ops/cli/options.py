@@ -1,0 +1,237 @@
+"""What the subcommands of ``seal`` share: option types, groups of options, and configuration files.
+
+Every subcommand takes ``--config FILE.yaml``, whose keys are the names of its options ("-" and "_" are equal); what the
+command line says wins over the file.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Command:
+    """One subcommand; ``run`` returns the exit code, None being 0."""
+
+    summary: str
+    example: str
+    options: Callable[[argparse.ArgumentParser], None]
+    run: Callable[[argparse.Namespace], int | None]
+
+
+class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Defaults where there are any; examples as they are written."""
+
+    def _get_help_string(self, action):
+        if action.default is None or action.default is False or action.default == []:
+            return action.help
+        return super()._get_help_string(action)
+
+
+# ---------------------------------------------------------------------------------------------------- option types
+
+
+def positive(text: str) -> int:
+    """An integer of at least 1."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
+    return number
+
+
+def plot_file(text: str) -> str:
+    """A file name that ends like a plot."""
+    from ..report.plots import FORMATS
+
+    if os.path.splitext(text)[1].lower() not in FORMATS:
+        raise argparse.ArgumentTypeError(f"must end with one of {', '.join(FORMATS)}, got {text}")
+    return text
+
+
+def chat_format(text: str):
+    """auto, on, off, or a format with {prompt} in it."""
+    return {"auto": None, "on": True, "off": False}.get(text, text)
+
+
+def setting(text: str) -> tuple[str, object]:
+    """``KEY=VALUE``, the value read as YAML: ``depths=5``, ``LoRA=[2e-4, 2e-3]``; numbers may be written ``2e-4``."""
+    import yaml
+
+    key, sign, value = text.partition("=")
+    if not sign or not key:
+        raise argparse.ArgumentTypeError(f"must look like KEY=VALUE, got {text}")
+    try:
+        return key.strip(), _numbers(yaml.safe_load(value))
+    except yaml.YAMLError:
+        raise argparse.ArgumentTypeError(f"must have a YAML value, got {text}") from None
+
+
+def _numbers(value):
+    # YAML 1.1 reads 2e-4, without a point, as text.
+    if isinstance(value, list):
+        return [_numbers(v) for v in value]
+    if isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+# --------------------------------------------------------------------------------------------------- option groups
+
+
+def model_options(parser, required=True):
+    """--model, --device, --dtype: what :func:`seal_ops.huggingface.loading.load_model` takes."""
+    from ..huggingface.loading import DTYPES
+
+    parser.add_argument("--model", required=required, metavar="NAME", help="model folder, or name on the hub")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    parser.add_argument("--dtype", default="auto", choices=["auto", *DTYPES], help="auto: bfloat16 on a GPU, else float32")
+
+
+def task_options(parser, required=True):
+    """--task, --task-option and --chat-format."""
+    parser.add_argument(
+        "--task", default="lines" if required else None, help="name of a task (docs/tasks.md), documents:FILE, or module:Class"
+    )
+    parser.add_argument(
+        "--task-option", type=setting, nargs="+", default=[], metavar="KEY=VALUE", help="options of the task, like keys=32"
+    )
+    chat_option(parser)
+
+
+def chat_option(parser):
+    """--chat-format."""
+    parser.add_argument(
+        "--chat-format", type=chat_format, default="auto", metavar="FORMAT",
+        help="auto (the tokenizer's, if it has one), on, off, or a text like 'USER: {prompt} ASSISTANT:'",
+    )  # fmt: skip
+
+
+def backend_option(parser):
+    """--backend."""
+    parser.add_argument("--backend", default=None, help="of the fused ops: cuda, triton, cpu, reference (default: chosen)")
+
+
+def task(args):
+    """The task that ``args`` name."""
+    return named_task(args.task, **dict(args.task_option))
+
+
+def named_task(name, **options):
+    """A task by its name on the command line; ``module:Class`` may lie in the working directory."""
+    from .. import tasks
+
+    if ":" in name and os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+    return tasks.make(name, **options) if options else tasks.get(name)
+
+
+def load(args):
+    """``(model, tokenizer)`` that ``args`` name."""
+    from ..huggingface.loading import load_model
+
+    return load_model(args.model, device=args.device, dtype=args.dtype, call=f"seal {args.command}")
+
+
+# ---------------------------------------------------------------------------------------------- configuration files
+
+
+def config_option(parser):
+    """--config."""
+    parser.add_argument("--config", metavar="FILE", help="YAML with options of this command; the command line wins")
+
+
+def configured(argv: list[str]) -> str | None:
+    """The file that ``--config`` names in ``argv``, if any."""
+    for i, word in enumerate(argv):
+        if word == "--config" and i + 1 < len(argv):
+            return argv[i + 1]
+        if word.startswith("--config="):
+            return word.partition("=")[2]
+    return None
+
+
+def configure(parser: argparse.ArgumentParser, path: str) -> None:
+    """Makes what a YAML file says the defaults of ``parser``.
+
+    Raises:
+        ValueError: not a mapping, an unknown key or a bad value; the key is named.
+        OSError: the file cannot be read.
+    """
+    import yaml
+
+    with open(path, encoding="utf-8") as file:
+        try:
+            content = yaml.safe_load(file)
+        except yaml.YAMLError as error:
+            raise ValueError(f"config {path} must be YAML, got {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"config {path} must map options to values, got {type(content).__name__}")
+    known = {a.dest: a for a in parser._actions if a.option_strings and a.dest not in ("help", "config", "traceback")}
+    for key, value in content.items():
+        action = known.get(str(key).replace("-", "_"))
+        if action is None:
+            listed = ", ".join(sorted(known))
+            raise ValueError(f"config {path}: key must be one of {listed}, got {key!r}")
+        try:
+            action.default = _value(action, value)
+        except (argparse.ArgumentTypeError, ValueError, TypeError) as error:
+            raise ValueError(f"config {path}: value of {key} {_reason(error, value)}") from None
+        action.required = False
+
+
+def _value(action, value):
+    if action.nargs == 0:  # a switch
+        if not isinstance(value, bool):
+            raise argparse.ArgumentTypeError(f"must be true or false, got {value!r}")
+        return value
+    if action.nargs == "?" and value is True:
+        return action.const
+    if value is None:
+        return None
+    if action.nargs == "+" or isinstance(action, argparse._AppendAction):
+        if isinstance(value, dict):
+            value = [f"{k}={v}" for k, v in value.items()]
+        return [_one(action, v) for v in (value if isinstance(value, list) else [value])]
+    if isinstance(value, (list, dict)):
+        raise argparse.ArgumentTypeError(f"must be a single value, got {value!r}")
+    return _one(action, value)
+
+
+def _one(action, value):
+    found = action.type(str(value)) if action.type else str(value)
+    if action.choices is not None and found not in action.choices:
+        raise argparse.ArgumentTypeError(f"must be one of {', '.join(map(str, action.choices))}, got {value!r}")
+    return found
+
+
+def _reason(error, value):
+    text = str(error)
+    return text if text.startswith("must") else f"must have the option's type, got {value!r}"
+
+
+def method_options(parser):
+    parser.add_argument("--samples", type=positive, default=50, help="training samples")
+    parser.add_argument("--seed", type=int, default=0, help="draws the samples")
+
+
+def fresh(args):
+    """A function that loads the model anew."""
+    return lambda: load(args)
+
+
+def folder_option(parser, what="tables and plots"):
+    parser.add_argument("--output", required=True, metavar="DIR", help=f"folder for {what}; a second run continues it")
+
+
+def say(line):
+    print(line, flush=True)
+
+
+def list_files(folder, names):
+    for name in names:
+        print(os.path.join(folder, name))

@@ -1,0 +1,63 @@
+"""``seal transfer``."""
+
+
+from .options import (
+    Command,
+    backend_option,
+    chat_option,
+    folder_option,
+    fresh,
+    list_files,
+    method_options,
+    model_options,
+    named_task,
+    positive,
+    say,
+)
+
+
+def options(parser):
+    from ..experiments.comparison import METHODS
+
+    model_options(parser)
+    parser.add_argument("--train-tasks", nargs="+", required=True, metavar="TASK", help="one training each")
+    parser.add_argument("--eval-tasks", nargs="+", metavar="TASK", help="measured after each (default: the same)")
+    parser.add_argument("--length", type=positive, required=True, help="tokens of training samples and prompts")
+    parser.add_argument("--cases", type=positive, default=50, help="test cases of each task")
+    parser.add_argument("--method", choices=METHODS, default="SEAL-C", help="what is trained")
+    parser.add_argument("--lr", type=float, help="learning rate (default: the paper's)")
+    chat_option(parser)
+    method_options(parser)
+    folder_option(parser)
+    backend_option(parser)
+
+
+def run(args):
+    from ..experiments.transfer_matrix import transfer
+    from ..report.writers import write_transfer
+
+    found = transfer(
+        fresh(args),
+        [named_task(name) for name in args.train_tasks],
+        [named_task(name) for name in args.eval_tasks or args.train_tasks],
+        args.length,
+        args.cases,
+        output=args.output,
+        method=args.method,
+        lr=args.lr,
+        samples=args.samples,
+        seed=args.seed,
+        chat_template=args.chat_format,
+        backend=args.backend,
+        say=say,
+    )
+    write_transfer(found, args.output)
+    list_files(args.output, ["transfer.json", "transfer.csv", "transfer.png"])
+
+
+COMMAND = Command(
+    "train on each task, measure on each task",
+    "seal transfer --model models/seal-tiny --train-tasks lines multikey passkey --length 512 --output transfer",
+    options,
+    run,
+)

@@ -1,0 +1,96 @@
+"""What an evaluation found: records, accuracy with intervals, files."""
+import csv
+import io
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+
+from ..utils.files import atomic_write
+from .statistics import wilson
+
+
+@dataclass(frozen=True)
+class Cell:
+    """Accuracy of one group of cases with its 95 % Wilson interval."""
+
+    accuracy: float
+    low: float
+    high: float
+    correct: float
+    cases: int
+
+    def __str__(self):
+        return f"{self.accuracy:.2f} [{self.low:.2f}, {self.high:.2f}]"
+
+
+@dataclass
+class Evaluation:
+    """What an evaluation found.
+
+    Attributes:
+        task: name of the task.
+        name: what was evaluated ("base", "SEAL-H"), for tables and plots.
+        settings: what decides the outcome: lengths, cases, seed, chat format, fingerprint of the model.
+        records: one dict a case: ``length``, ``index``, ``prompt_tokens``, ``answer``, ``output``, ``score`` and the
+            sample's ``meta``.
+        seconds: time spent on generating and decoding, summed over resumed runs.
+    """
+
+    task: str
+    name: str
+    settings: dict
+    records: list[dict] = field(default_factory=list)
+    seconds: float = 0.0
+
+    def by(self, *keys: str | Callable[[dict], object]) -> dict:
+        """Accuracy by the values of record fields (or of functions of a record): ``{value or tuple: Cell}``, sorted."""
+        groups: dict = {}
+        for record in self.records:
+            value = tuple(key(record) if callable(key) else record.get(key) for key in keys)
+            groups.setdefault(value[0] if len(keys) == 1 else value, []).append(record["score"])
+        return {value: _cell(groups[value]) for value in sorted(groups)}
+
+    @property
+    def accuracy(self) -> dict[int, Cell]:
+        """Accuracy by length."""
+        return self.by("length")
+
+    def table(self) -> str:
+        """Accuracy by length as text."""
+        rows = [f"{'tokens':>8}  {'accuracy':>8}  {'95 % interval':>14}  {'cases':>5}"]
+        for length, cell in self.accuracy.items():
+            interval = f"{cell.low:.2f} to {cell.high:.2f}"
+            rows.append(f"{length:>8}  {cell.accuracy:>8.3f}  {interval:>14}  {cell.cases:>5}")
+        return "\n".join(rows)
+
+    def save(self, path) -> None:
+        """Writes everything as JSON; the file is replaced in one step."""
+        cells = [{"length": length, **asdict(cell)} for length, cell in self.accuracy.items()]
+        atomic_write(path, json.dumps({**vars(self), "accuracy": cells}, indent=1, ensure_ascii=False) + "\n")
+
+    def __str__(self):
+        return f"{self.task}, {self.name}\n{self.table()}" if self.name else f"{self.task}\n{self.table()}"
+
+    @classmethod
+    def load(cls, path) -> "Evaluation":
+        """Reads what :meth:`save` wrote; ``ValueError`` where the file is something else."""
+        with open(path, encoding="utf-8") as file:
+            try:
+                content = json.load(file)
+                return cls(**{key: content[key] for key in ("task", "name", "settings", "records", "seconds")})
+            except (KeyError, TypeError, ValueError) as error:
+                raise ValueError(f"Evaluation.load: {path} must be a saved evaluation, got {error!r}") from None
+
+    def save_csv(self, path) -> None:
+        """Writes one row a case as CSV; the file is replaced in one step."""
+        columns = list(dict.fromkeys(key for record in self.records for key in record))
+        text = io.StringIO()
+        writer = csv.DictWriter(text, ["task", "name", *columns], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows({"task": self.task, "name": self.name, **record} for record in self.records)
+        atomic_write(path, text.getvalue())
+
+
+def _cell(scores):
+    low, high = wilson(sum(scores), len(scores))
+    return Cell(sum(scores) / len(scores), low, high, sum(scores), len(scores))

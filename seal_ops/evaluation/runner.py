@@ -1,0 +1,163 @@
+"""Accuracy of a model on a generated task, by length and by whatever else the samples carry.
+
+Decoding is greedy (:mod:`.decoding`).  Test samples come from other random numbers than training samples, whatever the seeds.
+"""
+import json
+import os
+import time
+from collections.abc import Iterable
+
+from .. import tasks
+from ..huggingface.fingerprint import fingerprint
+from ..utils.progress import bar
+from .decoding import generate
+from .results import Evaluation
+
+BATCH_TOKENS = (8_192, 16_384)  # prompt tokens in a batch where batch_size is left to us: on a CPU, on a GPU
+LARGEST_SPREAD = 64  # tokens between the longest and the shortest prompt of a batch: each costs a decoding step
+SAVE_EVERY = 2.0  # seconds between writes of an unfinished result
+
+
+def evaluate(
+    model,
+    tokenizer,
+    task,
+    lengths: int | Iterable[int],
+    cases: int = 50,
+    *,
+    batch_size: int | None = None,
+    seed: int = 0,
+    max_new_tokens: int | None = None,
+    chat_template=None,
+    name: str = "",
+    output: str | os.PathLike | None = None,
+    resume: bool = False,
+    progress: bool | None = None,
+) -> Evaluation:
+    """Accuracy of ``model`` on ``task``, greedy decoding, ``cases`` test samples at each length.
+
+    Args:
+        model: a causal language model of transformers, with or without attached scales.
+        tokenizer: its tokenizer.
+        task: a :class:`seal_ops.tasks.Task`, a task's name, or ``"module:Class"``.
+        lengths: prompt lengths in tokens (answer and room included), one or more.
+        cases: samples at each length.
+        batch_size: prompts in a batch at most; None takes as many as fit in 16,384 tokens (8,192 on a CPU).
+        seed: draws the test samples; equal seeds give equal cases, for every model with this tokenizer.
+        max_new_tokens: longest output; None for the task's own.
+        chat_template: None, True, False or a string: see :class:`seal_ops.tasks.Encoder`.
+        name: what is evaluated, for tables and plots.
+        output: a JSON file, kept up to date while running.
+        resume: continue what ``output`` holds; it must come from the same model and settings.
+        progress: draw a bar; None draws where stderr is a terminal.
+
+    Returns:
+        An :class:`Evaluation`; ``.accuracy[length]`` is a :class:`Cell`.
+
+    Raises:
+        ValueError: a length is too short, the tokenizer lacks a token, or ``output`` holds another run's cases.
+    """
+    task = tasks.get(task)
+    lengths = _lengths(lengths)
+    if cases < 1:
+        raise ValueError(f"evaluate: cases must be at least 1, got {cases}")
+    if batch_size is not None and batch_size < 1:
+        raise ValueError(f"evaluate: batch_size must be at least 1 or None, got {batch_size}")
+    result = Evaluation(
+        task.name,
+        name,
+        {
+            "lengths": lengths,
+            "cases": cases,
+            "seed": seed,
+            "max_new_tokens": max_new_tokens or task.max_new_tokens,
+            "chat_template": chat_template,
+            "task": {key: repr(value) for key, value in vars(task).items()},
+            "model": fingerprint(model),
+        },
+    )
+    if resume and output is not None and os.path.exists(output):
+        result = _resumed(result, output)
+
+    done = {(record["length"], record["index"]) for record in result.records}
+    saved = started = time.monotonic()
+    spent = result.seconds
+    batch_tokens = BATCH_TOKENS[model.device.type == "cuda"]
+    training = model.training
+    model.eval()
+    try:
+        with bar(len(lengths) * cases, name or task.name, progress) as advance:
+            advance(len(done))
+            for length in lengths:
+                if all((length, index) in done for index in range(cases)):
+                    continue
+                samples = task.generate(tokenizer, length, cases, seed, split="test", chat_template=chat_template)
+                open_cases = [i for i in range(cases) if (length, i) not in done]
+                for batch in _batches(open_cases, samples, batch_size or max(1, batch_tokens // length)):
+                    outputs = generate(
+                        model,
+                        tokenizer,
+                        [samples[i].prompt_ids for i in batch],
+                        max_new_tokens=result.settings["max_new_tokens"],
+                        stop=task.stop,
+                    )
+                    for i, text in zip(batch, outputs, strict=True):
+                        result.records.append(_record(task, samples[i], length, i, text))
+                    result.seconds = spent + time.monotonic() - started
+                    here = [record["score"] for record in result.records if record["length"] == length]
+                    advance(len(batch), f"{length} tokens: {sum(here) / len(here):.2f}")
+                    if output is not None and time.monotonic() - saved > SAVE_EVERY:
+                        result.save(output)
+                        saved = time.monotonic()
+    finally:
+        model.train(training)
+    result.records.sort(key=lambda record: (record["length"], record["index"]))
+    if output is not None:
+        result.save(output)
+    return result
+
+
+def _lengths(lengths):
+    lengths = [lengths] if isinstance(lengths, int) else list(lengths)
+    if not lengths or not all(isinstance(n, int) and n > 0 for n in lengths):
+        raise ValueError(f"evaluate: lengths must be positive integers, at least one, got {lengths}")
+    return sorted(set(lengths))
+
+
+def _resumed(fresh, output):
+    found = Evaluation.load(output)
+    if found.task != fresh.task or found.settings != json.loads(json.dumps(fresh.settings)):
+        differing = [key for key, value in fresh.settings.items() if found.settings.get(key) != value] or ["task"]
+        raise ValueError(
+            f"evaluate: output {output} must come from the same model and settings to resume, "
+            f"got another {', '.join(differing)}"
+        )
+    return Evaluation(fresh.task, fresh.name, fresh.settings, found.records, found.seconds)
+
+
+def _batches(indices, samples, batch_size):
+    """Lists of at most ``batch_size`` indices whose prompts are nearly as long as each other."""
+    batch: list[int] = []
+    for i in sorted(indices, key=lambda i: len(samples[i].prompt_ids)):
+        spread = len(samples[i].prompt_ids) - len(samples[batch[0]].prompt_ids) if batch else 0
+        if len(batch) == batch_size or spread > LARGEST_SPREAD:
+            yield batch
+            batch = []
+        batch.append(i)
+    if batch:
+        yield batch
+
+
+def _record(task, sample, length, index, text):
+    score = float(task.score(sample, text))
+    if not 0 <= score <= 1:
+        raise ValueError(f"tasks.{task.name}: score must be in [0, 1], got {score}")
+    return {
+        "length": length,
+        "index": index,
+        "prompt_tokens": len(sample.prompt_ids),
+        "answer": sample.answer,
+        "output": text,
+        "score": score,
+        **{key: value for key, value in sample.meta.items() if key != "index"},
+    }

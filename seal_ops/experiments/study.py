@@ -1,0 +1,136 @@
+"""``seal study``: comparison, transfer matrix and head influence of one model in one run, with their files and plots."""
+import json
+import os
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+
+import torch
+
+from ..huggingface.loading import load_model
+from ..report.html import write_report
+from ..report.writers import describe_agreement, write_comparison, write_influence, write_quadrants, write_transfer
+from ..utils.files import atomic_write
+from .comparison import METHODS, compare
+from .head_importance import Influence, influence
+from .quadrants import quadrant_experiment, quadrants
+from .runs import claim
+from .transfer_matrix import transfer
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a study does; the defaults are for the shipped model, minutes on two cores.
+
+    Attributes:
+        model: folder or hub name.
+        task: what is compared and whose heads are looked at.
+        lengths: prompt lengths in tokens; the longest is trained at.
+        cases: test cases at each length, and in each cell of the transfer matrix.
+        samples: training samples.
+        methods: of :data:`seal_ops.experiments.comparison.METHODS`.
+        rates: learning rates to choose from, by method; one that is not named has the paper's.
+        transfer_tasks: trained on each, measured on each.
+        transfer_method, transfer_length: what is trained there, and at which length.
+        heads_lengths, heads_cases: where influence is measured, and on how many samples at each length.
+        factor: a small step besides removal, at which the gradient's estimate is checked.
+        seed: draws all samples.
+        device, dtype: see :func:`seal_ops.huggingface.loading.load_model`.
+    """
+
+    model: str = os.path.join("models", "seal-tiny")
+    task: str = "lines"
+    lengths: tuple[int, ...] = (512, 1536)
+    cases: int = 30
+    samples: int = 50
+    methods: tuple[str, ...] = METHODS
+    rates: Mapping = field(default_factory=dict)
+    transfer_tasks: tuple[str, ...] = ("lines", "multikey", "passkey")
+    transfer_method: str = "SEAL-C"
+    transfer_length: int = 1024
+    heads_lengths: tuple[int, ...] = (512, 1024)
+    heads_cases: int = 5
+    factor: float = 0.9
+    seed: int = 0
+    device: str = "auto"
+    dtype: str = "auto"
+
+
+def run(settings: Settings, output: str, *, progress: bool | None = None, say: Callable[[str], None] = print) -> dict:
+    """Runs what is missing of the study in ``output``; returns what it writes to ``study.json``.
+
+    Raises:
+        ValueError: ``output`` holds a study with other settings.
+    """
+    claim(output, json.loads(json.dumps(asdict(settings))), "seal study")
+    common = {"seed": settings.seed, "progress": progress}
+
+    def fresh():
+        return load_model(settings.model, device=settings.device, dtype=settings.dtype, call="seal study")
+
+    seconds, started = {}, time.monotonic()
+
+    def lap(name):
+        nonlocal started
+        seconds[name] = round(time.monotonic() - started, 1)
+        started = time.monotonic()
+
+    say(f"1. {', '.join(settings.methods)} on {settings.task}, {settings.cases} cases a length")
+    comparison = compare(
+        fresh, settings.task, settings.lengths, settings.cases, output=os.path.join(output, "compare"),
+        samples=settings.samples, methods=settings.methods, rates=settings.rates, say=say, **common,
+    )  # fmt: skip
+    write_comparison(comparison, output)
+    lap("comparison")
+
+    names = ", ".join(settings.transfer_tasks)
+    say(f"\n2. {settings.transfer_method} trained on each of {names} and measured on each")
+    rates = settings.rates.get(settings.transfer_method)
+    chosen = comparison.training.get(settings.transfer_method, {}).get("lr") if isinstance(rates, (list, tuple)) else rates
+    found = transfer(
+        fresh, settings.transfer_tasks, settings.transfer_tasks, settings.transfer_length, settings.cases,
+        output=os.path.join(output, "transfer"), method=settings.transfer_method, lr=chosen, samples=settings.samples,
+        say=say, **common,
+    )  # fmt: skip
+    write_transfer(found, output)
+    lap("transfer")
+
+    say(f"\n3. Head influence at {', '.join(map(str, settings.heads_lengths))} tokens, {settings.heads_cases} cases each")
+    model, tokenizer = fresh()
+    for factor, name in ((0.0, "heads"), (settings.factor, "heads-step")):
+        measured = influence(
+            model, tokenizer, settings.task, settings.heads_lengths, settings.heads_cases, factor=factor,
+            output=os.path.join(output, f"{name}.json"), resume=True, **common,
+        )  # fmt: skip
+        write_influence(measured, output, name)
+        say(describe_agreement(measured))
+        if factor == 0.0:
+            experiment = quadrant_experiment(
+                model, tokenizer, measured, settings.task, settings.heads_lengths, settings.cases, measure="logprob",
+                output=os.path.join(output, "quadrants"), resume=True, **common,
+            )  # fmt: skip
+            write_quadrants(experiment, quadrants(measured, "logprob"), measured.units, output, "logprob")
+            for evaluation in experiment.values():
+                cells = ", ".join(f"{n}: {cell.accuracy:.2f}" for n, cell in evaluation.accuracy.items())
+                say(f"   {evaluation.name}: {cells}")
+    lap("heads")
+
+    from ..ops.environment import facts
+
+    environment = {**facts(), "threads": torch.get_num_threads(), "device": str(model.device), "dtype": str(model.dtype)}
+    results = {
+        "kind": "seal_ops.study", "settings": json.loads(json.dumps(asdict(settings))), "environment": environment,
+        "seconds": seconds, "agreement": {"removal": _agreement(output, "heads"), "step": _agreement(output, "heads-step")},
+    }  # fmt: skip
+    path = os.path.join(output, "study.json")
+    if os.path.exists(path):  # a run that found everything done must not overwrite how long it took
+        with open(path, encoding="utf-8") as file:
+            earlier = json.load(file).get("seconds", {})
+        results["seconds"] = {**seconds, **earlier}  # this file is written last, so an earlier one timed whole stages
+    atomic_write(path, json.dumps(results, indent=1) + "\n")
+    write_report(output, title=f"SEAL on {settings.model}")
+    return results
+
+
+def _agreement(output, name):
+    return Influence.load(os.path.join(output, f"{name}.json")).agreement()

@@ -1,0 +1,1 @@
+"""The seam into Hugging Face transformers: registries, rotation, discovery, the reversible patch, loading."""

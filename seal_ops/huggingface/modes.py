@@ -1,0 +1,56 @@
+"""What a model is asked before a run: training mode, gradient checkpointing, and which arguments it takes; all of it undone."""
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import create_selective_checkpoint_contexts
+
+
+def run_two_tokens(model: nn.Module) -> None:
+    modes = [(m, m.training) for m in model.modules()]
+    device = next((p.device for p in model.parameters() if not p.is_meta), "cpu")
+    try:
+        model.eval()  # no dropout, no checkpointing
+        with torch.no_grad():
+            model(input_ids=torch.tensor([[0, 1]], device=device), use_cache=False)
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+@contextlib.contextmanager
+def prepared(model, checkpointing):
+    """Training mode and gradient checkpointing inside, both as found outside."""
+    # Newer releases of transformers renamed gradient checkpointing to activation checkpointing
+    word = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
+    if getattr(model, f"is_{word}_checkpointing", False):
+        checkpointing = False  # the caller's own is left alone
+    training = model.training
+    model.train()  # transformers checkpoints in training mode only
+    try:
+        if checkpointing:
+            options = {"use_reentrant": False}
+            if checkpointing == "selective":
+                kept = [torch.ops.seal.attention.default, torch.ops.seal.rope_attention.default]
+                options["context_fn"] = functools.partial(create_selective_checkpoint_contexts, kept)
+            enable = getattr(model, f"{word}_checkpointing_enable")
+            enable(**{f"{word}_checkpointing_kwargs": options})
+        yield
+    finally:
+        if checkpointing:
+            getattr(model, f"{word}_checkpointing_disable")()
+        model.train(training)
+
+
+@functools.lru_cache(maxsize=8)
+def _forward_parameters(kind):
+    return frozenset(inspect.signature(kind.forward).parameters)
+
+
+def accepts(model, argument):
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return argument in _forward_parameters(type(base))

@@ -1,0 +1,149 @@
+"""The oracle: every op written once, to be read. Slow, whole score matrices, computed in fp64 whatever comes in.
+
+It follows the formulae of docs/ops.md ("Mathematics") literally, forward and backward, and honours every argument of the
+contract; all backends are tested against it. Results come back in the dtypes of the contract.
+"""
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from .. import factors
+from .. import masks as mask
+
+_F64 = torch.float64
+
+
+def _rows(q, k, cu_seqlens, cu_seqlens_k):
+    """Index pairs into q and k, one a batch row or packed sequence; each picks [S, H, D]."""
+    if cu_seqlens is None:
+        return [(b, b) for b in range(q.shape[0])]
+    return mask.sequences(q, k, cu_seqlens, cu_seqlens_k)
+
+
+def _lse_row(lse: Tensor, index) -> Tensor:
+    """[Hq, Sq] of one row; a view into lse [B, Hq, Sq] or packed [Hq, Tq]."""
+    return lse[:, index] if isinstance(index, slice) else lse[index]
+
+
+def _softmax(q: Tensor, k: Tensor, sigma: float, left: int, right: int) -> tuple[Tensor, Tensor]:
+    """P [Hq, Sq, Sk] and lse [Hq, Sq] of one row; q [Sq, Hq, D], k [Sk, Hkv, D]. Empty rows: P = 0, lse = -inf."""
+    group = q.shape[1] // k.shape[1]
+    scores = torch.einsum("ihd,jhd->hij", q.to(_F64), k.to(_F64).repeat_interleave(group, 1)) * sigma
+    seen = mask.allowed(q.shape[0], k.shape[0], left, right, q.device)
+    scores = scores.masked_fill(~seen, -math.inf)
+    lse = torch.logsumexp(scores, -1)
+    return torch.exp(scores - lse.masked_fill(lse == -math.inf, 0.0)[..., None]), lse
+
+
+def _sigma(softmax_scale: float | None, head_dim: int) -> float:
+    return 1.0 / math.sqrt(head_dim) if softmax_scale is None else softmax_scale
+
+
+def attention(q, k, v, scale=None, offset=None, *, softmax_scale=None, causal=True, window=None, cu_seqlens=None,
+              cu_seqlens_k=None, max_seqlen=None, max_seqlen_k=None, deterministic=False):
+    """out = scale * softmax(sigma q k^T + mask) v + offset, and the log-sum-exp."""
+    heads, head_dim = q.shape[-2:]
+    left, right = mask.bounds(causal, window)
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    lse = torch.empty((*q.shape[:-3], heads, q.shape[-3]), dtype=_statistics(q), device=q.device)
+    for n, (rq, rk) in enumerate(_rows(q, k, cu_seqlens, cu_seqlens_k)):
+        p, row_lse = _softmax(q[rq], k[rk], _sigma(softmax_scale, head_dim), left, right)
+        o = torch.einsum("hij,jhd->ihd", p, v[rk].to(_F64).repeat_interleave(heads // v.shape[-2], 1))
+        if scale is not None:
+            o = o * factors.row(scale, n, heads, head_dim).to(_F64)
+        if offset is not None:
+            o = o + factors.row(offset, n, heads, head_dim).to(_F64)
+        out[rq] = o.to(out.dtype)
+        _lse_row(lse, rq).copy_(row_lse)
+    return out, lse
+
+
+def attention_backward(grad_out, grad_lse, q, k, v, out, lse, scale=None, offset=None, *, needs=(True,) * 5, cos=None,
+                       sin=None, positions=None, positions_k=None, interleaved=False, softmax_scale=None, causal=True,
+                       window=None, cu_seqlens=None, cu_seqlens_k=None, max_seqlen=None, max_seqlen_k=None,
+                       deterministic=False):
+    """The gradients, from recomputed probabilities: out and lse are not read, so nothing saved can mislead it."""
+    heads, head_dim = q.shape[-2:]
+    group = heads // k.shape[-2]
+    sigma = _sigma(softmax_scale, head_dim)
+    left, right = mask.bounds(causal, window)
+    rows = _rows(q, k, cu_seqlens, cu_seqlens_k)
+    dq, dk, dv = (torch.zeros(t.shape, dtype=_F64, device=t.device) for t in (q, k, v))
+    dscale = torch.zeros(len(rows), heads, head_dim, dtype=_F64, device=q.device)
+    doffset = torch.zeros_like(dscale)
+    for n, (rq, rk) in enumerate(rows):
+        p, row_lse = _softmax(q[rq], k[rk], sigma, left, right)
+        g = grad_out[rq].to(_F64)
+        v_row = v[rk].to(_F64).repeat_interleave(group, 1)
+        o = torch.einsum("hij,jhd->ihd", p, v_row)
+        dscale[n], doffset[n] = (g * o).sum(0), g.sum(0)
+        if scale is not None:
+            g = g * factors.row(scale, n, heads, head_dim).to(_F64)
+        dp = torch.einsum("ihd,jhd->hij", g, v_row)
+        delta = (g * o).sum(-1).T
+        if grad_lse is not None:
+            delta = delta - _lse_row(grad_lse, rq).to(_F64).masked_fill(row_lse == -math.inf, 0.0)
+        ds = p * (dp - delta[..., None]) * sigma
+        dq[rq] = torch.einsum("hij,jhd->ihd", ds, k[rk].to(_F64).repeat_interleave(group, 1))
+        dk[rk] = _sum_groups(torch.einsum("hij,ihd->jhd", ds, q[rq].to(_F64)), group)
+        dv[rk] = _sum_groups(torch.einsum("hij,ihd->jhd", p, g), group)
+    if cos is not None:
+        dq, dk = rope(dq, dk, cos, sin, positions, positions_k, interleaved=interleaved, inverse=True)
+    found = [dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, None]
+    if scale is not None:
+        found[3] = factors.reduce_to(dscale, scale).to(scale.dtype)
+    if offset is not None:
+        found[4] = factors.reduce_to(doffset, offset).to(offset.dtype)
+    return tuple(t if want and t is not None else q.new_empty(0, dtype=_statistics(q) if n > 2 else q.dtype)
+                 for n, (want, t) in enumerate(zip(needs, found)))
+
+
+def _sum_groups(per_query_head: Tensor, group: int) -> Tensor:
+    return per_query_head.unflatten(1, (-1, group)).sum(2)
+
+
+def _statistics(q: Tensor) -> torch.dtype:
+    """dtype of lse, grad_scale and grad_offset."""
+    return _F64 if q.dtype == _F64 else torch.float32
+
+
+def angles(table: Tensor, positions: Tensor | None, length: int, first: int, dtype: torch.dtype) -> Tensor:
+    """cos or sin of every token, [S, 1, R/2] or [B, S, 1, R/2], from a table [N, R/2] or values per token [B, S, R/2]."""
+    if table.dim() == 3:
+        values = table
+    elif positions is None:
+        values = table[first:first + length]
+    else:
+        values = table[positions.long()]
+    return values.to(dtype)[..., None, :]
+
+
+def turn(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+    """Rotates the first R channels of x [..., S, H, D] by angles [..., S, 1, R/2]."""
+    half = cos.shape[-1]
+    turned, rest = x[..., :2 * half].to(cos.dtype), x[..., 2 * half:].to(cos.dtype)
+    a, b = (turned[..., 0::2], turned[..., 1::2]) if interleaved else (turned[..., :half], turned[..., half:])
+    a, b = a * cos - b * sin, b * cos + a * sin
+    turned = torch.stack((a, b), -1).flatten(-2) if interleaved else torch.cat((a, b), -1)
+    return torch.cat((turned, rest), -1).to(x.dtype)
+
+
+def rope(q, k, cos, sin, positions=None, positions_k=None, *, interleaved=False, inverse=False, dtype=_F64):
+    """Rotary embedding of q and k (docs/ops.md); without positions q is the last Sq of the Sk positions."""
+    sq, sk = q.shape[-3], k.shape[-3]
+    positions_k = positions if positions_k is None else positions_k
+    rotated = []
+    for x, at, first in ((q, positions, max(0, sk - sq)), (k, positions_k, 0)):
+        c, s = (angles(t, at, x.shape[-3], first, dtype) for t in (cos, sin))
+        rotated.append(turn(x, c, -s if inverse else s, interleaved))
+    return tuple(rotated)
+
+
+def rope_attention(q, k, v, cos, sin, positions=None, positions_k=None, scale=None, offset=None, *, interleaved=False,
+                   **arguments):
+    """rope, then attention; the rotated q and k are what a backward needs."""
+    q, k = rope(q, k, cos, sin, positions, positions_k, interleaved=interleaved)
+    return (*attention(q, k, v, scale, offset, **arguments), q, k)

@@ -1,0 +1,131 @@
+"""Forward attention: out = scale * softmax(sigma Q K^T + mask) V + offset, and the log-sum-exp.
+
+One program owns a tile of query rows of one head. It walks the key blocks that need no mask first, then the few that do (the
+diagonal, the far edge of a window, the tail of the sequence), with the running maximum and sum of an online softmax in base 2.
+"""
+import torch
+import triton
+import triton.language as tl
+
+from ... import factors
+from .configs import choose
+from .host import Geometry, Rows, factor_arguments, on_device, padded_head_dim, uses_tma
+from .tiling import LN2, LOG2E, block_start, key_blocks, load_factor, load_rows, locate, loop_range, product, seen
+
+_LN2 = tl.constexpr(LN2)
+
+
+@triton.jit
+def _key_loop(acc, total, top, q, k_source, v_source, batch, kv_head, start, rows, blocks, bounds, qk_scale,
+              BLOCK_N: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl.constexpr, PACKED: tl.constexpr,
+              POSITIVE: tl.constexpr, TMA: tl.constexpr):
+    """Online softmax over the full key blocks, or over the masked ones."""
+    len_k = bounds[1]
+    lower, upper = loop_range(blocks, MASKED)
+    for i in tl.range(lower, upper):
+        first = block_start(i, blocks, BLOCK_N, MASKED)
+        k = load_rows(k_source, batch, kv_head, start, first, len_k, BLOCK_N, HEAD_DIM, BLOCK_D, TMA, MASKED)
+        s = product(q, k.T, None)
+        if not POSITIVE:  # the maximum of sigma * s is not sigma * the maximum
+            s *= qk_scale
+        if MASKED:
+            keys = first + tl.arange(0, BLOCK_N)
+            s = tl.where(seen(rows[:, None], keys[None, :], bounds), s, float("-inf"))
+        if POSITIVE:
+            new_top = tl.maximum(top, tl.max(s, 1) * qk_scale)
+        else:
+            new_top = tl.maximum(top, tl.max(s, 1))
+        base = new_top
+        if MASKED:  # a row that has seen no key yet
+            base = tl.where(new_top == float("-inf"), 0.0, new_top)
+        if POSITIVE:
+            p = tl.exp2(s * qk_scale - base[:, None])
+        else:
+            p = tl.exp2(s - base[:, None])
+        decay = tl.exp2(top - base)
+        total = total * decay + tl.sum(p, 1)
+        acc = acc * decay[:, None]
+        v = load_rows(v_source, batch, kv_head, start, first, len_k, BLOCK_N, HEAD_DIM, BLOCK_D, TMA, MASKED)
+        if MASKED and PACKED and TMA:  # rows of the next sequence may hold NaN, and 0 * NaN would reach us
+            v = tl.where(keys[:, None] < len_k, v, 0.0)
+        acc = product(p.to(v.dtype), v, acc)
+        top = new_top
+    return acc, total, top
+
+
+@triton.jit(do_not_specialize=["num_seqs", "len_q", "len_k", "tiles", "left", "right"])
+def _forward(q_source, k_source, v_source, out_ptr, lse_ptr, cu_q_ptr, cu_k_ptr, scale, offset, qk_scale, num_seqs, len_q,
+             len_k, tiles, heads, left, right, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+             BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, POSITIVE: tl.constexpr, TMA: tl.constexpr):
+    PACKED: tl.constexpr = cu_q_ptr is not None
+    all_q = len_q  # tokens of a batch row, or of all packed sequences
+    head, batch, seq, tile, start_q, len_q, start_k, len_k = locate(
+        tl.program_id(0), tiles, heads, num_seqs, cu_q_ptr, cu_k_ptr, len_q, len_k, BLOCK_M)
+    first = (tl.cdiv(len_q, BLOCK_M) - 1 - tile) * BLOCK_M  # causal: the longest rows first, so that the tail is short
+    if first < 0:
+        return
+    rows = first + tl.arange(0, BLOCK_M)
+    bounds = (len_q, len_k, left, right)
+    blocks = key_blocks(first, bounds, BLOCK_M, BLOCK_N)
+    q = load_rows(q_source, batch, head, start_q, first, len_q, BLOCK_M, HEAD_DIM, BLOCK_D, TMA, True)
+
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    top = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    acc, total, top = _key_loop(acc, total, top, q, k_source, v_source, batch, head // GROUP, start_k, rows, blocks, bounds,
+                                qk_scale, BLOCK_N, HEAD_DIM, BLOCK_D, False, PACKED, POSITIVE, TMA)
+    acc, total, top = _key_loop(acc, total, top, q, k_source, v_source, batch, head // GROUP, start_k, rows, blocks, bounds,
+                                qk_scale, BLOCK_N, HEAD_DIM, BLOCK_D, True, PACKED, POSITIVE, TMA)
+
+    d = tl.arange(0, BLOCK_D)
+    lse = tl.where(total > 0, (top + tl.log2(total)) * _LN2, float("-inf"))
+    acc = acc * tl.where(total > 0, 1.0 / total, 0.0)[:, None]
+    if scale is not None:
+        acc = acc * load_factor(scale, seq, head, HEAD_DIM, BLOCK_D)
+    if offset is not None:
+        acc = acc + load_factor(offset, seq, head, HEAD_DIM, BLOCK_D)
+    inside = rows < len_q
+    tokens = batch.to(tl.int64) * all_q + start_q + rows
+    tl.store(out_ptr + (tokens * heads + head)[:, None] * HEAD_DIM + d[None, :], acc.to(out_ptr.dtype.element_ty),
+             mask=inside[:, None] & (d[None, :] < HEAD_DIM))
+    tl.store(lse_ptr + (batch * heads + head).to(tl.int64) * all_q + start_q + rows, lse, mask=inside)
+
+
+def attention(q, k, v, scale=None, offset=None, *, softmax_scale=None, causal=True, window=None, cu_seqlens=None,
+              cu_seqlens_k=None, max_seqlen=None, max_seqlen_k=None, deterministic=False):
+    """seal::attention (docs/ops.md). max_seqlen is not needed, and nothing here is ever nondeterministic."""
+    geometry = Geometry.of(q, k, softmax_scale, causal, window, cu_seqlens, cu_seqlens_k)
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    lse = torch.empty((*q.shape[:-3], geometry.heads, geometry.len_q), dtype=torch.float32, device=q.device)
+    if q.numel() == 0:
+        return out, lse
+    if k.numel() == 0:  # no descriptor can stand over nothing: every row is an empty one
+        _fill_empty(out, lse, offset, geometry)
+        return out, lse
+    rows_q, rows_k, rows_v = (Rows(x) for x in (q, k, v))
+
+    def launch(tile):
+        _forward[(geometry.programs(geometry.len_q, tile.m, geometry.heads),)](
+            rows_q.source(tile.m), rows_k.source(tile.n), rows_v.source(tile.n), out, lse, geometry.cu_q, geometry.cu_k,
+            factor_arguments(scale, geometry), factor_arguments(offset, geometry), geometry.sigma * LOG2E, geometry.num_seqs,
+            geometry.len_q, geometry.len_k, geometry.tiles(geometry.len_q, tile.m), geometry.heads, geometry.left,
+            geometry.right, GROUP=geometry.group, HEAD_DIM=geometry.head_dim, BLOCK_D=padded_head_dim(geometry.head_dim),
+            BLOCK_M=tile.m, BLOCK_N=tile.n, POSITIVE=geometry.sigma > 0, TMA=uses_tma(q), **tile.options)
+
+    with on_device(q):
+        choose("forward", q, launch)
+    return out, lse
+
+
+def _fill_empty(out, lse, offset, geometry):
+    """Rows without any key: the offset alone (0 without one), and a log-sum-exp of -inf."""
+    lse.fill_(float("-inf"))
+    if offset is None:
+        out.zero_()
+        return
+    view = factors.full_view(offset, geometry.heads, geometry.head_dim)
+    if geometry.packed and view.shape[0] > 1:
+        view = view[torch.repeat_interleave(geometry.cu_q.diff(), output_size=geometry.len_q)]
+        out.copy_(view)
+    else:
+        out.copy_(view[0] if geometry.packed else view[:, None])

@@ -1,0 +1,133 @@
+"""What the launchers share on the host: the geometry of a call, tensor descriptors, scale and offset as strides."""
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+import os
+from dataclasses import dataclass
+
+import torch
+import triton
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from ... import factors
+from ... import masks as mask
+from . import interpreted
+
+if interpreted():
+    from .interpreter import repair
+    repair()
+
+UNBOUNDED = 1 << 30  # windows are cut to this, so that positions plus window stay in 32 bits
+
+
+def on_device(tensor: Tensor):
+    """Triton launches on the current device: make it the tensor's."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+
+
+def padded_head_dim(head_dim: int) -> int:
+    return max(16, triton.next_power_of_2(head_dim))
+
+
+@functools.cache
+def _has_tma(device: torch.device) -> bool:
+    return torch.version.hip is None and torch.cuda.get_device_capability(device)[0] >= 9
+
+
+def uses_tma(tensor: Tensor) -> bool:
+    """Whether tiles come through tensor descriptors: on Hopper and later, and in the interpreter. Elsewhere Triton would turn
+    descriptors into loads of single elements, so pointers serve. SEAL_TRITON_TMA=0 asks for pointers everywhere."""
+    return os.environ.get("SEAL_TRITON_TMA", "1") != "0" and (not tensor.is_cuda or _has_tma(tensor.device))
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Sizes and mask of one attention call. Lengths are those of a batch row, or of all packed sequences together."""
+    batch: int        # batch rows of the tensors (1 if packed)
+    num_seqs: int     # batch rows, or packed sequences
+    len_q: int
+    len_k: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    sigma: float
+    left: int | None   # None: unbounded
+    right: int | None
+    cu_q: Tensor | None
+    cu_k: Tensor | None
+
+    @classmethod
+    def of(cls, q, k, softmax_scale, causal, window, cu_seqlens, cu_seqlens_k) -> Geometry:
+        head_dim = q.shape[-1]
+        left, right = mask.bounds(causal, window)
+        packed = cu_seqlens is not None
+        return cls(1 if packed else q.shape[0], cu_seqlens.numel() - 1 if packed else q.shape[0], q.shape[-3], k.shape[-3],
+                   q.shape[-2], k.shape[-2], head_dim, 1.0 / math.sqrt(head_dim) if softmax_scale is None else softmax_scale,
+                   *(None if w < 0 else min(w, UNBOUNDED) for w in (left, right)), cu_seqlens if packed else None,
+                   (cu_seqlens if cu_seqlens_k is None else cu_seqlens_k) if packed else None)
+
+    @property
+    def packed(self) -> bool:
+        return self.cu_q is not None
+
+    @property
+    def group(self) -> int:
+        return self.heads // self.kv_heads
+
+    def tiles(self, length: int, block: int) -> int:
+        """Tiles of one batch row, or an upper bound of the tiles of all packed sequences (tiling.py)."""
+        return length // block + self.num_seqs if self.packed else triton.cdiv(length, block)
+
+    def programs(self, length: int, block: int, heads: int) -> int:
+        return self.tiles(length, block) * heads * self.batch
+
+    def reduce_factor(self, per_seq: Tensor, like: Tensor) -> Tensor:
+        return factors.reduce_to(per_seq, like).to(like.dtype)
+
+
+class Rows:
+    """A [B, S, H, D] view of q, k, v or grad_out that tensor descriptors accept: base and strides in multiples of 16 bytes.
+    A tensor that is not so is copied once, each row padded to 16 bytes."""
+
+    def __init__(self, tensor: Tensor):
+        x = tensor if tensor.dim() == 4 else tensor[None]
+        unit = 16 // x.element_size()
+        aligned = x.stride(3) == 1 and x.data_ptr() % 16 == 0 and all(
+            n == 1 or (s % unit == 0 and s > 0) for n, s in zip(x.shape[:3], x.stride()[:3]))
+        if not aligned:
+            padded = x.new_empty(*x.shape[:3], -(-x.shape[3] // unit) * unit)
+            x = padded[..., :x.shape[3]].copy_(x)
+        self.tensor = x
+        # The stride of a dimension of one element is arbitrary in PyTorch and checked by the hardware.
+        self.strides = [s if n > 1 else unit for n, s in zip(x.shape[:3], x.stride()[:3])] + [1]
+
+    def source(self, rows: int):
+        """What tiling.load_rows reads tiles of `rows` tokens of one head from: a descriptor over [B, H, S, D] (with the unit
+        dimensions in front the compiler drops them, and a tile goes from memory to the matrix units without passing through
+        registers), or without TMA the tensor and its strides over batch, heads and tokens."""
+        batch, length, heads, head_dim = self.tensor.shape
+        b, s, h, _ = self.strides
+        if not uses_tma(self.tensor):
+            return self.tensor, b, h, s
+        return TensorDescriptor(self.tensor, [batch, heads, length, head_dim], [b, h, s, 1],
+                                [1, 1, rows, padded_head_dim(head_dim)])
+
+
+def strides(x: Tensor | None) -> tuple[int, int, int]:
+    """Over batch, tokens and heads of [B, S, H, D] or packed [T, H, D]; zeros for None."""
+    return (0, 0, 0) if x is None else x.stride()[:3] if x.dim() == 4 else (0, *x.stride()[:2])
+
+
+def factor_arguments(factor: Tensor | None, geometry: Geometry) -> tuple | None:
+    """What tiling.load_factor reads: the tensor and its strides over sequences, heads and channels, 0 where it broadcasts."""
+    if factor is None:
+        return None
+    view = factors.full_view(factor, geometry.heads, geometry.head_dim)
+    return view, *(s if n > 1 else 0 for n, s in zip(view.shape, view.stride()))
+
+
+def per_sequence(factor: Tensor, geometry: Geometry) -> bool:
+    return factors.full_view(factor, geometry.heads, geometry.head_dim).shape[0] > 1

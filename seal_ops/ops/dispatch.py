@@ -1,0 +1,88 @@
+"""Which backend runs an op, and why not another.
+
+`cuda` (sm_90a kernels of the extension), `triton` (any GPU that Triton supports; its interpreter on the CPU), `cpu` (ATen's
+CPU attention), `reference` (the oracle). One predicate, `why_not`, serves the automatic choice, a forced choice's refusal
+and what `backends()` and `seal env` print.
+"""
+from __future__ import annotations
+
+import functools
+import importlib.util
+
+import torch
+
+NAMES = ("cuda", "triton", "cpu", "reference")
+OPS = ("attention", "attention_backward", "rope", "rope_attention")
+
+
+@functools.cache
+def extension():
+    """The compiled module `_C`, or the one sentence that says why it is not there."""
+    if importlib.util.find_spec("seal_ops._C") is None:
+        return "the C++ extension was not built (no C++ compiler at installation, or SEAL_BUILD_EXT=0)"
+    try:
+        from .. import _C
+    except ImportError as error:
+        return (f"the C++ extension does not load with torch {torch.__version__} ({str(error).splitlines()[0]}); "
+                "install seal_ops again with the torch that is to run it")
+    return _C
+
+
+def has_cuda_kernels() -> bool:
+    return not isinstance(extension(), str) and extension().build_facts()["cuda"] is not None
+
+
+def why_not(backend: str, op: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+    """One sentence why `backend` cannot run `op` on such tensors; None where it can."""
+    if backend not in NAMES:
+        return f"backend must be one of auto, {', '.join(NAMES)}, got {backend!r}"
+    if backend == "reference":
+        return None
+    if backend == "cpu":
+        return None if device.type == "cpu" else f"backend cpu runs on CPU tensors, got {device}"
+    if backend == "cuda":
+        module = extension()
+        if isinstance(module, str):
+            return f"backend cuda: {module}"
+        if module.build_facts()["cuda"] is None:
+            return "backend cuda: the extension was built without CUDA (no nvcc or a CPU build of torch, or SEAL_BUILD_CUDA=0)"
+        if device.type != "cuda":
+            return f"backend cuda runs on CUDA tensors, got {device}"
+        major, minor = torch.cuda.get_device_capability(device)
+        return module.why_not_cuda(op, dtype, head_dim, 10 * major + minor) or None
+    from .backends import triton as kernels
+    return kernels.why_not(op, dtype, head_dim, device)
+
+
+def candidates(device: torch.device) -> tuple[str, ...]:
+    """The backends an automatic choice tries on a device, best first."""
+    return ("cpu", "reference") if device.type == "cpu" else ("cuda", "triton", "reference")
+
+
+def choose(backend: str, op: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
+    """The backend that runs; raises with `why_not`'s sentence where a forced one cannot."""
+    if backend != "auto":
+        reason = why_not(backend, op, device, dtype, head_dim)
+        if reason is not None:
+            raise ValueError(f"seal::{op}: {reason}")
+        return backend
+    return next(name for name in candidates(device) if why_not(name, op, device, dtype, head_dim) is None)
+
+
+def backends(device: torch.device | str | None = None, dtype: torch.dtype = torch.bfloat16,
+             head_dim: int = 128) -> dict[str, dict[str, str]]:
+    """For every op: which backend runs it on `device` (default: the GPU if there is one), and why each other does not.
+
+    Returns {op: {"chosen": name, other name: one sentence, ...}}.
+    """
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
+    found = {}
+    for op in OPS:
+        chosen = choose("auto", op, device, dtype, head_dim)
+        found[op] = {"chosen": chosen}
+        for name in NAMES:
+            if name != chosen:
+                found[op][name] = why_not(name, op, device, dtype, head_dim) or f"can run; {chosen} comes first here"
+    return found

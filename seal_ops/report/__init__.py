@@ -1,0 +1,1 @@
+"""How results are shown: plots, tables, and one HTML page."""

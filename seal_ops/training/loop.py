@@ -1,0 +1,345 @@
+"""Training the scales: SEAL's recipe (arXiv 2501.15225, section 4) as a short, repeatable, resumable loop.
+
+AdamW at a constant rate, one epoch, one sample a step, cross entropy on the answer tokens only.  Logits are computed at
+the label positions alone: at 31k tokens and a vocabulary of 32k the full ones would take 4 GB in fp32.
+
+The same parameters train inside transformers' ``Trainer``: give it a list of samples, :class:`seal_ops.Collator` and
+``remove_unused_columns=False``.
+"""
+import functools
+import hashlib
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+
+import torch
+import torch.nn.functional as F
+
+from ..huggingface.fingerprint import fingerprint
+from ..huggingface.modes import accepts, prepared
+from ..tasks.base import Sample
+from ..utils.files import atomic_write, replacing
+from ..utils.progress import bar
+from .collator import Collator
+
+LEARNING_RATES = {"head": 1e-2, "channel": 2e-2}  # the paper's, line retrieval on 7B models
+CHECKPOINT = "checkpoint.safetensors"
+RESULT = "training.json"
+
+
+@dataclass
+class TrainResult:
+    """What a training run did.
+
+    Attributes:
+        losses: mean cross entropy of the answer tokens (nats), one value an optimiser step.
+        lr: the learning rate.
+        parameters: how many numbers were trained.
+        seconds: wall time, summed over resumed runs.
+        peak_memory: bytes: the most allocated on the GPU during the run; on the CPU the largest size of the process.
+        settings: the recipe, as given and completed.
+    """
+
+    losses: list[float]
+    lr: float
+    parameters: int
+    seconds: float
+    peak_memory: int
+    settings: dict = field(default_factory=dict)
+
+
+def train(
+    model,
+    samples: Sequence[Sample],
+    *,
+    lr: float | None = None,
+    epochs: int = 1,
+    batch_size: int = 1,
+    accumulate: int = 1,
+    weight_decay: float = 0.0,
+    betas: tuple[float, float] = (0.9, 0.999),
+    max_grad_norm: float | None = None,
+    seed: int = 0,
+    gradient_checkpointing: bool | str = False,
+    output_dir: str | os.PathLike | None = None,
+    checkpoint_every: int = 10,
+    resume: bool = False,
+    on_step: Callable[[int, float], None] | None = None,
+    progress: bool | None = None,
+) -> TrainResult:
+    """Trains the scales of ``model`` (or whatever else of it requires gradients) on ``samples``.
+
+    Args:
+        model: a causal language model with scales attached (:func:`seal_ops.attach`), or a frozen one with another
+            adapter (PEFT), which then needs ``lr``.
+        samples: training samples (:mod:`seal_ops.tasks`).
+        lr: constant learning rate; None for the paper's: 1e-2 (head) or 2e-2 (channel).  It is worth a search: see
+            docs/training.md.
+        epochs: passes over the samples, each in an order of its own drawn from ``seed``.
+        batch_size: samples in one forward pass, padded on the right.
+        accumulate: forward passes in one optimiser step; the loss is the mean over all answer tokens of the step.
+        weight_decay: AdamW's; the paper's scales are not decayed.
+        betas: AdamW's.
+        max_grad_norm: clip the gradient's norm; None for no clipping.
+        seed: order of the samples and dropout, if the model has any.
+        gradient_checkpointing: True recomputes each layer in the backward pass; "selective" keeps the outputs of the
+            fused attention and recomputes the rest, which costs little time.
+        output_dir: folder for the trained scales, ``training.json`` and the checkpoint.
+        checkpoint_every: optimiser steps between checkpoints.
+        resume: continue from the checkpoint in ``output_dir`` if there is one; on the CPU the result is bit for bit
+            that of an uninterrupted run (on a GPU with ``torch.use_deterministic_algorithms(True)``).
+        on_step: called as ``on_step(step, loss)`` after each optimiser step, counted from 1.
+        progress: draw a bar; None draws where stderr is a terminal.
+
+    Returns:
+        A :class:`TrainResult`.
+
+    Raises:
+        ValueError: nothing to train, scales that are not fp32, no samples, a bad setting, or a checkpoint of another run.
+        RuntimeError: a trained parameter without a finite gradient at the first step (it is named), or a loss that is
+            not finite.
+    """
+    run = _Run(model, samples, lr, epochs, batch_size, accumulate, weight_decay, betas, max_grad_norm, seed)
+    if gradient_checkpointing not in (False, True, "selective"):
+        raise ValueError(
+            f"seal_ops.train: gradient_checkpointing must be False, True or 'selective', got {gradient_checkpointing!r}"
+        )
+    if checkpoint_every < 1:
+        raise ValueError(f"seal_ops.train: checkpoint_every must be at least 1, got {checkpoint_every}")
+    checkpoint = None
+    if output_dir is not None:
+        checkpoint = os.path.join(_writable(output_dir), CHECKPOINT)
+    elif resume:
+        raise ValueError("seal_ops.train: resume needs output_dir, got None")
+
+    cuda = run.device.type == "cuda"
+    if cuda:
+        torch.cuda.reset_peak_memory_stats(run.device)
+    with torch.random.fork_rng(devices=[run.device] if cuda else []), prepared(model, gradient_checkpointing):
+        torch.manual_seed(seed)
+        if resume and os.path.exists(checkpoint):
+            run.load(checkpoint)
+        earlier, started = run.seconds, time.monotonic()
+        with bar(run.steps, f"training {run.describe()}", progress) as advance:
+            advance(len(run.losses))
+            while len(run.losses) < run.steps:
+                loss = run.step()
+                run.seconds = earlier + time.monotonic() - started
+                done = len(run.losses)
+                if checkpoint and (done % checkpoint_every == 0 or done == run.steps):
+                    run.save(checkpoint)
+                advance(1, f"loss {loss:.3f}")
+                if on_step is not None:
+                    on_step(done, loss)
+    peak = torch.cuda.max_memory_allocated(run.device) if cuda else _largest_size()
+    count = sum(p.numel() for p in run.trained.values())
+    result = TrainResult(run.losses, run.settings["lr"], count, run.seconds, peak, run.settings)
+    if output_dir is not None:
+        (model if run.scales is None else run.scales).save_pretrained(output_dir)
+        atomic_write(os.path.join(output_dir, RESULT), json.dumps(asdict(result), indent=1) + "\n")
+    return result
+
+
+class _Run:
+    """The state of one training run: what a checkpoint holds, and one optimiser step."""
+
+    def __init__(self, model, samples, lr, epochs, batch_size, accumulate, weight_decay, betas, max_grad_norm, seed):
+        self.model, self.samples = model, list(samples)
+        self.scales = getattr(model, "seal_scales", None)
+        self.trained = _trained(model, self.scales)
+        self.device = next(iter(self.trained.values())).device
+        _check_samples(self.samples)
+        for name, value in {"epochs": epochs, "batch_size": batch_size, "accumulate": accumulate}.items():
+            if value < 1:
+                raise ValueError(f"seal_ops.train: {name} must be at least 1, got {value}")
+        if lr is None:
+            if self.scales is None:
+                raise ValueError("seal_ops.train: lr must be given for a model without attached scales, got None")
+            lr = LEARNING_RATES[self.scales.config.granularity]
+        self.settings = {
+            "granularity": None if self.scales is None else self.scales.config.granularity,
+            "samples": len(self.samples),
+            "lr": float(lr),
+            "epochs": epochs,
+            "batch_size": batch_size,
+            "accumulate": accumulate,
+            "weight_decay": weight_decay,
+            "betas": list(betas),
+            "max_grad_norm": max_grad_norm,
+            "seed": seed,
+        }
+        self.steps = epochs * -(-len(self.samples) // (batch_size * accumulate))
+        self.optimizer = torch.optim.AdamW(self.trained.values(), lr=lr, betas=betas, weight_decay=weight_decay)
+        self.collate = Collator()
+        self.losses: list[float] = []
+        self.seconds = 0.0
+
+    def describe(self):
+        kind = {"head": "SEAL-H", "channel": "SEAL-C"}.get(self.settings["granularity"], "adapter")
+        return f"{kind}, lr {self.settings['lr']:g}"
+
+    def step(self) -> float:
+        """One optimiser step; returns and records the mean loss of its answer tokens."""
+        micro_batches = list(self._micro_batches(len(self.losses)))
+        tokens = sum(len(sample.answer_ids) for batch in micro_batches for sample in batch)
+        self.optimizer.zero_grad(set_to_none=True)
+        total = torch.zeros((), device=self.device)
+        for batch in micro_batches:
+            loss = self._loss(batch) / tokens
+            loss.backward()
+            total += loss.detach().to(self.device)
+        if not self.losses:
+            _check_gradients(self.trained)
+        value = total.item()
+        if not torch.isfinite(total):
+            raise RuntimeError(
+                f"seal_ops.train: the loss must stay finite, got {value} at step {len(self.losses) + 1} with "
+                f"lr {self.settings['lr']:g}; try a lower rate"
+            )
+        if self.settings["max_grad_norm"] is not None:
+            torch.nn.utils.clip_grad_norm_(list(self.trained.values()), self.settings["max_grad_norm"])
+        self.optimizer.step()
+        self.losses.append(value)
+        return value
+
+    def _micro_batches(self, step) -> Iterator[list[Sample]]:
+        size, per_step = self.settings["batch_size"], self.settings["batch_size"] * self.settings["accumulate"]
+        epoch, place = divmod(step, self.steps // self.settings["epochs"])
+        generator = torch.Generator().manual_seed(self.settings["seed"] * 1_000_003 + epoch)
+        order = torch.randperm(len(self.samples), generator=generator).tolist()
+        chosen = order[place * per_step : (place + 1) * per_step]
+        for start in range(0, len(chosen), size):
+            yield [self.samples[i] for i in chosen[start : start + size]]
+
+    def _loss(self, samples):
+        """Sum of the answer tokens' cross entropy."""
+        batch = self.collate(samples)
+        inputs = {"input_ids": batch["input_ids"].to(self.model.device), "use_cache": False}
+        if len({len(sample) for sample in samples}) > 1:
+            inputs["attention_mask"] = batch["attention_mask"].to(self.model.device)
+        keep = batch["logits_to_keep"]  # on the CPU: it indexes on whichever device the last layer is
+        if accepts(self.model, "logits_to_keep"):
+            logits = self.model(**inputs, logits_to_keep=keep).logits
+        else:
+            logits = self.model(**inputs).logits[:, keep]
+        targets = batch["shift_labels"].to(logits.device)
+        return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="sum")
+
+    @functools.cached_property
+    def identity(self) -> str:
+        """Hash of everything that decides the outcome apart from the trained values."""
+        digest = hashlib.sha256(json.dumps(self.settings, sort_keys=True).encode())
+        digest.update(fingerprint(self.model, trainable=False).encode())
+        for name, parameter in self.trained.items():
+            digest.update(f"{name}{list(parameter.shape)}".encode())
+        for sample in self.samples:
+            digest.update(json.dumps([sample.prompt_ids, sample.answer_ids]).encode())
+        return digest.hexdigest()
+
+    def save(self, path) -> None:
+        """Replaces the checkpoint: one safetensors file with values, optimiser, random state and losses."""
+        from safetensors.torch import save_file
+
+        tensors = {"losses": torch.tensor(self.losses, dtype=torch.float64), "rng.cpu": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            tensors["rng.cuda"] = torch.cuda.get_rng_state(self.device)
+        for name, parameter in self.trained.items():
+            tensors[f"value.{name}"] = parameter.detach()
+            for key, value in self.optimizer.state[parameter].items():
+                tensors[f"optimizer.{key}.{name}"] = value
+        header = {"identity": self.identity, "seconds": str(self.seconds)}
+        with replacing(path) as temporary:
+            save_file({key: value.cpu().contiguous() for key, value in tensors.items()}, temporary, header)
+
+    def load(self, path) -> None:
+        """Continues from a checkpoint; ``ValueError`` where it is damaged or of another run."""
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(path, "pt") as file:
+                header = file.metadata() or {}
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
+        except SafetensorError as error:
+            raise ValueError(f"seal_ops.train: {path} must be a checkpoint, got {error}") from None
+        if header.get("identity") != self.identity:
+            raise ValueError(
+                f"seal_ops.train: {path} must come from the same model, samples and settings to resume, got another run's"
+            )
+        with torch.no_grad():
+            for name, parameter in self.trained.items():
+                parameter.copy_(tensors[f"value.{name}"])
+                state = self.optimizer.state[parameter]
+                for key, value in tensors.items():
+                    kind, _, rest = key.partition(".")
+                    field_name, _, owner = rest.partition(".")
+                    if kind == "optimizer" and owner == name:
+                        # AdamW counts its steps on the CPU.
+                        state[field_name] = value if field_name == "step" else value.to(parameter.device)
+        torch.set_rng_state(tensors["rng.cpu"])
+        if "rng.cuda" in tensors and self.device.type == "cuda":
+            torch.cuda.set_rng_state(tensors["rng.cuda"], self.device)
+        self.losses = tensors["losses"].tolist()
+        self.seconds = float(header["seconds"])
+
+
+def _trained(model, scales) -> dict[str, torch.nn.Parameter]:
+    """The parameters that require gradients, by name; ``ValueError`` where that cannot be meant."""
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if scales is None and (not trained or len(trained) == sum(1 for _ in model.parameters())):
+        state = "every parameter trainable" if trained else "no trainable parameter"
+        raise ValueError(
+            f"seal_ops.train: model must have scales attached (seal_ops.attach(model, 'head') or 'channel'), "
+            f"got a {type(model).__name__} without scales and with {state}"
+        )
+    if scales is not None:
+        for layer, scale in scales.items():
+            if not scale.requires_grad:
+                raise ValueError(f"seal_ops.train: every scale must require gradients, got layer {layer}'s frozen")
+            if scale.dtype not in (torch.float32, torch.float64):
+                raise ValueError(
+                    f"seal_ops.train: scales must be torch.float32 (near 1 a 16-bit step is larger than the optimiser's), "
+                    f"got {scale.dtype} in layer {layer}"
+                )
+    return trained
+
+
+def _check_samples(samples):
+    if not samples:
+        raise ValueError("seal_ops.train: samples must hold at least one sample, got none")
+    for i, sample in enumerate(samples):
+        if not isinstance(sample, Sample) or not sample.prompt_ids or not sample.answer_ids:
+            got = "an empty prompt or answer" if isinstance(sample, Sample) else type(sample).__name__
+            raise ValueError(f"seal_ops.train: samples[{i}] must be a Sample with a prompt and an answer, got {got}")
+
+
+def _check_gradients(trained):
+    for name, parameter in trained.items():
+        if parameter.grad is None or not torch.isfinite(parameter.grad).all():
+            got = "no gradient" if parameter.grad is None else "a gradient that is not finite"
+            raise RuntimeError(
+                f"seal_ops.train: every trained parameter needs a finite gradient at the first step, got {got} for {name}"
+                + (" (with gradient checkpointing, use_reentrant must be False)" if parameter.grad is None else "")
+            )
+
+
+def _writable(folder):
+    try:
+        os.makedirs(folder, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            raise PermissionError(13, "no permission to write")
+    except OSError as error:
+        raise OSError(f"seal_ops.train: output_dir must be a writable folder, got {folder} ({error.strerror})") from None
+    return os.fspath(folder)
+
+
+def _largest_size():
+    """Largest resident size of this process so far, in bytes (0 where the system does not say)."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    size = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return size if sys.platform == "darwin" else size * 1024

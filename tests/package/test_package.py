@@ -1,0 +1,83 @@
+"""The package itself: one list of sources, one list of schemas, the environment report, an install without a compiler."""
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import seal_ops
+from seal_ops.ops.dispatch import OPS, extension
+from seal_ops.ops.environment import facts, report
+from seal_ops.ops.registration import schemas
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+
+
+def test_every_source_file_is_listed_once_and_exists():
+    lines = [line.split() for line in (ROOT / "csrc/sources.txt").read_text().splitlines() if line and line[0] != "#"]
+    listed = [path for _, path in lines]
+    assert len(set(listed)) == len(listed) and {kind for kind, _ in lines} == {"cpp", "cuda"}
+    found = {str(p.relative_to(ROOT / "csrc")) for p in (ROOT / "csrc").rglob("*") if p.suffix in (".cpp", ".cu")}
+    assert set(listed) == found
+    for build in ("setup.py", "CMakeLists.txt"):
+        text = (ROOT / build).read_text()
+        assert "sources.txt" in text and not re.search(r"\.(cu|cpp)\b", text)
+
+
+def test_ops_are_exactly_the_schemas():
+    assert [s.split("(")[0] for s in schemas()] == list(OPS)
+    for schema in schemas():
+        name = schema.split("(")[0]
+        registered = getattr(torch.ops.seal, name).default._schema
+        assert registered == torch._C.parse_schema(f"seal::{schema}")
+
+
+def test_report_names_every_backend_with_one_sentence():
+    text = report()
+    chosen = seal_ops.backends()
+    for op in OPS:
+        assert f"{op:20s} {chosen[op]['chosen']}" in text
+    for name in ("cuda", "triton", "cpu", "reference"):
+        assert name == chosen["attention"]["chosen"] or f"not {name} (any op): " in text
+    assert facts()["torch"] == torch.__version__.split("+")[0] or facts()["torch"] == torch.__version__
+    assert isinstance(extension(), str) == (facts()["extension"] == extension())
+
+
+def test_command_prints_the_report():
+    done = subprocess.run([sys.executable, "-m", "seal_ops", "env"], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0 and done.stdout.strip() == report().strip()
+
+
+def test_importing_the_kernels_needs_no_transformers():
+    code = "import sys, seal_ops; sys.exit('transformers' in sys.modules or 'triton' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+def test_pure_python_has_the_same_ops(tmp_path):
+    """Without an extension the schemas come from Python: install so, and run an op in a fresh interpreter."""
+    env = {**os.environ, "SEAL_BUILD_EXT": "0"}
+    subprocess.run([sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation", "--target",
+                    str(tmp_path / "site"), str(ROOT)], check=True, env=env, capture_output=True)
+    assert not list((tmp_path / "site/seal_ops").glob("_C*"))
+    code = ("import torch, seal_ops, pathlib; q = torch.randn(1, 4, 2, 8);"
+            "assert str(pathlib.Path(seal_ops.__file__)).startswith(SITE), seal_ops.__file__;"
+            "print(seal_ops.attention(q, q, q).shape, seal_ops.backends('cpu')['attention']['cuda'])")
+    done = subprocess.run([sys.executable, "-c", code.replace("SITE", repr(str(tmp_path)))], capture_output=True, text=True,
+                          cwd=tmp_path, env={**env, "PYTHONPATH": str(tmp_path / "site")})
+    assert done.returncode == 0, done.stderr
+    assert "[1, 4, 2, 8]" in done.stdout and "the C++ extension was not built" in done.stdout
+
+
+@pytest.mark.parametrize("name,value,sentence", [
+    ("SEAL_BUILD_CUDA", "yes", "SEAL_BUILD_CUDA must be auto, 0 or 1, got 'yes'"),
+    ("SEAL_BUILD_CUDA", "1", "SEAL_BUILD_CUDA=1, but "),
+])
+def test_a_wrong_build_variable_is_one_sentence(name, value, sentence):
+    if value == "1" and torch.version.cuda is not None:
+        pytest.skip("CUDA can be built here")
+    done = subprocess.run([sys.executable, "setup.py", "--version"], capture_output=True, text=True, cwd=ROOT,
+                          env={**os.environ, name: value, "SEAL_BUILD_EXT": "1"})
+    assert done.returncode != 0 and f"seal_ops build: {sentence}" in done.stderr
