@@ -13,8 +13,8 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from ..huggingface.discovery import find_sites
-from ..huggingface.patch import Seam, Site
+from ..huggingface.discovery import find_attention_layers
+from ..huggingface.patch import AttentionLayer, Patch
 from ..ops.dispatch import choose
 from .files import GRANULARITIES, ScalesConfig, read
 from .scales import Scales
@@ -25,7 +25,7 @@ SUBMODULE = "seal_scales"
 @dataclasses.dataclass(eq=False)
 class Attachment:
     """How to bring the model back; lives in the scales' ``__dict__`` and is copied with the model."""
-    seam: Seam
+    seam: Patch
     trainable: set[str]
     keys_to_ignore_on_save: object
 
@@ -43,7 +43,7 @@ def _base_config(model: nn.Module):
     return getattr(model, "config", None)
 
 
-def _select(sites: list[Site], layers: Sequence[int] | None) -> list[int]:
+def _select(sites: list[AttentionLayer], layers: Sequence[int] | None) -> list[int]:
     if layers is None:
         return list(range(len(sites)))
     chosen = sorted(set(layers))
@@ -73,10 +73,10 @@ def attach(model: nn.Module, granularity: str = "head", layers: Sequence[int] | 
     if granularity not in GRANULARITIES:
         raise ValueError(f"seal_ops.attach: granularity must be 'head' or 'channel', got {granularity!r}")
     refuse_second(model, "attach")
-    return attach_to(model, find_sites(model), granularity, layers, backend)
+    return attach_to(model, find_attention_layers(model), granularity, layers, backend)
 
 
-def attach_to(model: nn.Module, sites: list[Site], granularity: str, layers: Sequence[int] | None,
+def attach_to(model: nn.Module, sites: list[AttentionLayer], granularity: str, layers: Sequence[int] | None,
               backend: str | None) -> Scales:
     """`attach`, for sites that are already found."""
     config = describe(model, sites, granularity, layers)
@@ -93,14 +93,14 @@ def attach_to(model: nn.Module, sites: list[Site], granularity: str, layers: Seq
         p.requires_grad_(False)
     setattr(model, SUBMODULE, scales)
     ignored = getattr(model, "_keys_to_ignore_on_save", None)
-    scales.attachment = Attachment(Seam(sites), trainable, ignored)
+    scales.attachment = Attachment(Patch(sites), trainable, ignored)
     # transformers matches these names exactly
     model._keys_to_ignore_on_save = {*(ignored or ()), *(f"{SUBMODULE}.{n}" for n in scales.state_dict())}
     scales.attachment.seam.install()
     return scales
 
 
-def describe(model: nn.Module, sites: list[Site], granularity: str, layers: Sequence[int] | None = None) -> ScalesConfig:
+def describe(model: nn.Module, sites: list[AttentionLayer], granularity: str, layers: Sequence[int] | None = None) -> ScalesConfig:
     """The config that scales of this granularity would have on ``model``."""
     chosen = _select(sites, layers)
     base = _base_config(model)
@@ -150,7 +150,7 @@ def load(model: nn.Module, save_directory: str | os.PathLike, backend: str | Non
     """
     refuse_second(model, "load")
     config, tensors = read(save_directory)
-    sites = find_sites(model)
+    sites = find_attention_layers(model)
     check_fits(config, model, sites, os.fspath(save_directory))
     scales = attach_to(model, sites, config.granularity, config.layers, backend)
     with torch.no_grad():
@@ -159,7 +159,7 @@ def load(model: nn.Module, save_directory: str | os.PathLike, backend: str | Non
     return scales
 
 
-def check_fits(config: ScalesConfig, model: nn.Module, sites: list[Site], source: str) -> None:
+def check_fits(config: ScalesConfig, model: nn.Module, sites: list[AttentionLayer], source: str) -> None:
     """ValueError where an adapter with this config was made for another model."""
     model_type = getattr(_base_config(model), "model_type", None)
     if config.model_type and model_type and config.model_type != model_type:

@@ -13,8 +13,8 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from ..huggingface.discovery import find_sites
-from ..huggingface.patch import Site
+from ..huggingface.discovery import find_attention_layers
+from ..huggingface.patch import AttentionLayer
 from ..utils.files import atomic_write, replacing
 from .attachment import attach_to, attached, refuse_second
 from .files import CONFIG_FILE, WEIGHTS_FILE, read_json, read_tensors
@@ -23,11 +23,11 @@ from .scales import Scales
 _PREFIX, _SUFFIX = "base_model.model.", ".ia3_l"
 
 
-def _key(site: Site) -> str:
+def _key(site: AttentionLayer) -> str:
     return f"{_PREFIX}{site.name}.o_proj{_SUFFIX}"
 
 
-def _check_direct(call: str, sites: list[Site]) -> None:
+def _check_direct(call: str, sites: list[AttentionLayer]) -> None:
     """(IA)^3 scales what ``o_proj`` reads; SEAL what attention gives."""
     for site in sites:
         if not site.direct:
@@ -48,7 +48,7 @@ def import_ia3(model: nn.Module, save_directory: str | os.PathLike, backend: str
         raise ValueError(f"seal_ops.ia3.import_ia3: {os.path.join(folder, CONFIG_FILE)} must have peft_type 'IA3', got "
                          f"{config.get('peft_type')!r}")
     tensors = read_tensors(folder, call="ia3.import_ia3")
-    sites = find_sites(model)
+    sites = find_attention_layers(model)
     by_key = {_key(site): layer for layer, site in enumerate(sites)}
     found: dict[int, Tensor] = {}
     for name, tensor in tensors.items():

@@ -4,7 +4,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..huggingface.patch import Site
+from ..huggingface.patch import AttentionLayer
 from .attachment import attached, detach
 
 
@@ -29,13 +29,13 @@ def merge(model: nn.Module) -> nn.Module:
     return detach(model)
 
 
-def _merged(weight: Tensor, scale: Tensor, site: Site) -> Tensor:
+def _merged(weight: Tensor, scale: Tensor, site: AttentionLayer) -> Tensor:
     """fp32 (fp64) weight [hidden, Hq * D] times the scale [Hq, 1 or D]."""
     compute = torch.promote_types(weight.dtype, torch.float32)
     return weight.to(compute) * scale.to(weight.device, compute).expand(-1, site.head_dim).reshape(1, -1)
 
 
-def _check_mergeable(site: Site, scale: Tensor, seen: set[int]) -> None:
+def _check_mergeable(site: AttentionLayer, scale: Tensor, seen: set[int]) -> None:
     def refuse(expected: str, got: str):
         raise ValueError(f"seal_ops.merge: {site.name}.o_proj must {expected}, got {got}")
 

@@ -5,12 +5,12 @@ from .options import (
     Command,
     backend_option,
     folder_option,
-    fresh,
     list_files,
+    load_model_fn,
+    log,
     method_options,
     model_options,
     positive,
-    say,
     setting,
     task,
     task_options,
@@ -45,7 +45,7 @@ def run(args):
     from ..report.writers import comparison_table, write_comparison
 
     found = compare(
-        fresh(args),
+        load_model_fn(args),
         task(args),
         args.lengths,
         args.cases,
@@ -60,7 +60,7 @@ def run(args):
         seed=args.seed,
         chat_template=args.chat_format,
         backend=args.backend,
-        say=say,
+        log=log,
     )
     write_comparison(found, args.output)
     Console().print(comparison_table(found))

@@ -38,7 +38,7 @@ def run(args):
     values |= {"lengths": tuple(lengths), "cases": cases, "model": shipped(args.model)}
     if args.restart:
         demo.forget(args.output)
-    results = demo.run(demo.Settings(**values), args.output, say=lambda line: print(line, flush=True))
+    results = demo.run(demo.Settings(**values), args.output, log=lambda line: print(line, flush=True))
     print()
     Console().print(demo.table(results))
     seconds = results["seconds"]

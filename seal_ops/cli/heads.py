@@ -42,16 +42,16 @@ def options(parser):
 
 def run(args):
     from ..adapters import attachment
-    from ..experiments.head_importance import influence
+    from ..experiments.head_importance import measure_head_importance
     from ..experiments.quadrants import quadrant_experiment, quadrants
-    from ..report.writers import describe_agreement, write_influence, write_quadrants
+    from ..report.writers import describe_agreement, write_head_importance, write_quadrants
 
     if args.quadrants and args.quadrant_measure != "gradient" and "ablation" not in args.methods:
         raise ValueError(f"--quadrant-measure {args.quadrant_measure} needs --methods ablation, got {args.methods}")
     model, tokenizer = load(args)
     if args.scales is not None:
         attachment.load(model, args.scales, backend=args.backend)
-    found = influence(
+    found = measure_head_importance(
         model,
         tokenizer,
         task(args),
@@ -69,7 +69,7 @@ def run(args):
         output=os.path.join(args.output, "heads.json"),
         resume=True,
     )
-    write_influence(found, args.output)
+    write_head_importance(found, args.output)
     measure = "logprob" if "ablation" in args.methods else "gradient"
     change = found.change(measure)
     order = [i for i in change.argsort().tolist() if change[i] == change[i]]

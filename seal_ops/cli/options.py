@@ -219,7 +219,7 @@ def method_options(parser):
     parser.add_argument("--seed", type=int, default=0, help="draws the samples")
 
 
-def fresh(args):
+def load_model_fn(args):
     """A function that loads the model anew."""
     return lambda: load(args)
 
@@ -228,7 +228,7 @@ def folder_option(parser, what="tables and plots"):
     parser.add_argument("--output", required=True, metavar="DIR", help=f"folder for {what}; a second run continues it")
 
 
-def say(line):
+def log(line):
     print(line, flush=True)
 
 

@@ -3,7 +3,7 @@
 from dataclasses import fields
 
 from ..huggingface.loading import shipped
-from .options import Command, folder_option, list_files, model_options, positive, say, setting
+from .options import Command, folder_option, list_files, log, model_options, positive, setting
 
 
 def options(parser):
@@ -37,7 +37,7 @@ def run(args):
     values = {f.name: getattr(args, f.name) for f in fields(study.Settings)}
     values = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
     values |= {"rates": dict(args.rates), "model": shipped(args.model)}
-    results = study.run(study.Settings(**values), args.output, say=say)
+    results = study.run(study.Settings(**values), args.output, log=log)
     print("\n" + ", ".join(f"{stage} {seconds:.0f} s" for stage, seconds in results["seconds"].items()))
     list_files(args.output, ["report.html", "study.json", "comparison.csv", "transfer.csv", "heads.csv"])
 

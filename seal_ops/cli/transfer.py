@@ -6,13 +6,13 @@ from .options import (
     backend_option,
     chat_option,
     folder_option,
-    fresh,
     list_files,
+    load_model_fn,
+    log,
     method_options,
     model_options,
     named_task,
     positive,
-    say,
 )
 
 
@@ -37,7 +37,7 @@ def run(args):
     from ..report.writers import write_transfer
 
     found = transfer(
-        fresh(args),
+        load_model_fn(args),
         [named_task(name) for name in args.train_tasks],
         [named_task(name) for name in args.eval_tasks or args.train_tasks],
         args.length,
@@ -49,7 +49,7 @@ def run(args):
         seed=args.seed,
         chat_template=args.chat_format,
         backend=args.backend,
-        say=say,
+        log=log,
     )
     write_transfer(found, args.output)
     list_files(args.output, ["transfer.json", "transfer.csv", "transfer.png"])

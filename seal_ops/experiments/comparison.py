@@ -21,7 +21,7 @@ from ..evaluation.runner import evaluate
 from ..evaluation.statistics import holm, paired
 from ..training.loop import RESULT, train
 from ..utils.files import atomic_write
-from .runs import claim, read_json_file
+from .runs import read_json_file, reserve
 
 # Learning rates of the paper: line retrieval on 7B models for the scales, 2e-4 for the adapters.
 RATES = {"SEAL-H": 1e-2, "SEAL-C": 2e-2, "LoRA": 2e-4, "DoRA": 2e-4}
@@ -101,7 +101,7 @@ class Comparison:
 
 
 def compare(
-    fresh: Callable[[], tuple],
+    load_model_fn: Callable[[], tuple],
     task,
     lengths: Sequence[int],
     cases: int = 50,
@@ -118,12 +118,12 @@ def compare(
     chat_template=None,
     backend: str | None = None,
     progress: bool | None = None,
-    say: Callable[[str], None] = lambda line: None,
+    log: Callable[[str], None] = lambda line: None,
 ) -> Comparison:
     """Trains each method on the same samples and measures all on the same test cases.
 
     Args:
-        fresh: returns ``(model, tokenizer)``, the model as loaded; called once for each training and the base.
+        load_model_fn: returns ``(model, tokenizer)``, the model as loaded; called once for each training and the base.
         task, lengths, cases, seed, chat_template: see :func:`seal_ops.evaluate`.
         output: a folder; what it holds of these settings is not run again.
         train_length: tokens of a training sample; None for the longest of ``lengths``.
@@ -147,7 +147,7 @@ def compare(
         "rates": {name: _rates(rates[name]) for name in methods}, "rank": rank, "alpha": alpha,
         "target_modules": list(target_modules), "seed": seed, "chat_template": chat_template,
     }  # fmt: skip
-    claim(output, settings, "compare")
+    reserve(output, settings, "compare")
     form = {"rank": rank, "alpha": alpha, "target_modules": list(target_modules), "backend": backend}
 
     def measure(model, tokenizer, name):
@@ -155,15 +155,15 @@ def compare(
             model, tokenizer, task, lengths, cases, seed=seed, chat_template=chat_template, name=name,
             output=os.path.join(output, f"{name}.json"), resume=True, progress=progress,
         )  # fmt: skip
-        say(f"{name}: " + ", ".join(f"{n}: {cell.accuracy:.2f}" for n, cell in result.accuracy.items()))
+        log(f"{name}: " + ", ".join(f"{n}: {cell.accuracy:.2f}" for n, cell in result.accuracy.items()))
         return result
 
-    evaluations, training = {BASE: measure(*fresh(), BASE)}, {}
+    evaluations, training = {BASE: measure(*load_model_fn(), BASE)}, {}
     for method in methods:
         tried, drawn = {}, None
         for lr in settings["rates"][method]:
             folder = os.path.join(output, "adapters", f"{method}-{lr:g}")
-            model, tokenizer, result = adapted(fresh, method, folder, **form)
+            model, tokenizer, result = adapted(load_model_fn, method, folder, **form)
             if result is None:
                 if drawn is None:
                     drawn = task.generate(tokenizer, train_length, samples, seed, chat_template=chat_template)
@@ -176,15 +176,15 @@ def compare(
         if tried:
             best = min(tried, key=tried.get)
             folder = os.path.join(output, "adapters", f"{method}-{best:g}")
-            evaluated, tokenizer, training[method] = adapted(fresh, method, folder, **form)
+            evaluated, tokenizer, training[method] = adapted(load_model_fn, method, folder, **form)
             training[method]["tried"] = {f"{lr:g}": loss for lr, loss in tried.items()}
         evaluations[method] = measure(evaluated, tokenizer, method)
     return Comparison(settings, evaluations, training)
 
 
-def adapted(fresh, method, folder, *, rank=4, alpha=8, target_modules=TARGETS, backend=None):
+def adapted(load_model_fn, method, folder, *, rank=4, alpha=8, target_modules=TARGETS, backend=None):
     """``(model, tokenizer, training)`` of a method: trained, as ``folder`` holds it, or new, with training None."""
-    model, tokenizer = fresh()
+    model, tokenizer = load_model_fn()
     done = os.path.exists(os.path.join(folder, RESULT))
     result = read_json_file(os.path.join(folder, RESULT)) if done else None
     if method in _GRANULARITY:

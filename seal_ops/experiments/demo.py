@@ -53,12 +53,12 @@ class Settings:
     dtype: str = "auto"
 
 
-def run(settings: Settings, output: str, *, progress: bool | None = None, say=print) -> dict:
+def run(settings: Settings, output: str, *, progress: bool | None = None, log=print) -> dict:
     """Runs what is missing of the demo in ``output``; returns what it writes to ``results.json``.
 
     Args:
         progress: draw bars; None draws where stderr is a terminal.
-        say: receives each line of text.
+        log: receives each line of text.
 
     Raises:
         ValueError: ``output`` holds a demo with other settings.
@@ -68,7 +68,7 @@ def run(settings: Settings, output: str, *, progress: bool | None = None, say=pr
     task, longest = tasks.lines, max(settings.lengths)
     torch.manual_seed(settings.seed)
 
-    def fresh():
+    def load_model_fn():
         return load_model(settings.model, device=settings.device, dtype=settings.dtype, call="seal demo")
 
     def measure(model, tokenizer, name, file, lengths):
@@ -77,18 +77,18 @@ def run(settings: Settings, output: str, *, progress: bool | None = None, say=pr
             output=os.path.join(output, file), resume=True, progress=progress,
         )  # fmt: skip
 
-    model, tokenizer = fresh()
+    model, tokenizer = load_model_fn()
     count = sum(p.numel() for p in model.parameters())
-    say(f"{settings.model}: {count / 1e6:.1f}M parameters, {model.dtype}".replace("torch.", "") + f", on {model.device}")
-    say(f"\n1. Retrieval of the untouched model, {settings.cases} cases at each of {len(settings.lengths)} lengths")
+    log(f"{settings.model}: {count / 1e6:.1f}M parameters, {model.dtype}".replace("torch.", "") + f", on {model.device}")
+    log(f"\n1. Retrieval of the untouched model, {settings.cases} cases at each of {len(settings.lengths)} lengths")
     found = {"base": measure(model, tokenizer, "base", "base.json", settings.lengths)}
-    say(_line(found["base"]))
+    log(_line(found["base"]))
 
     training, learned = {}, {}
     for step, (granularity, name) in enumerate(NAMES.items(), 2):
-        say(f"\n{step}. {name}: train on {settings.samples} samples of {longest} tokens, then measure again")
+        log(f"\n{step}. {name}: train on {settings.samples} samples of {longest} tokens, then measure again")
         folder = os.path.join(output, granularity)
-        model, tokenizer = fresh()
+        model, tokenizer = load_model_fn()
         if os.path.exists(os.path.join(folder, RESULT)):
             load(model, folder)
         else:
@@ -100,14 +100,14 @@ def run(settings: Settings, output: str, *, progress: bool | None = None, say=pr
             training[name] = json.load(file)
         learned[name] = dict(model.seal_scales.items())
         found[name] = measure(model, tokenizer, name, f"{granularity}.json", settings.lengths)
-        say(_line(found[name]) + f"; {training[name]['parameters']} numbers trained in {training[name]['seconds']:.0f} s")
+        log(_line(found[name]) + f"; {training[name]['parameters']} numbers trained in {training[name]['seconds']:.0f} s")
 
-    say(f"\n4. Merge into plain weights, load them as any checkpoint, measure at {longest} tokens")
+    log(f"\n4. Merge into plain weights, load them as any checkpoint, measure at {longest} tokens")
     agreement = {}
     for granularity, name in NAMES.items():
         folder = os.path.join(output, f"merged-{granularity}")
         if not os.path.isdir(folder):
-            model, tokenizer = fresh()
+            model, tokenizer = load_model_fn()
             load(model, os.path.join(output, granularity))
             merge(model)
             with replacing_folder(folder) as temporary:
@@ -118,7 +118,7 @@ def run(settings: Settings, output: str, *, progress: bool | None = None, say=pr
         found[merged.name] = merged
         agreement[name] = _agreement(found[name], merged)
         cases = agreement[name]["cases"]
-        say(f"{_line(merged)}; agrees with the unmerged model in {cases - agreement[name]['differ']} of {cases} cases")
+        log(f"{_line(merged)}; agrees with the unmerged model in {cases - agreement[name]['differ']} of {cases} cases")
 
     _draw(output, found, learned, longest)
     results = {

@@ -37,7 +37,7 @@ SAVE_EVERY = 5.0  # seconds
 
 
 @dataclass
-class Influence:
+class HeadImportance:
     """What taking each unit away changes, case by case.
 
     Attributes:
@@ -77,10 +77,10 @@ class Influence:
 
     def _changes(self, measure, length):
         if measure not in ("logprob", "accuracy", "gradient"):
-            raise ValueError(f"Influence.change: measure must be logprob, accuracy or gradient, got {measure!r}")
+            raise ValueError(f"HeadImportance.change: measure must be logprob, accuracy or gradient, got {measure!r}")
         records = [r for r in self.records if length is None or r["length"] == length]
         if not records:
-            raise ValueError(f"Influence.change: length must be one of {self.lengths}, got {length}")
+            raise ValueError(f"HeadImportance.change: length must be one of {self.lengths}, got {length}")
         found = torch.full((len(records), len(self.units)), float("nan"), dtype=torch.float64)
         key = {"logprob": "logprob", "accuracy": "exact"}.get(measure)
         for row, record in zip(found, records, strict=True):
@@ -131,14 +131,14 @@ class Influence:
         atomic_write(path, json.dumps(content) + "\n")
 
     @classmethod
-    def load(cls, path) -> "Influence":
+    def load(cls, path) -> "HeadImportance":
         """Reads what :meth:`save` wrote; ``ValueError`` where the file is something else."""
         with open(path, encoding="utf-8") as file:
             try:
                 content = json.load(file)
                 return cls(**{key: content[key] for key in ("settings", "units", "ablated", "records", "seconds")})
             except (KeyError, TypeError, ValueError) as error:
-                raise ValueError(f"Influence.load: {path} must be a saved head influence, got {error!r}") from None
+                raise ValueError(f"HeadImportance.load: {path} must be a saved head importance, got {error!r}") from None
 
     def save_csv(self, path) -> None:
         """Writes one row a unit and length: the changes with their standard errors."""
@@ -156,7 +156,7 @@ class Influence:
         atomic_write(path, text.getvalue())
 
 
-def influence(
+def measure_head_importance(
     model,
     tokenizer,
     task="lines",
@@ -175,7 +175,7 @@ def influence(
     output: str | os.PathLike | None = None,
     resume: bool = False,
     progress: bool | None = None,
-) -> Influence:
+) -> HeadImportance:
     """The influence of every head or channel on the task's answers, on training samples of the task.
 
     An answer counts as exact where greedy decoding would write it token for token, which one forward pass over prompt
@@ -219,7 +219,7 @@ def influence(
             "chat_template": chat_template,
             "model": fingerprint(model),
         }
-        result = Influence(settings, units, ablated, [], {method: 0.0 for method in methods})
+        result = HeadImportance(settings, units, ablated, [], {method: 0.0 for method in methods})
         if resume and output is not None and os.path.exists(output):
             result = _resumed(result, output)
         done = {(record["length"], record["index"]) for record in result.records}
@@ -259,7 +259,7 @@ def influence(
 
 def _check(lengths, cases, granularity, methods, limit, batch_size):
     def refuse(name, expected, got):
-        raise ValueError(f"heads.influence: {name} must be {expected}, got {got!r}")
+        raise ValueError(f"measure_head_importance: {name} must be {expected}, got {got!r}")
 
     if not lengths or not all(isinstance(n, int) and n > 0 for n in lengths):
         refuse("lengths", "positive integers, at least one", lengths)
@@ -343,7 +343,7 @@ def _gradient(model, scales, sample, units, factor, checkpointing):
         gradients = torch.autograd.grad(logprob.sum(), list(keep.values()))
     change = torch.cat([(factor - 1) * g.flatten().cpu() for g in gradients])
     if not torch.isfinite(change).all():
-        raise RuntimeError("heads.influence: gradients of the scales must be finite, got NaN or infinity")
+        raise RuntimeError("measure_head_importance: gradients of the scales must be finite, got NaN or infinity")
     found = {"logprob": _short(logprob.item()), "exact": bool(exact)}
     return {**found, "gradient": [_short(x) for x in change.tolist()]}
 
@@ -354,12 +354,12 @@ def _short(value):
 
 
 def _resumed(fresh, output):
-    found = Influence.load(output)
+    found = HeadImportance.load(output)
     wanted = json.loads(json.dumps(fresh.settings))
     if found.settings != wanted or found.ablated != fresh.ablated:
         differing = [key for key, value in wanted.items() if found.settings.get(key) != value] or ["limit"]
         raise ValueError(
-            f"heads.influence: output {output} must come from the same model and settings to resume, "
+            f"measure_head_importance: output {output} must come from the same model and settings to resume, "
             f"got another {', '.join(differing)}"
         )
     return found

@@ -9,12 +9,12 @@ import torch
 
 from ..evaluation.results import Evaluation
 from ..evaluation.runner import evaluate
-from .head_importance import Influence, ones_to_keep, with_scales
+from .head_importance import HeadImportance, ones_to_keep, with_scales
 
 # ------------------------------------------------------------------------------------------------------- quadrants
 
 
-def quadrants(found: Influence, measure: str = "accuracy") -> dict[str, list[int]]:
+def quadrants(found: HeadImportance, measure: str = "accuracy") -> dict[str, list[int]]:
     """Units by the sign of what their removal does at every measured length.
 
     Returns:
@@ -33,7 +33,7 @@ def quadrants(found: Influence, measure: str = "accuracy") -> dict[str, list[int
 def quadrant_experiment(
     model,
     tokenizer,
-    found: Influence,
+    found: HeadImportance,
     task,
     lengths,
     cases: int = 50,
@@ -50,7 +50,7 @@ def quadrant_experiment(
     Measured by :func:`seal_ops.evaluate` (whose ``options`` it takes) on test samples, which the influence never saw.
 
     Args:
-        measure: what decides harmful and helpful: see :meth:`Influence.change`.
+        measure: what decides harmful and helpful: see :meth:`HeadImportance.change`.
         output: a folder for one JSON an evaluation.
 
     Returns:

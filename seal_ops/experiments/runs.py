@@ -7,7 +7,7 @@ from ..utils.files import atomic_write
 # ---------------------------------------------------------------------------------------------------------- shared
 
 
-def claim(output, settings: dict, call: str) -> None:
+def reserve(output, settings: dict, call: str) -> None:
     """Makes the folder ``output`` the one of these settings; ``ValueError`` where it holds a run with others."""
     path, wanted = os.path.join(output, "settings.json"), json.loads(json.dumps(settings))
     if not os.path.exists(path):

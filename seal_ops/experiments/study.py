@@ -9,12 +9,18 @@ import torch
 
 from ..huggingface.loading import load_model
 from ..report.html import write_report
-from ..report.writers import describe_agreement, write_comparison, write_influence, write_quadrants, write_transfer
+from ..report.writers import (
+    describe_agreement,
+    write_comparison,
+    write_head_importance,
+    write_quadrants,
+    write_transfer,
+)
 from ..utils.files import atomic_write
 from .comparison import METHODS, compare
-from .head_importance import Influence, influence
+from .head_importance import HeadImportance, measure_head_importance
 from .quadrants import quadrant_experiment, quadrants
-from .runs import claim
+from .runs import reserve
 from .transfer_matrix import transfer
 
 
@@ -56,16 +62,16 @@ class Settings:
     dtype: str = "auto"
 
 
-def run(settings: Settings, output: str, *, progress: bool | None = None, say: Callable[[str], None] = print) -> dict:
+def run(settings: Settings, output: str, *, progress: bool | None = None, log: Callable[[str], None] = print) -> dict:
     """Runs what is missing of the study in ``output``; returns what it writes to ``study.json``.
 
     Raises:
         ValueError: ``output`` holds a study with other settings.
     """
-    claim(output, json.loads(json.dumps(asdict(settings))), "seal study")
+    reserve(output, json.loads(json.dumps(asdict(settings))), "seal study")
     common = {"seed": settings.seed, "progress": progress}
 
-    def fresh():
+    def load_model_fn():
         return load_model(settings.model, device=settings.device, dtype=settings.dtype, call="seal study")
 
     seconds, started = {}, time.monotonic()
@@ -75,35 +81,35 @@ def run(settings: Settings, output: str, *, progress: bool | None = None, say: C
         seconds[name] = round(time.monotonic() - started, 1)
         started = time.monotonic()
 
-    say(f"1. {', '.join(settings.methods)} on {settings.task}, {settings.cases} cases a length")
+    log(f"1. {', '.join(settings.methods)} on {settings.task}, {settings.cases} cases a length")
     comparison = compare(
-        fresh, settings.task, settings.lengths, settings.cases, output=os.path.join(output, "compare"),
-        samples=settings.samples, methods=settings.methods, rates=settings.rates, say=say, **common,
+        load_model_fn, settings.task, settings.lengths, settings.cases, output=os.path.join(output, "compare"),
+        samples=settings.samples, methods=settings.methods, rates=settings.rates, log=log, **common,
     )  # fmt: skip
     write_comparison(comparison, output)
     lap("comparison")
 
     names = ", ".join(settings.transfer_tasks)
-    say(f"\n2. {settings.transfer_method} trained on each of {names} and measured on each")
+    log(f"\n2. {settings.transfer_method} trained on each of {names} and measured on each")
     rates = settings.rates.get(settings.transfer_method)
     chosen = comparison.training.get(settings.transfer_method, {}).get("lr") if isinstance(rates, (list, tuple)) else rates
     found = transfer(
-        fresh, settings.transfer_tasks, settings.transfer_tasks, settings.transfer_length, settings.cases,
+        load_model_fn, settings.transfer_tasks, settings.transfer_tasks, settings.transfer_length, settings.cases,
         output=os.path.join(output, "transfer"), method=settings.transfer_method, lr=chosen, samples=settings.samples,
-        say=say, **common,
+        log=log, **common,
     )  # fmt: skip
     write_transfer(found, output)
     lap("transfer")
 
-    say(f"\n3. Head influence at {', '.join(map(str, settings.heads_lengths))} tokens, {settings.heads_cases} cases each")
-    model, tokenizer = fresh()
+    log(f"\n3. Head influence at {', '.join(map(str, settings.heads_lengths))} tokens, {settings.heads_cases} cases each")
+    model, tokenizer = load_model_fn()
     for factor, name in ((0.0, "heads"), (settings.factor, "heads-step")):
-        measured = influence(
+        measured = measure_head_importance(
             model, tokenizer, settings.task, settings.heads_lengths, settings.heads_cases, factor=factor,
             output=os.path.join(output, f"{name}.json"), resume=True, **common,
         )  # fmt: skip
-        write_influence(measured, output, name)
-        say(describe_agreement(measured))
+        write_head_importance(measured, output, name)
+        log(describe_agreement(measured))
         if factor == 0.0:
             experiment = quadrant_experiment(
                 model, tokenizer, measured, settings.task, settings.heads_lengths, settings.cases, measure="logprob",
@@ -112,7 +118,7 @@ def run(settings: Settings, output: str, *, progress: bool | None = None, say: C
             write_quadrants(experiment, quadrants(measured, "logprob"), measured.units, output, "logprob")
             for evaluation in experiment.values():
                 cells = ", ".join(f"{n}: {cell.accuracy:.2f}" for n, cell in evaluation.accuracy.items())
-                say(f"   {evaluation.name}: {cells}")
+                log(f"   {evaluation.name}: {cells}")
     lap("heads")
 
     from ..ops.environment import facts
@@ -133,4 +139,4 @@ def run(settings: Settings, output: str, *, progress: bool | None = None, say: C
 
 
 def _agreement(output, name):
-    return Influence.load(os.path.join(output, f"{name}.json")).agreement()
+    return HeadImportance.load(os.path.join(output, f"{name}.json")).agreement()

@@ -11,7 +11,7 @@ from ..evaluation.statistics import paired
 from ..training.loop import RESULT, train
 from ..utils.files import atomic_write
 from .comparison import BASE, METHODS, RATES, adapted
-from .runs import claim, read_json_file
+from .runs import read_json_file, reserve
 
 # -------------------------------------------------------------------------------------------------------- transfer
 
@@ -50,7 +50,7 @@ class Transfer:
 
 
 def transfer(
-    fresh: Callable[[], tuple],
+    load_model_fn: Callable[[], tuple],
     trained: Sequence,
     measured: Sequence,
     length: int,
@@ -64,7 +64,7 @@ def transfer(
     chat_template=None,
     backend: str | None = None,
     progress: bool | None = None,
-    say: Callable[[str], None] = lambda line: None,
+    log: Callable[[str], None] = lambda line: None,
 ) -> Transfer:
     """Trains ``method`` on each task of ``trained`` and measures on each of ``measured``, all at ``length`` tokens.
 
@@ -78,14 +78,14 @@ def transfer(
         "trained": [task.name for task in trained], "measured": [task.name for task in measured], "length": length,
         "cases": cases, "method": method, "lr": lr, "samples": samples, "seed": seed, "chat_template": chat_template,
     }  # fmt: skip
-    claim(output, settings, "transfer")
+    reserve(output, settings, "transfer")
     result = Transfer(settings)
     for source in [None, *trained]:
         if source is None:
-            name, (model, tokenizer) = BASE, fresh()
+            name, (model, tokenizer) = BASE, load_model_fn()
         else:
             name, folder = source.name, os.path.join(output, "adapters", source.name)
-            model, tokenizer, done = adapted(fresh, method, folder, backend=backend)
+            model, tokenizer, done = adapted(load_model_fn, method, folder, backend=backend)
             if done is None:
                 drawn = source.generate(tokenizer, length, samples, seed, chat_template=chat_template)
                 train(model, drawn, lr=lr, seed=seed, output_dir=folder, resume=True, progress=progress)
@@ -99,7 +99,7 @@ def transfer(
             for target in measured
         }  # fmt: skip
         cells = ", ".join(f"{n}: {_cell(e).accuracy:.2f}" for n, e in result.evaluations[name].items())
-        say(f"{'untrained' if source is None else 'trained on ' + name}: {cells}")
+        log(f"{'untrained' if source is None else 'trained on ' + name}: {cells}")
     return result
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from .attention import UnsupportedAttention
 from .masks import NAME
 from .modes import run_two_tokens
-from .patch import Seam, Site
+from .patch import AttentionLayer, Patch
 from .rotation import Rotation, with_fused_rotation
 
 
@@ -21,7 +21,7 @@ from .rotation import Rotation, with_fused_rotation
 class _Probe:
     """Stands in for attention in one forward of two tokens and notes what passes."""
 
-    def __init__(self, site: Site):
+    def __init__(self, site: AttentionLayer):
         self.site, self.out, self.kept_rotation = site, None, False
 
     def observe(self, query: Tensor, key: Tensor, value: Tensor, rotation: Rotation | None) -> Tensor:
@@ -41,13 +41,13 @@ class _Probe:
             self.site.direct = args[0].shape == expected.shape and bool(torch.equal(args[0], expected))
 
 
-def _probe(model: nn.Module, sites: list[Site], fuse_rotation: bool) -> None:
+def _probe(model: nn.Module, sites: list[AttentionLayer], fuse_rotation: bool) -> None:
     """Runs two tokens through the model with every site watched; fills in what each site shows."""
     for site in sites:
         site.rotated = with_fused_rotation(site.module) if fuse_rotation else None
         site.deferred = site.rotated is not None
         site.probe = _Probe(site)
-    seam = Seam(sites)
+    seam = Patch(sites)
     hooks = [s.o_proj.register_forward_pre_hook(s.probe.observe_projection) for s in sites]
     seam.install()
     try:
@@ -61,7 +61,7 @@ def _probe(model: nn.Module, sites: list[Site], fuse_rotation: bool) -> None:
         site.probe = None
 
 
-def find_sites(model: nn.Module, fuse_rotation: bool = True) -> list[Site]:
+def find_attention_layers(model: nn.Module, fuse_rotation: bool = True) -> list[AttentionLayer]:
     """The self-attention modules of a model, with their sizes, found by running it on two tokens.
 
     A candidate has an ``o_proj`` and a config with an attention implementation; it is kept if its attention call came
@@ -71,7 +71,7 @@ def find_sites(model: nn.Module, fuse_rotation: bool = True) -> list[Site]:
         return ValueError(f"seal_ops.attach: model must call attention through transformers' attention registry, "
                           f"{type(model).__name__} {reason}")
 
-    candidates = [Site(name, m) for name, m in model.named_modules()
+    candidates = [AttentionLayer(name, m) for name, m in model.named_modules()
                   if isinstance(getattr(m, "o_proj", None), nn.Module)
                   and getattr(getattr(m, "config", None), "_attn_implementation", None) is not None]
     if not candidates:
@@ -89,7 +89,7 @@ def find_sites(model: nn.Module, fuse_rotation: bool = True) -> list[Site]:
         # A forward that looks into cos and sin refuses the stand-in that carries a deferred rotation.
         if not any(s.rotated for s in candidates):
             raise fail(f"failed on two tokens ({type(error).__name__}: {error})") from error
-        return find_sites(model, fuse_rotation=False)
+        return find_attention_layers(model, fuse_rotation=False)
     sites = [s for s in candidates if s.num_heads]
     if not sites:
         raise fail("did not do so on two tokens")

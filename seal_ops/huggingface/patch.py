@@ -16,7 +16,7 @@ from .rotation import Rotation
 
 
 @dataclasses.dataclass(eq=False)
-class Site:
+class AttentionLayer:
     """One self-attention module of a model, as observed, and what is laid on it.
 
     ``direct``: ``o_proj`` reads the attention output unchanged (so scales can be merged).  ``scaling`` (set by
@@ -56,10 +56,10 @@ def _forward(self, *args, **kwargs):
     return site.rotated(self, *args, **kwargs)
 
 
-class Seam:
+class Patch:
     """All changes to one model, put on and taken off together; ``sites`` in the order of the layers."""
 
-    def __init__(self, sites: list[Site]):
+    def __init__(self, sites: list[AttentionLayer]):
         self.sites = sites
         configs = {id(s.module.config): s.module.config for s in sites}
         self.configs = [(config, config._attn_implementation) for config in configs.values()]

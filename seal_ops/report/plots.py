@@ -165,7 +165,7 @@ def head_influence(panels: Mapping[str, Sequence[Sequence[float]]], path, *, lab
     """Heat maps layers x heads of what a head's removal changes, one panel an entry, on one colour scale.
 
     Args:
-        panels: ``{title: grid}`` as :meth:`seal_ops.heads.Influence.grid` gives them; NaN stays white.
+        panels: ``{title: grid}`` as :meth:`seal_ops.experiments.head_importance.HeadImportance.grid` gives them; NaN stays white.
         label: what the colours measure, with its unit.
     """
     heads = max(len(row) for grid in panels.values() for row in grid)

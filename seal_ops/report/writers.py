@@ -63,7 +63,7 @@ def write_transfer(found, output: str) -> None:
     )
 
 
-def write_influence(found, output: str, stem: str = "heads") -> None:
+def write_head_importance(found, output: str, stem: str = "heads") -> None:
     """``STEM.json``, ``.csv``, the heat map, and the estimate over the measured change."""
     found.save(os.path.join(output, f"{stem}.json"))
     found.save_csv(os.path.join(output, f"{stem}.csv"))

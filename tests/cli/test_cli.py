@@ -107,7 +107,7 @@ def test_demo(capsys, folder, tmp_path, monkeypatch):
 def test_full_demo_measures_200_cases(monkeypatch, capsys):
     seen = []
 
-    def run(settings, output, say):
+    def run(settings, output, log):
         seen.append(settings)
         raise ValueError("far enough")
 

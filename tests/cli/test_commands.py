@@ -9,7 +9,7 @@ from command_line import TINY, folder, seal  # noqa: F401
 
 from seal_ops.evaluation import lm_eval as harness
 from seal_ops.evaluation.results import Evaluation
-from seal_ops.experiments.head_importance import Influence
+from seal_ops.experiments.head_importance import HeadImportance
 
 
 def test_heads(capsys, folder, tmp_path):  # noqa: F811
@@ -20,7 +20,7 @@ def test_heads(capsys, folder, tmp_path):  # noqa: F811
     assert "8 heads" in out and "Spearman" in out and "harmful x0.9" in out
     names = {"heads.json", "heads.csv", "heads.png", "heads.svg", "heads-agreement.png", "quadrants.json", "quadrants.png"}
     assert names <= set(os.listdir(output))
-    assert Influence.load(output / "heads.json").lengths == [190, 210]
+    assert HeadImportance.load(output / "heads.json").lengths == [190, 210]
     code, _, err = seal(capsys, *arguments, "--methods", "gradient", "--quadrants")
     assert code == 1 and err == "seal heads: --quadrant-measure accuracy needs --methods ablation, got ['gradient']\n"
     code, _, err = seal(capsys, *arguments, "--seed", 1)

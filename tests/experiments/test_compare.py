@@ -19,7 +19,7 @@ from seal_ops.evaluation.statistics import holm, mcnemar, paired, spearman
 LENGTH = 190
 
 
-def fresh():
+def load_model_fn():
     return model().eval(), tokenizer()
 
 
@@ -73,8 +73,8 @@ def test_spearman(one, other, rho):
 
 def test_compare(tmp_path, monkeypatch):
     lines, output = [], tmp_path / "out"
-    options = dict(samples=3, rates={"LoRA": 1e-2, "DoRA": [1e-3, 3e-2]}, say=lines.append, output=output)
-    found = compare(fresh, Colours(), [60, 90], 3, **options)
+    options = dict(samples=3, rates={"LoRA": 1e-2, "DoRA": [1e-3, 3e-2]}, log=lines.append, output=output)
+    found = compare(load_model_fn, Colours(), [60, 90], 3, **options)
     assert list(found.evaluations) == ["base", "SEAL-H", "SEAL-C", "LoRA", "DoRA"] and len(lines) == 5
     trained = {name: t["parameters"] for name, t in found.training.items()}
     # q, o: 32 x 32; k, v: 16 x 32; rank 4, two layers; DoRA adds a magnitude for each output
@@ -95,23 +95,23 @@ def test_compare(tmp_path, monkeypatch):
         raise AssertionError("what is finished was trained again")
 
     monkeypatch.setattr(comparing, "train", no_training)
-    again = compare(fresh, Colours(), [60, 90], 3, **options)
+    again = compare(load_model_fn, Colours(), [60, 90], 3, **options)
     assert [e.records for e in again.evaluations.values()] == [e.records for e in found.evaluations.values()]
     with pytest.raises(ValueError, match="compare: output .* must be new or hold this run, got one with another cases"):
-        compare(fresh, Colours(), [60, 90], 4, **options)
+        compare(load_model_fn, Colours(), [60, 90], 4, **options)
 
 
 @pytest.mark.parametrize("method", ["LoRA", "DoRA", "SEAL-H"])
 def test_adapters_start_at_the_base_and_come_back(tmp_path, method):
-    lm, tok = fresh()
+    lm, tok = load_model_fn()
     ids = torch.tensor([tok("The record is over.")["input_ids"]])
     expected = lm(ids).logits
-    changed, _, done = adapted(fresh, method, str(tmp_path / "none"))
+    changed, _, done = adapted(load_model_fn, method, str(tmp_path / "none"))
     assert done is None and torch.allclose(changed(ids).logits, expected, atol=1e-5)
     folder = str(tmp_path / method)
     comparing.train(changed, Colours()(tok, 60, 2), lr=0.05, output_dir=folder)
     moved = changed(ids).logits
-    back, _, done = adapted(fresh, method, folder)
+    back, _, done = adapted(load_model_fn, method, folder)
     assert done["settings"]["lr"] == 0.05 and torch.allclose(back(ids).logits, moved, atol=1e-5)
     assert not torch.allclose(moved, expected, atol=1e-3)
 
@@ -131,7 +131,7 @@ class Shades(Colours):
 
 
 def test_transfer(tmp_path):
-    found = transfer(fresh, [Colours(), Shades()], [Shades(), Colours()], 60, 2, output=tmp_path, samples=2, lr=1e-2)
+    found = transfer(load_model_fn, [Colours(), Shades()], [Shades(), Colours()], 60, 2, output=tmp_path, samples=2, lr=1e-2)
     rows, columns, values = found.matrix()
     assert rows == ["base", "colours", "shades"] and columns == ["shades", "colours"]
     assert all(0 <= v <= 1 for line in values for v in line)
@@ -145,10 +145,10 @@ def test_transfer(tmp_path):
 @pytest.mark.parametrize(
     "call, message",
     [
-        (lambda p: compare(fresh, "lines", [LENGTH], 1, output=p, methods=["IA3"]), "methods must be among SEAL-H"),
-        (lambda p: compare(fresh, "lines", [LENGTH], 1, output=p, rates={"lora": 1}), "methods must be among .* got 'lora'"),
-        (lambda p: compare(fresh, "lines", [LENGTH], 1, output=p, rates={"LoRA": []}), "rates must be positive numbers"),
-        (lambda p: transfer(fresh, ["lines"], ["lines"], LENGTH, 1, output=p, method="none"), "method must be one of"),
+        (lambda p: compare(load_model_fn, "lines", [LENGTH], 1, output=p, methods=["IA3"]), "methods must be among SEAL-H"),
+        (lambda p: compare(load_model_fn, "lines", [LENGTH], 1, output=p, rates={"lora": 1}), "methods must be among .* got 'lora'"),
+        (lambda p: compare(load_model_fn, "lines", [LENGTH], 1, output=p, rates={"LoRA": []}), "rates must be positive numbers"),
+        (lambda p: transfer(load_model_fn, ["lines"], ["lines"], LENGTH, 1, output=p, method="none"), "method must be one of"),
         (lambda p: mcnemar(-1, 2), "counts must not be negative"),
     ],
 )

@@ -11,7 +11,7 @@ from retrieval_fixtures import model, one_thread, tokenizer  # noqa: F401
 import seal_ops
 from seal_ops import tasks
 from seal_ops.huggingface.fingerprint import fingerprint
-from seal_ops.experiments.head_importance import Influence, influence
+from seal_ops.experiments.head_importance import HeadImportance, measure_head_importance
 from seal_ops.experiments.quadrants import quadrant_experiment, quadrants
 
 LENGTH = 190
@@ -29,7 +29,7 @@ def logprob_of(lm, sample):
 def test_ablation_is_the_model_without_those_columns(granularity, kv_heads):
     lm, tok = model(kv_heads=kv_heads).eval(), tokenizer()
     before = fingerprint(lm)
-    found = influence(lm, tok, "lines", LENGTH, 2, granularity=granularity, limit=9, batch_size=4, seed=3)
+    found = measure_head_importance(lm, tok, "lines", LENGTH, 2, granularity=granularity, limit=9, batch_size=4, seed=3)
     assert fingerprint(lm) == before and not hasattr(lm, "seal_scales"), "the model is left as it was"
     assert len(found.units) == (8 if granularity == "head" else 64) and len(found.ablated) == min(9, len(found.units))
     for record, sample in zip(found.records, tasks.lines(tok, LENGTH, 2, 3), strict=True):
@@ -47,7 +47,7 @@ def test_ablation_is_the_model_without_those_columns(granularity, kv_heads):
 def test_gradient_is_the_slope_at_the_whole_model():
     lm, tok = model().eval().double(), tokenizer()
     sample = tasks.lines(tok, LENGTH, 1, 0)[0]
-    found = influence(lm, tok, "lines", LENGTH, 1, methods=["gradient"], seed=0)
+    found = measure_head_importance(lm, tok, "lines", LENGTH, 1, methods=["gradient"], seed=0)
     assert found.ablated == [] and "ablated_logprob" not in found.records[0]
     step = 2e-3  # not smaller: the model's norms compute in fp32
     for unit, change in zip(found.units, found.records[0]["gradient"], strict=True):
@@ -62,8 +62,8 @@ def test_gradient_is_the_slope_at_the_whole_model():
 
 def test_channels_of_a_head_add_up_in_the_gradient():
     lm, tok = model().eval(), tokenizer()
-    heads = influence(lm, tok, "lines", LENGTH, 1, methods=["gradient"])
-    channels = influence(lm, tok, "lines", LENGTH, 1, granularity="channel", methods=["gradient"])
+    heads = measure_head_importance(lm, tok, "lines", LENGTH, 1, methods=["gradient"])
+    channels = measure_head_importance(lm, tok, "lines", LENGTH, 1, granularity="channel", methods=["gradient"])
     summed = torch.tensor(channels.grid("gradient")).flatten().tolist()
     assert summed == pytest.approx(heads.change("gradient").tolist(), rel=1e-3, abs=1e-4)
 
@@ -74,7 +74,7 @@ def test_attached_scales_count_and_stay():
     for _, scale in scales.items():
         scale.data.uniform_(0.2, 1.8)
     before = {layer: scale.detach().clone() for layer, scale in scales.items()}
-    found = influence(lm, tok, "lines", LENGTH, 1, limit=3)
+    found = measure_head_importance(lm, tok, "lines", LENGTH, 1, limit=3)
     assert lm.seal_scales is scales and all(torch.equal(before[layer], scale) for layer, scale in scales.items())
     sample = tasks.lines(tok, LENGTH, 1, 0)[0]
     layer, head = found.units[found.ablated[1]]
@@ -100,22 +100,22 @@ def test_changes_agreement_and_quadrants():
 
 def test_small_steps_follow_the_gradient():
     lm, tok = model().eval(), tokenizer()
-    found = influence(lm, tok, "lines", LENGTH, 2, factor=0.97)
+    found = measure_head_importance(lm, tok, "lines", LENGTH, 2, factor=0.97)
     assert found.agreement()["gradient_ablation"][LENGTH] > 0.95
     assert found.change("logprob").tolist() == pytest.approx(found.change("gradient").tolist(), rel=0.3, abs=0.02)
 
 
 def test_files_and_resume(tmp_path):
     lm, tok, path = model().eval(), tokenizer(), tmp_path / "heads.json"
-    full = influence(lm, tok, "lines", [LENGTH, 220], 2, output=path)
-    assert Influence.load(path).records == full.records and json.loads(path.read_text())["agreement"]
+    full = measure_head_importance(lm, tok, "lines", [LENGTH, 220], 2, output=path)
+    assert HeadImportance.load(path).records == full.records and json.loads(path.read_text())["agreement"]
     content = json.loads(path.read_text())
     content["records"] = content["records"][:3]
     path.write_text(json.dumps(content))
-    resumed = influence(lm, tok, "lines", [LENGTH, 220], 2, output=path, resume=True)
+    resumed = measure_head_importance(lm, tok, "lines", [LENGTH, 220], 2, output=path, resume=True)
     assert resumed.records == full.records
     with pytest.raises(ValueError, match="must come from the same model and settings to resume, got another seed"):
-        influence(lm, tok, "lines", [LENGTH, 220], 2, output=path, resume=True, seed=1)
+        measure_head_importance(lm, tok, "lines", [LENGTH, 220], 2, output=path, resume=True, seed=1)
     full.save_csv(tmp_path / "heads.csv")
     rows = list(csv.DictReader((tmp_path / "heads.csv").open()))
     assert len(rows) == 16 and {"length", "layer", "head", "logprob", "logprob_stderr", "gradient"} <= set(rows[0])
@@ -152,4 +152,4 @@ def test_quadrant_experiment_scales_the_named_units(monkeypatch):
 )
 def test_errors(options, message):
     with pytest.raises(ValueError, match=message):
-        influence(model(), tokenizer(), "lines", **{"lengths": LENGTH, **options})
+        measure_head_importance(model(), tokenizer(), "lines", **{"lengths": LENGTH, **options})

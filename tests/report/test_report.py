@@ -56,7 +56,7 @@ def folder(tmp_path_factory):
     found.units = [[u // 4, u % 4] for u in range(8)]
     found.settings |= {"factor": 0.0, "methods": ["ablation", "gradient"]}
     found.seconds = {"ablation": 1.0}
-    writers.write_influence(found, tmp_path)
+    writers.write_head_importance(found, tmp_path)
     groups = quadrants(found, "accuracy")
     writers.write_quadrants({n: evaluation(n) for n in ("base", "both")}, groups, found.units, tmp_path, "accuracy")
     evaluation("base").save(tmp_path / "raw" / "base.json")

@@ -1,7 +1,6 @@
 """Prompts and scores of ``longeval_lines``; the harness imports this file beside its YAML."""
 
-from seal_ops.tasks import Sample
-from seal_ops.tasks import lines
+from seal_ops.tasks import Sample, lines
 
 SEED = 0
 
