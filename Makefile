@@ -6,12 +6,17 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 OUTPUT ?= demo-results
 
-.PHONY: demo test gpu-test install clean
+.PHONY: demo test lint gpu-test install clean
 demo: $(VENV)/installed
 	$(BIN)/seal demo --output $(OUTPUT)
 
 test: $(VENV)/installed-test
 	$(BIN)/python -m pytest tests $(TEST_ARGS)
+
+# Lint and format: one line length, one import order.
+lint: $(VENV)/installed-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 
 # On a machine with a Hopper GPU, in an environment that has torch and the test packages already.
 gpu-test:
@@ -28,14 +33,14 @@ $(VENV)/torch: $(VENV)/bin/python
 	$(BIN)/python -m pip install -q $$(command -v nvidia-smi >/dev/null && echo "torch>=2.11" || echo "torch==2.13.0")
 	touch $@
 
-SOURCES = setup.py pyproject.toml $(shell find csrc seal_ops -type f -not -name '*.pyc')
+SOURCES = setup.py pyproject.toml constraints.txt $(shell find csrc seal_ops -type f -not -name '*.pyc')
 $(VENV)/installed: $(VENV)/torch $(SOURCES)
-	$(BIN)/python -m pip install -q .
+	$(BIN)/python -m pip install -q -c constraints.txt .
 	touch $@
 
 # One build of the extension serves both.
 $(VENV)/installed-test: $(VENV)/torch $(SOURCES)
-	$(BIN)/python -m pip install -q '.[test]'
+	$(BIN)/python -m pip install -q -c constraints.txt '.[test]'
 	touch $(VENV)/installed $@
 
 clean:

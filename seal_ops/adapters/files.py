@@ -35,7 +35,7 @@ class ScalesConfig:
         return heads if self.granularity == "head" else (*heads, self.head_dim[index])
 
     def to_dict(self) -> dict:
-        from .. import __version__
+        from ..version import __version__
         return {"peft_type": "SEAL", "format_version": FORMAT_VERSION, "seal_ops_version": __version__,
                 **dataclasses.asdict(self)}
 

@@ -13,9 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend
 
-import seal_ops
-
 from ..ops.dispatch import why_not as why_not_backend
+from ..ops.functional import attention, rope, rope_attention
 from ..ops.rotary_tables import rope_frequencies, rope_tables
 from . import peers
 from .shapes import Shape
@@ -96,13 +95,13 @@ def _seal(backend: str) -> Contestant:
         options = dict(backend=backend, window=p.shape.geometry.window)
         inputs = (p.q, p.k, p.v, p.scale)
         if operation == "attention":
-            return Run(lambda: seal_ops.attention(p.q, p.k, p.v, p.scale, **options), inputs)
+            return Run(lambda: attention(p.q, p.k, p.v, p.scale, **options), inputs)
         if operation == "rope_attention":
-            return Run(lambda: seal_ops.rope_attention(p.q, p.k, p.v, p.cos, p.sin, scale=p.scale, **options), inputs)
+            return Run(lambda: rope_attention(p.q, p.k, p.v, p.cos, p.sin, scale=p.scale, **options), inputs)
         if operation == "rope":
             q, k = p.q.detach(), p.k.detach()
-            return Run(lambda: seal_ops.rope(q, k, p.cos, p.sin, backend=backend))
-        return Run(lambda: seal_ops.attention(p.q, p.k, p.v, p.scale, **options).flatten(2) @ p.weight.T, inputs)
+            return Run(lambda: rope(q, k, p.cos, p.sin, backend=backend))
+        return Run(lambda: attention(p.q, p.k, p.v, p.scale, **options).flatten(2) @ p.weight.T, inputs)
 
     return Contestant(f"seal-{backend}", f"seal_ops ({backend})", OPERATIONS, prepare, why_not)
 

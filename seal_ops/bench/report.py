@@ -22,16 +22,15 @@ FIELDS = ("operation", "direction", "contestant", "model", "batch", "seqlen", "h
 
 def environment(device: torch.device) -> dict[str, str]:
     """GPU, driver and the versions that decide speed; "" for what is not there."""
-    import seal_ops
-
     from ..ops.dispatch import extension
+    from ..version import __version__
 
     module = extension()
     facts = {
         "gpu": "", "driver": "", "torch": torch.__version__, "cuda": torch.version.cuda or "",
         "cudnn": str(torch.backends.cudnn.version() or ""), "triton": _version("triton"),
         "transformers": _version("transformers"), "peft": _version("peft"), "python": platform.python_version(),
-        "seal_ops": seal_ops.__version__, "commit": os.environ.get("SEAL_COMMIT") or _git("rev-parse", "--short=12", "HEAD"),
+        "seal_ops": __version__, "commit": os.environ.get("SEAL_COMMIT") or _git("rev-parse", "--short=12", "HEAD"),
         "extension": module if isinstance(module, str) else json.dumps(module.build_facts()),
     }
     if device.type == "cuda":

@@ -43,7 +43,7 @@ def options(parser):
 def run(args):
     from ..adapters import attachment
     from ..experiments.head_importance import measure_head_importance
-    from ..experiments.quadrants import quadrant_experiment, quadrants
+    from ..experiments.quadrants import group_by_sign, quadrant_experiment
     from ..report.writers import describe_agreement, write_head_importance, write_quadrants
 
     if args.quadrants and args.quadrant_measure != "gradient" and "ablation" not in args.methods:
@@ -85,7 +85,7 @@ def run(args):
             backend=args.backend,
         )  # fmt: skip
         write_quadrants(
-            results, quadrants(found, args.quadrant_measure), found.units, args.output, args.quadrant_measure
+            results, group_by_sign(found, args.quadrant_measure), found.units, args.output, args.quadrant_measure
         )
         for result in results.values():
             print(f"{result.name}\n{result.table()}")

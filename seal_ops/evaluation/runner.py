@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterable
 
 from .. import tasks
-from ..huggingface.fingerprint import fingerprint
+from ..huggingface.identity import fingerprint
 from ..utils.progress import bar
 from .decoding import generate
 from .results import Evaluation

@@ -26,7 +26,7 @@ from ..adapters.attachment import attach, detach
 from ..adapters.scales import Scales
 from ..evaluation.logprobs import answer_logprobs
 from ..evaluation.statistics import spearman
-from ..huggingface.fingerprint import fingerprint
+from ..huggingface.identity import fingerprint
 from ..huggingface.modes import prepared
 from ..utils.files import atomic_write
 from ..utils.progress import bar

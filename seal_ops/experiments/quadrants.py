@@ -14,7 +14,7 @@ from .head_importance import HeadImportance, ones_to_keep, with_scales
 # ------------------------------------------------------------------------------------------------------- quadrants
 
 
-def quadrants(found: HeadImportance, measure: str = "accuracy") -> dict[str, list[int]]:
+def group_by_sign(found: HeadImportance, measure: str = "accuracy") -> dict[str, list[int]]:
     """Units by the sign of what their removal does at every measured length.
 
     Returns:
@@ -56,7 +56,7 @@ def quadrant_experiment(
     Returns:
         ``{"base", "harmful x0.9", "helpful x1.1", "both": Evaluation}``.
     """
-    groups = quadrants(found, measure)
+    groups = group_by_sign(found, measure)
     shown = {"harmful": f"harmful x{down:g}", "helpful": f"helpful x{up:g}"}
     variants = {"base": {}, shown["harmful"]: {"harmful": down}, shown["helpful"]: {"helpful": up}}
     variants["both"] = {"harmful": down, "helpful": up}

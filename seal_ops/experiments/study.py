@@ -19,7 +19,7 @@ from ..report.writers import (
 from ..utils.files import atomic_write
 from .comparison import METHODS, compare
 from .head_importance import HeadImportance, measure_head_importance
-from .quadrants import quadrant_experiment, quadrants
+from .quadrants import group_by_sign, quadrant_experiment
 from .runs import reserve
 from .transfer_matrix import transfer
 
@@ -115,7 +115,7 @@ def run(settings: Settings, output: str, *, progress: bool | None = None, log: C
                 model, tokenizer, measured, settings.task, settings.heads_lengths, settings.cases, measure="logprob",
                 output=os.path.join(output, "quadrants"), resume=True, **common,
             )  # fmt: skip
-            write_quadrants(experiment, quadrants(measured, "logprob"), measured.units, output, "logprob")
+            write_quadrants(experiment, group_by_sign(measured, "logprob"), measured.units, output, "logprob")
             for evaluation in experiment.values():
                 cells = ", ".join(f"{n}: {cell.accuracy:.2f}" for n, cell in evaluation.accuracy.items())
                 log(f"   {evaluation.name}: {cells}")

@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass, field
 import torch
 import torch.nn.functional as F
 
-from ..huggingface.fingerprint import fingerprint
+from ..huggingface.identity import fingerprint
 from ..huggingface.modes import accepts, prepared
 from ..tasks.base import Sample
 from ..utils.files import atomic_write, replacing

@@ -38,7 +38,7 @@ def test_channels_by_gradient_alone(capsys, folder, tmp_path):  # noqa: F811
 
 def test_transfer_and_report(capsys, folder, tmp_path):  # noqa: F811
     code, out, err = seal(
-        capsys, "transfer", "--model", folder, *TINY, "--train-tasks", "lines", "--eval-tasks", "lines", "test_tasks:Colours",
+        capsys, "transfer", "--model", folder, *TINY, "--train-tasks", "lines", "--eval-tasks", "lines", "own_tasks:Colours",
         "--length", 190, "--cases", 1, "--samples", 1, "--method", "SEAL-H", "--output", tmp_path,
     )  # fmt: skip
     assert code == 0, err
@@ -54,8 +54,8 @@ def test_transfer_and_report(capsys, folder, tmp_path):  # noqa: F811
 def test_study(capsys, folder, tmp_path):  # noqa: F811
     config, output = tmp_path / "study.yaml", tmp_path / "out"
     config.write_text(
-        f"model: {folder}\ndevice: cpu\ntask: test_tasks:Colours\nlengths: [60, 80]\ncases: 2\nsamples: 2\n"
-        "methods: [SEAL-H, LoRA]\nrates: {LoRA: [1e-3, 2e-2], SEAL-H: 0.02}\ntransfer-tasks: [test_tasks:Colours]\n"
+        f"model: {folder}\ndevice: cpu\ntask: own_tasks:Colours\nlengths: [60, 80]\ncases: 2\nsamples: 2\n"
+        "methods: [SEAL-H, LoRA]\nrates: {LoRA: [1e-3, 2e-2], SEAL-H: 0.02}\ntransfer-tasks: [own_tasks:Colours]\n"
         "transfer-method: SEAL-H\ntransfer-length: 60\nheads-lengths: [60, 80]\nheads-cases: 2\n"
     )
     code, out, err = seal(capsys, "study", "--config", config, "--output", output)

@@ -13,7 +13,7 @@ from seal_ops.evaluation import runner
 from seal_ops import tasks
 from seal_ops.evaluation.results import Evaluation
 from seal_ops.evaluation.runner import _batches, evaluate
-from seal_ops.huggingface.fingerprint import fingerprint
+from seal_ops.huggingface.identity import fingerprint
 from seal_ops.evaluation.decoding import generate
 from seal_ops.evaluation.statistics import wilson
 

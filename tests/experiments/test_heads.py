@@ -10,9 +10,9 @@ from retrieval_fixtures import model, one_thread, tokenizer  # noqa: F401
 
 import seal_ops
 from seal_ops import tasks
-from seal_ops.huggingface.fingerprint import fingerprint
+from seal_ops.huggingface.identity import fingerprint
 from seal_ops.experiments.head_importance import HeadImportance, measure_head_importance
-from seal_ops.experiments.quadrants import quadrant_experiment, quadrants
+from seal_ops.experiments.quadrants import group_by_sign, quadrant_experiment
 
 LENGTH = 190
 
@@ -82,15 +82,15 @@ def test_attached_scales_count_and_stay():
     assert found.records[0]["ablated_logprob"][1] == pytest.approx(logprob_of(lm, sample)[0], rel=1e-4)
 
 
-def test_changes_agreement_and_quadrants():
+def test_changes_agreement_and_group_by_sign():
     found = made()
     assert found.change("logprob", 100).tolist() == [-2, -1, 0, 1, 2, 3]
     assert found.change("accuracy").tolist() == [-0.5, -0.5, -0.5, 0.5, 0.5, 0.5]
     assert found.grid("gradient", 200) == [[-4, -2, 0], [2, 4, 6]]
     assert found.standard_error("accuracy", 100)[0] == pytest.approx(torch.tensor([0.0, 1, 0, 1]).std().item() / 2)
     assert found.agreement() == {"gradient_ablation": {100: 1.0, 200: 1.0}, "lengths": {"100,200": 1.0}}
-    assert quadrants(found) == {"harmful": [3, 4, 5], "helpful": [0, 1, 2], "mixed": []}
-    assert quadrants(found, "logprob") == {"harmful": [3, 4, 5], "helpful": [0, 1], "mixed": [2]}
+    assert group_by_sign(found) == {"harmful": [3, 4, 5], "helpful": [0, 1, 2], "mixed": []}
+    assert group_by_sign(found, "logprob") == {"harmful": [3, 4, 5], "helpful": [0, 1], "mixed": [2]}
     assert 0 < made(noise=8.0).agreement()["gradient_ablation"][100] < 1
     with pytest.raises(ValueError, match="length must be one of"):
         found.change("logprob", 300)

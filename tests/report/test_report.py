@@ -13,7 +13,7 @@ import pytest
 from influences import made
 
 from seal_ops.report import plots
-from seal_ops.experiments.quadrants import quadrants
+from seal_ops.experiments.quadrants import group_by_sign
 from seal_ops.report import writers
 from seal_ops.experiments.comparison import Comparison
 from seal_ops.experiments.transfer_matrix import Transfer
@@ -57,7 +57,7 @@ def folder(tmp_path_factory):
     found.settings |= {"factor": 0.0, "methods": ["ablation", "gradient"]}
     found.seconds = {"ablation": 1.0}
     writers.write_head_importance(found, tmp_path)
-    groups = quadrants(found, "accuracy")
+    groups = group_by_sign(found, "accuracy")
     writers.write_quadrants({n: evaluation(n) for n in ("base", "both")}, groups, found.units, tmp_path, "accuracy")
     evaluation("base").save(tmp_path / "raw" / "base.json")
     (tmp_path / "other.csv").write_text("name,value\nalpha,1\nbeta & gamma,2\n")
