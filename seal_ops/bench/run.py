@@ -17,9 +17,9 @@ from .contestants import OPERATIONS, Contestant, Problem, Run, all_contestants
 from .shapes import MODELS, SUITES, Shape, parse_shape, part_of
 
 EXAMPLE = """examples:
-  seal bench --suite headline --fa3 ./fa3 --out results --budget-s 240
+  seal bench --suite headline --fa3 ./fa3 --output results --budget-s 240
   for i in 1 2 3; do CUDA_VISIBLE_DEVICES=$i seal bench --part $i/3 --name h & done; wait; seal bench --merge benchmarks/results/h-part*.json"""
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -30,12 +30,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ops", default=",".join(OPERATIONS), help="comma-separated operations")
     parser.add_argument("--only", metavar="NAMES", help="comma-separated contestants (all that can run here)")
     parser.add_argument("--no-compiled", action="store_true", help="leave out contestants under torch.compile")
-    parser.add_argument("--dtype", choices=DTYPES, help="bf16 on a GPU, fp32 on a CPU, unless given")
+    parser.add_argument("--dtype", choices=DTYPES, help="bfloat16 on a GPU, float32 on a CPU, unless given")
     parser.add_argument("--device", help="cuda where there is one, unless given")
     parser.add_argument("--fa3", metavar="FOLDER", help="folder with FlashAttention-3's library, a peer for timing only")
     parser.add_argument("--budget-s", type=float, default=600, metavar="SECONDS", help="start no new rows after this time")
     parser.add_argument("--row-ms", type=float, default=180, metavar="MS", help="device time for each figure")
-    parser.add_argument("--out", default="benchmarks/results", metavar="FOLDER", help="folder for NAME.csv, .json, .md and .png")
+    parser.add_argument("--output", default="benchmarks/results", metavar="FOLDER", help="folder for NAME.csv, .json, .md and .png")
     parser.add_argument("--name", help="of the result files (suite and GPU)")
     parser.add_argument("--part", metavar="I/N", help="only the I-th of N parts of the shapes, each its own process, on a GPU of its own or later")
     parser.add_argument("--resume", action="store_true", help="keep what NAME.json holds already and measure the rest")
@@ -223,7 +223,7 @@ def bench(options: argparse.Namespace) -> int:
     """Runs the benchmark that `add_options` describes. Returns 1 where a contestant was wrong; raises ValueError in one sentence."""
     started = time.monotonic()
     if options.merge:
-        record = report.Record(options.out, options.name or "merged", report.joined(options.merge), command_line(options))
+        record = report.Record(options.output, options.name or "merged", report.joined(options.merge), command_line(options))
         record.save()
         record.finish(all_contestants())
         return 0
@@ -231,7 +231,7 @@ def bench(options: argparse.Namespace) -> int:
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"--device must be one that torch sees, got {options.device} without a GPU")
     on_gpu = device.type == "cuda"
-    dtype = DTYPES[options.dtype or ("bf16" if on_gpu else "fp32")]
+    dtype = DTYPES[options.dtype or ("bfloat16" if on_gpu else "float32")]
     contestants = all_contestants(options.fa3)
     operations = _chosen("--ops", options.ops, list(OPERATIONS))
     only = _chosen("--only", options.only, [c.name for c in contestants])
@@ -247,7 +247,7 @@ def bench(options: argparse.Namespace) -> int:
     if options.part is not None:
         name += "-part" + options.part.replace("/", "of")
     run = report.Measured(command_line(options), facts, [])
-    record = report.Record(options.out, name, [run], run.command)
+    record = report.Record(options.output, name, [run], run.command)
     if options.resume and os.path.exists(record.stem + ".json"):
         resume(run, record.stem + ".json")
     clock = timing.Clock(device)

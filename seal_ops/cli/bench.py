@@ -18,7 +18,7 @@ def run(args):
 
 COMMAND = Command(
     "speed of the ops beside their peers, nothing timed before an fp64 oracle agrees with it",
-    "seal bench --suite headline --fa3 ./fa3 --out results --budget-s 240",
+    "seal bench --suite headline --fa3 ./fa3 --output results --budget-s 240",
     options,
     run,
 )

@@ -3,6 +3,7 @@
 
 from .options import (
     Command,
+    Numbers,
     backend_option,
     folder_option,
     list_files,
@@ -22,7 +23,7 @@ def options(parser):
 
     model_options(parser)
     task_options(parser)
-    parser.add_argument("--lengths", type=positive, nargs="+", required=True, help="prompt tokens")
+    parser.add_argument("--lengths", action=Numbers, required=True, help="prompt tokens")
     parser.add_argument("--cases", type=positive, default=50, help="test cases at each length")
     parser.add_argument("--train-length", type=positive, help="tokens a training sample fills (default: the longest)")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="what is trained")

@@ -4,7 +4,7 @@ import os
 from dataclasses import fields
 
 from ..huggingface.loading import shipped
-from .options import Command, model_options, positive
+from .options import Command, Numbers, model_options, positive
 
 
 def options(parser):
@@ -14,7 +14,7 @@ def options(parser):
     model_options(parser, required=False)
     parser.set_defaults(model=default["model"])
     parser.add_argument("--output", default="demo-results", metavar="DIR", help="folder for results, plots and scales")
-    parser.add_argument("--lengths", type=positive, nargs="+", default=list(default["lengths"]), help="prompt tokens")
+    parser.add_argument("--lengths", action=Numbers, default=list(default["lengths"]), help="prompt tokens")
     parser.add_argument("--cases", type=positive, default=default["cases"], help="test cases at each length")
     parser.add_argument("--samples", type=positive, default=default["samples"], help="training samples")
     parser.add_argument("--lr-head", type=float, default=default["lr_head"], help="learning rate of SEAL-H")

@@ -2,14 +2,14 @@
 
 import os
 
-from .options import Command, backend_option, load, model_options, plot_file, positive, task, task_options
+from .options import Command, Numbers, backend_option, load, model_options, plot_file, positive, restart_option, task, task_options
 
 
 def options(parser):
     model_options(parser)
     parser.add_argument("--scales", metavar="DIR", help="trained scales to put on the model")
     task_options(parser)
-    parser.add_argument("--lengths", type=positive, nargs="+", required=True, help="prompt tokens")
+    parser.add_argument("--lengths", action=Numbers, required=True, help="prompt tokens")
     parser.add_argument("--cases", type=positive, default=50, help="at each length")
     parser.add_argument("--batch-size", type=positive, help="prompts in a batch at most (default: by length)")
     parser.add_argument("--seed", type=int, default=0, help="draws the cases")
@@ -18,7 +18,7 @@ def options(parser):
     parser.add_argument("--csv", metavar="FILE", help="the cases as CSV")
     parser.add_argument("--plot", metavar="FILE", type=plot_file, help="accuracy by length (.png, .svg or .pdf)")
     parser.add_argument("--compare", metavar="FILE", nargs="+", default=[], help="earlier results to draw beside this one")
-    parser.add_argument("--resume", action="store_true", help="continue what --output holds")
+    restart_option(parser)
     backend_option(parser)
 
 
@@ -28,8 +28,6 @@ def run(args):
     from ..evaluation.runner import evaluate
     from ..report import plots
 
-    if args.resume and args.output is None:
-        raise ValueError("--resume needs --output, got none")
     others = [Evaluation.load(path) for path in args.compare]
     model, tokenizer = load(args)
     if args.scales is not None:
@@ -46,7 +44,7 @@ def run(args):
         chat_template=args.chat_format,
         name=name,
         output=args.output,
-        resume=args.resume,
+        resume=not args.restart,
     )
     print(result.table())
     if args.csv:

@@ -1,7 +1,7 @@
 """``seal harness``."""
 
 
-from .options import Command, backend_option, load, model_options, positive
+from .options import Command, Numbers, backend_option, load, model_options, positive
 
 
 def options(parser):
@@ -9,7 +9,7 @@ def options(parser):
     parser.add_argument("--scales", metavar="DIR", help="trained scales to put on the model")
     parser.add_argument("--tasks", nargs="+", required=True, metavar="TASK", help="longeval_lines, ruler, longbench, ...")
     parser.add_argument(
-        "--lengths", type=positive, nargs="+", default=[4096], help="prompt tokens, for tasks that generate prompts; a run each"
+        "--lengths", action=Numbers, default=[4096], help="prompt tokens, for tasks that generate prompts; a run each"
     )
     parser.add_argument("--limit", type=positive, help="cases of each task")
     parser.add_argument("--batch-size", type=positive, default=1, help="prompts in a batch")

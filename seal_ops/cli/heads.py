@@ -4,6 +4,7 @@ import os
 
 from .options import (
     Command,
+    Numbers,
     backend_option,
     folder_option,
     list_files,
@@ -21,12 +22,12 @@ def options(parser):
     model_options(parser)
     parser.add_argument("--scales", metavar="DIR", help="trained scales to put on the model")
     task_options(parser)
-    parser.add_argument("--lengths", type=positive, nargs="+", required=True, help="tokens a sample fills")
+    parser.add_argument("--lengths", action=Numbers, required=True, help="tokens a sample fills")
     parser.add_argument("--cases", type=positive, default=20, help="samples at each length")
     parser.add_argument("--granularity", choices=["head", "channel"], default="head", help="what is taken away")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="how its effect is measured")
     parser.add_argument("--factor", type=float, default=0.0, help="what ablation multiplies a scale by")
-    parser.add_argument("--limit", type=positive, help="ablate only so many, drawn by the seed (channels are many)")
+    parser.add_argument("--units", type=positive, help="ablate only so many, drawn by the seed (channels are many)")
     parser.add_argument("--batch-size", type=positive, help="variants in a forward pass (default: by length)")
     parser.add_argument(
         "--gradient-checkpointing", nargs="?", const="all", choices=["all", "selective"], help="as in seal train"
@@ -60,7 +61,7 @@ def run(args):
         granularity=args.granularity,
         methods=args.methods,
         factor=args.factor,
-        limit=args.limit,
+        limit=args.units,
         batch_size=args.batch_size,
         seed=args.seed,
         chat_template=args.chat_format,

@@ -40,7 +40,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _parser(argv):
-    parser = argparse.ArgumentParser(prog="seal", description="SEAL: learned head and channel scales for long contexts.")
+    parser = argparse.ArgumentParser(prog="seal", allow_abbrev=False, description="SEAL: learned head and channel scales for long contexts.")
     from ..version import __version__
 
     parser.add_argument("--version", action="version", version=f"seal_ops {__version__}")
@@ -52,6 +52,7 @@ def _parser(argv):
             description=command.summary[0].upper() + command.summary[1:] + ".",
             epilog="example:\n  " + command.example.replace("\n", "\n  "),
             formatter_class=Help,
+            allow_abbrev=False,  # `--conf FILE` would be read by argparse and not by `configured`
         )
         command.options(sub)
         config_option(sub)

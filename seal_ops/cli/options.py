@@ -41,6 +41,24 @@ def positive(text: str) -> int:
     return number
 
 
+class Numbers(argparse.Action):
+    """Positive integers, written ``300 600`` or ``300,600``."""
+
+    def __init__(self, option_strings, dest, **options):
+        super().__init__(option_strings, dest, nargs="+", type=numbers, metavar=options.pop("metavar", "N"), **options)
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        setattr(namespace, self.dest, [number for part in values for number in part])
+
+
+def numbers(text: str) -> list[int]:
+    """``300,600`` as a list of integers of at least 1."""
+    try:
+        return [positive(part) for part in str(text).split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be integers like 300,600, got {text}") from None
+
+
 def plot_file(text: str) -> str:
     """A file name that ends like a plot."""
     from ..report.plots import FORMATS
@@ -52,7 +70,8 @@ def plot_file(text: str) -> str:
 
 def chat_format(text: str):
     """auto, on, off, or a format with {prompt} in it."""
-    return {"auto": None, "on": True, "off": False}.get(text, text)
+    known = {"auto": None, "on": True, "off": False, "True": True, "False": False}  # the last two: YAML's on and off
+    return known.get(text, text)
 
 
 def setting(text: str) -> tuple[str, object]:
@@ -189,14 +208,15 @@ def _value(action, value):
         if not isinstance(value, bool):
             raise argparse.ArgumentTypeError(f"must be true or false, got {value!r}")
         return value
-    if action.nargs == "?" and value is True:
-        return action.const
+    if action.nargs == "?" and isinstance(value, bool):  # a switch that may name a kind
+        return action.const if value else None
     if value is None:
         return None
     if action.nargs == "+" or isinstance(action, argparse._AppendAction):
         if isinstance(value, dict):
             value = [f"{k}={v}" for k, v in value.items()]
-        return [_one(action, v) for v in (value if isinstance(value, list) else [value])]
+        found = [_one(action, v) for v in (value if isinstance(value, list) else [value])]
+        return [number for part in found for number in part] if isinstance(action, Numbers) else found
     if isinstance(value, (list, dict)):
         raise argparse.ArgumentTypeError(f"must be a single value, got {value!r}")
     return _one(action, value)
@@ -212,6 +232,11 @@ def _one(action, value):
 def _reason(error, value):
     text = str(error)
     return text if text.startswith("must") else f"must have the option's type, got {value!r}"
+
+
+def restart_option(parser):
+    """--restart."""
+    parser.add_argument("--restart", action="store_true", help="begin anew, where --output holds an unfinished run")
 
 
 def method_options(parser):

@@ -3,7 +3,7 @@
 from dataclasses import fields
 
 from ..huggingface.loading import shipped
-from .options import Command, folder_option, list_files, log, model_options, positive, setting
+from .options import Command, Numbers, folder_option, list_files, log, model_options, positive, setting
 
 
 def options(parser):
@@ -14,7 +14,7 @@ def options(parser):
     model_options(parser, required=False)
     parser.set_defaults(model=default["model"])
     parser.add_argument("--task", default=default["task"], help="compared, and whose heads are looked at")
-    parser.add_argument("--lengths", type=positive, nargs="+", default=list(default["lengths"]), help="prompt tokens")
+    parser.add_argument("--lengths", action=Numbers, default=list(default["lengths"]), help="prompt tokens")
     parser.add_argument("--cases", type=positive, default=default["cases"], help="test cases at each length")
     parser.add_argument("--samples", type=positive, default=default["samples"], help="training samples")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="what is compared")
@@ -24,7 +24,7 @@ def options(parser):
     )
     parser.add_argument("--transfer-method", choices=METHODS, default=default["transfer_method"], help="of the matrix")
     parser.add_argument("--transfer-length", type=positive, default=default["transfer_length"], help="of the matrix")
-    parser.add_argument("--heads-lengths", type=positive, nargs="+", default=list(default["heads_lengths"]), help="tokens")
+    parser.add_argument("--heads-lengths", action=Numbers, default=list(default["heads_lengths"]), help="tokens")
     parser.add_argument("--heads-cases", type=positive, default=default["heads_cases"], help="samples at each of them")
     parser.add_argument("--factor", type=float, default=default["factor"], help="a small step besides removal")
     parser.add_argument("--seed", type=int, default=default["seed"], help="draws all samples")

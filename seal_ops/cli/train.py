@@ -1,7 +1,7 @@
 """``seal train``."""
 
 
-from .options import Command, backend_option, load, model_options, positive, task, task_options
+from .options import Command, backend_option, load, model_options, positive, restart_option, task, task_options
 
 
 def options(parser):
@@ -21,7 +21,7 @@ def options(parser):
         "--gradient-checkpointing", nargs="?", const="all", choices=["all", "selective"],
         help="recompute activations in the backward pass; selective keeps the attention outputs",
     )  # fmt: skip
-    parser.add_argument("--resume", action="store_true", help="continue from the checkpoint in --output, if there is one")
+    restart_option(parser)
     backend_option(parser)
 
 
@@ -50,7 +50,7 @@ def run(args):
         seed=args.seed,
         gradient_checkpointing={None: False, "all": True}.get(args.gradient_checkpointing, args.gradient_checkpointing),
         output_dir=args.output,
-        resume=args.resume,
+        resume=not args.restart,
     )
     losses = result.losses
     edge = max(1, len(losses) // 5)

@@ -64,7 +64,7 @@ def test_a_contestant_that_fails_gets_a_row_and_the_others_go_on():
 
 def test_the_command_writes_rows_with_the_environment_and_a_plot(tmp_path, capsys):
     names = "seal-cpu,sdpa,hf-sdpa,hf-rotary,scaled-sdpa,peft-ia3"
-    assert bench.main(["--suite", "smoke", "--only", names, "--row-ms", "2", "--out", str(tmp_path), "--name", "r", "--device", "cpu"]) == 0
+    assert bench.main(["--suite", "smoke", "--only", names, "--row-ms", "2", "--output", str(tmp_path), "--name", "r", "--device", "cpu"]) == 0
     with open(tmp_path / "r.csv") as file:
         rows = list(csv.DictReader(file))
     timed = {(r["operation"], r["contestant"], r["direction"]) for r in rows if r["status"] == "ok"}
@@ -86,7 +86,7 @@ def test_the_command_writes_rows_with_the_environment_and_a_plot(tmp_path, capsy
 
 
 def test_parts_are_measured_one_by_one_resumed_and_merged(tmp_path, capsys):
-    options = ["--shape", "tiny:48:1", "--shape", "tiny:33:2", "--only", "seal-cpu,sdpa,hf-sdpa,hf-rotary", "--row-ms", "2", "--out", str(tmp_path), "--device", "cpu"]
+    options = ["--shape", "tiny:48:1", "--shape", "tiny:33:2", "--only", "seal-cpu,sdpa,hf-sdpa,hf-rotary", "--row-ms", "2", "--output", str(tmp_path), "--device", "cpu"]
     assert bench.main([*options, "--name", "cut", "--part", "1/2", "--ops", "attention"]) == 0
     first = json.loads((tmp_path / "cut-part1of2.json").read_text())["rows"]
     assert bench.main([*options, "--name", "cut", "--part", "1/2", "--resume"]) == 0
@@ -94,7 +94,7 @@ def test_parts_are_measured_one_by_one_resumed_and_merged(tmp_path, capsys):
     assert rows[:len(first)] == first and {r["operation"] for r in rows} == set(contestants.OPERATIONS) and len({r["seqlen"] for r in rows}) == 1
     assert bench.main([*options, "--name", "cut", "--part", "2/2"]) == 0
     parts = [str(tmp_path / f"cut-part{n}of2.json") for n in (1, 2)]
-    assert bench.main(["--merge", *parts, "--name", "whole", "--out", str(tmp_path)]) == 0
+    assert bench.main(["--merge", *parts, "--name", "whole", "--output", str(tmp_path)]) == 0
     with open(tmp_path / "whole.csv") as file:
         merged = list(csv.DictReader(file))
     assert {(r["seqlen"], r["batch"]) for r in merged} == {("48", "1"), ("33", "2")} and "--part 1/2" in merged[0]["command"]
@@ -104,7 +104,7 @@ def test_parts_are_measured_one_by_one_resumed_and_merged(tmp_path, capsys):
     for arguments, sentence in ((["--merge", parts[0], parts[0]], "must get every operation at a shape from one file"),
                                 (["--merge", str(tmp_path / "whole.md")], "expected a JSON file that seal bench wrote")):
         with pytest.raises(SystemExit):
-            bench.main([*arguments, "--out", str(tmp_path)])
+            bench.main([*arguments, "--output", str(tmp_path)])
         assert sentence in capsys.readouterr().err
 
 
@@ -116,7 +116,7 @@ def test_parts_cover_every_shape_once(parts):
 
 
 def test_no_time_left_means_no_rows_and_it_is_said(tmp_path, capsys):
-    bench.main(["--suite", "smoke", "--budget-s", "0", "--out", str(tmp_path), "--device", "cpu", "--no-compiled"])
+    bench.main(["--suite", "smoke", "--budget-s", "0", "--output", str(tmp_path), "--device", "cpu", "--no-compiled"])
     assert "rows were left out" in capsys.readouterr().out and not list(tmp_path.iterdir())
 
 

@@ -50,7 +50,7 @@ def test_data_train_eval_merge(capsys, folder, tmp_path):
     code, out, err = seal(capsys, *train)
     assert code == 0, err
     assert "64 scales trained in 3 steps" in out and (scales / "adapter_model.safetensors").exists()
-    assert seal(capsys, *train, "--resume")[0] == 0
+    assert seal(capsys, *train)[0] == 0
 
     def evaluate(name, *options):
         path = tmp_path / f"{name}.json"
@@ -123,7 +123,6 @@ def test_full_demo_measures_200_cases(monkeypatch, capsys):
         (["eval", "--model", "{tmp}", "--lengths", "200"], "seal eval: .* could not be loaded"),
         (["eval", "--model", "{model}", "--lengths", "50"], "tasks.lines: length must be at least 1.. tokens"),
         (["eval", "--model", "{model}", "--lengths", "200", "--task", "liens"], "task must be one of"),
-        (["eval", "--model", "{model}", "--lengths", "200", "--resume"], "--resume needs --output"),
         (["eval", "--model", "{model}", "--lengths", "200", "--scales", "{tmp}"], "seal_ops.load: .*adapter_config.json"),
         (["eval", "--model", "{model}", "--lengths", "200", "--device", "quantum"], "device must be auto, cpu"),
         (["train", "--model", "{model}", "--granularity", "head", "--output", "{tmp}/s"], "--length must be given"),
