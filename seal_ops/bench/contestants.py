@@ -158,12 +158,21 @@ def all_contestants(fa3_folder: str | None = None) -> list[Contestant]:
     def fa3_why_not(operation: str, problem: Problem) -> str | None:
         return gpu(operation, problem) or fa3_missing()
 
+    @functools.cache
+    def fa4_missing() -> str | None:
+        return peers.missing_fa4()
+
+    def fa4_why_not(operation: str, problem: Problem) -> str | None:
+        return gpu(operation, problem) or fa4_missing()
+
     cudnn, fa2 = SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION
     torch_sdpa = lambda backend: (lambda p: peers.sdpa(backend))
     fa3 = lambda p: peers.fa3(p.shape.geometry.window)
+    fa4 = lambda p: peers.fa4(p.shape.geometry.window)
     return [
         _seal("cuda"), _seal("triton"), _seal("cpu"),
         _plain("fa3", "FlashAttention-3", fa3, fa3_why_not),
+        _plain("fa4", "FlashAttention-4", fa4, fa4_why_not),
         _plain("sdpa-cudnn", "SDPA cuDNN", torch_sdpa(cudnn), gpu_full),
         _plain("sdpa-fa2", "SDPA FlashAttention-2", torch_sdpa(fa2), gpu_full),
         _plain("sdpa", "SDPA", torch_sdpa(None), _on("cpu", window=False)),

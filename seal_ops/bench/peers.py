@@ -116,6 +116,28 @@ def fa3(window: int | None) -> Attention:
     return lambda q, k, v: _FlashAttention3.apply(q, k, v, left)
 
 
+def missing_fa4() -> str | None:
+    """One sentence why FlashAttention-4 (the package flash-attn-4) cannot be a peer; None where it can."""
+    try:
+        import flash_attn.cute  # noqa: F401
+    except Exception as reason:  # its compiler's packages fail in their own ways
+        return f"FlashAttention-4 is not installed (pip install flash-attn-4): {str(reason).splitlines()[0] if str(reason) else reason!r}"
+    return None
+
+
+def fa4(window: int | None) -> Attention:
+    """FlashAttention-4 (CuTe DSL) with its own backward."""
+    from flash_attn.cute import flash_attn_func
+
+    sizes = (None, None) if window is None else (window - 1, 0)
+
+    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        found = flash_attn_func(q, k, v, softmax_scale=q.shape[-1] ** -0.5, causal=True, window_size=sizes)
+        return found[0] if isinstance(found, tuple) else found
+
+    return run
+
+
 def hf_rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     """Hugging Face's own rotary function on q, k [B, S, H, D]; cos, sin [1, S, D] in their dtype, both halves filled."""
     from transformers.models.llama.modeling_llama import apply_rotary_pos_emb

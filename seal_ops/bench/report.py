@@ -208,7 +208,7 @@ def markdown(rows: list[dict], contestants: list[Contestant]) -> str:
 # Okabe and Ito's colours, told apart with any colour vision; hatches and figures on the bars serve print in grey.
 _STYLES = {
     "seal-cuda": ("#D55E00", ""), "seal-triton": ("#E69F00", "//"), "seal-cpu": ("#D55E00", ""),
-    "fa3": ("#0072B2", ""), "sdpa-cudnn": ("#56B4E9", "\\\\"), "sdpa-fa2": ("#009E73", ".."), "flex": ("#CC79A7", "xx"),
+    "fa3": ("#0072B2", ""), "fa4": ("#F0E442", "--"), "sdpa-cudnn": ("#56B4E9", "\\\\"), "sdpa-fa2": ("#009E73", ".."), "flex": ("#CC79A7", "xx"),
     "hf-fa3": ("#0072B2", ""), "hf-cudnn": ("#56B4E9", "\\\\"), "hf-fa2": ("#009E73", ".."),
     "hf-compiled-cudnn": ("#CC79A7", "xx"),
     "scaled-fa3": ("#0072B2", ""), "scaled-cudnn": ("#56B4E9", "\\\\"), "peft-ia3-cudnn": ("#CC79A7", "xx"),

@@ -20,7 +20,9 @@ MODELS = {
     "llama-3.1-8b": Geometry(32, 8, 128, 500_000.0),
     "qwen3-8b": Geometry(32, 8, 128, 1_000_000.0),
     "qwen3-14b": Geometry(40, 8, 128, 1_000_000.0),
+    "llama-3.1-70b": Geometry(64, 8, 128, 500_000.0),
     "gemma-7b": Geometry(16, 16, 256),
+    "qwen3.5-heads": Geometry(32, 2, 256, 10_000_000.0),  # Qwen3.5's grouping; all 256 channels turn here
     "gemma-2-9b": Geometry(16, 8, 256),
     "gemma-3-4b-local": Geometry(8, 4, 256, window=1024),
     "pythia-4096": Geometry(64, 64, 64),  # 4096 channels in heads of 64, no GQA: the head_dim 64 row of peers' papers
@@ -82,6 +84,11 @@ SUITES: dict[str, list[Shape]] = {
     "models": [shape for model in ("llama-2-7b", "llama-3.1-8b", "qwen3-14b", "gemma-7b", "gemma-2-9b", "gemma-3-4b-local")
                for shape in _tokens(model, (1 * _K, 4 * _K, 16 * _K), 16 * _K)],
     "lengths": _tokens("llama-3.1-8b", tuple(2**n * _K for n in range(8)), 32 * _K),
+    # Where a peer was ahead when it was last looked at.
+    "hard": [
+        Shape("llama-2-7b", 32, 1 * _K), Shape("llama-2-7b", 8, 4 * _K), Shape("llama-3.1-70b", 4, 8 * _K),
+        Shape("pythia-4096", 8, 4 * _K), Shape("gemma-7b", 4, 8 * _K), Shape("qwen3.5-heads", 4, 8 * _K),
+    ],
     "smoke": [Shape("tiny", 2, 48)],
 }
 

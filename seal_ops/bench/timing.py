@@ -67,17 +67,19 @@ class Clock:
 
 
 def in_turn(calls: dict[str, Callable[[], object]], clock: Clock, budget_ms: float, rounds: int = 3,
-            most: int = 100, warm_ms: float = 25) -> dict[str, Times]:
+            most: int = 100, warm_ms: float = 25, pause_s: float = 0.03) -> dict[str, Times]:
     """Times every call for about `budget_ms`, in `rounds` rounds over all of them; at least twice, however long it takes.
 
     The calls have run once before (the gate sees to that): what they compile or load is not timed. Each turn begins with
     `warm_ms` of untimed calls, as do_bench does: within such a time the card's clock settles where this call's power puts it,
-    and not the call before it or a pause.
+    and not the call before it or a pause. Every second round runs in the reverse order, and a pause lies between two turns,
+    so that nobody always follows the contestant that heats the card most.
     """
     estimates = {name: clock(call, 1)[0] for name, call in calls.items()}
     samples: dict[str, list[float]] = {name: [] for name in calls}
     for turn in range(rounds):
-        for name, call in calls.items():
+        for name, call in list(calls.items())[:: -1 if turn % 2 else 1]:
+            time.sleep(pause_s)
             if turn < 2 or turn * estimates[name] < budget_ms:
                 count = lambda ms: min(most, round(ms / max(estimates[name], 1e-3)))
                 samples[name] += clock(call, max(1, count(budget_ms / rounds)), count(min(warm_ms, budget_ms / rounds)))
