@@ -14,7 +14,7 @@ struct AttentionDecodePlan {
   int64_t workspace_bytes;  // fp32 partial results and their log-sum-exp, 16-byte aligned
 };
 
-// Whether the decode kernel is the better one: few queries, whatever the number of keys. `max_length_q`: a bound on the queries of a
+// Whether the decode kernel is the better one: few queries, and several times as many keys. `max_length_q`: a bound on the queries of a
 // sequence (dense: their number). Nothing depends on its truth but speed.
 bool prefers_attention_decode(const AttentionForwardParams& params, int64_t max_length_q);
 

@@ -31,7 +31,8 @@ cudaError_t with_config(int head_dim, int row_tiles, Call call) {
 namespace seal {
 
 bool prefers_attention_decode(const AttentionForwardParams& p, int64_t max_length_q) {
-  return max_length_q <= 8 || max_length_q * (p.q.heads / p.k.heads) <= 64;
+  const bool few = max_length_q <= 8 || max_length_q * (p.q.heads / p.k.heads) <= 64;
+  return few && 4 * max_length_q <= sm90::decode_keys(p, max_length_q);
 }
 
 cudaError_t plan_attention_decode(const AttentionForwardParams& p, int64_t max_length_q, int32_t splits, AttentionDecodePlan* plan) {

@@ -14,6 +14,12 @@ inline int decode_row_tiles(const AttentionForwardParams& p, int64_t max_length_
   return rows <= 16 ? 1 : rows <= 32 ? 2 : 4;
 }
 
+// Keys that a sequence's queries see between them. Packed: of a sequence of mean length; the device alone knows the lengths.
+inline int64_t decode_keys(const AttentionForwardParams& p, int64_t max_length_q) {
+  const int64_t keys = p.cu_seqlens_k == nullptr ? p.k.rows : p.k.rows / p.sequences;
+  return p.window_left < 0 || p.window_right < 0 ? keys : std::min<int64_t>(keys, int64_t{p.window_left} + max_length_q + p.window_right);
+}
+
 // Splits that fill `slots` thread blocks best: of those within 5 % of the best filled last wave the fewest.
 inline int64_t decode_splits(int64_t tiles, int64_t slots, int64_t most) {
   const auto filled = [&](int64_t splits) {
@@ -40,9 +46,7 @@ cudaError_t plan_decode(const AttentionForwardParams& p, int64_t max_length_q, i
   const int64_t group = p.q.heads / p.k.heads;
   const int64_t row_blocks = std::max<int64_t>(1, (max_length_q * group + Config::kRows - 1) / Config::kRows);
   const int64_t tiles = row_blocks * p.k.heads * p.sequences;
-  int64_t keys = p.cu_seqlens_k == nullptr ? p.k.rows : p.k.rows / p.sequences;  // packed: the mean; the device knows the lengths
-  if (p.window_left >= 0 && p.window_right >= 0) keys = std::min<int64_t>(keys, int64_t{p.window_left} + max_length_q + p.window_right);
-  if (splits == 0) splits = decode_splits(tiles, int64_t{multiprocessors} * Config::kBlocksPerSM, keys / kLeastKeys);
+  if (splits == 0) splits = decode_splits(tiles, int64_t{multiprocessors} * Config::kBlocksPerSM, decode_keys(p, max_length_q) / kLeastKeys);
   splits = std::clamp<int64_t>(splits, 1, kMaxDecodeSplits);
   if (tiles * splits > INT32_MAX) return cudaErrorInvalidValue;
   const int64_t results = p.q.batch * p.q.rows * p.q.heads * splits;
