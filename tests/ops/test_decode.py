@@ -74,7 +74,7 @@ def test_any_number_of_splits(case, splits, monkeypatch):
 def test_more_queries_than_promised_are_computed_all_the_same(monkeypatch):
     from seal_ops.ops.backends.triton import decode
 
-    case = Case((9, 30), (60, 90), heads=(4, 2))
+    case = Case((9, 0, 30), (60, 20, 90), heads=(4, 2), scale="row-channel", offset=True)
     monkeypatch.setattr(decode, "splits_for", lambda *_: 2)
     inputs = inputs_of(case, torch.float16, device_of("triton"))
     out, lse = seal_ops.attention(**inputs, max_seqlen=2, backend="triton", return_lse=True)
