@@ -46,10 +46,10 @@ def _factors(factor, seq, head, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
     return tl.load(ptr + at, mask=(d < HEAD_DIM)[None, :], other=0.0)
 
 
-@triton.jit(do_not_specialize=["len_q", "len_k", "row_blocks", "splits", "left", "right"])
+@triton.jit(do_not_specialize=["len_q", "len_k", "row_blocks", "kv_heads", "group", "splits", "left", "right"])
 def _split(q_ptr, q_strides, k_source, v_source, out_ptr, lse_ptr, partial_ptr, partial_lse_ptr, cu_q_ptr, cu_k_ptr, scale, offset,
-           qk_scale, len_q, len_k, row_blocks, kv_heads, splits, left, right, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr,
-           BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, POSITIVE: tl.constexpr, TMA: tl.constexpr):
+           qk_scale, len_q, len_k, row_blocks, kv_heads, group, splits, left, right, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+           BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, POSITIVE: tl.constexpr, TMA: tl.constexpr):
     """One split of one KV head: normalised partial results and their log-sum-exp, or with partial_ptr None the final ones."""
     PACKED: tl.constexpr = cu_q_ptr is not None
     all_q = len_q
@@ -72,16 +72,16 @@ def _split(q_ptr, q_strides, k_source, v_source, out_ptr, lse_ptr, partial_ptr, 
     d = tl.arange(0, BLOCK_D)
     stride_b, stride_s, stride_h = q_strides
     # One turn, unless a packed sequence has more queries than max_seqlen promised.
-    for first in tl.range(row_block * BLOCK_M, len_q * GROUP, row_blocks * BLOCK_M):
+    for first in tl.range(row_block * BLOCK_M, len_q * group, row_blocks * BLOCK_M):
         rows = first + tl.arange(0, BLOCK_M)
-        query = rows // GROUP
-        head = kv_head * GROUP + rows % GROUP
-        inside = rows < len_q * GROUP
+        query = rows // group
+        head = kv_head * group + rows % group
+        inside = rows < len_q * group
         written = inside[:, None] & (d < HEAD_DIM)[None, :]
         at = batch.to(tl.int64) * stride_b + (start_q + query).to(tl.int64) * stride_s + head.to(tl.int64) * stride_h
         q = tl.load(q_ptr + at[:, None] + d[None, :], mask=written, other=0.0)
 
-        begin, full_begin, full_end, end = key_blocks_of(first // GROUP, tl.minimum((first + BLOCK_M - 1) // GROUP, len_q - 1), bounds, BLOCK_N)
+        begin, full_begin, full_end, end = key_blocks_of(first // group, tl.minimum((first + BLOCK_M - 1) // group, len_q - 1), bounds, BLOCK_N)
         share = (end - begin) // splits
         more = (end - begin) % splits
         begin += split * share + tl.minimum(split, more)
@@ -100,7 +100,7 @@ def _split(q_ptr, q_strides, k_source, v_source, out_ptr, lse_ptr, partial_ptr, 
         lse = tl.where(total > 0, (top + tl.log2(total)) * _LN2, float("-inf"))
         acc = acc * _inverse(total)[:, None]
         token = batch.to(tl.int64) * all_q + start_q + query
-        result = token * (kv_heads * GROUP) + head
+        result = token * (kv_heads * group) + head
         if partial_ptr is not None:
             result = result * splits + split
             tl.store(partial_ptr + result[:, None] * HEAD_DIM + d[None, :], acc, mask=written)
@@ -108,7 +108,7 @@ def _split(q_ptr, q_strides, k_source, v_source, out_ptr, lse_ptr, partial_ptr, 
         else:
             acc = _scaled(acc, scale, offset, seq, head, HEAD_DIM, BLOCK_D)
             tl.store(out_ptr + result[:, None] * HEAD_DIM + d[None, :], acc.to(out_ptr.dtype.element_ty), mask=written)
-            tl.store(lse_ptr + (batch * kv_heads * GROUP + head).to(tl.int64) * all_q + start_q + query, lse, mask=inside)
+            tl.store(lse_ptr + (batch * kv_heads * group + head).to(tl.int64) * all_q + start_q + query, lse, mask=inside)
 
 
 @triton.jit(do_not_specialize=["len_q", "splits", "num_seqs"])
@@ -201,8 +201,8 @@ def attention(q, k, v, scale, offset, out, lse, geometry: Geometry, longest: int
             partial_lse = torch.empty(results * parts, dtype=torch.float32, device=q.device)
         _split[(tiles * parts,)](
             q, strides(q), rows_k.source(tile.n), rows_v.source(tile.n), out, lse, partial, partial_lse, geometry.cu_q, geometry.cu_k,
-            *factors, geometry.sigma * LOG2E, geometry.len_q, geometry.len_k, row_blocks, geometry.kv_heads, parts, geometry.left,
-            geometry.right, GROUP=geometry.group, BLOCK_M=tile.m, BLOCK_N=tile.n, POSITIVE=geometry.sigma > 0, TMA=uses_tma(q),
+            *factors, geometry.sigma * LOG2E, geometry.len_q, geometry.len_k, row_blocks, geometry.kv_heads, geometry.group,
+            parts, geometry.left, geometry.right, BLOCK_M=tile.m, BLOCK_N=tile.n, POSITIVE=geometry.sigma > 0, TMA=uses_tma(q),
             **constants, **tile.options)
         if parts > 1:
             _combine[(results,)](partial, partial_lse, out, lse, geometry.cu_q, *factors, geometry.num_seqs, geometry.len_q, parts,
