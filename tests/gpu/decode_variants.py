@@ -1,8 +1,8 @@
 """Times compile-time variants of the CUDA decode kernels beside PyTorch's SDPA, each checked against fp64 first. Needs a Hopper GPU and nvcc.
 
 usage: python tests/gpu/decode_variants.py [--only NAME] [--triton] [--ms 60]      NAME: hd128, hd64, hd256, rows32, rows64
-One table a group of shapes: microseconds and, in brackets, the share of the bytes' time at 4.3 TB/s (H200) or 3.0 TB/s (H100). The pick
-goes into with_config of csrc/cuda/sm90/attention_decode.cu (CUDA) and _DECODE of the Triton backend's configs.py.
+One table a group of shapes; the bytes' time is K and V read once at 4.3 TB/s (H200) or 3.0 TB/s (H100). The pick goes into
+with_config of csrc/cuda/sm90/attention_decode.cu (CUDA) and _DECODE of the Triton backend's configs.py.
 """
 from __future__ import annotations
 
@@ -68,6 +68,31 @@ def right(library, index: int, variant, geometry) -> bool:
         return False
 
 
+def timed(library, variants, good, geometry, batch: int, keys: int, clock: Clock, options) -> tuple[dict, int]:
+    """Times by name, and the number of splits that the op would choose."""
+    sq, heads, kv_heads, head_dim = geometry
+    q = torch.randn(batch, sq, heads, head_dim, device="cuda", dtype=torch.bfloat16)
+    k, v = (torch.randn(batch, kv_heads, keys, head_dim, device="cuda", dtype=torch.bfloat16).transpose(1, 2) for _ in range(2))
+    scale = 1 + 0.1 * torch.randn(heads, head_dim, device="cuda")
+    calls = {str(variant): prepare(library, q, k, v, scale, variant=variants.index(variant))[0] for variant in good}
+    call, _, _, plan = prepare(library, q, k, v, scale)
+    calls["table"] = call
+    for name, splits in (("half", max(1, plan["splits"] // 2)), ("twice", 2 * plan["splits"])):
+        calls[f"table, {name} the splits"] = prepare(library, q, k, v, scale, splits=splits)[0]
+    if options.triton:
+        calls["triton"] = lambda: seal_ops.attention(q, k, v, scale, backend="triton")
+    for name, backend in SDPA.items():
+        call = sdpa(backend, q, k, v)
+        try:
+            call()
+        except RuntimeError:  # not this backend, not here
+            continue
+        calls[name] = call
+    for call in calls.values():
+        call()
+    return in_turn(calls, clock, options.ms, warm_ms=10), plan["splits"]
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=GROUPS)
@@ -75,13 +100,12 @@ def main() -> int:
     parser.add_argument("--ms", type=float, default=60, help="device time for each figure")
     options = parser.parse_args()
     names = [options.only] if options.only else list(GROUPS)
-    device = torch.device("cuda")
     bandwidth = 4.3e6 if "H200" in torch.cuda.get_device_name() else 3.0e6  # bytes a microsecond
     start = time.time()
     variants = tuple(dict.fromkeys(v for name in names for v in GROUPS[name][2]))
     library = build(variants)
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}; built {len(variants)} variants in {time.time() - start:.0f} s", flush=True)
-    clock, wrong = Clock(device), 0
+    clock, wrong = Clock(torch.device("cuda")), 0
     for name in names:
         geometry, shapes, mine = GROUPS[name]
         sq, heads, kv_heads, head_dim = geometry
@@ -89,35 +113,15 @@ def main() -> int:
         wrong += len(mine) - len(good)
         rows: dict[str, list[str]] = {}
         for batch, keys in shapes:
-            q = torch.randn(batch, sq, heads, head_dim, device=device, dtype=torch.bfloat16)
-            k, v = (torch.randn(batch, kv_heads, keys, head_dim, device=device, dtype=torch.bfloat16).transpose(1, 2) for _ in range(2))
-            scale = 1 + 0.1 * torch.randn(heads, head_dim, device=device)
-            calls = {str(variant): prepare(library, q, k, v, scale, variant=variants.index(variant))[0] for variant in good}
-            _, _, _, plan = prepare(library, q, k, v, scale)
-            for splits in sorted({max(1, plan["splits"] // 2), plan["splits"], 2 * plan["splits"]}):
-                calls[f"table, {'half' if splits < plan['splits'] else 'twice' if splits > plan['splits'] else 'its'} splits"] = \
-                    prepare(library, q, k, v, scale, splits=splits)[0]
-            if options.triton:
-                calls["triton"] = lambda: seal_ops.attention(q, k, v, scale, backend="triton")
-            peers = {n: sdpa(b, q, k, v) for n, b in SDPA.items()}
-            for peer, call in peers.items():
-                try:
-                    call()
-                    calls[peer] = call
-                except RuntimeError:
-                    pass
-            for call in calls.values():
-                call()
-            times = in_turn(calls, clock, options.ms, warm_ms=10)
-            least = 4.0 * batch * keys * kv_heads * head_dim / bandwidth
-            best_peer = min((t.median for n, t in times.items() if n.startswith("sdpa")), default=float("nan"))
-            for call, t in times.items():
-                us = 1e3 * t.median
-                rows.setdefault(call, []).append(f"{batch}x{keys // K}k: {us:7.1f} ({least / us:4.0%}, {t.median / best_peer:4.2f})")
-            rows.setdefault("splits of the table", []).append(f"{batch}x{keys // K}k: {plan['splits']:7d}              ")
-            del q, k, v
+            times, splits = timed(library, variants, good, geometry, batch, keys, clock, options)
             torch.cuda.empty_cache()
-        print(f"\n{name}: {sq} quer{'y' if sq == 1 else 'ies'}, {heads}/{kv_heads} heads of {head_dim}: microseconds (share of the bytes' time, times the best SDPA's)")
+            least = 4.0 * batch * keys * kv_heads * head_dim / bandwidth
+            peer = min((t.median for n, t in times.items() if n.startswith("sdpa")), default=float("nan"))
+            rows.setdefault("splits of the table", []).append(f"{batch}x{keys // K}k: {splits:7d}" + " " * 13)
+            for call, t in times.items():
+                rows.setdefault(call, []).append(f"{batch}x{keys // K}k: {1e3 * t.median:7.1f} ({1e-3 * least / t.median:4.0%}, {t.median / peer:4.2f})")
+        print(f"\n{name}: {sq} quer{'y' if sq == 1 else 'ies'}, {heads}/{kv_heads} heads of {head_dim}; batch x keys: microseconds "
+              "(share of the bytes' time, times the best SDPA's)")
         for call, cells in rows.items():
             print(f"  {call:28s} " + "  ".join(cells), flush=True)
     print(f"\n{time.time() - start:.0f} s in all; {wrong} variants wrong")
