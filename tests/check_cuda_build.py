@@ -1,7 +1,8 @@
 """Compiles the CUDA kernels with nvcc (no GPU needed) and reads what ptxas and the disassembly say of them.
 
 Fails on any C75xx warning of ptxas (wgmma serialised, setmaxnreg ignored), on a register spill or a stack frame in a kernel
-that uses wgmma, and where the forward's or the backward's disassembly holds no HGMMA at all. Prints seconds, registers and HGMMA counts.
+that uses the tensor cores, and where the forward's or the backward's disassembly holds no HGMMA (wgmma) or decoding's no HMMA (mma.sync)
+at all. Prints seconds, registers and counts of both.
 usage: python tests/check_cuda_build.py [--jobs N] [--keep DIR]
 """
 import argparse
@@ -55,16 +56,16 @@ def kernels(ptxas: str) -> dict[str, dict[str, int]]:
     return found
 
 
-def hgmma_counts(dump: str, binary: pathlib.Path) -> dict[str, int]:
-    """HGMMA instructions of every kernel in the disassembly."""
+def product_counts(dump: str, binary: pathlib.Path) -> dict[str, dict[str, int]]:
+    """HGMMA and HMMA instructions of every kernel in the disassembly."""
     counts, name = {}, None
     text = subprocess.run([dump, "--dump-sass", str(binary)], capture_output=True, text=True, check=True).stdout
     for line in text.splitlines():
         if m := re.search(r"Function : (\S+)", line):
             name = m[1]
-            counts[name] = 0
-        elif name and "HGMMA" in line:
-            counts[name] += 1
+            counts[name] = {"HGMMA": 0, "HMMA": 0}
+        elif name and (m := re.search(r"\b(HGMMA|HMMA)\.", line)):
+            counts[name][m[1]] += 1
     return counts
 
 
@@ -83,9 +84,10 @@ def main() -> int:
     sources, flags = build_settings()
     dump = disassembler()
     if dump is None:
-        print("no cuobjdump here (it comes with CUDA and with Triton's wheel): HGMMA is not counted")
+        print("no cuobjdump here (it comes with CUDA and with Triton's wheel): products are not counted")
     failures, start = [], time.time()
-    totals = {"sm90/attention_forward": 0, "sm90/attention_backward": 0}
+    expected = {"sm90/attention_forward": "HGMMA", "sm90/attention_backward": "HGMMA", "sm90/attention_decode": "HMMA"}
+    totals = dict.fromkeys(expected, 0)
     with tempfile.TemporaryDirectory() as scratch:
         folder = options.keep or pathlib.Path(scratch)
         folder.mkdir(parents=True, exist_ok=True)
@@ -97,16 +99,17 @@ def main() -> int:
                     failures.append(f"{source}: nvcc failed\n{output}")
                     continue
                 failures += [f"{source}: {line.strip()}" for line in output.splitlines() if re.search(r"\bC75\d\d\b", line)]
-                counts = hgmma_counts(dump, binary) if dump else {}
+                counts = product_counts(dump, binary) if dump else {}
                 for name, used in kernels(output).items():
-                    tensor_core = counts.get(name, 0) > 0
+                    products = counts.get(name, {"HGMMA": 0, "HMMA": 0})
+                    tensor_core = sum(products.values()) > 0
                     print(f"  {used.get('registers', 0):3d} registers {used['spills']:4d} spilled bytes "
-                          f"{counts.get(name, 0):4d} HGMMA  {name[:110]}")
+                          f"{products['HGMMA']:4d} HGMMA {products['HMMA']:4d} HMMA  {name[:110]}")
                     if tensor_core and (used["spills"] or used["stack"]):
                         failures.append(f"{source}: {name}: {used['spills']} bytes spilled, {used['stack']} bytes of stack")
-                for kind in totals:
-                    totals[kind] += sum(counts.values()) if kind in source else 0
-    failures += [f"{kind}*.cu: not one HGMMA in the disassembly" for kind, n in totals.items() if dump and n == 0]
+                for kind, instruction in expected.items():
+                    totals[kind] += sum(c[instruction] for c in counts.values()) if kind in source else 0
+    failures += [f"{kind}*.cu: not one {expected[kind]} in the disassembly" for kind, n in totals.items() if dump and n == 0]
     print(f"{len(sources)} CUDA sources compiled in {time.time() - start:.0f} s with {options.jobs} jobs")
     for failure in failures:
         print(f"FAILED {failure}", file=sys.stderr)

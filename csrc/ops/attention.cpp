@@ -7,6 +7,7 @@
 
 #include <cmath>
 
+#include "attention_decode.h"
 #include "checks.h"
 #include "ops.h"
 
@@ -46,8 +47,8 @@ std::tuple<Tensor, Tensor> attention(
     const OptTensor& cu_seqlens, const OptTensor& cu_seqlens_k,
     std::optional<double> softmax_scale, bool causal, std::optional<int64_t> window,
     std::optional<int64_t> max_seqlen, std::optional<int64_t> max_seqlen_k, bool deterministic) {
-  // The forward is deterministic, and its persistent grid needs no bound on the lengths.
-  (void)max_seqlen, (void)max_seqlen_k, (void)deterministic;
+  // The forward is deterministic, and needs no bound on the lengths but to know that queries are few.
+  (void)max_seqlen_k, (void)deterministic;
   constexpr const char* kOp = "attention";
   const bool packed = cu_seqlens.has_value();
   check_qkv(kOp, q_in, k_in, v_in, packed);
@@ -89,6 +90,7 @@ std::tuple<Tensor, Tensor> attention(
   params.window_right = window_right;
   params.half = q.scalar_type() == at::kHalf;
   params.tile_counter = tile_counter.mutable_data_ptr<int32_t>();
+  if (attention_by_splits(params, packed ? max_seqlen.value_or(q.size(0)) : q.size(1))) return {out, lse};
   C10_CUDA_CHECK(launch_attention_forward(params, c10::cuda::getCurrentCUDAStream()));
   return {out, lse};
 }

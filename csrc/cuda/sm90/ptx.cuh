@@ -101,6 +101,9 @@ SEAL_DEVICE void registers_shrink() {
 
 // ---- programmatic dependent launch
 
+// Lets a dependent kernel be launched once every thread block has come here or ended; its waiting is its own affair.
+SEAL_DEVICE void launch_dependents() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
+
 // Waits until the kernels this one depends on have finished and their writes are visible.
 SEAL_DEVICE void wait_for_dependencies() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 

@@ -55,6 +55,13 @@ _HOPPER = {
 # Scaled, the grad_out tile is multiplied in registers and stays there, so that two programs with a third stage fill a
 # multiprocessor's 228 KB to the last byte; packed sequences need a few bytes more, and then it would hold one program alone.
 _HOPPER["dq_scaled"] = {**_HOPPER["dq"], 128: [Tile(64, 64, 4, 3), *_HOPPER["dq"][128]]}
+# Decoding, by the rows of a tile: as many bytes in flight as fit twice into a multiprocessor's shared memory.
+_DECODE = {f"decode{m}": {
+    64: [Tile(m, 128, 4, 3), Tile(m, 64, 4, 2), Tile(m, 32, 4, 2)],
+    128: [Tile(m, 64, 4, 3), Tile(m, 64, 4, 2), Tile(m, 32, 4, 2)],
+    256: [Tile(m, 32, 4, 3), Tile(m, 32, 4, 2), Tile(m, 16, 4, 2)],
+} for m in (16, 32, 64)}
+_HOPPER |= _DECODE
 # GPUs without TMA: chosen by what compiles with few or no spills, not measured.
 _OLDER = {
     "forward": {
@@ -75,6 +82,7 @@ _OLDER = {
     },
 }
 _OLDER["dq_scaled"] = _OLDER["dq"]
+_OLDER |= _DECODE
 # fp32 has no exact tensor-core product: fused multiply-adds, whose unrolled code limits the tile (compile time, registers).
 _FULL = {64: [Tile(32, 32, 8, 1), Tile(16, 16, 4, 1)], 128: [Tile(16, 16, 8, 1)]}
 _INTERPRETED = [Tile(32, 32, 4, 1)]  # the interpreter's time goes by the number of operations, not their size

@@ -8,49 +8,13 @@ import triton
 import triton.language as tl
 
 from ... import factors
+from . import decode
 from .configs import choose
 from .host import Geometry, Rows, factor_arguments, on_device, padded_head_dim, uses_tma
-from .tiling import LN2, LOG2E, block_start, key_blocks, load_factor, load_rows, locate, loop_range, product, seen
+from .online_softmax import key_loop
+from .tiling import LN2, LOG2E, key_blocks, load_factor, load_rows, locate
 
 _LN2 = tl.constexpr(LN2)
-
-
-@triton.jit
-def _key_loop(acc, total, top, q, k_source, v_source, batch, kv_head, start, rows, blocks, bounds, qk_scale,
-              BLOCK_N: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl.constexpr, PACKED: tl.constexpr,
-              POSITIVE: tl.constexpr, TMA: tl.constexpr):
-    """Online softmax over the full key blocks, or over the masked ones."""
-    len_k = bounds[1]
-    lower, upper = loop_range(blocks, MASKED)
-    for i in tl.range(lower, upper):
-        first = block_start(i, blocks, BLOCK_N, MASKED)
-        k = load_rows(k_source, batch, kv_head, start, first, len_k, BLOCK_N, HEAD_DIM, BLOCK_D, TMA, MASKED)
-        s = product(q, k.T, None)
-        if not POSITIVE:  # the maximum of sigma * s is not sigma * the maximum
-            s *= qk_scale
-        if MASKED:
-            keys = first + tl.arange(0, BLOCK_N)
-            s = tl.where(seen(rows[:, None], keys[None, :], bounds), s, float("-inf"))
-        if POSITIVE:
-            new_top = tl.maximum(top, tl.max(s, 1) * qk_scale)
-        else:
-            new_top = tl.maximum(top, tl.max(s, 1))
-        base = new_top
-        if MASKED:  # a row that has seen no key yet
-            base = tl.where(new_top == float("-inf"), 0.0, new_top)
-        if POSITIVE:
-            p = tl.exp2(s * qk_scale - base[:, None])
-        else:
-            p = tl.exp2(s - base[:, None])
-        decay = tl.exp2(top - base)
-        total = total * decay + tl.sum(p, 1)
-        acc = acc * decay[:, None]
-        v = load_rows(v_source, batch, kv_head, start, first, len_k, BLOCK_N, HEAD_DIM, BLOCK_D, TMA, MASKED)
-        if MASKED and PACKED and TMA:  # rows of the next sequence may hold NaN, and 0 * NaN would reach us
-            v = tl.where(keys[:, None] < len_k, v, 0.0)
-        acc = product(p.to(v.dtype), v, acc)
-        top = new_top
-    return acc, total, top
 
 
 @triton.jit(do_not_specialize=["num_seqs", "len_q", "len_k", "tiles", "left", "right"])
@@ -72,10 +36,10 @@ def _forward(q_source, k_source, v_source, out_ptr, lse_ptr, cu_q_ptr, cu_k_ptr,
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    acc, total, top = _key_loop(acc, total, top, q, k_source, v_source, batch, head // GROUP, start_k, rows, blocks, bounds,
-                                qk_scale, BLOCK_N, HEAD_DIM, BLOCK_D, False, PACKED, POSITIVE, TMA)
-    acc, total, top = _key_loop(acc, total, top, q, k_source, v_source, batch, head // GROUP, start_k, rows, blocks, bounds,
-                                qk_scale, BLOCK_N, HEAD_DIM, BLOCK_D, True, PACKED, POSITIVE, TMA)
+    acc, total, top = key_loop(acc, total, top, q, k_source, v_source, batch, head // GROUP, start_k, rows, blocks, bounds,
+                               qk_scale, BLOCK_N, HEAD_DIM, BLOCK_D, False, PACKED, POSITIVE, TMA)
+    acc, total, top = key_loop(acc, total, top, q, k_source, v_source, batch, head // GROUP, start_k, rows, blocks, bounds,
+                               qk_scale, BLOCK_N, HEAD_DIM, BLOCK_D, True, PACKED, POSITIVE, TMA)
 
     d = tl.arange(0, BLOCK_D)
     lse = tl.where(total > 0, (top + tl.log2(total)) * _LN2, float("-inf"))
@@ -93,7 +57,7 @@ def _forward(q_source, k_source, v_source, out_ptr, lse_ptr, cu_q_ptr, cu_k_ptr,
 
 def attention(q, k, v, scale=None, offset=None, *, softmax_scale=None, causal=True, window=None, cu_seqlens=None,
               cu_seqlens_k=None, max_seqlen=None, max_seqlen_k=None, deterministic=False):
-    """seal::attention (docs/ops.md). max_seqlen is not needed, and nothing here is ever nondeterministic."""
+    """seal::attention (docs/ops.md). max_seqlen only tells that queries are few, and nothing here is ever nondeterministic."""
     geometry = Geometry.of(q, k, softmax_scale, causal, window, cu_seqlens, cu_seqlens_k)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty((*q.shape[:-3], geometry.heads, geometry.len_q), dtype=torch.float32, device=q.device)
@@ -101,6 +65,10 @@ def attention(q, k, v, scale=None, offset=None, *, softmax_scale=None, causal=Tr
         return out, lse
     if k.numel() == 0:  # no descriptor can stand over nothing: every row is an empty one
         _fill_empty(out, lse, offset, geometry)
+        return out, lse
+    longest = geometry.len_q if max_seqlen is None else max_seqlen
+    if decode.preferred(geometry, longest):
+        decode.attention(q, k, v, scale, offset, out, lse, geometry, longest)
         return out, lse
     rows_q, rows_k, rows_v = (Rows(x) for x in (q, k, v))
 

@@ -64,11 +64,17 @@ def locate(pid, tiles, heads, num_seqs, cu_ptr, other_cu_ptr, length, other_leng
 
 @triton.jit
 def key_blocks(first, bounds, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Key blocks of the query tile that starts at row `first`: (begin, full_begin, full_end, end). Every score of the blocks
+    """Key blocks of the query tile that starts at row `first`: see key_blocks_of."""
+    return key_blocks_of(first, tl.minimum(first + BLOCK_M, bounds[0]) - 1, bounds, BLOCK_N)
+
+
+@triton.jit
+def key_blocks_of(first, last, bounds, BLOCK_N: tl.constexpr):
+    """Key blocks of the queries first..last: (begin, full_begin, full_end, end). Every score of the blocks
     full_begin..full_end is allowed; the others need the mask. Query i stands at the position i + len_k - len_q."""
     len_q, len_k, left, right = bounds
     position = first + len_k - len_q
-    last = tl.minimum(first + BLOCK_M, len_q) - 1 + len_k - len_q
+    last += len_k - len_q
     begin = 0
     end = len_k
     full_begin = 0

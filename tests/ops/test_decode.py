@@ -1,0 +1,98 @@
+"""Attention of few queries over many keys, on every backend; and the Triton kernels that split the keys."""
+import pytest
+import torch
+
+import seal_ops
+from cases import Case
+from conftest import device_of
+from decode_cases import CASES, assert_every_row, exact, in_cache, inputs_of
+from seal_ops.ops.dispatch import why_not
+
+
+def half(backend: str, device: torch.device) -> torch.dtype:
+    return torch.float16 if backend in ("cuda", "triton") else torch.float32
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_every_row_of_every_head(backend, device, case):
+    inputs = inputs_of(case, half(backend, device), device)
+    assert_every_row(*seal_ops.attention(**inputs, backend=backend, return_lse=True), inputs)
+
+
+@pytest.mark.parametrize("heads_first", [False, True])
+def test_a_view_of_a_longer_cache(backend, device, heads_first):
+    """Around the keys in use there is NaN, as in a cache of a fixed length."""
+    inputs = inputs_of(Case(1, 77, heads=(4, 2), head_dim=128, batch=2), half(backend, device), device)
+    expected = exact(inputs)
+    views = {n: in_cache(inputs[n], 9, heads_first) for n in ("k", "v")}
+    assert_every_row(*seal_ops.attention(**{**inputs, **views}, backend=backend, return_lse=True), inputs, expected)
+
+
+def test_packed_sequences_of_one_query(backend, device):
+    """max_seqlen tells the kernels that queries are few; a sequence without queries and one without keys are among them."""
+    lengths = (40, 3, 0, 66)
+    case = Case((1, 1, 1, 0), lengths, heads=(4, 2), scale="row-channel", offset=True)
+    inputs = inputs_of(case, half(backend, device), device)
+    want, want_lse = exact(inputs)
+    for bound in (None, 1, 4):
+        out, lse = seal_ops.attention(**inputs, max_seqlen=bound, backend=backend, return_lse=True)
+        torch.testing.assert_close(out.double(), want, rtol=2e-3, atol=2e-3)
+        torch.testing.assert_close(lse.double(), want_lse, rtol=1e-5, atol=2e-5)
+
+
+def test_gradients_flow_as_ever(backend, device):
+    case = Case(2, 50, heads=(4, 2))
+    inputs = inputs_of(case, half(backend, device), device)
+    leaves = {n: inputs[n].clone().requires_grad_() for n in ("q", "k", "v", "scale")}
+    seal_ops.attention(**{**inputs, **leaves}, backend=backend).float().square().sum().backward()
+    double = {n: inputs[n].double().requires_grad_() for n in leaves}
+    seal_ops.attention(**{**inputs, **double}, backend="reference").square().sum().backward()
+    tolerance = 1e-4 if inputs["q"].dtype == torch.float32 else 5e-3
+    for name, leaf in leaves.items():
+        want = double[name].grad
+        assert (leaf.grad.double() - want).norm() <= tolerance * want.norm(), name
+
+
+triton_only = pytest.mark.skipif((_reason := why_not("triton", "attention", device_of("triton"), torch.float16, 64)) is not None, reason=str(_reason))
+
+
+@triton_only
+@pytest.mark.parametrize("splits", [1, 2, 3, 7, 40])
+@pytest.mark.parametrize("case", [CASES[1], CASES[6], CASES[7]], ids=str)
+def test_any_number_of_splits(case, splits, monkeypatch):
+    """Also more splits than there are blocks of keys: the others contribute nothing."""
+    from seal_ops.ops.backends.triton import decode
+
+    chosen = []
+    monkeypatch.setattr(decode, "splits_for", lambda *_: chosen.append(splits) or splits)
+    inputs = inputs_of(case, torch.float16, device_of("triton"))
+    assert_every_row(*seal_ops.attention(**inputs, backend="triton", return_lse=True), inputs)
+    assert chosen, "another kernel ran"
+
+
+@triton_only
+def test_more_queries_than_promised_are_computed_all_the_same(monkeypatch):
+    from seal_ops.ops.backends.triton import decode
+
+    case = Case((9, 0, 30), (60, 20, 90), heads=(4, 2), scale="row-channel", offset=True)
+    monkeypatch.setattr(decode, "splits_for", lambda *_: 2)
+    inputs = inputs_of(case, torch.float16, device_of("triton"))
+    out, lse = seal_ops.attention(**inputs, max_seqlen=2, backend="triton", return_lse=True)
+    want, want_lse = exact(inputs)
+    torch.testing.assert_close(out.double(), want, rtol=2e-3, atol=2e-3)
+    torch.testing.assert_close(lse.double(), want_lse, rtol=1e-5, atol=2e-5)
+
+
+@triton_only
+def test_splits_fill_the_gpu():
+    from seal_ops.ops.backends.triton.decode import splits_for
+
+    for multiprocessors in (108, 132):
+        for tiles in (1, 3, 8, 64, 100, 256, 1000):
+            for keys in (1, 255, 4096, 32768, 131072):
+                splits = splits_for(tiles, keys, multiprocessors)
+                assert 1 <= splits <= max(1, keys // 256)
+                if keys == 131072:
+                    slots = 2 * multiprocessors
+                    waves = tiles * splits / slots
+                    assert waves / -(-waves // 1) > 0.9 or tiles * 4 > 3 * slots, (tiles, splits)
