@@ -4,8 +4,9 @@ import torch
 from torch.library import opcheck
 
 import seal_ops
+from cases import SMALL, Case, gradients_of, make, plain_pytorch, run
 from layouts import dtypes, half, strided
-from cases import SMALL, Case, assert_close, gradients_of, make, oracle, plain_pytorch, run
+from measure import assert_close, oracle
 from seal_ops.ops.dispatch import why_not
 
 seal = torch.ops.seal
