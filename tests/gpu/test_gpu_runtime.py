@@ -1,10 +1,10 @@
 """What surrounds the arithmetic: poisoned memory, repeatability, streams, devices, CUDA graphs, torch.compile, huge tensors."""
 import pytest
 import torch
-
-import seal_ops
 from cases import Case, gradients_of, make, plain_pytorch, run
 from measure import assert_close, oracle
+
+import seal_ops
 from seal_ops import rope_frequencies, rope_tables
 from seal_ops.ops.dispatch import why_not
 

@@ -2,19 +2,30 @@
 
 Right results come from the cpu backend; each test spoils one of them and expects `assert_close` to name it.
 """
+
 import pytest
 import torch
-
-import seal_ops
 from cases import Case, make, plain_pytorch, run
 from measure import assert_close, excess, norms, oracle
 
-FACTORS = [dict(scale="channel"), dict(scale="head", offset=True), dict(scale=None, lse=True), dict(scale="row-channel", lse=True),
-           dict(scale="row-head", offset=True), dict(scale="channel", offset=True)]
-SHAPES = [dict(sq=60, sk=93, heads=(4, 4), batch=2), dict(sq=97, sk=97, heads=(6, 2), batch=2),
-          dict(sq=64, sk=97, heads=(4, 2), batch=2, causal=False), dict(sq=128, sk=128, heads=(4, 4), batch=2, window=37),
-          dict(sq=(70, 0, 33, 40), sk=(70, 0, 33, 40), heads=(4, 2)),
-          dict(sq=(40, 1, 64), sk=(64, 30, 70), heads=(6, 2), causal=False, window=31, head_dim=128)]
+import seal_ops
+
+FACTORS = [
+    dict(scale="channel"),
+    dict(scale="head", offset=True),
+    dict(scale=None, lse=True),
+    dict(scale="row-channel", lse=True),
+    dict(scale="row-head", offset=True),
+    dict(scale="channel", offset=True),
+]
+SHAPES = [
+    dict(sq=60, sk=93, heads=(4, 4), batch=2),
+    dict(sq=97, sk=97, heads=(6, 2), batch=2),
+    dict(sq=64, sk=97, heads=(4, 2), batch=2, causal=False),
+    dict(sq=128, sk=128, heads=(4, 4), batch=2, window=37),
+    dict(sq=(70, 0, 33, 40), sk=(70, 0, 33, 40), heads=(4, 2)),
+    dict(sq=(40, 1, 64), sk=(64, 30, 70), heads=(6, 2), causal=False, window=31, head_dim=128),
+]
 CASES = [Case(**shape, **FACTORS[(n + 3 * i) % 6]) for n, shape in enumerate(SHAPES) for i in (0, 1)]
 GRADIENTS = ("grad_q", "grad_k", "grad_v")
 
@@ -75,10 +86,12 @@ def test_right_results_pass_and_wrong_ones_are_named(results):
 @pytest.mark.parametrize("head", [1, -1])
 def test_all_heads_but_one_zero(results, head):
     for case, right, exact, plain, name in each(results):
+
         def change(tensor):
             for view in rows_of(name, tensor, case):
                 kept = view[:, head].clone()
                 view.zero_()[:, head] = kept
+
         assert_seen(f"all but head {head}", case, right, name, change, exact, plain)
 
 
@@ -102,18 +115,22 @@ def test_one_channel_of_one_head_zero(results, channel):
 @pytest.mark.parametrize("quarter", range(4))
 def test_one_quarter_of_the_rows_zero(results, quarter):
     for case, right, exact, plain, name in each(results):
+
         def change(tensor):
             for view in rows_of(name, tensor, case):
                 view.tensor_split(4)[quarter].zero_()
+
         assert_seen(f"quarter {quarter}", case, right, name, change, exact, plain)
 
 
 @pytest.mark.parametrize("quarter", range(4))
 def test_one_quarter_of_one_head_zero(results, quarter):
     for case, right, exact, plain, name in each(results):
+
         def change(tensor):
             for view in rows_of(name, tensor, case):
                 view.tensor_split(4)[quarter][:, -1].zero_()
+
         assert_seen(f"quarter {quarter} of the last head", case, right, name, change, exact, plain)
 
 
@@ -127,9 +144,11 @@ def test_one_batch_row_or_packed_sequence_zero(results, row):
 @pytest.mark.parametrize("heads", [(0, 1), (0, -1)])
 def test_swapped_heads(results, heads):
     for case, right, exact, plain, name in each(results):
+
         def change(tensor):
             for view in rows_of(name, tensor, case):
                 view[:, list(heads)] = view[:, list(heads[::-1])].clone()
+
         assert_seen(f"heads {heads} swapped", case, right, name, change, exact, plain)
 
 
@@ -149,7 +168,11 @@ def test_factor_gradients_of_one_head_channel_or_row_zero_or_swapped(results):
         swap = lambda t: t.copy_(t.roll(1, at))
         assert_seen("heads moved by one", case, right, name, swap, exact, plain)
         if like.shape[-1] == case.head_dim:
-            order = exact[name].select(at, 0).flatten(0, -2).abs().sum(0).argsort() if like.dim() == 3 else exact[name][0].abs().argsort()
+            order = (
+                exact[name].select(at, 0).flatten(0, -2).abs().sum(0).argsort()
+                if like.dim() == 3
+                else exact[name][0].abs().argsort()
+            )
             for channel in order[[len(order) // 2, -1]]:  # a sum over all tokens may come out near 0 by itself
                 change = lambda t: t.select(at, 0).select(-1, channel).zero_()
                 assert_seen(f"channel {channel}", case, right, name, change, exact, plain)

@@ -1,10 +1,11 @@
 """Scale and offset of every legal shape and of extreme values, on every backend."""
+
 import pytest
 import torch
-
-import seal_ops
 from cases import Case, make, plain_pytorch, run
 from measure import assert_close, oracle
+
+import seal_ops
 
 
 def call(backend, **more):
@@ -16,10 +17,15 @@ def inputs_of(case, backend, device) -> dict:
     return make(case, dtype, device)
 
 
-SHAPES = [Case(33, 33, heads=(4, 2), batch=3, scale="row-head-2d"), Case(20, 33, heads=(4, 1), batch=3, scale="one-head", offset="row"),
-          Case(33, 20, heads=(2, 2), batch=2, scale="one-channel", offset="row", lse=True), Case(33, 33, batch=3, scale=None, offset="row"),
-          Case((9, 0, 33), (9, 0, 33), heads=(4, 2), scale="row-head-2d", offset="row"),
-          Case((9, 12), (30, 12), heads=(4, 2), scale="row-channel", offset="row"), Case((9, 12), (30, 12), scale="one-channel", offset=True)]
+SHAPES = [
+    Case(33, 33, heads=(4, 2), batch=3, scale="row-head-2d"),
+    Case(20, 33, heads=(4, 1), batch=3, scale="one-head", offset="row"),
+    Case(33, 20, heads=(2, 2), batch=2, scale="one-channel", offset="row", lse=True),
+    Case(33, 33, batch=3, scale=None, offset="row"),
+    Case((9, 0, 33), (9, 0, 33), heads=(4, 2), scale="row-head-2d", offset="row"),
+    Case((9, 12), (30, 12), heads=(4, 2), scale="row-channel", offset="row"),
+    Case((9, 12), (30, 12), scale="one-channel", offset=True),
+]
 
 
 @pytest.mark.parametrize("case", SHAPES, ids=str)
@@ -31,7 +37,15 @@ def test_every_shape_of_scale_and_offset(backend, device, case):
 @pytest.mark.parametrize("view", ["rows", "channels", "heads", "transposed"])
 def test_expanded_and_strided_factors(backend, device, view):
     """The same numbers as a broadcast or transposed view; the gradient arrives at what was expanded."""
-    case = Case(21, 21, heads=(4, 2), head_dim=16, batch=3, scale={"channels": "head", "heads": "one-head"}.get(view, "channel"), offset=True)
+    case = Case(
+        21,
+        21,
+        heads=(4, 2),
+        head_dim=16,
+        batch=3,
+        scale={"channels": "head", "heads": "one-head"}.get(view, "channel"),
+        offset=True,
+    )
     inputs = inputs_of(case, backend, device)
     if view == "heads":  # one factor for all heads
         inputs["scale"] = inputs["scale"][:, 1:2]
@@ -45,7 +59,9 @@ def test_expanded_and_strided_factors(backend, device, view):
             scale = scale.expand(1, 4, 1)
         else:
             scale, offset = (t.T.contiguous().T for t in (scale, offset))
-        return others["backend_call"](scale=scale, offset=offset, **{n: t for n, t in others.items() if n != "backend_call"})
+        return others["backend_call"](
+            scale=scale, offset=offset, **{n: t for n, t in others.items() if n != "backend_call"}
+        )
 
     got, plain = (run(lambda **a: function(**a, backend_call=f), case, inputs) for f in (call(backend), plain_pytorch))
     expanded = {**inputs, "scale": inputs["scale"].expand(1, 4, 1).clone()} if view == "heads" else inputs
@@ -53,7 +69,9 @@ def test_expanded_and_strided_factors(backend, device, view):
     if view == "heads":  # the oracle's gradient is one a head
         for results in (got, plain):
             assert results["grad_scale"].shape == (1, 1, 1)
-        torch.testing.assert_close(got["grad_scale"].double(), exact["grad_scale"].sum(1, keepdim=True), rtol=2e-2, atol=2e-2)
+        torch.testing.assert_close(
+            got["grad_scale"].double(), exact["grad_scale"].sum(1, keepdim=True), rtol=2e-2, atol=2e-2
+        )
         del exact["grad_scale"]
     assert_close(got, exact, plain)
 
