@@ -15,9 +15,10 @@ def bounds(causal: bool, window: int | None) -> tuple[int, int]:
     return left, right
 
 
-def allowed(sq: int, sk: int, left: int, right: int, device: torch.device | str = "cpu") -> torch.Tensor:
-    """Boolean [Sq, Sk]: which keys each query may see."""
-    distance = torch.arange(sk, device=device)[None, :] - (torch.arange(sq, device=device)[:, None] + sk - sq)
+def allowed(sq: int, sk: int, left: int, right: int, device: torch.device | str = "cpu", first: int | None = None) -> torch.Tensor:
+    """Boolean [Sq, Sk]: which keys each query may see; `first` is the position of the first query (aligned to the end without it)."""
+    first = sk - sq if first is None else first
+    distance = torch.arange(sk, device=device)[None, :] - (torch.arange(sq, device=device)[:, None] + first)
     seen = torch.ones(sq, sk, dtype=torch.bool, device=device)
     if left >= 0:
         seen &= distance >= -left

@@ -3,9 +3,10 @@ import itertools
 
 import pytest
 import torch
+from cases import Case, make, plain_pytorch, run
+from measure import assert_close, oracle
 
 import seal_ops
-from cases import Case, assert_close, make, oracle, plain_pytorch, run
 from seal_ops.ops.dispatch import why_not
 
 # Lengths around every tile edge, single rows, and both orders of unequal lengths.

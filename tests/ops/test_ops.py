@@ -1,11 +1,12 @@
 """attention on every backend: against the oracle, under autograd and torch.compile, on ugly inputs."""
 import pytest
 import torch
+from cases import SMALL, Case, gradients_of, make, plain_pytorch, run
+from layouts import dtypes, half, strided
+from measure import assert_close, oracle
 from torch.library import opcheck
 
 import seal_ops
-from layouts import dtypes, half, strided
-from cases import SMALL, Case, assert_close, gradients_of, make, oracle, plain_pytorch, run
 from seal_ops.ops.dispatch import why_not
 
 seal = torch.ops.seal

@@ -4,8 +4,8 @@ import sys
 
 import pytest
 import torch
-
 from conftest import device_of
+
 from seal_ops.ops.dispatch import why_not
 
 if (_reason := why_not("triton", "attention", device_of("triton"), torch.float16, 64)) is not None:
@@ -13,10 +13,11 @@ if (_reason := why_not("triton", "attention", device_of("triton"), torch.float16
 
 import triton  # noqa: E402
 import triton.language as tl  # noqa: E402
+from cases import SMALL, Case, gradients_of, make, plain_pytorch, run  # noqa: E402
+from measure import assert_close, oracle  # noqa: E402
 from triton.runtime.errors import OutOfResources  # noqa: E402
 
 import seal_ops.ops.backends.triton as kernels  # noqa: E402
-from cases import SMALL, Case, assert_close, gradients_of, make, oracle, plain_pytorch, run  # noqa: E402
 from seal_ops.ops import masks as mask  # noqa: E402
 from seal_ops.ops.backends.triton import configs, forward, tiling  # noqa: E402
 

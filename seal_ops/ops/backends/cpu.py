@@ -18,45 +18,90 @@ _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
+_CHUNK = 256  # queries that share one call of ATen, and one additive mask, where ATen's own causal flag does not say the mask
+
+
+def _pieces(sq: int, sk: int, left: int, right: int):
+    """(queries, keys, causal, mask) of the calls of ATen that make up one attention: mask is None or (rows, columns, first position).
+
+    Rows of a softmax are independent. So a window or a rectangular causal mask goes in chunks of queries, each with only the keys
+    that one of them sees: time goes by the pairs that count, and memory by chunk times keys.
+    """
+    left = -1 if left >= sk - 1 else left
+    right = -1 if right >= sq - 1 else right
+    square = left < 0 and right == 0 and sq == sk
+    if square or (left < 0 and right < 0):
+        yield slice(0, sq), slice(0, sk), square, None
+        return
+    for start in range(0, sq, _CHUNK):
+        stop = min(start + _CHUNK, sq)
+        first, last = start + sk - sq, stop - 1 + sk - sq  # positions of the chunk's queries
+        keys = slice(max(0, first - left) if left >= 0 else 0, min(sk, last + right + 1) if right >= 0 else sk)
+        whole = (left < 0 or last - left <= keys.start) and (right < 0 or first + right >= keys.stop - 1)
+        yield slice(start, stop), keys, False, None if whole else (stop - start, keys.stop - keys.start, first - keys.start)
+
+
 class _Batch:
-    """q, k, v of one batch (or one packed sequence) as ATen wants them: [B, H, S, D], without the leading queries that
-    see no key; with the mask as ATen's own causal flag where that says the same, else as an additive matrix."""
+    """q, k, v of one batch (or one packed sequence) as ATen wants them: [B, H, S, D], without the leading queries that see no key.
+
+    ATen applies its causal flag before the multiplication with the softmax scale, so that 0 and less would give NaN: the sign goes
+    into q.
+    """
 
     def __init__(self, q: Tensor, k: Tensor, v: Tensor, sigma: float, left: int, right: int):
         self.sq, self.sk = q.shape[1], k.shape[1]
         self.empty = mask.empty_rows(self.sq, self.sk, right)
         self.q, self.k, self.v = q[:, self.empty:].transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-        self.sigma, self.causal, self.bias = sigma, False, None
-        sq = self.sq - self.empty
-        left = -1 if left >= self.sk - 1 else left
-        if left < 0 and right == 0 and sq == self.sk:
-            self.causal = True
-        elif left >= 0 or (right >= 0 and right < sq - 1):
-            seen = mask.allowed(sq, self.sk, left, right)
-            self.bias = torch.zeros(sq, self.sk, dtype=q.dtype).masked_fill_(~seen, -math.inf)
+        self.sign, self.sigma = (sigma > 0) - (sigma < 0), abs(sigma) or 1.0
+        if self.sign <= 0:
+            self.q = self.q * self.sign
+        self.left, self.right = left, right
 
-    def _bias(self) -> Tensor | None:
-        return None if self.bias is None else self.bias.expand(self.q.shape[0], self.q.shape[1], -1, -1)
+    def _calls(self, like: Tensor):
+        """(queries, keys, keyword arguments of ATen) of every piece, the mask in the dtype of `like`."""
+        before = bias = None
+        for queries, keys, causal, seen in _pieces(self.sq - self.empty, self.sk, self.left, self.right):
+            if seen != before:  # the same for every chunk inside a window
+                before, bias = seen, None
+                if seen is not None:
+                    rows, columns, first = seen
+                    hidden = ~mask.allowed(rows, columns, self.left, self.right, first=first)
+                    bias = torch.zeros(rows, columns, dtype=like.dtype).masked_fill_(hidden, -math.inf).expand(*like.shape[:2], -1, -1)
+            yield queries, keys, dict(is_causal=causal, attn_mask=bias, scale=self.sigma)
 
-    def forward(self) -> tuple[Tensor, Tensor]:
-        """Unscaled output [B, H, S, D] and lse [B, H, S] of the queries that see a key."""
-        if self.q.numel() == 0:
-            return self.q, self.q.new_empty(self.q.shape[:3], dtype=_statistics(self.q))
-        return _flash(self.q, self.k, self.v, 0.0, self.causal, attn_mask=self._bias(), scale=self.sigma)
+    def forward(self, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+        """Unscaled output [B, H, S, D] and lse [B, H, S] of the queries that see a key, computed in `dtype`."""
+        q, k, v = (t if dtype is None else t.to(dtype) for t in (self.q, self.k, self.v))
+        out, lse = torch.empty(q.shape, dtype=q.dtype), torch.empty(q.shape[:3], dtype=_statistics(q))
+        if q.numel() == 0:
+            return out, lse
+        for queries, keys, arguments in self._calls(q):
+            out[:, :, queries], lse[:, :, queries] = _flash(q[:, :, queries], k[:, :, keys], v[:, :, keys], 0.0, **arguments)
+        return out, lse
 
     def backward(self, g: Tensor, out: Tensor, lse: Tensor, grad_lse: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """grad_q, grad_k, grad_v [B, H, S, D] for g = scale * grad_out and the unscaled output."""
-        if self.q.numel() == 0:
-            return self.q, torch.zeros_like(self.k), torch.zeros_like(self.v)
-        q, k, v, head_dim = self.q, self.k, self.v, self.q.shape[-1]
+        """grad_q, grad_k, grad_v [B, H, S, D] for g = scale * grad_out and the unscaled output, both in fp32 (fp64 for fp64).
+
+        bf16 and fp16 go through ATen as fp32: its sums of grad_k and grad_v over query blocks and heads are in the dtype of k.
+        """
+        q, k, v = (t.to(g.dtype) for t in (self.q, self.k, self.v))
+        if q.numel() == 0:
+            return q, torch.zeros_like(k), torch.zeros_like(v)
+        head_dim = q.shape[-1]
         if grad_lse is not None:
             # ATen forms delta = sum_d g * out. One more channel, 1 in g and -grad_lse in out, 0 in q, k and v, turns that
             # into delta - grad_lse (the gradient into the log-sum-exp) and leaves every product as it was.
             q, k, v = (torch.nn.functional.pad(t, (0, 1)) for t in (q, k, v))
             g = torch.nn.functional.pad(g, (0, 1), value=1.0)
             out = torch.cat((out, -grad_lse[..., None].to(out.dtype)), -1)
-        grads = _flash_backward(g, q, k, v, out, lse, 0.0, self.causal, attn_mask=self._bias(), scale=self.sigma)
-        return tuple(t[..., :head_dim] for t in grads)
+        grad_q, grad_k, grad_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        for queries, keys, arguments in self._calls(q):
+            of_rows = lambda t: t[:, :, queries]
+            grads = _flash_backward(of_rows(g), of_rows(q), k[:, :, keys], v[:, :, keys], of_rows(out), of_rows(lse), 0.0, **arguments)
+            grad_q[:, :, queries] = grads[0]
+            grad_k[:, :, keys] += grads[1]
+            grad_v[:, :, keys] += grads[2]
+        return tuple(t[..., :head_dim] for t in (grad_q if self.sign > 0 else grad_q * self.sign, grad_k, grad_v))
 
 
 def _statistics(q: Tensor) -> torch.dtype:
@@ -79,9 +124,8 @@ def _rows(factor: Tensor | None, rows: slice, q: Tensor) -> Tensor | None:
     return (view[rows] if view.shape[0] > 1 else view)[:, :, None]
 
 
-
 def _unscaled(out: Tensor, scale: Tensor | None, offset: Tensor | None) -> Tensor | None:
-    """The attention output before scale and offset, or None where it has to be computed once more.
+    """The attention output before scale and offset, in fp32 (fp64), or None where it has to be computed once more.
 
     Division gives it back to within its own rounding while no factor is near 0 (grad_scale has to be exact there) and none
     so large or small that `out` may have over- or underflowed; an offset may have swallowed it.
@@ -89,9 +133,9 @@ def _unscaled(out: Tensor, scale: Tensor | None, offset: Tensor | None) -> Tenso
     if offset is not None:
         return None
     if scale is None:
-        return out
+        return out.to(_statistics(out))
     size = scale.abs()
-    return (out / scale).to(out.dtype) if bool(((size > 1e-2) & (size < 1e2)).all()) else None
+    return out / scale if bool(((size > 1e-2) & (size < 1e2)).all()) else None
 
 
 def attention(q, k, v, scale=None, offset=None, *, softmax_scale=None, causal=True, window=None, cu_seqlens=None,
@@ -133,23 +177,23 @@ def attention_backward(grad_out, grad_lse, q, k, v, out, lse, scale=None, offset
         g = pick_q(grad_out).transpose(1, 2)
         if needs[4]:
             doffset[rows] = g.sum(2, dtype=statistics)
-        g = g[:, :, batch.empty:]
+        g = g[:, :, batch.empty:].to(statistics)
         s = _rows(scale, rows, q)
         o = _unscaled(pick_q(out).transpose(1, 2)[:, :, batch.empty:], s, offset)
         if o is None:
-            o, l = batch.forward()
+            o, l = batch.forward(statistics)
         else:
             l = lse if cu_seqlens is None else pick_q(lse.transpose(0, 1)).transpose(1, 2)
             l = l[:, :, batch.empty:]
         if needs[3]:
-            dscale[rows] = (g.to(statistics) * o).sum(2)
+            dscale[rows] = (g * o).sum(2)
         if not any(needs[:3]):
             continue
         dl = grad_lse
         if dl is not None:
             dl = dl if cu_seqlens is None else pick_q(dl.transpose(0, 1)).transpose(1, 2)
             dl = dl[:, :, batch.empty:]
-        grads = batch.backward(g if s is None else (g * s).to(g.dtype), o, l, dl)
+        grads = batch.backward(g if s is None else g * s, o, l, dl)
         pick_q(dq).transpose(1, 2)[:, :, batch.empty:] = grads[0]
         pick_k(dk).copy_(grads[1].transpose(1, 2))
         pick_k(dv).copy_(grads[2].transpose(1, 2))
