@@ -41,8 +41,10 @@ size_t plan(const AttentionBackwardParams& params, BackwardKernelParams* p) {
   p->heads_per_cta = whole_group ? group : 1;
   p->splits = group / p->heads_per_cta;
   constexpr int64_t kL2Share = 40 << 20;
+  const int64_t pairs = static_cast<int64_t>(packed ? 1 : p->batch) * p->heads_k * p->splits;
   const int64_t pair_bytes = static_cast<int64_t>(p->seqlen_q) * dim * 8 * p->heads_per_cta;
-  p->section = packed ? 1 : static_cast<int32_t>(std::max<int64_t>(1, std::min<int64_t>(kL2Share / std::max<int64_t>(1, pair_bytes), 1 << 20)));
+  // Not more pairs than there are: the kernels multiply by tiles_k in 32 bits, which holds the whole grid but not more.
+  p->section = packed ? 1 : static_cast<int32_t>(std::clamp<int64_t>(kL2Share / std::max<int64_t>(1, pair_bytes), 1, std::max<int64_t>(1, pairs)));
 
   const bool need_products = p->grad_q || p->grad_k || p->grad_v, need_keys = p->grad_k || p->grad_v;
   const bool need_rows = need_products || p->grad_scale;
@@ -71,6 +73,7 @@ size_t attention_backward_workspace(const AttentionBackwardParams& params) {
 cudaError_t launch_attention_backward(const AttentionBackwardParams& params, cudaStream_t stream) {
   BackwardKernelParams p;
   plan(params, &p);
+  if (std::max(p.tile_count_q, p.tile_count_k) * p.heads_q > INT32_MAX) return cudaErrorInvalidValue;  // no grid is larger
   switch (padded_head_dim(p.head_dim)) {
     case 64: return p.half ? launch_backward<__half, 64>(p, stream) : launch_backward<__nv_bfloat16, 64>(p, stream);
     case 128: return p.half ? launch_backward<__half, 128>(p, stream) : launch_backward<__nv_bfloat16, 128>(p, stream);
