@@ -33,18 +33,30 @@ size_t plan(const AttentionBackwardParams& params, BackwardKernelParams* p) {
   p->tile_count_k = static_cast<int64_t>(p->tiles_k) * (packed ? 1 : p->batch);
   p->padded_rows_q = p->tile_count_q * kTileRows;
 
-  // One CTA for a whole group of query heads needs no sums over heads, but there must be enough of them.
+  // A CTA that walks through several query heads of a group adds up their dK and dV in registers; what is split leaves as fp32
+  // partial sums, 16 bytes an element written and read. So as many heads to a CTA as leave enough CTAs: almost two rounds of
+  // them, which the causal tiles, the longest first, fill as well as four (docs/kernel_notes_backward.md).
   const int group = p->heads_q / p->heads_k;
-  constexpr int64_t kEnoughCtas = 4 * 132;
+  constexpr int kMultiprocessors = 132, kEnoughCtas = 2 * kMultiprocessors - 8;
   constexpr int kMostHeads = 32;  // of a thread block (BackwardTask::exact)
-  const bool whole_group = p->tile_count_k * p->heads_k >= kEnoughCtas && group <= kMostHeads;
-  p->heads_per_cta = whole_group ? group : 1;
+  const int64_t enough = p->enough_ctas > 0 ? p->enough_ctas : kEnoughCtas, key_tiles = p->tile_count_k * p->heads_k;
+  p->heads_per_cta = 1;
+  for (int heads = 2; heads <= std::min(group, kMostHeads); ++heads) {
+    if (group % heads == 0 && key_tiles * (group / heads) >= enough) p->heads_per_cta = heads;
+  }
+  if (!kTailSwitch) p->heads_per_cta = key_tiles >= 4 * kMultiprocessors && group <= kMostHeads ? group : 1;
   p->splits = group / p->heads_per_cta;
+
+  // Sections as wide as the rows of their heads stay in L2, not wider than all pairs: the kernels multiply by tiles_k in 32 bits.
+  // The last section is wide enough for four rounds of CTAs: the longest tile of the last pair would otherwise start when
+  // everything else is about to end.
   constexpr int64_t kL2Share = 40 << 20;
-  const int64_t pairs = static_cast<int64_t>(packed ? 1 : p->batch) * p->heads_k * p->splits;
-  const int64_t pair_bytes = static_cast<int64_t>(p->seqlen_q) * dim * 8 * p->heads_per_cta;
-  // Not more pairs than there are: the kernels multiply by tiles_k in 32 bits, which holds the whole grid but not more.
-  p->section = packed ? 1 : static_cast<int32_t>(std::clamp<int64_t>(kL2Share / std::max<int64_t>(1, pair_bytes), 1, std::max<int64_t>(1, pairs)));
+  const int64_t pairs = std::max<int64_t>(1, static_cast<int64_t>(packed ? 1 : p->batch) * p->heads_k * p->splits);
+  const int64_t pair_bytes = std::max<int64_t>(1, static_cast<int64_t>(p->seqlen_q) * dim * 8 * p->heads_per_cta);
+  p->section = packed ? 1 : static_cast<int32_t>(std::clamp<int64_t>(kL2Share / pair_bytes, 1, pairs));
+  const int64_t last_width = std::max<int64_t>(p->section, 4 * kMultiprocessors / std::max(1, p->tiles_k) + 1);
+  p->last_section = last_width >= pairs ? 0 : static_cast<int32_t>((pairs - last_width) / p->section * p->section);
+  if (!kTailSwitch) p->last_section = INT32_MAX;
 
   const bool need_products = p->grad_q || p->grad_k || p->grad_v, need_keys = p->grad_k || p->grad_v;
   const bool need_rows = need_products || p->grad_scale;
