@@ -25,6 +25,8 @@ struct BackwardKernelParams : AttentionBackwardParams {
   int32_t splits;              // heads_q / heads_k / heads_per_cta; > 1: dK and dV leave as fp32 partial sums
   int32_t section;             // (batch row, head, split) pairs whose tiles are interleaved in launch order
   int32_t last_section;        // first pair of the last section, which reaches to the end
+  int32_t task_count;          // tiles of keys times pairs
+  int32_t* task_counter;       // tasks claimed beyond the first of each CTA; attention_backward_rows sets it to 0
 
   float *lse2, *delta;         // [heads_q, padded_rows_q]: lse * log2(e) (+inf: no probability), rowsum(g * (out - offset)) - grad_lse
   float* dq;                   // [heads_q, padded_rows_q, D] in accumulator order

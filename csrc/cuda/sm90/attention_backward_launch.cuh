@@ -1,7 +1,10 @@
 // The launches of one head_dim and dtype. attention_backward_hd*.cu instantiate them, so that they compile side by side.
 #pragma once
 
+#include <algorithm>
+
 #include "attention_backward_main.cuh"
+#include "attention_backward_persistent.cuh"
 #include "attention_backward_query.cuh"
 #include "attention_backward_rows.cuh"
 #include "attention_backward_wide.cuh"
@@ -56,14 +59,19 @@ cudaError_t launch_main(const BackwardKernelParams& p, cudaStream_t stream) {
   BackwardMaps maps;
   SEAL_RETURN_IF_ERROR(make_maps(&maps, p, kM, p.key_rows));
   int bytes;
+  unsigned grid = static_cast<unsigned>(p.task_count);
   void (*kernel)(BackwardKernelParams, BackwardMaps);
   if constexpr (kD == 256) {
     bytes = sizeof(WideShared) + 1024, kernel = attention_backward_wide<T, kWork>;
+  } else if constexpr (kPersistent) {
+    using Config = BackwardConfig<T, kD, kWork>;
+    bytes = sizeof(PersistentShared<Config>) + 1024, kernel = attention_backward_persistent<Config>;
+    grid = std::min<unsigned>(grid, p.multiprocessors);
   } else {
     bytes = sizeof(BackwardShared<kD, kM>) + 1024, kernel = attention_backward_main<T, kD, kM, kWork>;
   }
   SEAL_RETURN_IF_ERROR(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
-  return launch_dependent(kernel, dim3(static_cast<unsigned>(p.tile_count_k * p.heads_k * p.splits)), 384, bytes, stream, p, maps);
+  return launch_dependent(kernel, dim3(grid), 384, bytes, stream, p, maps);
 }
 
 template <class T, int kD>

@@ -33,6 +33,7 @@ SEAL_DEVICE int turn(int begin, int end, int m) { return kDescending<kD> ? begin
 template <int kM, int kRows = kTileRows>
 struct BackwardTask {
   Sequence seq;
+  bool any;              // else the launch has no task left
   int batch_row, head_k, split, first_key;
   int first_head;
   uint64_t exact;            // bit h: head first_head + h needs an exact dscale
@@ -40,33 +41,45 @@ struct BackwardTask {
   int begin, end;        // query tiles
   int full_begin, full_end;  // those of them in which nothing is masked
 
-  SEAL_DEVICE BackwardTask(const BackwardKernelParams& p) {
+  // The task in place `block` of the launch order. All lanes of a converged warp call it, those with `writes` write: all of them
+  // where the task is a variable of each, one where it lies in shared memory.
+  SEAL_DEVICE void find(const BackwardKernelParams& p, int block, bool writes) {
     const bool packed = p.cu_seqlens_k != nullptr;
-    const LaunchOrder order(blockIdx.x, p.tiles_k, (packed ? 1 : p.batch) * p.heads_k * p.splits, p.section, p.last_section);
-    split = order.pair % p.splits, head_k = order.pair / p.splits % p.heads_k, batch_row = order.pair / p.splits / p.heads_k;
+    const LaunchOrder order(block, p.tiles_k, (packed ? 1 : p.batch) * p.heads_k * p.splits, p.section, p.last_section);
+    const int split_here = order.pair % p.splits, head_here = order.pair / p.splits % p.heads_k, row_here = order.pair / p.splits / p.heads_k;
     int local;
-    seq = locate(p, p.cu_seqlens_k, kRows, order.tile, batch_row, &local);
-    first_key = local * kRows;
-    tile = packed ? order.tile : static_cast<int64_t>(batch_row) * p.tiles_k + order.tile;
-    first_head = (head_k * p.splits + split) * p.heads_per_cta;
-    exact = 0;
+    const Sequence found = locate(p, p.cu_seqlens_k, kRows, order.tile, row_here, &local);
+    if (writes) {
+      seq = found;
+      batch_row = row_here, head_k = head_here, split = split_here, first_key = local * kRows;
+      tile = packed ? order.tile : static_cast<int64_t>(row_here) * p.tiles_k + order.tile;
+      first_head = (head_here * p.splits + split_here) * p.heads_per_cta;
+      exact = 0;
+    }
+    __syncwarp();
 
     const int last_key = min(first_key + kRows, seq.length_k) - 1, shift = seq.shift();
     const int first = p.window_right < 0 ? 0 : max(0, first_key - shift - p.window_right);
     const int last = p.window_left < 0 ? seq.length_q - 1 : min(seq.length_q - 1, last_key - shift + p.window_left);
-    begin = first / kM;
-    end = last_key < first_key || last < first ? begin : last / kM + 1;
-    // Every key of the tile is seen from query last_key - shift - right on, up to query first_key - shift + left.
-    full_begin = p.window_right < 0 ? begin : (max(0, last_key - shift - p.window_right) + kM - 1) / kM;
-    full_end = p.window_left < 0 ? end : max(0, first_key - shift + p.window_left + 1) / kM;
-    if (first_key + kRows > seq.length_k) full_end = full_begin;
+    const int begin_here = first / kM, end_here = last_key < first_key || last < first ? begin_here : last / kM + 1;
+    if (writes) {
+      begin = begin_here;
+      end = end_here;
+      // Every key of the tile is seen from query last_key - shift - right on, up to query first_key - shift + left.
+      full_begin = p.window_right < 0 ? begin_here : (max(0, last_key - shift - p.window_right) + kM - 1) / kM;
+      full_end = first_key + kRows > seq.length_k ? full_begin : p.window_left < 0 ? end_here : max(0, first_key - shift + p.window_left + 1) / kM;
+    }
   }
   // All lanes of a converged warp call it.
-  SEAL_DEVICE void find_exact_heads(const BackwardKernelParams& p) {
-    if (p.dscale_exact == nullptr) return;
-    for (int h = 0; h < p.heads_per_cta; ++h) {
-      if (needs_exact_dscale(p, seq.index, first_head + h)) exact |= uint64_t{1} << h;
+  SEAL_DEVICE void find_exact_heads(const BackwardKernelParams& p, bool writes) {
+    uint64_t found = 0;
+    if (p.dscale_exact != nullptr) {
+#pragma unroll 1
+      for (int h = 0; h < p.heads_per_cta; ++h) {
+        if (needs_exact_dscale(p, seq.index, first_head + h)) found |= uint64_t{1} << h;
+      }
     }
+    if (writes) exact = found;
   }
   SEAL_DEVICE int first_exact_head() const { return next_exact_head(first_head - 1); }
   // The exact head after `head`, if there is one.
@@ -175,18 +188,8 @@ SEAL_DEVICE void stream_tiles(const BackwardKernelParams& p, const BackwardMaps&
 // The heads with an exact dscale, found by a warp that has nothing else to do while the others begin.
 template <class Shared>
 SEAL_DEVICE void publish_exact_heads(const BackwardKernelParams& p, Shared& shared) {
-  auto& task = shared.task;
-  uint64_t exact = 0;
-  if (p.dscale_exact != nullptr) {
-#pragma unroll 1
-    for (int h = 0; h < p.heads_per_cta; ++h) {
-      if (needs_exact_dscale(p, task.seq.index, task.first_head + h)) exact |= uint64_t{1} << h;
-    }
-  }
-  if (threadIdx.x % 32 == 0) {
-    task.exact = exact;
-    barrier_arrive(&shared.exact_known);
-  }
+  shared.task.find_exact_heads(p, threadIdx.x % 32 == 0);
+  if (threadIdx.x % 32 == 0) barrier_arrive(&shared.exact_known);
 }
 
 // dscale of one head from one tile of keys: the columns of V * (P^T g), summed over the rows. `v`: the tile in shared memory;
@@ -227,8 +230,9 @@ __global__ void __launch_bounds__(384, 1)
   const uint32_t warp = warp_uniform(threadIdx.x / 32);
   const int lane = threadIdx.x % 32;
   if (warp == 1) {
-    BackwardTask<kM> task(p);
-    if constexpr (!kLateExact) task.find_exact_heads(p);
+    BackwardTask<kM> task;
+    task.find(p, blockIdx.x, true);
+    if constexpr (!kLateExact) task.find_exact_heads(p, true);
     if (lane == 0) shared.task = task;
   }
   if (warp == 0 && elect_one()) {

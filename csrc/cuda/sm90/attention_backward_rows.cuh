@@ -14,6 +14,7 @@ __global__ void __launch_bounds__(256, kScaled ? 3 : 4) attention_backward_rows(
   constexpr int kLanes = kD / 8, kRowsAtOnce = 256 / kLanes;  // lanes of a row: 16 bytes each
   __shared__ float sums[kRowsAtOnce][kD], row_delta[kTileRows];
   if (kPdl) release_dependents();
+  if (kPersistent && blockIdx.x == 0 && blockIdx.y == 0 && threadIdx.x == 0) *p.task_counter = 0;
   const bool packed = p.cu_seqlens_q != nullptr;
   // Heads of the same rows lie beside each other in memory: neighbouring CTAs take them.
   const int place = kHeadsFirst ? blockIdx.x / p.heads_q : blockIdx.x, head = kHeadsFirst ? blockIdx.x % p.heads_q : blockIdx.y;

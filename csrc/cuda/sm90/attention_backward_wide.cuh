@@ -38,8 +38,9 @@ __global__ void __launch_bounds__(384, 1)
   const uint32_t warp = warp_uniform(threadIdx.x / 32);
   const int lane = threadIdx.x % 32;
   if (warp == 1) {
-    BackwardTask<kM, kRows> task(p);
-    if constexpr (!kLateExact) task.find_exact_heads(p);
+    BackwardTask<kM, kRows> task;
+    task.find(p, blockIdx.x, true);
+    if constexpr (!kLateExact) task.find_exact_heads(p, true);
     if (lane == 0) shared.task = task;
   }
   if (warp == 0 && elect_one()) {
