@@ -27,8 +27,7 @@ DEVICE = "cuda"
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-SWITCHES = {"tail": "TAIL", "pdl": "PDL", "heads": "HEADS_FIRST", "late": "LATE_EXACT", "quad": "QUAD_VECTORS", "persistent": "PERSISTENT",
-            "store": "STORE_FIRST"}
+SWITCHES = {"tail": "TAIL", "pdl": "PDL", "heads": "HEADS_FIRST", "late": "LATE_EXACT", "quad": "QUAD_VECTORS", "persistent": "PERSISTENT"}
 VARIANTS = {
     "base": "",
     "tail": "tail",

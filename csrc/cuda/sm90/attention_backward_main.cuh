@@ -46,15 +46,20 @@ struct BackwardTask {
   SEAL_DEVICE void find(const BackwardKernelParams& p, int block, bool writes) {
     const bool packed = p.cu_seqlens_k != nullptr;
     const LaunchOrder order(block, p.tiles_k, (packed ? 1 : p.batch) * p.heads_k * p.splits, p.section, p.last_section);
-    const int split_here = order.pair % p.splits, head_here = order.pair / p.splits % p.heads_k, row_here = order.pair / p.splits / p.heads_k;
+    if (writes) {
+      split = order.pair % p.splits;
+      head_k = order.pair / p.splits % p.heads_k;
+      batch_row = order.pair / p.splits / p.heads_k;
+      first_head = (head_k * p.splits + split) * p.heads_per_cta;
+      exact = 0;
+      tile = packed ? order.tile : static_cast<int64_t>(batch_row) * p.tiles_k + order.tile;
+    }
+    __syncwarp();
     int local;
-    const Sequence found = locate(p, p.cu_seqlens_k, kRows, order.tile, row_here, &local);
+    const Sequence found = locate(p, p.cu_seqlens_k, kRows, order.tile, batch_row, &local);
     if (writes) {
       seq = found;
-      batch_row = row_here, head_k = head_here, split = split_here, first_key = local * kRows;
-      tile = packed ? order.tile : static_cast<int64_t>(row_here) * p.tiles_k + order.tile;
-      first_head = (head_here * p.splits + split_here) * p.heads_per_cta;
-      exact = 0;
+      first_key = local * kRows;
     }
     __syncwarp();
 
@@ -72,14 +77,11 @@ struct BackwardTask {
   }
   // All lanes of a converged warp call it.
   SEAL_DEVICE void find_exact_heads(const BackwardKernelParams& p, bool writes) {
-    uint64_t found = 0;
-    if (p.dscale_exact != nullptr) {
+    if (p.dscale_exact == nullptr) return;
 #pragma unroll 1
-      for (int h = 0; h < p.heads_per_cta; ++h) {
-        if (needs_exact_dscale(p, seq.index, first_head + h)) found |= uint64_t{1} << h;
-      }
+    for (int h = 0; h < p.heads_per_cta; ++h) {
+      if (needs_exact_dscale(p, seq.index, first_head + h) && writes) exact |= uint64_t{1} << h;
     }
-    if (writes) exact = found;
   }
   SEAL_DEVICE int first_exact_head() const { return next_exact_head(first_head - 1); }
   // The exact head after `head`, if there is one.

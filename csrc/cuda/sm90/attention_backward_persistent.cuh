@@ -48,6 +48,7 @@ struct PersistentShared {
   char ds[Config::kDsBuffers][Config::kBytesDs];     // [queries][keys]; between the tiles: dK and dV on their way out
   float dq[2][kBlockM * Config::kHeadDim / 2];       // a step's dQ on its way to global memory, each warpgroup's half in accumulator order
   Task task[2];
+  int counts[4];  // of the roles that have no register left for them
   alignas(16) float lse2[kStages][kBlockM], delta[kStages][kBlockM];  // filled by bulk copies
   uint64_t task_full[2], task_empty[2], task_wanted;
   uint64_t k_full, k_empty, v_full, v_empty;
@@ -76,8 +77,11 @@ SEAL_DEVICE int steps_of(const BackwardKernelParams& p, const typename Persisten
 template <class Config>
 SEAL_DEVICE void produce_tasks(PersistentShared<Config>& shared, const BackwardKernelParams& p) {
   const bool writes = threadIdx.x % 32 == 0;
-  int block = blockIdx.x;
-  for (int count = 0;; ++count) {
+  volatile int &count = shared.counts[0], &block = shared.counts[3];
+  if (writes) count = 0, block = blockIdx.x;
+  __syncwarp();
+#pragma unroll 1
+  while (true) {
     const int slot = stage_of<2>(count);
     auto& task = shared.task[slot];
     const bool any = block < p.task_count;
@@ -92,8 +96,12 @@ SEAL_DEVICE void produce_tasks(PersistentShared<Config>& shared, const BackwardK
     }
     if (!any) return;
     barrier_wait(&shared.task_wanted, count & 1);
-    if (writes) block = atomicAdd(p.task_counter, 1) + static_cast<int>(gridDim.x);
-    block = __shfl_sync(0xffffffffu, block, 0);
+    __syncwarp();  // all lanes have read `count`
+    if (writes) {
+      block = atomicAdd(p.task_counter, 1) + static_cast<int>(gridDim.x);
+      count = count + 1;
+    }
+    __syncwarp();
   }
 }
 
@@ -104,17 +112,18 @@ SEAL_DEVICE void produce_operands(PersistentShared<Config>& shared, const Backwa
   constexpr int kStages = Config::kStages, kM = Config::kBlockM, kN = Config::kBlockN, kD = Config::kHeadDim;
   const bool packed = p.cu_seqlens_k != nullptr;
   const uint64_t keep = policy_evict_last();
+  volatile int &count = shared.counts[1], &keys_count = shared.counts[2];
   int step = 0;
-  uint32_t keys_phase = 0;
+  count = keys_count = 0;
 #pragma unroll 1
-  for (int count = 0;; ++count) {
+  while (true) {
     const int slot = stage_of<2>(count);
     barrier_wait(&shared.task_full[slot], phase_of<2>(count));
     const auto& task = shared.task[slot];
     if (!task.any) return;
     const auto load_keys = [&](char* to, const CUtensorMap* map, uint64_t* full, uint64_t* empty) {
       const RowCoordinates rows(packed, kN, task.first_key, task.seq.length_k, packed ? task.seq.first_k : task.batch_row);
-      barrier_wait(empty, keys_phase ^ 1);
+      barrier_wait(empty, (keys_count & 1) ^ 1);
       barrier_expect_bytes(full, Config::kBytesKv);
       tma_load_tile<kN, kD>(to, map, full, task.head_k, rows, keep);
     };
@@ -135,7 +144,7 @@ SEAL_DEVICE void produce_operands(PersistentShared<Config>& shared, const Backwa
     if (steps > 0 || task.exact_steps() > 0) {
       load_keys(shared.k, &maps.k, &shared.k_full, &shared.k_empty);
       load_keys(shared.v, &maps.v, &shared.v_full, &shared.v_empty);
-      keys_phase ^= 1;
+      keys_count = keys_count + 1;
     }
 #pragma unroll 1
     for (int i = 0, head = task.first_head, m = task.begin; i < steps; ++i) {
@@ -149,7 +158,8 @@ SEAL_DEVICE void produce_operands(PersistentShared<Config>& shared, const Backwa
     }
     // The consumers are two steps and an epilogue behind.
     barrier_arrive(&shared.task_wanted);
-    barrier_arrive(&shared.task_empty[slot]);
+    barrier_arrive(&shared.task_empty[stage_of<2>(count)]);
+    count = count + 1;
   }
 }
 

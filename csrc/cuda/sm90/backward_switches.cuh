@@ -19,14 +19,11 @@
 #ifndef SEAL_BACKWARD_PERSISTENT  // main kernel: one CTA a multiprocessor, the next tile's copies under this one's epilogue
 #define SEAL_BACKWARD_PERSISTENT 0
 #endif
-#ifndef SEAL_BACKWARD_STORE_FIRST  // main kernel, head_dim 128: the first key tile stores dQ, the others add; no zeros written before
-#define SEAL_BACKWARD_STORE_FIRST 0
-#endif
 
 namespace seal::sm90 {
 
 constexpr bool kTailSwitch = SEAL_BACKWARD_TAIL, kPdl = SEAL_BACKWARD_PDL, kHeadsFirst = SEAL_BACKWARD_HEADS_FIRST;
 constexpr bool kLateExact = SEAL_BACKWARD_LATE_EXACT, kQuadVectors = SEAL_BACKWARD_QUAD_VECTORS;
-constexpr bool kPersistent = SEAL_BACKWARD_PERSISTENT, kStoreFirst = SEAL_BACKWARD_STORE_FIRST;
+constexpr bool kPersistent = SEAL_BACKWARD_PERSISTENT;
 
 }  // namespace seal::sm90
