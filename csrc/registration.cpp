@@ -17,6 +17,8 @@
 #ifdef SEAL_WITH_CUDA
 #include <ATen/cuda/CUDAContext.h>
 #include <cuda.h>
+
+#include "cuda/launch_overrides.h"
 #endif
 
 namespace {
@@ -119,5 +121,8 @@ PYBIND11_MODULE(_C, m) {
     const auto type = reinterpret_cast<THPDtype*>(dtype.ptr())->scalar_type;
     return seal::why_not_cuda(op, type, head_dim, capability);
   }, "why the sm_90a kernels cannot run this, in one sentence; empty where they can");
+  m.def("set_launch_overrides", [](int32_t enough_ctas, int32_t sms) { seal::launch_overrides() = {sms, enough_ctas}; },
+        pybind11::kw_only(), pybind11::arg("enough_ctas") = 0, pybind11::arg("sms") = 0,
+        "for tests: lets small shapes take the paths of large ones; without arguments the device decides again");
 #endif
 }

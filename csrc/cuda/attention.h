@@ -37,6 +37,7 @@ struct AttentionForwardParams {
   int32_t window_left, window_right;
   bool half;                      // fp16, else bf16
   int32_t* tile_counter;          // 4 bytes of device memory, any contents; the launch resets it in the stream
+  int32_t multiprocessors = 0;    // thread blocks at most; 0: one on each multiprocessor of the device
 };
 
 // Launches on the current device. Returns the first error of making the tensor maps or of the launch.

@@ -28,6 +28,8 @@ struct AttentionBackwardParams {
   const int32_t *cu_seqlens_q, *cu_seqlens_k;  // [batch + 1], null where dense
   bool half;                                   // fp16, else bf16
   bool deterministic;
+  int32_t multiprocessors;                     // CTAs of a persistent grid; 0: as the device has multiprocessors
+  int32_t enough_ctas;                         // CTAs of the main kernel that several heads to a CTA must leave; 0: as the device wants
   int32_t window_left, window_right;           // keys i - left .. i + right of query i (aligned to the end); -1: unbounded
   float softmax_scale;
 

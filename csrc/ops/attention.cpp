@@ -1,5 +1,6 @@
 // seal::attention for CUDA tensors: check, guard, allocate, launch.
 #include "../cuda/attention.h"
+#include "../cuda/launch_overrides.h"
 
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
@@ -90,6 +91,7 @@ std::tuple<Tensor, Tensor> attention(
   params.window_right = window_right;
   params.half = q.scalar_type() == at::kHalf;
   params.tile_counter = tile_counter.mutable_data_ptr<int32_t>();
+  params.multiprocessors = launch_overrides().multiprocessors;
   if (attention_by_splits(params, packed ? max_seqlen.value_or(q.size(0)) : q.size(1))) return {out, lse};
   C10_CUDA_CHECK(launch_attention_forward(params, c10::cuda::getCurrentCUDAStream()));
   return {out, lse};

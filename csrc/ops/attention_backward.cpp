@@ -1,5 +1,6 @@
 // seal::attention_backward for CUDA tensors: check, guard, allocate, launch.
 #include "../cuda/attention_backward.h"
+#include "../cuda/launch_overrides.h"
 
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
@@ -114,6 +115,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
   p.cu_seqlens_k = packed ? cu_k.const_data_ptr<int32_t>() : nullptr;
   p.half = q.scalar_type() == at::kHalf;
   p.deterministic = deterministic;
+  p.multiprocessors = launch_overrides().multiprocessors;
+  p.enough_ctas = launch_overrides().enough_ctas;
   p.window_left = window_left;
   p.window_right = window_right;
   p.softmax_scale = static_cast<float>(sigma);

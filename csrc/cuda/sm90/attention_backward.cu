@@ -20,6 +20,12 @@ struct Arena {
   }
 };
 
+int device_multiprocessors() {
+  int device = 0, count = 0;
+  const bool known = cudaGetDevice(&device) == cudaSuccess && cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device) == cudaSuccess;
+  return known ? count : 132;
+}
+
 // Fills in everything that follows from the caller's struct; returns the bytes of workspace.
 size_t plan(const AttentionBackwardParams& params, BackwardKernelParams* p) {
   static_cast<AttentionBackwardParams&>(*p) = params;
@@ -33,21 +39,38 @@ size_t plan(const AttentionBackwardParams& params, BackwardKernelParams* p) {
   p->tile_count_k = static_cast<int64_t>(p->tiles_k) * (packed ? 1 : p->batch);
   p->padded_rows_q = p->tile_count_q * kTileRows;
 
-  // One CTA for a whole group of query heads needs no sums over heads, but there must be enough of them.
+  // A CTA that walks through several query heads of a group adds up their dK and dV in registers; what is split leaves as fp32
+  // partial sums, 16 bytes an element written and read. So as many heads to a CTA as leave enough CTAs: almost two rounds of
+  // them, which the causal tiles, the longest first, fill as well as four (docs/kernel_notes_backward.md).
   const int group = p->heads_q / p->heads_k;
-  constexpr int64_t kEnoughCtas = 4 * 132;
   constexpr int kMostHeads = 32;  // of a thread block (BackwardTask::exact)
-  const bool whole_group = p->tile_count_k * p->heads_k >= kEnoughCtas && group <= kMostHeads;
-  p->heads_per_cta = whole_group ? group : 1;
+  if (p->multiprocessors <= 0) p->multiprocessors = device_multiprocessors();
+  if (p->enough_ctas <= 0) p->enough_ctas = 2 * p->multiprocessors - 8;
+  const int64_t key_tiles = p->tile_count_k * p->heads_k;
+  p->heads_per_cta = 1;
+  for (int heads = 2; heads <= std::min(group, kMostHeads); ++heads) {
+    if (group % heads == 0 && key_tiles * (group / heads) >= p->enough_ctas) p->heads_per_cta = heads;
+  }
+  if (!kTailSwitch) p->heads_per_cta = key_tiles >= 4 * 132 && group <= kMostHeads ? group : 1;
   p->splits = group / p->heads_per_cta;
+
+  // Sections as wide as the rows of their heads stay in L2, not wider than all pairs: the kernels multiply by tiles_k in 32 bits.
+  // The last section is wide enough for four rounds of CTAs: the longest tile of the last pair would otherwise start when
+  // everything else is about to end.
   constexpr int64_t kL2Share = 40 << 20;
-  const int64_t pair_bytes = static_cast<int64_t>(p->seqlen_q) * dim * 8 * p->heads_per_cta;
-  p->section = packed ? 1 : static_cast<int32_t>(std::max<int64_t>(1, std::min<int64_t>(kL2Share / std::max<int64_t>(1, pair_bytes), 1 << 20)));
+  const int64_t pairs = std::max<int64_t>(1, static_cast<int64_t>(packed ? 1 : p->batch) * p->heads_k * p->splits);
+  const int64_t pair_bytes = std::max<int64_t>(1, static_cast<int64_t>(p->seqlen_q) * dim * 8 * p->heads_per_cta);
+  p->section = packed ? 1 : static_cast<int32_t>(std::clamp<int64_t>(kL2Share / pair_bytes, 1, pairs));
+  const int64_t last_width = std::max<int64_t>(p->section, 4 * p->multiprocessors / std::max(1, p->tiles_k) + 1);
+  p->last_section = last_width >= pairs ? 0 : static_cast<int32_t>((pairs - last_width) / p->section * p->section);
+  if (!kTailSwitch) p->last_section = INT32_MAX;
 
   const bool need_products = p->grad_q || p->grad_k || p->grad_v, need_keys = p->grad_k || p->grad_v;
   const bool need_rows = need_products || p->grad_scale;
   const int64_t kv_floats = static_cast<int64_t>(p->heads_k) * p->tile_count_k * p->key_rows * dim;
   Arena arena{static_cast<char*>(p->workspace)};
+  p->task_count = static_cast<int32_t>(p->tile_count_k * p->heads_k * p->splits);
+  p->task_counter = kPersistent ? reinterpret_cast<int32_t*>(arena.floats(1)) : nullptr;
   p->lse2 = need_rows ? arena.floats(p->heads_q * p->padded_rows_q) : nullptr;
   p->delta = need_rows ? arena.floats(p->heads_q * p->padded_rows_q) : nullptr;
   p->dq = p->grad_q && need_keys && !p->deterministic && dim < 256 ? arena.floats(p->heads_q * p->padded_rows_q * dim) : nullptr;
@@ -71,6 +94,7 @@ size_t attention_backward_workspace(const AttentionBackwardParams& params) {
 cudaError_t launch_attention_backward(const AttentionBackwardParams& params, cudaStream_t stream) {
   BackwardKernelParams p;
   plan(params, &p);
+  if (std::max(p.tile_count_q, p.tile_count_k) * p.heads_q > INT32_MAX) return cudaErrorInvalidValue;  // no grid is larger
   switch (padded_head_dim(p.head_dim)) {
     case 64: return p.half ? launch_backward<__half, 64>(p, stream) : launch_backward<__nv_bfloat16, 64>(p, stream);
     case 128: return p.half ? launch_backward<__half, 128>(p, stream) : launch_backward<__nv_bfloat16, 128>(p, stream);

@@ -8,6 +8,7 @@
 #pragma once
 
 #include "../attention_backward.h"
+#include "backward_switches.cuh"
 #include "wgmma.cuh"
 
 namespace seal::sm90 {
@@ -20,9 +21,12 @@ struct BackwardKernelParams : AttentionBackwardParams {
   int32_t tiles_q, tiles_k;    // tiles of kTileRows queries, key_rows keys: of a sequence (dense), of the batch (packed, bound)
   int64_t padded_rows_q;       // rows of the padded space of q, all sequences
   int64_t tile_count_q, tile_count_k;  // of all sequences
-  int32_t heads_per_cta;       // query heads that one CTA of the main kernel walks through: heads_q / heads_k, or 1
+  int32_t heads_per_cta;       // query heads that one CTA of the main kernel walks through: a divisor of heads_q / heads_k
   int32_t splits;              // heads_q / heads_k / heads_per_cta; > 1: dK and dV leave as fp32 partial sums
-  int32_t section;             // (batch row, head) pairs whose tiles are interleaved in launch order
+  int32_t section;             // (batch row, head, split) pairs whose tiles are interleaved in launch order
+  int32_t last_section;        // first pair of the last section, which reaches to the end
+  int32_t task_count;          // tiles of keys times pairs
+  int32_t* task_counter;       // tasks claimed beyond the first of each CTA; attention_backward_rows sets it to 0
 
   float *lse2, *delta;         // [heads_q, padded_rows_q]: lse * log2(e) (+inf: no probability), rowsum(g * (out - offset)) - grad_lse
   float* dq;                   // [heads_q, padded_rows_q, D] in accumulator order
@@ -31,6 +35,29 @@ struct BackwardKernelParams : AttentionBackwardParams {
   float* dscale_exact;                       // [tile_count_k, heads_q, D]: columns of V * (P^T g), of the heads that need it
   void* scaled_grad;           // [rows of q, heads_q, head_dim]: scale * g, 16-bit
 };
+
+// Where a row of a tile stands in lse2 and delta: of every 16 rows, those of the accumulator columns that one thread holds (2 q,
+// 2 q + 1, 8 + 2 q, 8 + 2 q + 1) follow each other, so that it reads them at once (read_columns).
+SEAL_DEVICE int place_in_vector(int row) {
+  return kQuadVectors ? (row & ~15) | row % 8 / 2 * 4 | row / 8 % 2 * 2 | row % 2 : row;
+}
+
+// The values of a row vector in shared memory that belong to a thread's accumulator columns: of columns 8 j + 2 (lane % 4) + {0, 1}
+// values[j].
+template <int kPairs>
+SEAL_DEVICE void read_columns(float2 (&values)[kPairs], const float* vector, uint32_t quad_lane) {
+#pragma unroll
+  for (int j = 0; j < kPairs; j += 2) {
+    if constexpr (kQuadVectors) {
+      const float4 four = *reinterpret_cast<const float4*>(vector + 8 * j + 4 * quad_lane);
+      values[j] = make_float2(four.x, four.y);
+      values[j + 1] = make_float2(four.z, four.w);
+    } else {
+      values[j] = *reinterpret_cast<const float2*>(vector + 8 * j + 2 * quad_lane);
+      values[j + 1] = *reinterpret_cast<const float2*>(vector + 8 * j + 8 + 2 * quad_lane);
+    }
+  }
+}
 
 struct Sequence {
   int index;                   // batch row or number of the packed sequence
@@ -86,13 +113,14 @@ SEAL_DEVICE Sequence locate(const BackwardKernelParams& p, const int32_t* cu_seq
 }
 
 // Launch order: inside a section of pairs all first tiles come first, then all second ones, ... so that the longest tiles
-// start early while a section's rows stay in L2. `pairs` are (batch row, head, split), the last one fastest.
+// start early while a section's rows stay in L2. `pairs` are (batch row, head, split), the last one fastest; all from
+// `last_section` on are one section.
 struct LaunchOrder {
   int tile, pair;
 
-  SEAL_DEVICE LaunchOrder(int block, int tiles, int pairs, int section) {
-    const int first = block / (section * tiles) * section;
-    const int width = min(section, pairs - first);
+  SEAL_DEVICE LaunchOrder(int block, int tiles, int pairs, int section, int last_section) {
+    const int first = min(block / (section * tiles) * section, last_section);
+    const int width = first < last_section ? min(section, pairs - first) : pairs - first;
     const int rest = block - first * tiles;
     tile = rest / width;
     pair = first + rest % width;
@@ -107,6 +135,7 @@ SEAL_DEVICE bool needs_exact_dscale(const BackwardKernelParams& p, int index, in
   const float low = p.half ? 0x1p-4f : 0x1p-40f, high = p.half ? 0x1p8f : 0x1p60f;
   const float* const scale = p.scale + index * p.scale_batch_stride + head * p.scale_head_stride;
   bool unfit = false;
+#pragma unroll(kPersistent ? 1 : 4)
   for (int channel = threadIdx.x % 32; channel < (p.scale_channel_stride == 0 ? 1 : p.head_dim); channel += 32) {
     const float size = fabsf(scale[channel * p.scale_channel_stride]);
     unfit |= !(size >= low && size <= high);

@@ -1,7 +1,10 @@
 // The launches of one head_dim and dtype. attention_backward_hd*.cu instantiate them, so that they compile side by side.
 #pragma once
 
+#include <algorithm>
+
 #include "attention_backward_main.cuh"
+#include "attention_backward_persistent.cuh"
 #include "attention_backward_query.cuh"
 #include "attention_backward_rows.cuh"
 #include "attention_backward_wide.cuh"
@@ -13,6 +16,23 @@ namespace seal::sm90 {
     const cudaError_t status_ = (call);                \
     if (status_ != cudaSuccess) return status_;        \
   } while (0)
+
+// A kernel that follows another one of ours in the stream: it may start while that one ends, and waits for it itself
+// (wait_for_dependencies). The first kernel, and one behind a memset, are launched in the ordinary way.
+template <class... Arguments>
+cudaError_t launch_dependent(void (*kernel)(Arguments...), dim3 grid, int threads, int bytes, cudaStream_t stream, Arguments... arguments) {
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = dim3(threads);
+  config.dynamicSmemBytes = static_cast<size_t>(bytes);
+  config.stream = stream;
+  config.attrs = &attribute;
+  config.numAttrs = kPdl ? 1 : 0;
+  return cudaLaunchKernelEx(&config, kernel, arguments...);
+}
 
 inline TileSource tile_source(const BackwardKernelParams& p, const BackwardTensor& t, int rows, int heads) {
   return {t.data, p.cu_seqlens_q != nullptr ? 1 : p.batch, rows, heads, p.head_dim, t.batch_stride, t.row_stride, t.head_stride};
@@ -39,15 +59,19 @@ cudaError_t launch_main(const BackwardKernelParams& p, cudaStream_t stream) {
   BackwardMaps maps;
   SEAL_RETURN_IF_ERROR(make_maps(&maps, p, kM, p.key_rows));
   int bytes;
+  unsigned grid = static_cast<unsigned>(p.task_count);
   void (*kernel)(BackwardKernelParams, BackwardMaps);
   if constexpr (kD == 256) {
     bytes = sizeof(WideShared) + 1024, kernel = attention_backward_wide<T, kWork>;
+  } else if constexpr (kPersistent) {
+    using Config = BackwardConfig<T, kD, kWork>;
+    bytes = sizeof(PersistentShared<Config>) + 1024, kernel = attention_backward_persistent<Config>;
+    grid = std::min<unsigned>(grid, p.multiprocessors);
   } else {
     bytes = sizeof(BackwardShared<kD, kM>) + 1024, kernel = attention_backward_main<T, kD, kM, kWork>;
   }
   SEAL_RETURN_IF_ERROR(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
-  kernel<<<static_cast<unsigned>(p.tile_count_k * p.heads_k * p.splits), 384, bytes, stream>>>(p, maps);
-  return cudaGetLastError();
+  return launch_dependent(kernel, dim3(grid), 384, bytes, stream, p, maps);
 }
 
 template <class T, int kD>
@@ -56,43 +80,42 @@ cudaError_t launch_query(const BackwardKernelParams& p, cudaStream_t stream) {
   BackwardMaps maps;
   SEAL_RETURN_IF_ERROR(make_maps(&maps, p, kTileRows, kN));
   constexpr int kBytes = sizeof(QueryShared<kD, kN>) + 1024;
-  const auto kernel = attention_backward_query<T, kD, kN>;
+  void (*const kernel)(BackwardKernelParams, BackwardMaps) = attention_backward_query<T, kD, kN>;
   SEAL_RETURN_IF_ERROR(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes));
-  kernel<<<static_cast<unsigned>(p.tile_count_q * p.heads_q), 384, kBytes, stream>>>(p, maps);
-  return cudaGetLastError();
+  return launch_dependent(kernel, dim3(static_cast<unsigned>(p.tile_count_q * p.heads_q)), 384, kBytes, stream, p, maps);
 }
 
 template <class T, int kD, int kRows, bool kSplitRows>
 cudaError_t launch_tiles(const BackwardKernelParams& p, const AccumulatorTiles& t, cudaStream_t stream) {
   constexpr int kBytes = kRows * (kD + kPad) * 4;
-  const auto kernel = attention_backward_tiles<T, kD, kRows, kSplitRows>;
+  void (*const kernel)(BackwardKernelParams, AccumulatorTiles) = attention_backward_tiles<T, kD, kRows, kSplitRows>;
   SEAL_RETURN_IF_ERROR(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes));
   const int64_t tiles = t.of_queries ? p.tile_count_q * (kTileRows / kRows) : p.tile_count_k * (p.key_rows / kRows);
-  kernel<<<dim3(static_cast<unsigned>(tiles), t.heads), 256, kBytes, stream>>>(p, t);
-  return cudaGetLastError();
+  const dim3 grid = kHeadsFirst ? dim3(static_cast<unsigned>(tiles * t.heads)) : dim3(static_cast<unsigned>(tiles), t.heads);
+  return launch_dependent(kernel, grid, 256, kBytes, stream, p, t);
 }
 
 template <int kD>
 cudaError_t sum_offset(const BackwardKernelParams& p, cudaStream_t stream) {
   if (p.grad_offset == nullptr) return cudaSuccess;
-  attention_backward_sum<kD, FactorGradient::kOffset>
-      <<<dim3(p.heads_q, p.grad_offset_per_batch ? p.batch : 1), 1024, 0, stream>>>(p, p.grad_offset, p.grad_offset_per_batch, true);
-  return cudaGetLastError();
+  void (*const kernel)(BackwardKernelParams, float*, bool, bool) = attention_backward_sum<kD, FactorGradient::kOffset>;
+  return launch_dependent(kernel, dim3(p.heads_q, p.grad_offset_per_batch ? p.batch : 1), 1024, 0, stream, p, p.grad_offset,
+                          p.grad_offset_per_batch, true);
 }
 
 template <int kD>
 cudaError_t sum_scale(const BackwardKernelParams& p, cudaStream_t stream) {
   if (p.grad_scale == nullptr) return cudaSuccess;
-  attention_backward_sum<kD, FactorGradient::kScale>
-      <<<dim3(p.heads_q, p.grad_scale_per_batch ? p.batch : 1), 1024, 0, stream>>>(p, p.grad_scale, p.grad_scale_per_batch, p.grad_scale_per_channel);
-  return cudaGetLastError();
+  void (*const kernel)(BackwardKernelParams, float*, bool, bool) = attention_backward_sum<kD, FactorGradient::kScale>;
+  return launch_dependent(kernel, dim3(p.heads_q, p.grad_scale_per_batch ? p.batch : 1), 1024, 0, stream, p, p.grad_scale,
+                          p.grad_scale_per_batch, p.grad_scale_per_channel);
 }
 
 template <class T, int kD>
 cudaError_t launch_backward(const BackwardKernelParams& p, cudaStream_t stream) {
   const bool any_rows = p.seqlen_q > 0, any_keys = p.seqlen_k > 0;
   if (any_rows) {
-    const dim3 grid(static_cast<unsigned>(p.tile_count_q), p.heads_q);
+    const dim3 grid = kHeadsFirst ? dim3(static_cast<unsigned>(p.tile_count_q * p.heads_q)) : dim3(static_cast<unsigned>(p.tile_count_q), p.heads_q);
     if (p.scale != nullptr) {
       attention_backward_rows<T, kD, true><<<grid, 256, 0, stream>>>(p);
     } else {
@@ -101,6 +124,7 @@ cudaError_t launch_backward(const BackwardKernelParams& p, cudaStream_t stream) 
     SEAL_RETURN_IF_ERROR(cudaGetLastError());
   }
   if (!any_rows || !any_keys) {  // no products: only the gradient of the offset may be more than zero
+    if (any_rows) SEAL_RETURN_IF_ERROR(sum_offset<kD>(p, stream));  // behind the kernel, not behind the memsets (launch_dependent)
     const auto clear = [&](void* data, int64_t rows, int64_t heads, int64_t bytes) {
       return data == nullptr ? cudaSuccess : cudaMemsetAsync(data, 0, static_cast<size_t>(rows * heads * bytes), stream);
     };
@@ -109,8 +133,7 @@ cudaError_t launch_backward(const BackwardKernelParams& p, cudaStream_t stream) 
     SEAL_RETURN_IF_ERROR(clear(p.grad_k, batch * p.seqlen_k, p.heads_k, row));
     SEAL_RETURN_IF_ERROR(clear(p.grad_v, batch * p.seqlen_k, p.heads_k, row));
     SEAL_RETURN_IF_ERROR(clear(p.grad_scale, p.grad_scale_per_batch ? p.batch : 1, p.heads_q, p.grad_scale_per_channel ? 4 * p.head_dim : 4));
-    if (!any_rows) return clear(p.grad_offset, p.grad_offset_per_batch ? p.batch : 1, p.heads_q, 4 * p.head_dim);
-    return sum_offset<kD>(p, stream);
+    return any_rows ? cudaSuccess : clear(p.grad_offset, p.grad_offset_per_batch ? p.batch : 1, p.heads_q, 4 * p.head_dim);
   }
   if (p.dq != nullptr) {
     if constexpr (kD < 256) SEAL_RETURN_IF_ERROR((launch_main<T, kD, BackwardWork::kAll>(p, stream)));

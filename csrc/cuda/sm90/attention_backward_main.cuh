@@ -33,6 +33,7 @@ SEAL_DEVICE int turn(int begin, int end, int m) { return kDescending<kD> ? begin
 template <int kM, int kRows = kTileRows>
 struct BackwardTask {
   Sequence seq;
+  bool any;              // else the launch has no task left
   int batch_row, head_k, split, first_key;
   int first_head;
   uint64_t exact;            // bit h: head first_head + h needs an exact dscale
@@ -40,32 +41,46 @@ struct BackwardTask {
   int begin, end;        // query tiles
   int full_begin, full_end;  // those of them in which nothing is masked
 
-  SEAL_DEVICE BackwardTask(const BackwardKernelParams& p) {
+  // The task in place `block` of the launch order. All lanes of a converged warp call it, those with `writes` write: all of them
+  // where the task is a variable of each, one where it lies in shared memory.
+  SEAL_DEVICE void find(const BackwardKernelParams& p, int block, bool writes) {
     const bool packed = p.cu_seqlens_k != nullptr;
-    const LaunchOrder order(blockIdx.x, p.tiles_k, (packed ? 1 : p.batch) * p.heads_k * p.splits, p.section);
-    split = order.pair % p.splits, head_k = order.pair / p.splits % p.heads_k, batch_row = order.pair / p.splits / p.heads_k;
+    const LaunchOrder order(block, p.tiles_k, (packed ? 1 : p.batch) * p.heads_k * p.splits, p.section, p.last_section);
+    if (writes) {
+      split = order.pair % p.splits;
+      head_k = order.pair / p.splits % p.heads_k;
+      batch_row = order.pair / p.splits / p.heads_k;
+      first_head = (head_k * p.splits + split) * p.heads_per_cta;
+      exact = 0;
+      tile = packed ? order.tile : static_cast<int64_t>(batch_row) * p.tiles_k + order.tile;
+    }
+    __syncwarp();
     int local;
-    seq = locate(p, p.cu_seqlens_k, kRows, order.tile, batch_row, &local);
-    first_key = local * kRows;
-    tile = packed ? order.tile : static_cast<int64_t>(batch_row) * p.tiles_k + order.tile;
-    first_head = (head_k * p.splits + split) * p.heads_per_cta;
-    exact = 0;
+    const Sequence found = locate(p, p.cu_seqlens_k, kRows, order.tile, batch_row, &local);
+    if (writes) {
+      seq = found;
+      first_key = local * kRows;
+    }
+    __syncwarp();
 
     const int last_key = min(first_key + kRows, seq.length_k) - 1, shift = seq.shift();
     const int first = p.window_right < 0 ? 0 : max(0, first_key - shift - p.window_right);
     const int last = p.window_left < 0 ? seq.length_q - 1 : min(seq.length_q - 1, last_key - shift + p.window_left);
-    begin = first / kM;
-    end = last_key < first_key || last < first ? begin : last / kM + 1;
-    // Every key of the tile is seen from query last_key - shift - right on, up to query first_key - shift + left.
-    full_begin = p.window_right < 0 ? begin : (max(0, last_key - shift - p.window_right) + kM - 1) / kM;
-    full_end = p.window_left < 0 ? end : max(0, first_key - shift + p.window_left + 1) / kM;
-    if (first_key + kRows > seq.length_k) full_end = full_begin;
+    const int begin_here = first / kM, end_here = last_key < first_key || last < first ? begin_here : last / kM + 1;
+    if (writes) {
+      begin = begin_here;
+      end = end_here;
+      // Every key of the tile is seen from query last_key - shift - right on, up to query first_key - shift + left.
+      full_begin = p.window_right < 0 ? begin_here : (max(0, last_key - shift - p.window_right) + kM - 1) / kM;
+      full_end = first_key + kRows > seq.length_k ? full_begin : p.window_left < 0 ? end_here : max(0, first_key - shift + p.window_left + 1) / kM;
+    }
   }
   // All lanes of a converged warp call it.
-  SEAL_DEVICE void find_exact_heads(const BackwardKernelParams& p) {
+  SEAL_DEVICE void find_exact_heads(const BackwardKernelParams& p, bool writes) {
     if (p.dscale_exact == nullptr) return;
+#pragma unroll 1
     for (int h = 0; h < p.heads_per_cta; ++h) {
-      if (needs_exact_dscale(p, seq.index, first_head + h)) exact |= uint64_t{1} << h;
+      if (needs_exact_dscale(p, seq.index, first_head + h) && writes) exact |= uint64_t{1} << h;
     }
   }
   SEAL_DEVICE int first_exact_head() const { return next_exact_head(first_head - 1); }
@@ -105,7 +120,7 @@ struct BackwardShared {
   float dq[2][kM * kD / 2];       // a step's dQ on its way to global memory, each warpgroup's half in accumulator order
   BackwardTask<kM> task;
   alignas(16) float lse2[kStages][kM], delta[kStages][kM];  // filled by bulk copies
-  uint64_t k_full, v_full, stages_free, q_full[kStages], q_empty[kStages], do_full[kStages], do_empty[kStages], dq_full[2], dq_empty[2];
+  uint64_t exact_known, k_full, v_full, stages_free, q_full[kStages], q_empty[kStages], do_full[kStages], do_empty[kStages], dq_full[2], dq_empty[2];
 
   SEAL_DEVICE float* tile() { return reinterpret_cast<float*>(q); }
   SEAL_DEVICE static constexpr uint32_t offset_v() { return kBytesKv; }
@@ -119,6 +134,13 @@ struct BackwardShared {
 // stages, the steps of the exact heads with the unscaled dO. present: see tma_load_tile().
 template <int kD, int kM, int kRows, class Shared>
 SEAL_DEVICE void stream_tiles(const BackwardKernelParams& p, const BackwardMaps& maps, Shared& shared, int steps, int exact_steps, int present) {
+  if constexpr (kLateExact) {
+    if (steps == 0) {
+      barrier_wait(&shared.exact_known, 0);
+      exact_steps = shared.task.exact_steps();
+      if (exact_steps == 0) return;
+    }
+  }
   constexpr int kStages = Shared::kStages;
   const auto& task = shared.task;
   const Sequence& seq = task.seq;
@@ -130,6 +152,10 @@ SEAL_DEVICE void stream_tiles(const BackwardKernelParams& p, const BackwardMaps&
     tma_load_tile<kRows, kD>(to, map, full, task.head_k, key_rows, keep, present);
   };
   load_keys(shared.k, &maps.k, &shared.k_full);
+  if constexpr (kPdl) {
+    load_keys(shared.v, &maps.v, &shared.v_full);
+    wait_for_dependencies();  // K and V are the caller's; the vectors and scale * g come from attention_backward_rows
+  }
   const auto stream = [&](int step, int head, int m, const CUtensorMap* grad_out) {
     const int stage = stage_of<kStages>(step);
     const uint32_t phase = phase_of<kStages>(step) ^ 1;
@@ -142,7 +168,7 @@ SEAL_DEVICE void stream_tiles(const BackwardKernelParams& p, const BackwardMaps&
       bulk_load(to_vector, vector + row, kM * 4, full);
     };
     load(shared.q[stage], shared.lse2[stage], &maps.q, p.lse2, &shared.q_full[stage], &shared.q_empty[stage]);
-    if (step == 0) load_keys(shared.v, &maps.v, &shared.v_full);
+    if (!kPdl && step == 0) load_keys(shared.v, &maps.v, &shared.v_full);
     load(shared.grad_out[stage], shared.delta[stage], grad_out, p.delta, &shared.do_full[stage], &shared.do_empty[stage]);
   };
   int step = 0;
@@ -150,11 +176,22 @@ SEAL_DEVICE void stream_tiles(const BackwardKernelParams& p, const BackwardMaps&
     stream(step, head, turn<kD>(task.begin, task.end, m), &maps.grad_out);
     if (++m == task.end) m = task.begin, ++head;
   }
+  if constexpr (kLateExact) {
+    barrier_wait(&shared.exact_known, 0);
+    exact_steps = shared.task.exact_steps();
+  }
   if (exact_steps > 0 && steps > 0) barrier_wait(&shared.stages_free, 0);
   for (int head = task.first_exact_head(), m = task.begin; step < steps + exact_steps; ++step) {
     stream(step, head, turn<kD>(task.begin, task.end, m), &maps.unscaled_grad_out);
     if (++m == task.end) m = task.begin, head = task.next_exact_head(head);
   }
+}
+
+// The heads with an exact dscale, found by a warp that has nothing else to do while the others begin.
+template <class Shared>
+SEAL_DEVICE void publish_exact_heads(const BackwardKernelParams& p, Shared& shared) {
+  shared.task.find_exact_heads(p, threadIdx.x % 32 == 0);
+  if (threadIdx.x % 32 == 0) barrier_arrive(&shared.exact_known);
 }
 
 // dscale of one head from one tile of keys: the columns of V * (P^T g), summed over the rows. `v`: the tile in shared memory;
@@ -195,11 +232,19 @@ __global__ void __launch_bounds__(384, 1)
   const uint32_t warp = warp_uniform(threadIdx.x / 32);
   const int lane = threadIdx.x % 32;
   if (warp == 1) {
-    BackwardTask<kM> task(p);
-    task.find_exact_heads(p);
+    BackwardTask<kM> task;
+    task.find(p, blockIdx.x, true);
+    if constexpr (!kLateExact) task.find_exact_heads(p, true);
     if (lane == 0) shared.task = task;
   }
   if (warp == 0 && elect_one()) {
+    if constexpr (kLateExact) {
+      prefetch_map(&maps.k);
+      prefetch_map(&maps.q);
+      prefetch_map(&maps.v);
+      prefetch_map(&maps.grad_out);
+      barrier_init(&shared.exact_known, 1);
+    }
     barrier_init(&shared.k_full, 1);
     barrier_init(&shared.v_full, 1);
     barrier_init(&shared.stages_free, 8);
@@ -211,18 +256,27 @@ __global__ void __launch_bounds__(384, 1)
     fence_barrier_init();
   }
   __syncthreads();
-  wait_for_dependencies();
+  if constexpr (kPdl) {
+    release_dependents();
+  } else {
+    wait_for_dependencies();
+  }
   const BackwardTask<kM>& task = shared.task;
-  const int steps = kWork == BackwardWork::kScale ? 0 : (task.end - task.begin) * p.heads_per_cta, exact_steps = task.exact_steps();
+  const int steps = kWork == BackwardWork::kScale ? 0 : (task.end - task.begin) * p.heads_per_cta;
+  int exact_steps = kLateExact ? 0 : task.exact_steps();
 
   if (warp < 4) {
     // ================ suppliers ================
     registers_shrink<24>();
-    if (steps + exact_steps == 0 || !elect_one()) return;
+    if constexpr (kLateExact) {
+      if (warp == 1) publish_exact_heads(p, shared);
+    }
+    if ((!kLateExact && steps + exact_steps == 0) || !elect_one()) return;
     const Sequence& seq = task.seq;
     if (warp == 0) {
       stream_tiles<kD, kM, kTileRows>(p, maps, shared, steps, exact_steps, slabs(kD));
     } else if (warp >= 2 && kWork == BackwardWork::kAll) {
+      if constexpr (kPdl) wait_for_dependencies();
       // dQ of one warpgroup. The fence on this side of the barrier orders its shared-memory writes before the reduction; on
       // the other side all computing threads would wait for it.
       const int group = warp - 2;
@@ -246,6 +300,7 @@ __global__ void __launch_bounds__(384, 1)
 
   // ================ consumers ================
   registers_grow<240>();
+  if constexpr (kPdl) wait_for_dependencies();
   const uint32_t group = uniform_register(threadIdx.x) / 128 - 1;  // which 64 keys
   // The accumulators leave few registers: what a thread derives from its index is derived again where it is needed.
   const auto index = [] {
@@ -274,7 +329,7 @@ __global__ void __launch_bounds__(384, 1)
     const auto k_columns = Operand<Major::kMN, kTileRows>::at_uniform(base + dq_columns / 64 * (kTileRows * kSlabRowBytes) + dq_columns % 64 * 2);
     const int begin = uniform_register(task.begin), end = uniform_register(task.end);
     const int full_begin = uniform_register(task.full_begin), full_end = uniform_register(task.full_end);
-    constexpr int kAhead = kM == 64 ? kM / 8 : 0;  // row vectors read before the wait for the product: registers allow all or none
+    constexpr bool kAhead = kM == 64;  // row vectors read before the wait for the product: registers allow all or none
 
     barrier_wait(&shared.k_full, 0);
     barrier_wait(&shared.v_full, 0);
@@ -287,10 +342,8 @@ __global__ void __launch_bounds__(384, 1)
       const uint32_t q_at = base + Shared::offset_q(stage), grad_at = base + Shared::offset_grad_out(stage);
       float s[kM / 2], dp[kM / 2];
       if (!q_ready) barrier_wait(&shared.q_full[stage], phase);
-      float2 lse2_ahead[kM / 8];
-      const float* const lse2_row = &shared.lse2[stage][column_of(thread)];
-#pragma unroll
-      for (int j = 0; j < kAhead; ++j) lse2_ahead[j] = *reinterpret_cast<const float2*>(lse2_row + 8 * j);
+      float2 lse2[kM / 8];
+      if constexpr (kAhead) read_columns(lse2, shared.lse2[stage], thread % 4);
       const bool do_ready = barrier_peek(&shared.do_full[stage], phase);
       wgmma_fence();
       product<T, kD>(s, k_rows, Operand<Major::kK, kM>::at_uniform(q_at), false);
@@ -305,11 +358,11 @@ __global__ void __launch_bounds__(384, 1)
       fence_registers(s);
       const int tile_m = turn<kD>(begin, end, m);
       if (tile_m < full_begin || tile_m >= full_end) task.mask(p, s, tile_m, task.first_key + row_of(thread));
+      if constexpr (!kAhead) read_columns(lse2, shared.lse2[stage], thread % 4);
 #pragma unroll
       for (int j = 0; j < kM / 8; ++j) {
-        const float2 lse2 = j < kAhead ? lse2_ahead[j] : *reinterpret_cast<const float2*>(lse2_row + 8 * j);
 #pragma unroll
-        for (int i = 0; i < 4; ++i) s[4 * j + i] = exp2_approx(s[4 * j + i] * scale_log2 - (i % 2 == 0 ? lse2.x : lse2.y));
+        for (int i = 0; i < 4; ++i) s[4 * j + i] = exp2_approx(s[4 * j + i] * scale_log2 - (i % 2 == 0 ? lse2[j].x : lse2[j].y));
       }
       uint32_t p_rows[kM / 4];
       pack_fragment<T>(p_rows, s);
@@ -325,17 +378,15 @@ __global__ void __launch_bounds__(384, 1)
         wgmma_wait<0>();
         if (lane == 0) barrier_arrive(&shared.do_empty[stage]);
       } else {
-        float2 delta_ahead[kM / 8];
-        const float* const delta_row = &shared.delta[stage][column_of(thread)];
-#pragma unroll
-        for (int j = 0; j < kAhead; ++j) delta_ahead[j] = *reinterpret_cast<const float2*>(delta_row + 8 * j);
+        float2 delta[kM / 8];
+        if constexpr (kAhead) read_columns(delta, shared.delta[stage], thread % 4);
         wgmma_wait<0>();
         fence_registers(dp);
+        if constexpr (!kAhead) read_columns(delta, shared.delta[stage], thread % 4);
 #pragma unroll
         for (int j = 0; j < kM / 8; ++j) {
-          const float2 delta = j < kAhead ? delta_ahead[j] : *reinterpret_cast<const float2*>(delta_row + 8 * j);
 #pragma unroll
-          for (int i = 0; i < 4; ++i) dp[4 * j + i] = s[4 * j + i] * (dp[4 * j + i] - (i % 2 == 0 ? delta.x : delta.y));
+          for (int i = 0; i < 4; ++i) dp[4 * j + i] = s[4 * j + i] * (dp[4 * j + i] - (i % 2 == 0 ? delta[j].x : delta[j].y));
         }
         uint32_t ds_rows[kM / 4];
         pack_fragment<T>(ds_rows, dp);
@@ -450,6 +501,10 @@ __global__ void __launch_bounds__(384, 1)
     if (lane == 0) barrier_arrive(&shared.stages_free);
 #pragma unroll
     for (int i = 0; i < kD / 2; ++i) dv[i] = 0.f;
+  }
+  if constexpr (kLateExact) {
+    barrier_wait(&shared.exact_known, 0);
+    exact_steps = task.exact_steps();
   }
   if (exact_steps > 0) {
     walk(std::integral_constant<BackwardWork, BackwardWork::kScale>(), steps + exact_steps);

@@ -89,6 +89,8 @@ __global__ void __launch_bounds__(384, 1)
   zero_absent_slabs<kN, kD>(shared.k, Shared::kStagesK + Shared::kStagesV, present, threadIdx.x, 384);
   fence_proxy_async();
   __syncthreads();
+  if (kPdl) release_dependents();
+  if (kPdl) wait_for_dependencies();
   const QueryTask<kN>& task = shared.task;
   if (task.first_query >= task.seq.length_q) return;
 
@@ -129,7 +131,7 @@ __global__ void __launch_bounds__(384, 1)
     float lse2[2], delta[2];
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      const int64_t at = task.head * p.padded_rows_q + task.seq.padded_q + task.first_query + row + 8 * h;
+      const int64_t at = task.head * p.padded_rows_q + task.seq.padded_q + task.first_query + place_in_vector(row + 8 * h);
       lse2[h] = p.lse2[at], delta[h] = p.delta[at];
     }
     barrier_wait(&shared.q_full, 0);

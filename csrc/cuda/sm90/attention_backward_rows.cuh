@@ -13,13 +13,17 @@ template <class T, int kD, bool kScaled>
 __global__ void __launch_bounds__(256, kScaled ? 3 : 4) attention_backward_rows(const __grid_constant__ BackwardKernelParams p) {
   constexpr int kLanes = kD / 8, kRowsAtOnce = 256 / kLanes;  // lanes of a row: 16 bytes each
   __shared__ float sums[kRowsAtOnce][kD], row_delta[kTileRows];
+  if (kPdl) release_dependents();
+  if (kPersistent && blockIdx.x == 0 && blockIdx.y == 0 && threadIdx.x == 0) *p.task_counter = 0;
   const bool packed = p.cu_seqlens_q != nullptr;
-  const int batch_row = packed ? 0 : blockIdx.x / p.tiles_q, head = blockIdx.y;
+  // Heads of the same rows lie beside each other in memory: neighbouring CTAs take them.
+  const int place = kHeadsFirst ? blockIdx.x / p.heads_q : blockIdx.x, head = kHeadsFirst ? blockIdx.x % p.heads_q : blockIdx.y;
+  const int batch_row = packed ? 0 : place / p.tiles_q;
   int tile;
-  const Sequence seq = locate(p, p.cu_seqlens_q, kTileRows, packed ? blockIdx.x : blockIdx.x % p.tiles_q, batch_row, &tile);
+  const Sequence seq = locate(p, p.cu_seqlens_q, kTileRows, packed ? place : place % p.tiles_q, batch_row, &tile);
   const int first = tile * kTileRows, rows = max(0, min(kTileRows, seq.length_q - first));
   const int lane = threadIdx.x % kLanes, channel = lane * 8;
-  const int64_t partial_at = (static_cast<int64_t>(blockIdx.x) * p.heads_q + head) * kD;
+  const int64_t partial_at = (static_cast<int64_t>(place) * p.heads_q + head) * kD;
   // Columns summed over the rows of the CTA, from the sums of each thread's rows.
   const auto add_up = [&](const float (&sum)[8], float* partial) {
     if (partial == nullptr) return;
@@ -96,8 +100,8 @@ __global__ void __launch_bounds__(256, kScaled ? 3 : 4) attention_backward_rows(
           delta = row_delta[r] - (p.grad_lse != nullptr ? p.grad_lse[at] : 0.f);
         }
       }
-      p.lse2[padded + r] = lse2;
-      p.delta[padded + r] = delta;
+      p.lse2[padded + place_in_vector(r)] = lse2;
+      p.delta[padded + place_in_vector(r)] = delta;
     }
   }
   add_up(g_sum, p.doffset_partial);
@@ -123,9 +127,11 @@ __global__ void __launch_bounds__(256, 2)
   constexpr int kColumns = kSplitRows ? kD : kD / 2;
   const bool packed = p.cu_seqlens_q != nullptr;
   const int tile_rows = t.of_queries ? kTileRows : p.key_rows, parts = tile_rows / kRows;
-  const int big = blockIdx.x / parts, part = blockIdx.x % parts;
+  const int place = kHeadsFirst ? blockIdx.x / t.heads : blockIdx.x, head = kHeadsFirst ? blockIdx.x % t.heads : blockIdx.y;
+  const int big = place / parts, part = place % parts;
   const int tiles = t.of_queries ? p.tiles_q : p.tiles_k;
-  const int batch_row = packed ? 0 : big / tiles, head = blockIdx.y;
+  const int batch_row = packed ? 0 : big / tiles;
+  if (kPdl) release_dependents();
   wait_for_dependencies();
   int local;
   const Sequence seq = locate(p, t.of_queries ? p.cu_seqlens_q : p.cu_seqlens_k, tile_rows, packed ? big : big % tiles, batch_row, &local);
@@ -134,7 +140,7 @@ __global__ void __launch_bounds__(256, 2)
   if (rows <= 0) return;
 
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const int64_t at = head * t.head_stride + static_cast<int64_t>(blockIdx.x) * kRows * kD;
+  const int64_t at = head * t.head_stride + static_cast<int64_t>(place) * kRows * kD;
   const int row = (kSplitRows ? warp : warp % 4) * 16 + lane / 4, column = (kSplitRows ? 0 : warp / 4 * kColumns) + lane % 4 * 2;
   constexpr int kBatch = 8;  // vectors a thread reads before it uses any
 #pragma unroll
@@ -173,6 +179,8 @@ __global__ void __launch_bounds__(1024)
     attention_backward_sum(const __grid_constant__ BackwardKernelParams p, float* output, bool per_batch, bool per_channel) {
   constexpr int kGroups = 1024 / kD;
   __shared__ float sums[kGroups][kD];
+  if (kPdl) release_dependents();
+  if (kPdl) wait_for_dependencies();
   const int head = blockIdx.x, group = threadIdx.x / kD, channel = threadIdx.x % kD;
   const bool exact = kOf == FactorGradient::kScale && needs_exact_dscale(p, blockIdx.y, head);
   const float* const partial = kOf == FactorGradient::kOffset ? p.doffset_partial : exact ? p.dscale_exact : p.dscale_partial;

@@ -21,7 +21,7 @@ struct WideShared {
   BackwardTask<kM, kRows> task;
   alignas(16) float lse2[kStages][kM], delta[kStages][kM];  // filled by bulk copies
   float column_sums[4][kD];
-  uint64_t k_full, v_full, stages_free, q_full[kStages], q_empty[kStages], do_full[kStages], do_empty[kStages], p_full[2], p_empty[2];
+  uint64_t exact_known, k_full, v_full, stages_free, q_full[kStages], q_empty[kStages], do_full[kStages], do_empty[kStages], p_full[2], p_empty[2];
   static_assert(2 * kStages * kBytes + sizeof(p) >= 2 * kRows * (kD + kPad) * 4, "room for the epilogue's tiles");
 };
 
@@ -38,11 +38,19 @@ __global__ void __launch_bounds__(384, 1)
   const uint32_t warp = warp_uniform(threadIdx.x / 32);
   const int lane = threadIdx.x % 32;
   if (warp == 1) {
-    BackwardTask<kM, kRows> task(p);
-    task.find_exact_heads(p);
+    BackwardTask<kM, kRows> task;
+    task.find(p, blockIdx.x, true);
+    if constexpr (!kLateExact) task.find_exact_heads(p, true);
     if (lane == 0) shared.task = task;
   }
   if (warp == 0 && elect_one()) {
+    if constexpr (kLateExact) {
+      prefetch_map(&maps.k);
+      prefetch_map(&maps.q);
+      prefetch_map(&maps.v);
+      prefetch_map(&maps.grad_out);
+      barrier_init(&shared.exact_known, 1);
+    }
     barrier_init(&shared.k_full, 1);
     barrier_init(&shared.v_full, 1);
     barrier_init(&shared.stages_free, 8);
@@ -57,19 +65,28 @@ __global__ void __launch_bounds__(384, 1)
   zero_absent_slabs<64, kD>(shared.k, 2 + 2 * kStages, present, threadIdx.x, 384);
   fence_proxy_async();
   __syncthreads();
-  wait_for_dependencies();
+  if constexpr (kPdl) {
+    release_dependents();
+  } else {
+    wait_for_dependencies();
+  }
   const BackwardTask<kM, kRows>& task = shared.task;
-  const int steps = kWork == BackwardWork::kScale ? 0 : (task.end - task.begin) * p.heads_per_cta, exact_steps = task.exact_steps();
+  const int steps = kWork == BackwardWork::kScale ? 0 : (task.end - task.begin) * p.heads_per_cta;
+  int exact_steps = kLateExact ? 0 : task.exact_steps();
 
   if (warp < 4) {
     // ================ producers ================
     registers_shrink<24>();
-    if (steps + exact_steps == 0 || warp != 0 || !elect_one()) return;
+    if constexpr (kLateExact) {
+      if (warp == 1) publish_exact_heads(p, shared);
+    }
+    if ((!kLateExact && steps + exact_steps == 0) || warp != 0 || !elect_one()) return;
     stream_tiles<kD, kM, kRows>(p, maps, shared, steps, exact_steps, present);
     return;
   }
 
   registers_grow<240>();
+  if constexpr (kPdl) wait_for_dependencies();
   const int begin = uniform_register(task.begin), end = uniform_register(task.end);
   const uint32_t thread = threadIdx.x % 128;
   const int row = thread / 32 * 16 + lane / 4, column = lane % 4 * 2;
@@ -122,13 +139,12 @@ __global__ void __launch_bounds__(384, 1)
     for (;; ++step) {
       const int stage = stage_of<kStages>(step);
       if (m < task.full_begin || m >= task.full_end) task.mask(p, s, m, task.first_key + row);
+      float2 lse2[kM / 8];
+      read_columns(lse2, shared.lse2[stage], lane % 4);
 #pragma unroll
       for (int j = 0; j < kM / 8; ++j) {
-        const float2 lse2 = *reinterpret_cast<const float2*>(&shared.lse2[stage][8 * j + column]);
-        s[4 * j] = exp2_approx(s[4 * j] * scale_log2 - lse2.x);
-        s[4 * j + 1] = exp2_approx(s[4 * j + 1] * scale_log2 - lse2.y);
-        s[4 * j + 2] = exp2_approx(s[4 * j + 2] * scale_log2 - lse2.x);
-        s[4 * j + 3] = exp2_approx(s[4 * j + 3] * scale_log2 - lse2.y);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) s[4 * j + i] = exp2_approx(s[4 * j + i] * scale_log2 - (i % 2 == 0 ? lse2[j].x : lse2[j].y));
       }
       uint32_t p_rows[kM / 4];
       pack_fragment<T>(p_rows, s);
@@ -188,13 +204,14 @@ __global__ void __launch_bounds__(384, 1)
         const uint4 x = shared.p[step & 1][i][thread];
         ds[4 * i] = x.x, ds[4 * i + 1] = x.y, ds[4 * i + 2] = x.z, ds[4 * i + 3] = x.w;
       }
+      float2 delta[kM / 8];
+      read_columns(delta, shared.delta[stage], lane % 4);
 #pragma unroll
       for (int j = 0; j < kM / 8; ++j) {
-        const float2 delta = *reinterpret_cast<const float2*>(&shared.delta[stage][8 * j + column]);
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
           const float2 probability = unpack<T>(ds[2 * j + h]);
-          ds[2 * j + h] = pack<T>(probability.x * (dp[4 * j + 2 * h] - delta.x), probability.y * (dp[4 * j + 2 * h + 1] - delta.y));
+          ds[2 * j + h] = pack<T>(probability.x * (dp[4 * j + 2 * h] - delta[j].x), probability.y * (dp[4 * j + 2 * h + 1] - delta[j].y));
         }
       }
       __syncwarp();
@@ -257,6 +274,10 @@ __global__ void __launch_bounds__(384, 1)
       if (steps > 0 && warp >= 8) walk_keys();
     }
     store();
+    if constexpr (kLateExact) {
+      barrier_wait(&shared.exact_known, 0);
+      exact_steps = task.exact_steps();
+    }
     if (exact_steps > 0 && present < slabs(kD)) {  // the epilogue has overwritten the zeros
       named_sync(1, 256);
       zero_absent_slabs<64, kD>(shared.q[0], 2 * kStages, present, threadIdx.x - 128, 256);
@@ -265,6 +286,10 @@ __global__ void __launch_bounds__(384, 1)
     fence_proxy_async();
     __syncwarp();
     if (lane == 0) barrier_arrive(&shared.stages_free);
+  }
+  if constexpr (kLateExact && kWork == BackwardWork::kScale) {
+    barrier_wait(&shared.exact_known, 0);
+    exact_steps = task.exact_steps();
   }
   if (warp >= 8) {
     if constexpr (kKeys) {

@@ -84,6 +84,7 @@ cudaError_t launch(const AttentionForwardParams& p, cudaStream_t stream) {
   int device = 0, multiprocessors = 0;
   if (status == cudaSuccess) status = cudaGetDevice(&device);
   if (status == cudaSuccess) status = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+  if (p.multiprocessors > 0) multiprocessors = p.multiprocessors;
   constexpr int kSharedBytes = sizeof(Shared<Config>);
   static_assert(kSharedBytes <= 227 * 1024, "a thread block on sm_90 has at most 227 KB of shared memory");
   if (status == cudaSuccess) {

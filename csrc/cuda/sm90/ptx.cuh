@@ -106,6 +106,8 @@ SEAL_DEVICE void launch_dependents() { asm volatile("griddepcontrol.launch_depen
 
 // Waits until the kernels this one depends on have finished and their writes are visible.
 SEAL_DEVICE void wait_for_dependencies() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+// Lets the kernels that depend on this one start once every thread block has come here or ended; they wait as above.
+SEAL_DEVICE void release_dependents() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
 
 // ---- 1-D bulk copies: 16-byte aligned addresses, sizes multiples of 16. Issue them from one thread.
 

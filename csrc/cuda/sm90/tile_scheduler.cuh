@@ -36,7 +36,7 @@ class TileScheduler {
 
   // counter: tiles beyond the first gridDim.x are claimed through it; null: tile t goes to thread block t % gridDim.x.
   SEAL_DEVICE TileScheduler(const Sequences& sequences, int heads, int kv_heads, int head_dim, int* counter)
-      : sequences_(sequences), heads_(heads), group_(heads / kv_heads), counter_(counter), index_(blockIdx.x) {
+      : sequences_(sequences), heads_(heads), kv_heads_(kv_heads), group_(heads / kv_heads), counter_(counter), index_(blockIdx.x) {
     section_keys_ = static_cast<int>(kSectionBytes / (4 * head_dim));
   }
 
@@ -94,7 +94,7 @@ class TileScheduler {
       tile.length_q = sequences_.length_q;
       tile.length_k = sequences_.length_k;
     }
-    const int section_heads = min(heads_, max(1, section_keys_ / max(tile.length_k, 1)) * group_);
+    const int section_heads = min(kv_heads_, max(1, section_keys_ / max(tile.length_k, 1))) * group_;
     const int section = local / (section_heads * blocks);
     local -= section * section_heads * blocks;
     const int heads_here = min(section_heads, heads_ - section * section_heads);
@@ -119,7 +119,7 @@ class TileScheduler {
   }
 
   const Sequences& sequences_;
-  int heads_, group_, section_keys_;
+  int heads_, kv_heads_, group_, section_keys_;
   int* counter_;
   int index_;
   int first_sequence_ = 0, first_index_ = 0;

@@ -1,0 +1,29 @@
+// Changes to the attention backward under measurement (benchmarks/backward_variants.py): each off until it has been measured.
+#pragma once
+
+#ifndef SEAL_BACKWARD_TAIL  // a wide last section of tiles; divisors of the group as heads to a CTA
+#define SEAL_BACKWARD_TAIL 0
+#endif
+#ifndef SEAL_BACKWARD_PDL  // programmatic dependent launch of all kernels but the first
+#define SEAL_BACKWARD_PDL 0
+#endif
+#ifndef SEAL_BACKWARD_HEADS_FIRST  // memory-bound kernels: neighbouring CTAs take neighbouring heads of the same rows
+#define SEAL_BACKWARD_HEADS_FIRST 0
+#endif
+#ifndef SEAL_BACKWARD_LATE_EXACT  // the heads with exact dscale are found beside the walk, not before it
+#define SEAL_BACKWARD_LATE_EXACT 0
+#endif
+#ifndef SEAL_BACKWARD_QUAD_VECTORS  // lse2 and delta of two column pairs in one 16-byte read
+#define SEAL_BACKWARD_QUAD_VECTORS 0
+#endif
+#ifndef SEAL_BACKWARD_PERSISTENT  // main kernel: one CTA a multiprocessor, the next tile's copies under this one's epilogue
+#define SEAL_BACKWARD_PERSISTENT 0
+#endif
+
+namespace seal::sm90 {
+
+constexpr bool kTailSwitch = SEAL_BACKWARD_TAIL, kPdl = SEAL_BACKWARD_PDL, kHeadsFirst = SEAL_BACKWARD_HEADS_FIRST;
+constexpr bool kLateExact = SEAL_BACKWARD_LATE_EXACT, kQuadVectors = SEAL_BACKWARD_QUAD_VECTORS;
+constexpr bool kPersistent = SEAL_BACKWARD_PERSISTENT;
+
+}  // namespace seal::sm90
