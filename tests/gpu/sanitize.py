@@ -1,10 +1,14 @@
 """Every kernel of the cuda backend once or twice on small odd shapes: what run_all.sh runs under compute-sanitizer.
 
-usage: sanitize.py [forward] [backward] [rope] [grid]     (default: all but the grid)
+usage: sanitize.py [forward] [backward] [rope] [paths] [grid]     (default: all but the grid)
 
-`grid` is the packed half of test_gpu_grid.py, forward and backward, without an oracle: every mask, factor and dtype on
-sequences that end inside a tile.
+`paths` leads small shapes where large ones go (_C.set_launch_overrides): several tiles to a thread block, whole groups of
+query heads in one, several heads whose scale holds zeros, more packed sequences than a warp has lanes. `grid` is the packed
+half of test_gpu_grid.py, forward and backward, without an oracle: every mask, factor and dtype on sequences that end inside
+a tile.
 """
+
+import itertools
 import pathlib
 import sys
 
@@ -12,8 +16,10 @@ import torch
 
 import seal_ops
 from seal_ops import rope_frequencies, rope_tables
+from seal_ops.ops.dispatch import extension
 
-sys.path[:0] = [str(pathlib.Path(__file__).parents[1])]  # cases.py
+TESTS = pathlib.Path(__file__).parents[1]
+sys.path[:0] = [str(TESTS), str(TESTS / "fixtures")]  # cases.py
 
 BACKEND = dict(backend="cuda")
 
@@ -60,6 +66,29 @@ def rope():
         yield from seal_ops.rope(q[:, -5:], k, *table, interleaved=interleaved, inverse=True, **BACKEND)
 
 
+def paths():
+    for head_dim, (ctas, sms) in itertools.product((64, 128, 256), ((1, 3), (1 << 30, 2))):
+        extension().set_launch_overrides(enough_ctas=ctas, sms=sms)
+        scale = torch.randn(4, head_dim, device="cuda")
+        scale[:, ::7] = 0.0
+        offset = torch.randn(2, 4, head_dim, device="cuda").requires_grad_()
+        table = rope_tables(217, rope_frequencies(head_dim)[0], device="cuda")
+        lengths = torch.tensor([n % 4 * 9 for n in range(40)], device="cuda").cumsum(0).to(torch.int32)
+        for deterministic in (False, True):
+            options = dict(deterministic=deterministic, **BACKEND)
+            q, k, v, s = (t.requires_grad_() for t in (*tensors(217, head_dim=head_dim, batch=2), scale))
+            out = seal_ops.attention(q, k, v, s, **options)
+            yield from torch.autograd.grad(out, (q, k, v, s), torch.randn_like(out))
+            out = seal_ops.attention(q, k, v, s, offset, window=70, **options)
+            yield from torch.autograd.grad(out, (q, k, v, s, offset), torch.randn_like(out))
+            out = seal_ops.rope_attention(q, k, v, *table, scale=s, causal=False, **options)
+            yield from torch.autograd.grad(out, (q, k, v, s), torch.randn_like(out))
+            q, k, v = (t.requires_grad_() for t in tensors(int(lengths[-1]), head_dim=head_dim, batch=None))
+            out = seal_ops.attention(q, k, v, s, cu_seqlens=lengths, **options)
+            yield from torch.autograd.grad(out, (q, k, v, s), torch.randn_like(out))
+    extension().set_launch_overrides()
+
+
 def grid():
     from cases import make, run
     from test_gpu_grid import PACKED, covering
@@ -71,9 +100,10 @@ def grid():
 
 
 def main():
-    parts = sys.argv[1:] or ["forward", "backward", "rope"]
+    known = {"forward": forward, "backward": backward, "rope": rope, "paths": paths, "grid": grid}
+    parts = sys.argv[1:] or ["forward", "backward", "rope", "paths"]
     torch.manual_seed(0)
-    results = [t for part in parts for t in {"forward": forward, "backward": backward, "rope": rope, "grid": grid}[part]()]
+    results = [t for part in parts for t in known[part]()]
     torch.cuda.synchronize()
     bad = sum(not bool(t.detach().cpu().isfinite().all()) for t in results)
     print(f"{len(results)} results of {', '.join(parts)}, {bad} of them not finite")

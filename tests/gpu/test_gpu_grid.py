@@ -3,7 +3,7 @@ import itertools
 
 import pytest
 import torch
-from cases import Case, make, plain_pytorch, run
+from cases import Case, make, run, run_plain
 from measure import assert_close, oracle
 
 import seal_ops
@@ -40,7 +40,7 @@ def check(backend, device, case, dtype, **options):
         pytest.skip(reason)
     inputs = make(case, dtype, device)
     function = lambda **arguments: seal_ops.attention(**arguments, **options, backend=backend, return_lse=True)
-    assert_close(run(function, case, inputs), oracle(case, inputs), run(plain_pytorch, case, inputs))
+    assert_close(run(function, case, inputs), oracle(case, inputs), run_plain(case, inputs))
 
 
 @pytest.mark.parametrize("case, dtype", named(covering(LENGTHS, (64, 128, 256))))

@@ -8,9 +8,9 @@ import ctypes
 
 import pytest
 import torch
+from cases import Case, gradients_of, make
 
 import seal_ops
-from cases import Case, gradients_of, make
 from seal_ops import rope_frequencies, rope_tables
 from seal_ops.ops.dispatch import why_not
 

@@ -3,11 +3,11 @@ import itertools
 
 import pytest
 import torch
+from cases import plain_pytorch
 
 import seal_ops
-from cases import plain_pytorch
-from seal_ops.ops.backends import reference
 from seal_ops import rope_frequencies, rope_tables
+from seal_ops.ops.backends import reference
 from seal_ops.ops.dispatch import why_not
 
 SIZES = [  # batch, tokens, query heads, key heads, head_dim, rotary_dim

@@ -1,7 +1,7 @@
 """What surrounds the arithmetic: poisoned memory, repeatability, streams, devices, CUDA graphs, torch.compile, huge tensors."""
 import pytest
 import torch
-from cases import Case, gradients_of, make, plain_pytorch, run
+from cases import Case, gradients_of, make, run, run_plain
 from measure import assert_close, oracle
 
 import seal_ops
@@ -30,7 +30,7 @@ def test_nothing_reads_memory_that_nobody_wrote(backend, device, case, determini
     """Outputs and workspaces start as NaN, and so does everything around q, k, v and the incoming gradient."""
     inputs = make(case, torch.bfloat16, device)
     grad_out, grad_lse = gradients_of(case, inputs)
-    expected, plain = oracle(case, inputs, (grad_out, grad_lse)), run(plain_pytorch, case, inputs, (grad_out, grad_lse))
+    expected, plain = oracle(case, inputs, (grad_out, grad_lse)), run_plain(case, inputs, (grad_out, grad_lse))
 
     def framed(t):
         frame = torch.full([n + 8 for n in t.shape[:-1]] + [t.shape[-1]], torch.nan, dtype=t.dtype, device=t.device)

@@ -5,7 +5,7 @@ Right results come from the cpu backend; each test spoils one of them and expect
 
 import pytest
 import torch
-from cases import Case, make, plain_pytorch, run
+from cases import Case, make, run, run_plain
 from measure import assert_close, excess, norms, oracle
 
 import seal_ops
@@ -37,7 +37,7 @@ def results(request):
     for case in CASES:
         inputs = make(case, request.param, "cpu")
         function = lambda **arguments: seal_ops.attention(**arguments, return_lse=True, backend="cpu")
-        found.append((case, run(function, case, inputs), oracle(case, inputs), run(plain_pytorch, case, inputs)))
+        found.append((case, run(function, case, inputs), oracle(case, inputs), run_plain(case, inputs)))
     return found
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from cases import Case, make, plain_pytorch, run
+from cases import Case, make, run, run_plain
 from measure import assert_close, oracle
 
 import seal_ops
@@ -57,7 +57,7 @@ CASES = [
 def test_several_chunks(case, dtype):
     inputs = make(case, dtype, "cpu")
     function = lambda **arguments: seal_ops.attention(**arguments, return_lse=True, backend="cpu")
-    assert_close(run(function, case, inputs), oracle(case, inputs), run(plain_pytorch, case, inputs))
+    assert_close(run(function, case, inputs), oracle(case, inputs), run_plain(case, inputs))
 
 
 @pytest.mark.parametrize("softmax_scale", [0.0, -0.4, None])

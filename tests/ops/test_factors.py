@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from cases import Case, make, plain_pytorch, run
+from cases import Case, make, plain_pytorch, run, run_plain
 from measure import assert_close, oracle
 
 import seal_ops
@@ -31,7 +31,7 @@ SHAPES = [
 @pytest.mark.parametrize("case", SHAPES, ids=str)
 def test_every_shape_of_scale_and_offset(backend, device, case):
     inputs = inputs_of(case, backend, device)
-    assert_close(run(call(backend), case, inputs), oracle(case, inputs), run(plain_pytorch, case, inputs))
+    assert_close(run(call(backend), case, inputs), oracle(case, inputs), run_plain(case, inputs))
 
 
 @pytest.mark.parametrize("view", ["rows", "channels", "heads", "transposed"])
@@ -84,14 +84,14 @@ def test_extreme_factors(backend, device, value, scale):
     inputs = inputs_of(case, backend, device)
     flat = inputs["scale"].view(4, -1)
     flat[1, -1], flat[3, 0], flat[0, 0] = value, value, 0.0
-    assert_close(run(call(backend), case, inputs), oracle(case, inputs), run(plain_pytorch, case, inputs))
+    assert_close(run(call(backend), case, inputs), oracle(case, inputs), run_plain(case, inputs))
 
 
 @pytest.mark.parametrize("heads", [(48, 1), (71, 1)], ids=str)
 def test_many_heads_of_a_group(backend, device, heads):
     case = Case(11, 11, heads=heads, head_dim=16, scale="channel")
     inputs = inputs_of(case, backend, device)
-    assert_close(run(call(backend), case, inputs), oracle(case, inputs), run(plain_pytorch, case, inputs))
+    assert_close(run(call(backend), case, inputs), oracle(case, inputs), run_plain(case, inputs))
 
 
 MASKS = [dict(), dict(causal=False), dict(window=7), dict(window=5, causal=False)]
@@ -106,4 +106,4 @@ def test_any_softmax_scale(backend, device, softmax_scale, masked):
     for sq, sk in ((21, 21), (21, 30), (30, 21)):
         case = Case(sq, sk, heads=(4, 2), lse=True, **masked)
         inputs = {**inputs_of(case, backend, device), "softmax_scale": softmax_scale}
-        assert_close(run(call(backend), case, inputs), oracle(case, inputs), run(plain_pytorch, case, inputs))
+        assert_close(run(call(backend), case, inputs), oracle(case, inputs), run_plain(case, inputs))

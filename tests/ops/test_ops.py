@@ -1,7 +1,7 @@
 """attention on every backend: against the oracle, under autograd and torch.compile, on ugly inputs."""
 import pytest
 import torch
-from cases import SMALL, Case, gradients_of, make, plain_pytorch, run
+from cases import SMALL, Case, gradients_of, make, run, run_plain
 from layouts import dtypes, half, strided
 from measure import assert_close, oracle
 from torch.library import opcheck
@@ -23,7 +23,7 @@ def test_against_the_oracle(backend, device, case):
             assert str(case.head_dim) in reason  # only a head_dim may be left out by a backend that runs at all
             continue
         inputs = make(case, dtype, device)
-        assert_close(run(call(backend), case, inputs), oracle(case, inputs), run(plain_pytorch, case, inputs))
+        assert_close(run(call(backend), case, inputs), oracle(case, inputs), run_plain(case, inputs))
 
 
 @pytest.mark.parametrize("case", [SMALL[5], SMALL[7], SMALL[12]], ids=str)
@@ -52,7 +52,7 @@ def test_zero_scale_has_an_exact_gradient(backend, device):
     inputs["scale"].zero_()
     got, exact = run(call(backend), case, inputs), oracle(case, inputs)
     assert torch.equal(got["out"], torch.zeros_like(got["out"])) and exact["grad_scale"].abs().max() > 0.1
-    assert_close(got, exact, run(plain_pytorch, case, inputs))
+    assert_close(got, exact, run_plain(case, inputs))
 
 
 def test_only_what_needs_a_gradient_is_computed(backend, device):

@@ -3,12 +3,12 @@ import math
 
 import pytest
 import torch
+from layouts import half, strided
 from torch.library import opcheck
 
 import seal_ops
-from seal_ops.ops.backends import reference
 from seal_ops import rope_frequencies, rope_tables
-from layouts import half, strided
+from seal_ops.ops.backends import reference
 
 seal = torch.ops.seal
 

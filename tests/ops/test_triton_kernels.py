@@ -13,7 +13,7 @@ if (_reason := why_not("triton", "attention", device_of("triton"), torch.float16
 
 import triton  # noqa: E402
 import triton.language as tl  # noqa: E402
-from cases import SMALL, Case, gradients_of, make, plain_pytorch, run  # noqa: E402
+from cases import SMALL, Case, gradients_of, make, run, run_plain  # noqa: E402
 from measure import assert_close, oracle  # noqa: E402
 from triton.runtime.errors import OutOfResources  # noqa: E402
 
@@ -148,7 +148,7 @@ def test_any_softmax_scale(softmax_scale):
 def test_bf16_in_the_interpreter_or_on_the_gpu():
     case = Case(20, 33, heads=(2, 1), scale="head")
     inputs = make(case, torch.bfloat16, DEVICE)
-    assert_close(run(direct, case, inputs), oracle(case, inputs), run(plain_pytorch, case, inputs))
+    assert_close(run(direct, case, inputs), oracle(case, inputs), run_plain(case, inputs))
 
 
 def test_a_tile_that_does_not_fit_gives_way_to_the_next(monkeypatch):

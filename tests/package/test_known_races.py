@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-SCRIPT = pathlib.Path(__file__).parent / "gpu" / "known_races.py"
+SCRIPT = pathlib.Path(__file__).parents[1] / "gpu" / "known_races.py"
 SOURCE = """float2 delta = *(delta_row + 8 * j);
 const uint4 x = shared.p[step & 1][i][thread];
 float s = shared.scale[0][c];
