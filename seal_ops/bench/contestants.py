@@ -1,7 +1,8 @@
 """Who takes part: for every operation, how each contestant computes it from the same tensors.
 
 Operations: `attention` (ours with the channel scale and its gradient, peers without any), `rope_attention` (rotation,
-attention, scale), `rope` (rotation of q and k alone), `attention_o_proj` (attention, scale, output projection).
+attention, scale), `rope` (rotation of q and k alone), `attention_o_proj` (attention, scale, output projection), `decode` (attention of
+one query over a cache, no gradient).
 """
 from __future__ import annotations
 
@@ -19,7 +20,8 @@ from ..ops.rotary_tables import rope_frequencies, rope_tables
 from . import peers
 from .shapes import Shape
 
-OPERATIONS = ("attention", "rope_attention", "rope", "attention_o_proj")
+OPERATIONS = ("attention", "rope_attention", "rope", "attention_o_proj", "decode")
+FORWARD_ONLY = ("rope", "decode")  # counted in bytes
 
 
 class Problem:
@@ -49,6 +51,18 @@ class Problem:
     def low_scale(self) -> Tensor:
         """The scale as a parameter in the model's dtype: what costs the hand-written path least."""
         return self.scale.detach().to(self.dtype).requires_grad_()
+
+
+class DecodeProblem:
+    """One query a row over a cache of shape.seqlen keys, as Hugging Face lays it out: [B, Hkv, S, D], seen as [B, S, Hkv, D]."""
+
+    def __init__(self, shape: Shape, dtype: torch.dtype, device: torch.device, seed: int = 0):
+        g = shape.geometry
+        self.shape, self.dtype, self.device = shape, dtype, device
+        normal = functools.partial(torch.randn, generator=torch.Generator(device).manual_seed(seed), device=device)
+        self.q = normal(shape.batch, 1, g.heads, g.head_dim, dtype=dtype)
+        self.k, self.v = (normal(shape.batch, g.kv_heads, shape.seqlen, g.head_dim, dtype=dtype).transpose(1, 2) for _ in range(2))
+        self.scale = 1 + 0.1 * normal(g.heads, g.head_dim)
 
 
 @dataclasses.dataclass
@@ -85,7 +99,7 @@ def _seal(backend: str) -> Contestant:
     def why_not(operation: str, problem: Problem) -> str | None:
         if backend == "cpu" and problem.device.type != "cpu":
             return "runs on cpu"
-        for op in ("attention", "attention_backward") if operation == "attention_o_proj" else (operation,):
+        for op in {"attention_o_proj": ("attention", "attention_backward"), "decode": ("attention",)}.get(operation, (operation,)):
             reason = why_not_backend(backend, op, problem.device, problem.dtype, problem.shape.geometry.head_dim)
             if reason is not None:
                 return reason
@@ -94,7 +108,7 @@ def _seal(backend: str) -> Contestant:
     def prepare(operation: str, p: Problem) -> Run:
         options = dict(backend=backend, window=p.shape.geometry.window)
         inputs = (p.q, p.k, p.v, p.scale)
-        if operation == "attention":
+        if operation in ("attention", "decode"):
             return Run(lambda: attention(p.q, p.k, p.v, p.scale, **options), inputs)
         if operation == "rope_attention":
             return Run(lambda: rope_attention(p.q, p.k, p.v, p.cos, p.sin, scale=p.scale, **options), inputs)
@@ -112,6 +126,14 @@ def _plain(name: str, label: str, attention: Callable[[Problem], peers.Attention
         run = attention(p)
         return Run(lambda: run(p.q, p.k, p.v), (p.q, p.k, p.v))
     return Contestant(name, label, ("attention",), prepare, why_not, scaled=False, compiled=compiled)
+
+
+def _decoder(name: str, label: str, attention: Callable[[DecodeProblem], peers.Attention], why_not) -> Contestant:
+    """A peer's attention of one query, without any scale."""
+    def prepare(operation: str, p: DecodeProblem) -> Run:
+        run = attention(p)
+        return Run(lambda: run(p.q, p.k, p.v))
+    return Contestant(name, label, ("decode",), prepare, why_not, scaled=False)
 
 
 def _by_hand(name: str, label: str, attention: Callable[[Problem], peers.Attention], why_not, compiled: bool = False) -> Contestant:
@@ -188,4 +210,9 @@ def all_contestants(fa3_folder: str | None = None) -> list[Contestant]:
         _rotary("hf-rotary", "HF rotary", False), _rotary("hf-rotary-compiled", "compiled HF rotary", True),
         _ia3("peft-ia3-cudnn", "SDPA cuDNN + PEFT (IA)³ on o_proj", cudnn, gpu_full),
         _ia3("peft-ia3", "SDPA + PEFT (IA)³ on o_proj", None, _on("cpu", window=False)),
+        _decoder("decode-fa3", "FlashAttention-3", lambda p: peers.fa3_decode(p.shape.geometry.window), fa3_why_not),
+        _decoder("decode-cudnn", "SDPA cuDNN", torch_sdpa(cudnn), gpu_full),
+        _decoder("decode-fa2", "SDPA FlashAttention-2", torch_sdpa(fa2), gpu_full),
+        _decoder("decode-efficient", "SDPA memory-efficient", torch_sdpa(SDPBackend.EFFICIENT_ATTENTION), gpu_full),
+        _decoder("decode-sdpa", "SDPA", torch_sdpa(None), _on("cpu", window=False)),
     ]

@@ -22,15 +22,15 @@ Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def sdpa(backend: SDPBackend | None) -> Attention:
-    """torch.nn.functional.scaled_dot_product_attention on one backend; None leaves the choice to torch."""
+    """torch.nn.functional.scaled_dot_product_attention on one backend; None leaves the choice to torch. One query sees every key."""
 
     def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-        gqa = q.shape[1] != k.shape[1]
+        options = dict(is_causal=q.shape[2] > 1, enable_gqa=q.shape[1] != k.shape[1])
         if backend is None:
-            return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=gqa).transpose(1, 2)
+            return F.scaled_dot_product_attention(q, k, v, **options).transpose(1, 2)
         with sdpa_kernel(backend):
-            return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=gqa).transpose(1, 2)
+            return F.scaled_dot_product_attention(q, k, v, **options).transpose(1, 2)
 
     return run
 
@@ -136,6 +136,13 @@ def fa4(window: int | None) -> Attention:
         return found[0] if isinstance(found, tuple) else found
 
     return run
+
+
+def fa3_decode(window: int | None) -> Attention:
+    """FlashAttention-3 without gradients, packing of a group's heads and number of splits left to it; load_fa3 first."""
+    left = -1 if window is None else window - 1
+    return lambda q, k, v: torch.ops.flash_attn_3.fwd(q, k, v, softmax_scale=q.shape[-1] ** -0.5, is_causal=True, window_size_left=left,
+                                                      num_splits=0)[0]
 
 
 def hf_rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:

@@ -13,7 +13,7 @@ import subprocess
 import torch
 
 from ..utils.files import atomic_write, replacing
-from .contestants import Contestant
+from .contestants import FORWARD_ONLY, Contestant
 from .shapes import MODELS, length_name
 
 FIELDS = ("operation", "direction", "contestant", "model", "batch", "seqlen", "heads", "kv_heads", "head_dim", "window", "dtype",
@@ -149,6 +149,7 @@ TITLES = {
     "rope_attention": "Rotary embedding + causal attention + channel scale",
     "rope": "Rotary embedding of Q and K",
     "attention_o_proj": "Causal attention + channel scale + output projection",
+    "decode": "One query over a cache of keys (seal_ops with channel scale, peers without)",
 }
 FORWARD_FLOPS_SHARE = 1 / 3.5  # of forward and backward together
 
@@ -188,8 +189,8 @@ def markdown(rows: list[dict], contestants: list[Contestant]) -> str:
         shown = [c for c in contestants if any(r["contestant"] == c.name for r in here)]
         found = {(c.name, key): {r["direction"]: r for r in here if r["contestant"] == c.name and _shape_key(r) == key}
                  for c in shown for key in map(_shape_key, here)}
-        parts = "" if operation == "rope" else ", forward / backward / both"
-        unit = "GB/s read + written (share of the copy)" if operation == "rope" else f"TFLOP/s{parts}"
+        parts = "" if operation in FORWARD_ONLY else ", forward / backward / both"
+        unit = {"rope": "GB/s read + written (share of the copy)", "decode": "GB/s read (share of the copy)"}.get(operation, f"TFLOP/s{parts}")
         tables = [(f"{title}**: {unit}", shown, None)]
         if shown and shown[0].name.startswith("seal-"):
             tables.append((f"Times faster {shown[0].label} is**{parts}", shown[1:], shown[0].name))
@@ -213,6 +214,7 @@ _STYLES = {
     "hf-compiled-cudnn": ("#CC79A7", "xx"),
     "scaled-fa3": ("#0072B2", ""), "scaled-cudnn": ("#56B4E9", "\\\\"), "peft-ia3-cudnn": ("#CC79A7", "xx"),
     "hf-rotary": ("#0072B2", ""), "hf-rotary-compiled": ("#CC79A7", "xx"),
+    "decode-fa3": ("#0072B2", ""), "decode-cudnn": ("#56B4E9", "\\\\"), "decode-fa2": ("#009E73", ".."), "decode-efficient": ("#CC79A7", "xx"),
 }
 
 
@@ -246,7 +248,7 @@ def plot(rows: list[dict], contestants: list[Contestant], path: str, title: str,
 
 
 def _bars(axis, rows: list[dict], contestants: list[Contestant], operation: str, ceiling: dict[str, float]) -> None:
-    value, limit, unit = ("gbps", "copy_gbps", "GB/s") if operation == "rope" else ("tflops", "matmul_tflops", "TFLOP/s")
+    value, limit, unit = ("gbps", "copy_gbps", "GB/s") if operation in FORWARD_ONLY else ("tflops", "matmul_tflops", "TFLOP/s")
     shapes = list(dict.fromkeys(map(_shape_key, rows)))
     shown = [c for c in contestants if any(r["contestant"] == c.name for r in rows)]
     width = 0.88 / len(shown)
@@ -259,7 +261,7 @@ def _bars(axis, rows: list[dict], contestants: list[Contestant], operation: str,
         axis.bar_label(bars, [_figure(values[s]) for s in at], fontsize=6, padding=1)
     if ceiling.get(limit):
         axis.axhline(ceiling[limit], color="black", linewidth=0.8, linestyle="--")
-        axis.annotate("matrix product" if operation != "rope" else "copy", (1, ceiling[limit]), xycoords=("axes fraction", "data"),
+        axis.annotate("copy" if operation in FORWARD_ONLY else "matrix product", (1, ceiling[limit]), xycoords=("axes fraction", "data"),
                       ha="right", va="bottom", fontsize=7)
     axis.set_xticks(range(len(shapes)), [_shape_label(s).replace(" ", "\n", 1) for s in shapes], fontsize=8 if len(shapes) <= 9 else 6.5)
     axis.set_ylabel(unit)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..ops.backends import reference
 from . import gate, report, timing
-from .contestants import OPERATIONS, Contestant, Problem, Run, all_contestants
+from .contestants import FORWARD_ONLY, OPERATIONS, Contestant, DecodeProblem, Problem, Run, all_contestants
 from .shapes import MODELS, SUITES, Shape, parse_shape, part_of
 
 EXAMPLE = """examples:
@@ -27,7 +27,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--suite", choices=SUITES, help="registered shapes (headline on a GPU, smoke on a CPU, unless --shape is given)")
     parser.add_argument("--shape", action="append", metavar="MODEL:LENGTH[:BATCH]",
                         help=f"a shape of your own, more than once if you like; MODEL is one of {', '.join(MODELS)}")
-    parser.add_argument("--ops", default=",".join(OPERATIONS), help="comma-separated operations")
+    parser.add_argument("--ops", help=f"comma-separated operations of {', '.join(OPERATIONS)} (the suite decode: decode; others: all but that)")
     parser.add_argument("--only", metavar="NAMES", help="comma-separated contestants (all that can run here)")
     parser.add_argument("--no-compiled", action="store_true", help="leave out contestants under torch.compile")
     parser.add_argument("--dtype", choices=DTYPES, help="bfloat16 on a GPU, float32 on a CPU, unless given")
@@ -123,6 +123,18 @@ def check_rope(problem: Problem, run: Run) -> tuple[float, float]:
     return max(gate.error(x[-1], y, True) for x, y in zip(found, expected)), peak
 
 
+def check_decode(problem: DecodeProblem, contestant: Contestant, run: Run) -> tuple[float, float]:
+    """Worst error of one step against fp64 on the last key/value head of the last batch row, and peak memory in MiB."""
+    g = problem.shape.geometry
+    group = slice(g.heads - g.heads // g.kv_heads, g.heads)
+    before = _peak_reset(problem.device)
+    out = run.forward()
+    peak = _peak_since(problem.device, before)
+    expected, _ = reference.attention(problem.q[-1:, :, group].double(), problem.k[-1:, :, -1:].double(), problem.v[-1:, :, -1:].double(),
+                                      problem.scale[group].double() if contestant.scaled else None, window=g.window)
+    return gate.error(out[-1, 0, group], expected[0, 0], False), peak
+
+
 def _peak_reset(device: torch.device) -> int:
     if device.type != "cuda":
         return 0
@@ -145,6 +157,8 @@ def measure(operation: str, problem: Problem, contestants: list[Contestant], ses
                 run = contestant.prepare(operation, problem)
                 if operation == "rope":
                     worst, peak = check_rope(problem, run)
+                elif operation == "decode":
+                    worst, peak = check_decode(problem, contestant, run)
                 else:
                     worst, peak, (out, grad) = check_attention(operation, problem, contestant, run, cache)
                     backwards[contestant.name] = lambda out=out, run=run, grad=grad: torch.autograd.grad(out, run.inputs, grad, retain_graph=True)
@@ -158,7 +172,7 @@ def measure(operation: str, problem: Problem, contestants: list[Contestant], ses
             forwards.pop(contestant.name, None), backwards.pop(contestant.name, None)
             rows.append(_row(operation, "", contestant, problem, session, None, *facts.get(contestant.name, (None, None)), status))
     timed = [("forward", timing.in_turn(forwards, session.clock, session.row_ms))]
-    if operation != "rope":
+    if operation not in FORWARD_ONLY:
         timed.append(("backward", timing.in_turn(backwards, session.clock, session.row_ms)))
     for direction, times in timed:
         rows += [_row(operation, direction, c, problem, session, times[c.name], *facts[c.name], "ok")
@@ -177,8 +191,8 @@ def _row(operation, direction, contestant, problem, session, times, worst, peak,
     if times is not None:
         row |= dict(ms=round(times.median, 4), ms_p20=round(times.p20, 4), ms_p80=round(times.p80, 4), calls=times.calls)
         limit = session.ceilings
-        if operation == "rope":
-            gbps = 2 * shape.rope_elements * problem.dtype.itemsize / times.median / 1e6
+        if operation in FORWARD_ONLY:
+            gbps = shape.moved_elements(operation) * problem.dtype.itemsize / times.median / 1e6
             row |= dict(gbps=round(gbps, 1), copy_share=round(gbps / limit.copy_gbps, 4) if limit else "")
         else:
             tflops = (2.5 if direction == "backward" else 1.0) * shape.forward_flops / times.median / 1e9
@@ -233,10 +247,11 @@ def bench(options: argparse.Namespace) -> int:
     on_gpu = device.type == "cuda"
     dtype = DTYPES[options.dtype or ("bfloat16" if on_gpu else "float32")]
     contestants = all_contestants(options.fa3)
-    operations = _chosen("--ops", options.ops, list(OPERATIONS))
     only = _chosen("--only", options.only, [c.name for c in contestants])
     shapes = [parse_shape(text) for text in options.shape or ()]
     suite = options.suite or (None if shapes else "headline" if on_gpu else "smoke")
+    unless_given = "decode" if suite == "decode" else ",".join(o for o in OPERATIONS if o != "decode")
+    operations = _chosen("--ops", options.ops or unless_given, list(OPERATIONS))
     shapes += SUITES[suite] if suite else []
 
     if options.part is not None:
@@ -296,7 +311,8 @@ def resume(run: report.Measured, path: str) -> None:
 def measure_shape(operation: str, shape: Shape, group: list[Contestant], session: Session) -> list[dict]:
     """One shape from fresh tensors, freed afterwards, and compiled code with it."""
     try:
-        return measure(operation, Problem(shape, session.dtype, session.device), group, session, {})
+        problem = (DecodeProblem if operation == "decode" else Problem)(shape, session.dtype, session.device)
+        return measure(operation, problem, group, session, {})
     finally:
         if session.device.type == "cuda":
             torch.cuda.empty_cache()

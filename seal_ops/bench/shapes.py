@@ -26,13 +26,14 @@ MODELS = {
     "gemma-2-9b": Geometry(16, 8, 256),
     "gemma-3-4b-local": Geometry(8, 4, 256, window=1024),
     "pythia-4096": Geometry(64, 64, 64),  # 4096 channels in heads of 64, no GQA: the head_dim 64 row of peers' papers
+    "falcon-7b": Geometry(71, 1, 64),  # one KV head for all
     "tiny": Geometry(4, 2, 32),
 }
 
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """One row of the benchmark: causal attention of a model at a batch size and a sequence length."""
+    """One row of the benchmark: causal attention of a model at a batch size and a sequence length (decoding: the keys in the cache)."""
 
     model: str
     batch: int
@@ -58,6 +59,13 @@ class Shape:
     def rope_elements(self) -> int:
         g = self.geometry
         return self.batch * self.seqlen * (g.heads + g.kv_heads) * g.head_dim
+
+    def moved_elements(self, operation: str) -> int:
+        """What an operation that is counted in bytes moves at least: rope reads and writes Q and K, decode reads keys and values."""
+        g = self.geometry
+        if operation == "rope":
+            return 2 * self.rope_elements
+        return 2 * self.batch * min(self.seqlen, g.window or self.seqlen) * g.kv_heads * g.head_dim
 
     def __str__(self) -> str:
         return f"{self.model} {length_name(self.seqlen)} x {self.batch}"
@@ -90,6 +98,13 @@ SUITES: dict[str, list[Shape]] = {
         Shape("pythia-4096", 8, 4 * _K), Shape("gemma-7b", 4, 8 * _K), Shape("qwen3.5-heads", 4, 8 * _K),
     ],
     "smoke": [Shape("tiny", 2, 48)],
+    "decode": [
+        *(Shape("llama-3.1-8b", batch, keys) for keys in (32 * _K, 128 * _K) for batch in (1, 8, 32)),
+        *(Shape(model, batch, 32 * _K) for model in ("pythia-4096", "gemma-2-9b", "falcon-7b") for batch in (1, 8)),
+        Shape("gemma-2-9b", 1, 128 * _K),
+        Shape("falcon-7b", 32, 32 * _K),
+        Shape("llama-3.1-8b", 1, 4 * _K),
+    ],
 }
 
 

@@ -68,7 +68,7 @@ def test_the_command_writes_rows_with_the_environment_and_a_plot(tmp_path, capsy
     with open(tmp_path / "r.csv") as file:
         rows = list(csv.DictReader(file))
     timed = {(r["operation"], r["contestant"], r["direction"]) for r in rows if r["status"] == "ok"}
-    for operation in contestants.OPERATIONS:
+    for operation in set(contestants.OPERATIONS) - {"decode"}:
         assert (operation, "seal-cpu", "forward") in timed
     assert ("attention", "sdpa", "backward") in timed and ("rope_attention", "hf-sdpa", "backward") in timed
     assert ("attention_o_proj", "peft-ia3", "backward") in timed
@@ -85,13 +85,31 @@ def test_the_command_writes_rows_with_the_environment_and_a_plot(tmp_path, capsy
     assert "seal-cpu" in capsys.readouterr().out
 
 
+def test_decoding_is_counted_in_bytes_and_checked(tmp_path, monkeypatch):
+    """The suite `decode` means the operation `decode`; a contestant that misses the last key is wrong."""
+    monkeypatch.setitem(shapes.SUITES, "decode", [shapes.Shape("tiny", 2, 48)])
+    honest = contestants.all_contestants()
+    cheat = dataclasses.replace(next(c for c in honest if c.name == "decode-sdpa"), name="cheat",
+                                prepare=lambda operation, p: contestants.Run(lambda: p.v[:, -1:].repeat_interleave(2, 2)))
+    monkeypatch.setattr(run, "all_contestants", lambda folder=None: [*honest, cheat])
+    assert bench.main(["--suite", "decode", "--only", "seal-cpu,decode-sdpa,cheat", "--row-ms", "2", "--out", str(tmp_path), "--name", "d", "--device", "cpu"]) == 1
+    with open(tmp_path / "d.csv") as file:
+        rows = {r["contestant"]: r for r in csv.DictReader(file)}
+    assert rows["cheat"]["status"].startswith("wrong") and {rows[n]["status"] for n in ("seal-cpu", "decode-sdpa")} == {"ok"}
+    assert {r["operation"] for r in rows.values()} == {"decode"} and {r["direction"] for r in rows.values()} == {"", "forward"}
+    assert rows["seal-cpu"]["gbps"] and not rows["seal-cpu"]["tflops"]
+    assert shapes.Shape("llama-3.1-8b", 3, 32768).moved_elements("decode") == 3 * 2 * 32768 * 8 * 128
+    assert shapes.Shape("gemma-3-4b-local", 1, 32768).moved_elements("decode") == 2 * 1024 * 4 * 256
+    assert "GB/s read" in (tmp_path / "d.md").read_text() and (tmp_path / "d.png").exists()
+
+
 def test_parts_are_measured_one_by_one_resumed_and_merged(tmp_path, capsys):
     options = ["--shape", "tiny:48:1", "--shape", "tiny:33:2", "--only", "seal-cpu,sdpa,hf-sdpa,hf-rotary", "--row-ms", "2", "--output", str(tmp_path), "--device", "cpu"]
     assert bench.main([*options, "--name", "cut", "--part", "1/2", "--ops", "attention"]) == 0
     first = json.loads((tmp_path / "cut-part1of2.json").read_text())["rows"]
     assert bench.main([*options, "--name", "cut", "--part", "1/2", "--resume"]) == 0
     rows = json.loads((tmp_path / "cut-part1of2.json").read_text())["rows"]
-    assert rows[:len(first)] == first and {r["operation"] for r in rows} == set(contestants.OPERATIONS) and len({r["seqlen"] for r in rows}) == 1
+    assert rows[:len(first)] == first and {r["operation"] for r in rows} == set(contestants.OPERATIONS) - {"decode"} and len({r["seqlen"] for r in rows}) == 1
     assert bench.main([*options, "--name", "cut", "--part", "2/2"]) == 0
     parts = [str(tmp_path / f"cut-part{n}of2.json") for n in (1, 2)]
     assert bench.main(["--merge", *parts, "--name", "whole", "--output", str(tmp_path)]) == 0

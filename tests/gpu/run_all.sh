@@ -93,12 +93,12 @@ sanitizer() {  # tool, parts of sanitize.py
 }
 # One suite after the other: the processes of a GPU take turns on it, and Triton's compiler wants the cores.
 rm -f "$work"/*.status
-sanitizer memcheck forward backward rope grid &
+sanitizer memcheck forward decode backward rope grid &
 sanitizer racecheck &
 sanitizer synccheck &
-suite cuda "${SEAL_WORKERS:-6}" tests/gpu tests/ops/test_ops.py tests/ops/test_rope.py -k "[cuda or -cuda or ptx_kit"
+suite cuda "${SEAL_WORKERS:-6}" tests/gpu tests/ops/test_ops.py tests/ops/test_decode.py tests/ops/test_rope.py -k "[cuda or -cuda or ptx_kit or split_kernels"
 cores=$(nproc)
-suite triton "${SEAL_WORKERS:-$((cores > 10 ? cores * 3 / 4 : 8))}" tests/gpu tests/ops/test_ops.py tests/ops/test_rope.py tests/ops/test_triton_kernels.py -k "[triton or -triton or triton_kernels"
+suite triton "${SEAL_WORKERS:-$((cores > 10 ? cores * 3 / 4 : 8))}" tests/gpu tests/ops/test_ops.py tests/ops/test_decode.py tests/ops/test_rope.py tests/ops/test_triton_kernels.py tests/ops/test_triton_kernels_decode.py -k "[triton or -triton or triton_kernels"
 wait
 for name in cuda triton memcheck racecheck synccheck; do
   [ -e "$work/$name.status" ] || continue

@@ -1,6 +1,6 @@
 """Every kernel of the cuda backend once or twice on small odd shapes: what run_all.sh runs under compute-sanitizer.
 
-usage: sanitize.py [forward] [backward] [rope] [paths] [grid]     (default: all but the grid)
+usage: sanitize.py [forward] [decode] [backward] [rope] [paths] [grid]     (default: all but the grid)
 
 `paths` leads small shapes where large ones go (_C.set_launch_overrides): several tiles to a thread block, whole groups of
 query heads in one, several heads whose scale holds zeros, more packed sequences than a warp has lanes. `grid` is the packed
@@ -39,6 +39,20 @@ def forward():
         q, k, v = tensors(200, head_dim=head_dim, batch=None, dtype=torch.float16)
         lengths = torch.tensor([0, 70, 70, 200], device="cuda", dtype=torch.int32)
         yield seal_ops.attention(q, k, v, scale, scale, cu_seqlens=lengths, **BACKEND)
+
+
+def decode():
+    """Few queries: 1, 2 and 4 row tiles, one split and several, a window, packed sequences with more queries than promised."""
+    for head_dim in (64, 128, 192, 256):
+        for queries, group in ((1, 4), (8, 4), (8, 8)):
+            q, k, v = tensors(1300, heads=(2 * group, 2), head_dim=head_dim, batch=2)
+            scale = torch.randn(2 * group, head_dim, device="cuda")
+            for keys in (1300, 77):
+                yield seal_ops.attention(q[:, :queries], k[:, :keys], v[:, :keys], scale, scale, **BACKEND)
+            yield seal_ops.attention(q[:, :queries], k, v, scale, window=600, **BACKEND)
+        q, k, v = tensors(1200, head_dim=head_dim, batch=None, dtype=torch.float16)
+        cu_q, cu_k = (torch.tensor(lengths, device="cuda", dtype=torch.int32) for lengths in ([0, 1, 1, 40], [0, 700, 700, 1200]))
+        yield seal_ops.attention(q[:40], k, v, cu_seqlens=cu_q, cu_seqlens_k=cu_k, max_seqlen=4, **BACKEND)
 
 
 def backward():
@@ -100,8 +114,8 @@ def grid():
 
 
 def main():
-    known = {"forward": forward, "backward": backward, "rope": rope, "paths": paths, "grid": grid}
-    parts = sys.argv[1:] or ["forward", "backward", "rope", "paths"]
+    known = {"forward": forward, "decode": decode, "backward": backward, "rope": rope, "paths": paths, "grid": grid}
+    parts = sys.argv[1:] or ["forward", "decode", "backward", "rope", "paths"]
     torch.manual_seed(0)
     results = [t for part in parts for t in known[part]()]
     torch.cuda.synchronize()

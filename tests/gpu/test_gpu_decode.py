@@ -1,4 +1,5 @@
 """Few queries over many keys on a GPU: the op on ugly lengths, and the CUDA kernels with every number of splits."""
+import ctypes
 import itertools
 import shutil
 
@@ -99,7 +100,7 @@ SPLIT_CASES = [Case(1, 1000, heads=(8, 2), head_dim=128, batch=2), Case(1, 513, 
 @needs_kit
 @pytest.mark.parametrize("splits", [0, 1, 2, 3, 5, 16, 37, 512])
 @pytest.mark.parametrize("case", SPLIT_CASES, ids=str)
-def test_ptx_kit_any_number_of_splits(case, splits, poisoned):
+def test_split_kernels_with_any_number_of_splits(case, splits, poisoned):
     """Also more splits than blocks of keys, with everything that nobody writes filled with NaN."""
     inputs = inputs_of(case, torch.bfloat16, "cuda")
     framed = {n: in_cache(inputs[n], 5, True) for n in ("q", "k", "v")}
@@ -113,7 +114,7 @@ def test_ptx_kit_any_number_of_splits(case, splits, poisoned):
 @needs_kit
 @pytest.mark.parametrize("splits", [1, 2, 9])
 @pytest.mark.parametrize("bound", [1, 4, 40])
-def test_ptx_kit_packed_sequences(bound, splits, poisoned):
+def test_split_kernels_on_packed_sequences(bound, splits, poisoned):
     """One query to a cache, more of them than `max_seqlen` promised, and sequences without queries or keys."""
     case = Case((1, 5, 0, 40, 3, 1), (700, 130, 64, 90, 0, 1), heads=(8, 2), head_dim=128, scale="row-channel", offset=True)
     inputs = inputs_of(case, torch.bfloat16, "cuda")
@@ -126,7 +127,7 @@ def test_ptx_kit_packed_sequences(bound, splits, poisoned):
 
 
 @needs_kit
-def test_ptx_kit_a_thousand_runs_are_equal_bit_for_bit():
+def test_split_kernels_repeat_a_thousand_times_bit_for_bit():
     inputs = inputs_of(Case(1, 5000, heads=(8, 2), head_dim=128, batch=2), torch.bfloat16, "cuda")
     first, first_lse, plan = decode(build(), **inputs)
     assert plan["splits"] > 1
@@ -138,14 +139,9 @@ def test_ptx_kit_a_thousand_runs_are_equal_bit_for_bit():
 
 
 @needs_kit
-def test_ptx_kit_what_the_op_chooses():
+def test_split_kernels_serve_decoding_and_not_training():
     """Decoding goes through these kernels, training shapes do not."""
-    prefers = lambda heads, kv, sq, sk, left=-1, right=0: bool(build().kit_prefers(*map(_int64, (heads, kv, sk, left, right, sq))))
+    prefers = lambda heads, kv, sq, sk, left=-1, right=0: bool(build().kit_prefers(*map(ctypes.c_int64, (heads, kv, sk, left, right, sq))))
     assert prefers(32, 8, 1, 32768) and prefers(32, 8, 8, 32768) and prefers(32, 32, 64, 32768) and prefers(71, 1, 1, 100)
     assert not prefers(32, 8, 2048, 2048) and not prefers(32, 8, 17, 32768) and not prefers(32, 32, 64, 64) and not prefers(4, 4, 1, 3)
     assert not prefers(32, 8, 8, 32768, left=9)
-
-
-def _int64(value):
-    import ctypes
-    return ctypes.c_int64(value)

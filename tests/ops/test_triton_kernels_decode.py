@@ -1,0 +1,47 @@
+"""The Triton kernels that split the keys, with any number of splits."""
+import pytest
+import torch
+
+import seal_ops
+from cases import Case
+from conftest import device_of
+from decode_cases import CASES, assert_every_row, exact, inputs_of
+from seal_ops.ops.dispatch import why_not
+
+if (_reason := why_not("triton", "attention", device_of("triton"), torch.float16, 64)) is not None:
+    pytest.skip(_reason, allow_module_level=True)
+
+from seal_ops.ops.backends.triton import decode  # noqa: E402
+
+
+@pytest.mark.parametrize("splits", [1, 2, 3, 7, 40])
+@pytest.mark.parametrize("case", [CASES[1], CASES[6], CASES[7]], ids=str)
+def test_any_number_of_splits(case, splits, monkeypatch):
+    """Also more splits than there are blocks of keys: the others contribute nothing."""
+    chosen = []
+    monkeypatch.setattr(decode, "splits_for", lambda *_: chosen.append(splits) or splits)
+    inputs = inputs_of(case, torch.float16, device_of("triton"))
+    assert_every_row(*seal_ops.attention(**inputs, backend="triton", return_lse=True), inputs)
+    assert chosen, "another kernel ran"
+
+
+def test_more_queries_than_promised_are_computed_all_the_same(monkeypatch):
+    case = Case((9, 0, 30), (60, 20, 90), heads=(4, 2), scale="row-channel", offset=True)
+    monkeypatch.setattr(decode, "splits_for", lambda *_: 2)
+    inputs = inputs_of(case, torch.float16, device_of("triton"))
+    out, lse = seal_ops.attention(**inputs, max_seqlen=2, backend="triton", return_lse=True)
+    want, want_lse = exact(inputs)
+    torch.testing.assert_close(out.double(), want, rtol=2e-3, atol=2e-3)
+    torch.testing.assert_close(lse.double(), want_lse, rtol=1e-5, atol=2e-5)
+
+
+def test_splits_fill_the_gpu():
+    for multiprocessors in (108, 132):
+        for tiles in (1, 3, 8, 64, 100, 256, 1000):
+            for keys in (1, 255, 4096, 32768, 131072):
+                splits = decode.splits_for(tiles, keys, multiprocessors)
+                assert 1 <= splits <= max(1, keys // 256)
+                if keys == 131072:
+                    slots = 2 * multiprocessors
+                    waves = tiles * splits / slots
+                    assert waves / -(-waves // 1) > 0.9 or tiles * 4 > 3 * slots, (tiles, splits)
