@@ -27,7 +27,8 @@ DEVICE = "cuda"
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-SWITCHES = {"tail": "TAIL", "pdl": "PDL", "heads": "HEADS_FIRST", "late": "LATE_EXACT", "quad": "QUAD_VECTORS", "persistent": "PERSISTENT"}
+SWITCHES = {"tail": "TAIL", "pdl": "PDL", "heads": "HEADS_FIRST", "late": "LATE_EXACT", "quad": "QUAD_VECTORS", "persistent": "PERSISTENT",
+            "stores": "PLAIN_STORES"}
 VARIANTS = {
     "base": "",
     "tail": "tail",
@@ -36,8 +37,9 @@ VARIANTS = {
     "late": "late",
     "quad": "quad",
     "persistent": "persistent",
-    "small": "tail pdl heads late quad",
-    "all": "tail pdl heads quad persistent",
+    "persistent+stores": "persistent stores",
+    "small": "tail pdl heads late quad stores",
+    "all": "tail pdl heads quad persistent stores",
 }
 
 # name: batch, rows of q, rows of k, heads of q, heads of k, head_dim
