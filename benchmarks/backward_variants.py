@@ -27,7 +27,8 @@ DEVICE = "cuda"
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-SWITCHES = {"tail": "TAIL", "pdl": "PDL", "heads": "HEADS_FIRST", "late": "LATE_EXACT", "quad": "QUAD_VECTORS", "persistent": "PERSISTENT"}
+SWITCHES = {"tail": "TAIL", "pdl": "PDL", "heads": "HEADS_FIRST", "late": "LATE_EXACT", "quad": "QUAD_VECTORS", "persistent": "PERSISTENT",
+            "stores": "PLAIN_STORES"}
 VARIANTS = {
     "base": "",
     "tail": "tail",
@@ -36,8 +37,9 @@ VARIANTS = {
     "late": "late",
     "quad": "quad",
     "persistent": "persistent",
-    "small": "tail pdl heads late quad",
-    "all": "tail pdl heads quad persistent",
+    "persistent+stores": "persistent stores",
+    "small": "tail pdl heads late quad stores",
+    "all": "tail pdl heads quad persistent stores",
 }
 
 # name: batch, rows of q, rows of k, heads of q, heads of k, head_dim
@@ -374,8 +376,13 @@ def check_variant(library: ctypes.CDLL, names: list[str], dims: list[int]) -> li
 
 # ---- timing
 
-def time_variants(libraries: dict[str, ctypes.CDLL], names: list[str], budget_ms: float) -> dict[str, dict[str, float]]:
-    from seal_ops.bench import timing
+def time_variants(libraries: dict[str, ctypes.CDLL], names: list[str], budget_ms: float, fa3: str | None) -> dict[str, dict[str, float]]:
+    """TFLOP/s of every variant, and of FlashAttention-3 without a scale where there is one, for every shape."""
+    from seal_ops.bench import peers, timing
+
+    reason = peers.load_fa3(fa3) if fa3 else "not asked for"
+    if fa3 and reason:
+        print(reason)
 
     clock, table = timing.Clock(torch.device(DEVICE)), {}
     for name in names:
@@ -383,6 +390,10 @@ def time_variants(libraries: dict[str, ctypes.CDLL], names: list[str], budget_ms
         call.forward()
         call.prepare()
         calls = {variant: call.bind(library) for variant, library in libraries.items()}
+        if reason is None:
+            leaves = [t.detach().requires_grad_() for t in (call.q, call.k, call.v)]
+            out = peers.fa3(None)(*leaves)
+            calls["fa3"] = lambda out=out, leaves=leaves: torch.autograd.grad(out, leaves, call.grad, retain_graph=True)
         for run in calls.values():
             run()
         torch.cuda.synchronize()
@@ -402,6 +413,7 @@ def main() -> None:
     parser.add_argument("--shapes", default=",".join(SHAPES))
     parser.add_argument("--seconds", type=float, default=330, help="for everything together; what does not fit is left out and said")
     parser.add_argument("--budget-ms", type=float, default=90, help="of timed calls for each variant and shape")
+    parser.add_argument("--fa3", metavar="FOLDER", help="folder with FlashAttention-3's library, which is timed as well (seal bench --fa3)")
     parser.add_argument("--out", type=pathlib.Path, help="a JSON file for the results")
     parser.add_argument("--check", type=pathlib.Path, help=argparse.SUPPRESS)  # one library, in a process of its own
     options = parser.parse_args()
@@ -432,7 +444,7 @@ def main() -> None:
         print(f"{name}: {'right' if not fault else fault}", flush=True)
     print(f"checked at {time.monotonic() - begin:.0f} s", flush=True)
     right = {name: ctypes.CDLL(str(paths[name])) for name in names if not verdicts[name]}
-    table = time_variants(right, shapes, options.budget_ms) if right else {}
+    table = time_variants(right, shapes, options.budget_ms, options.fa3) if right else {}
     if options.out:
         options.out.write_text(json.dumps({"card": torch.cuda.get_device_name(), "verdicts": verdicts, "tflops": table}, indent=1))
     print(f"all in {time.monotonic() - begin:.0f} s")

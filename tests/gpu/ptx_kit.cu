@@ -98,7 +98,7 @@ __global__ void copy_kernel(const __grid_constant__ CUtensorMap from, const __gr
   }
 }
 
-// Transposes a 16x16 matrix of 16-bit elements by stmatrix, and adds it (as float) to `sum` by each of the three reductions.
+// Transposes a 16x16 matrix of 16-bit elements by stmatrix, and adds it (as float) to `sum` by the bulk reduction.
 __global__ void small_kernel(const uint16_t* in, uint16_t* plain, uint16_t* transposed, float* sum) {
   __shared__ __align__(128) uint16_t tile[16][16];
   __shared__ __align__(128) float values[256];
@@ -122,23 +122,18 @@ __global__ void small_kernel(const uint16_t* in, uint16_t* plain, uint16_t* tran
     bulk_commit();
     bulk_wait();
   }
-  for (int i = lane; i < 64; i += 32) reduce_add(sum + 4 * i, values[4 * i], values[4 * i + 1], values[4 * i + 2], values[4 * i + 3]);
-  for (int i = lane; i < 256; i += 32) reduce_add(sum + i, values[i]);
 }
 
 }  // namespace
 
 // The products that were built: (N, K, A source, B major, fp16).
 #define PRODUCTS_FOR_N(P, N) P(N, 128, kK, kK, __nv_bfloat16) P(N, 128, kRegisters, kMN, __nv_bfloat16)
-#define PRODUCTS(P)                                                                                                        \
-  PRODUCTS_FOR_N(P, 64) PRODUCTS_FOR_N(P, 128) PRODUCTS_FOR_N(P, 192) PRODUCTS_FOR_N(P, 256)                                \
-  P(32, 64, kK, kK, __nv_bfloat16) P(48, 64, kK, kK, __nv_bfloat16) P(80, 256, kK, kK, __nv_bfloat16)                      \
-  P(96, 64, kK, kK, __nv_bfloat16) P(112, 64, kK, kK, __nv_bfloat16) P(160, 64, kK, kK, __nv_bfloat16)                     \
-  P(176, 128, kK, kK, __nv_bfloat16)                                                                                       \
-  P(256, 80, kRegisters, kMN, __nv_bfloat16) P(128, 176, kRegisters, kMN, __nv_bfloat16)                                   \
-  P(64, 128, kRegisters, kK, __nv_bfloat16) P(64, 128, kK, kMN, __nv_bfloat16) P(128, 80, kK, kMN, __nv_bfloat16)          \
-  P(256, 64, kK, kMN, __nv_bfloat16) P(64, 64, kMN, kK, __nv_bfloat16) P(128, 128, kMN, kMN, __nv_bfloat16)                \
-  P(256, 80, kMN, kMN, __nv_bfloat16)                                                                                      \
+#define PRODUCTS(P)                                                                                                   \
+  PRODUCTS_FOR_N(P, 64) PRODUCTS_FOR_N(P, 128) PRODUCTS_FOR_N(P, 256)                                                 \
+  P(80, 256, kK, kK, __nv_bfloat16) P(256, 80, kRegisters, kMN, __nv_bfloat16)                                        \
+  P(64, 128, kRegisters, kK, __nv_bfloat16) P(64, 128, kK, kMN, __nv_bfloat16) P(128, 80, kK, kMN, __nv_bfloat16)     \
+  P(256, 64, kK, kMN, __nv_bfloat16) P(64, 64, kMN, kK, __nv_bfloat16) P(128, 128, kMN, kMN, __nv_bfloat16)           \
+  P(256, 80, kMN, kMN, __nv_bfloat16)                                                                                 \
   P(128, 128, kK, kK, __half) P(128, 128, kRegisters, kMN, __half) P(64, 64, kMN, kMN, __half)
 
 extern "C" {

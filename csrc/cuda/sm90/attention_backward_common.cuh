@@ -202,6 +202,20 @@ SEAL_DEVICE void store_rows(const BackwardKernelParams& p, const float* tile, in
   constexpr int kChunks = kD / 8;
   constexpr int kRowsAtOnce = 32 / kChunks > 0 ? 32 / kChunks : 1;
   const int lane = threadIdx.x % 32;
+  if (kPlainStores && !rotate) {  // several rows at a time on their way
+    const int channel = lane % kChunks * 8;
+    if (channel >= p.head_dim) return;
+    const int64_t stride = static_cast<int64_t>(heads) * p.head_dim;
+    T* const to = static_cast<T*>(output) + (batch_row * rows_per_batch + token) * stride + head * p.head_dim + channel;
+#pragma unroll 4
+    for (int row = lane / kChunks; row < rows; row += kRowsAtOnce) {
+      const float4* const values = reinterpret_cast<const float4*>(tile + row * (kD + kPad) + channel);
+      const float4 a = values[0], b = values[1];
+      *reinterpret_cast<uint4*>(to + row * stride) = make_uint4(pack<T>(a.x * factor, a.y * factor), pack<T>(a.z * factor, a.w * factor),
+                                                                pack<T>(b.x * factor, b.y * factor), pack<T>(b.z * factor, b.w * factor));
+    }
+    return;
+  }
   for (int row = lane / kChunks; row < rows; row += kRowsAtOnce) {
     const int channel = lane % kChunks * 8;
     if (channel >= p.head_dim) continue;

@@ -12,7 +12,7 @@
 // through once more after the epilogue: P^T g of each, and the column sums of V * (P^T g).
 #pragma once
 
-#include "attention_backward_common.cuh"
+#include "backward_tasks.cuh"
 
 namespace seal::sm90 {
 
@@ -27,87 +27,6 @@ constexpr bool kDescending = kD == 128;
 // The query tile in the place of `m` of [begin, end) in the order of work.
 template <int kD>
 SEAL_DEVICE int turn(int begin, int end, int m) { return kDescending<kD> ? begin + end - 1 - m : m; }
-
-// What one CTA works on: a tile of kRows keys and the query tiles, kM rows each, that see it. It lives in shared memory: in
-// registers it would cost what the accumulators need.
-template <int kM, int kRows = kTileRows>
-struct BackwardTask {
-  Sequence seq;
-  bool any;              // else the launch has no task left
-  int batch_row, head_k, split, first_key;
-  int first_head;
-  uint64_t exact;            // bit h: head first_head + h needs an exact dscale
-  int64_t tile;          // among all tiles of keys
-  int begin, end;        // query tiles
-  int full_begin, full_end;  // those of them in which nothing is masked
-
-  // The task in place `block` of the launch order. All lanes of a converged warp call it, those with `writes` write: all of them
-  // where the task is a variable of each, one where it lies in shared memory.
-  SEAL_DEVICE void find(const BackwardKernelParams& p, int block, bool writes) {
-    const bool packed = p.cu_seqlens_k != nullptr;
-    const LaunchOrder order(block, p.tiles_k, (packed ? 1 : p.batch) * p.heads_k * p.splits, p.section, p.last_section);
-    if (writes) {
-      split = order.pair % p.splits;
-      head_k = order.pair / p.splits % p.heads_k;
-      batch_row = order.pair / p.splits / p.heads_k;
-      first_head = (head_k * p.splits + split) * p.heads_per_cta;
-      exact = 0;
-      tile = packed ? order.tile : static_cast<int64_t>(batch_row) * p.tiles_k + order.tile;
-    }
-    __syncwarp();
-    int local;
-    const Sequence found = locate(p, p.cu_seqlens_k, kRows, order.tile, batch_row, &local);
-    if (writes) {
-      seq = found;
-      first_key = local * kRows;
-    }
-    __syncwarp();
-
-    const int last_key = min(first_key + kRows, seq.length_k) - 1, shift = seq.shift();
-    const int first = p.window_right < 0 ? 0 : max(0, first_key - shift - p.window_right);
-    const int last = p.window_left < 0 ? seq.length_q - 1 : min(seq.length_q - 1, last_key - shift + p.window_left);
-    const int begin_here = first / kM, end_here = last_key < first_key || last < first ? begin_here : last / kM + 1;
-    if (writes) {
-      begin = begin_here;
-      end = end_here;
-      // Every key of the tile is seen from query last_key - shift - right on, up to query first_key - shift + left.
-      full_begin = p.window_right < 0 ? begin_here : (max(0, last_key - shift - p.window_right) + kM - 1) / kM;
-      full_end = first_key + kRows > seq.length_k ? full_begin : p.window_left < 0 ? end_here : max(0, first_key - shift + p.window_left + 1) / kM;
-    }
-  }
-  // All lanes of a converged warp call it.
-  SEAL_DEVICE void find_exact_heads(const BackwardKernelParams& p, bool writes) {
-    if (p.dscale_exact == nullptr) return;
-#pragma unroll 1
-    for (int h = 0; h < p.heads_per_cta; ++h) {
-      if (needs_exact_dscale(p, seq.index, first_head + h) && writes) exact |= uint64_t{1} << h;
-    }
-  }
-  SEAL_DEVICE int first_exact_head() const { return next_exact_head(first_head - 1); }
-  // The exact head after `head`, if there is one.
-  SEAL_DEVICE int next_exact_head(int head) const { return head + __ffsll(exact >> (head + 1 - first_head)); }
-  SEAL_DEVICE int exact_steps() const { return (end - begin) * __popcll(exact); }
-
-  // Sets scores of a transposed tile to -inf where masked; `key` is the thread's first row of the accumulator.
-  SEAL_DEVICE void mask(const BackwardKernelParams& p, float (&scores)[kM / 2], int m, int key) const {
-    const int column = m * kM + threadIdx.x % 4 * 2;
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      const int row = key + 8 * h - seq.shift();  // in the coordinates of the queries
-      int low = p.window_right < 0 ? INT32_MIN : row - p.window_right;
-      const int high = p.window_left < 0 ? INT32_MAX : row + p.window_left;
-      if (key + 8 * h >= seq.length_k) low = INT32_MAX;
-#pragma unroll
-      for (int j = 0; j < kM / 8; ++j) {
-#pragma unroll
-        for (int c = 0; c < 2; ++c) {
-          const int query = column + 8 * j + c;
-          if (query < low || query > high) scores[4 * j + 2 * h + c] = -INFINITY;
-        }
-      }
-    }
-  }
-};
 
 template <int kD, int kM>
 struct BackwardShared {

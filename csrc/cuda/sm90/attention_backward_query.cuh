@@ -6,53 +6,9 @@
 //   S = Q K^T    dP = dO V^T    dQ += dS K
 #pragma once
 
-#include "attention_backward_common.cuh"
+#include "backward_tasks.cuh"
 
 namespace seal::sm90 {
-
-template <int kN>
-struct QueryTask {
-  Sequence seq;
-  int batch_row, head, first_query;
-  int begin, end;            // key tiles of kN
-  int full_begin, full_end;  // those of them in which nothing is masked
-
-  SEAL_DEVICE QueryTask(const BackwardKernelParams& p) {
-    const bool packed = p.cu_seqlens_q != nullptr;
-    const int pair = blockIdx.x / p.tiles_q;
-    batch_row = packed ? 0 : pair / p.heads_q, head = pair % p.heads_q;
-    int local;
-    seq = locate(p, p.cu_seqlens_q, kTileRows, p.tiles_q - 1 - static_cast<int>(blockIdx.x) % p.tiles_q, batch_row, &local);  // the longest first
-    first_query = local * kTileRows;
-
-    const int last_query = min(first_query + kTileRows, seq.length_q) - 1, shift = seq.shift();
-    const int first = p.window_left < 0 ? 0 : max(0, first_query + shift - p.window_left);
-    const int last = p.window_right < 0 ? seq.length_k - 1 : min(seq.length_k - 1, last_query + shift + p.window_right);
-    begin = first / kN;
-    end = last_query < first_query || last < first ? begin : last / kN + 1;
-    full_begin = p.window_left < 0 ? begin : (max(0, last_query + shift - p.window_left) + kN - 1) / kN;
-    full_end = (p.window_right < 0 ? seq.length_k : min(seq.length_k, max(0, first_query + shift + p.window_right + 1))) / kN;
-  }
-
-  // Sets scores to -inf where masked; `query` is the thread's first row of the accumulator.
-  SEAL_DEVICE void mask(const BackwardKernelParams& p, float (&scores)[kN / 2], int n, int query) const {
-    const int column = n * kN + threadIdx.x % 4 * 2;
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      const int row = query + 8 * h + seq.shift();
-      const int low = p.window_left < 0 ? INT32_MIN : row - p.window_left;
-      const int high = p.window_right < 0 ? seq.length_k - 1 : min(seq.length_k - 1, row + p.window_right);
-#pragma unroll
-      for (int j = 0; j < kN / 8; ++j) {
-#pragma unroll
-        for (int c = 0; c < 2; ++c) {
-          const int key = column + 8 * j + c;
-          if (key < low || key > high) scores[4 * j + 2 * h + c] = -INFINITY;
-        }
-      }
-    }
-  }
-};
 
 template <int kD, int kN>
 struct QueryShared {

@@ -19,11 +19,14 @@
 #ifndef SEAL_BACKWARD_PERSISTENT  // main kernel: one CTA a multiprocessor, the next tile's copies under this one's epilogue
 #define SEAL_BACKWARD_PERSISTENT 0
 #endif
+#ifndef SEAL_BACKWARD_PLAIN_STORES  // gradients that are not rotated leave by an unrolled loop of their own
+#define SEAL_BACKWARD_PLAIN_STORES 0
+#endif
 
 namespace seal::sm90 {
 
 constexpr bool kTailSwitch = SEAL_BACKWARD_TAIL, kPdl = SEAL_BACKWARD_PDL, kHeadsFirst = SEAL_BACKWARD_HEADS_FIRST;
 constexpr bool kLateExact = SEAL_BACKWARD_LATE_EXACT, kQuadVectors = SEAL_BACKWARD_QUAD_VECTORS;
-constexpr bool kPersistent = SEAL_BACKWARD_PERSISTENT;
+constexpr bool kPersistent = SEAL_BACKWARD_PERSISTENT, kPlainStores = SEAL_BACKWARD_PLAIN_STORES;
 
 }  // namespace seal::sm90

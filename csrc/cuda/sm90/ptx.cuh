@@ -172,12 +172,6 @@ SEAL_DEVICE float2 unpack(uint32_t packed) {
   }
 }
 
-// Adds four neighbouring floats to global memory (16-byte aligned) in one instruction.
-SEAL_DEVICE void reduce_add(float* global, float a, float b, float c, float d) {
-  asm volatile("red.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(global), "f"(a), "f"(b), "f"(c), "f"(d) : "memory");
-}
-SEAL_DEVICE void reduce_add(float* global, float a) { asm volatile("red.global.add.f32 [%0], %1;" ::"l"(global), "f"(a) : "memory"); }
-
 // ---- ldmatrix: the reverse of stmatrix below, same addresses and registers.
 
 SEAL_DEVICE void ldmatrix(uint32_t (&r)[4], uint32_t address) {

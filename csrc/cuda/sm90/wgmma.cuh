@@ -95,29 +95,17 @@ struct Wgmma;  // ss<trans_a, trans_b>(acc, desc_a, desc_b, accumulate), rs<tran
 #define SEAL_T13 ",%104,%105,%106,%107,%108,%109,%110,%111"
 #define SEAL_T14 ",%112,%113,%114,%115,%116,%117,%118,%119"
 #define SEAL_T15 ",%120,%121,%122,%123,%124,%125,%126,%127"
-#define SEAL_TEXT16 SEAL_T0 SEAL_T1
-#define SEAL_TEXT24 SEAL_TEXT16 SEAL_T2
-#define SEAL_TEXT32 SEAL_TEXT24 SEAL_T3
+#define SEAL_TEXT32 SEAL_T0 SEAL_T1 SEAL_T2 SEAL_T3
 #define SEAL_TEXT40 SEAL_TEXT32 SEAL_T4
-#define SEAL_TEXT48 SEAL_TEXT40 SEAL_T5
-#define SEAL_TEXT56 SEAL_TEXT48 SEAL_T6
-#define SEAL_TEXT64 SEAL_TEXT56 SEAL_T7
-#define SEAL_TEXT80 SEAL_TEXT64 SEAL_T8 SEAL_T9
-#define SEAL_TEXT88 SEAL_TEXT80 SEAL_T10
-#define SEAL_TEXT96 SEAL_TEXT88 SEAL_T11
-#define SEAL_TEXT128 SEAL_TEXT96 SEAL_T12 SEAL_T13 SEAL_T14 SEAL_T15
+#define SEAL_TEXT64 SEAL_TEXT40 SEAL_T5 SEAL_T6 SEAL_T7
+#define SEAL_TEXT128 SEAL_TEXT64 SEAL_T8 SEAL_T9 SEAL_T10 SEAL_T11 SEAL_T12 SEAL_T13 SEAL_T14 SEAL_T15
 #define SEAL_R(d, i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7])
-#define SEAL_REGS16(d) SEAL_R(d, 0), SEAL_R(d, 8)
-#define SEAL_REGS24(d) SEAL_REGS16(d), SEAL_R(d, 16)
-#define SEAL_REGS32(d) SEAL_REGS24(d), SEAL_R(d, 24)
+#define SEAL_REGS32(d) SEAL_R(d, 0), SEAL_R(d, 8), SEAL_R(d, 16), SEAL_R(d, 24)
 #define SEAL_REGS40(d) SEAL_REGS32(d), SEAL_R(d, 32)
-#define SEAL_REGS48(d) SEAL_REGS40(d), SEAL_R(d, 40)
-#define SEAL_REGS56(d) SEAL_REGS48(d), SEAL_R(d, 48)
-#define SEAL_REGS64(d) SEAL_REGS56(d), SEAL_R(d, 56)
-#define SEAL_REGS80(d) SEAL_REGS64(d), SEAL_R(d, 64), SEAL_R(d, 72)
-#define SEAL_REGS88(d) SEAL_REGS80(d), SEAL_R(d, 80)
-#define SEAL_REGS96(d) SEAL_REGS88(d), SEAL_R(d, 88)
-#define SEAL_REGS128(d) SEAL_REGS96(d), SEAL_R(d, 96), SEAL_R(d, 104), SEAL_R(d, 112), SEAL_R(d, 120)
+#define SEAL_REGS64(d) SEAL_REGS40(d), SEAL_R(d, 40), SEAL_R(d, 48), SEAL_R(d, 56)
+#define SEAL_REGS128(d)                                                                                         \
+  SEAL_REGS64(d), SEAL_R(d, 64), SEAL_R(d, 72), SEAL_R(d, 80), SEAL_R(d, 88), SEAL_R(d, 96), SEAL_R(d, 104), \
+      SEAL_R(d, 112), SEAL_R(d, 120)
 
 // I0.. are the operand numbers that follow the accumulators (ss: a, b, accumulate, trans a, trans b; rs: a0..a3, b, ...).
 #define SEAL_WGMMA_TYPE(T, TYPE, N, REGS, I0, I1, I2, I3, I4, I5, I6)                                                             \
@@ -142,16 +130,9 @@ struct Wgmma;  // ss<trans_a, trans_b>(acc, desc_a, desc_b, accumulate), rs<tran
   SEAL_WGMMA_TYPE(__nv_bfloat16, "bf16", N, REGS, __VA_ARGS__)      \
   SEAL_WGMMA_TYPE(__half, "f16", N, REGS, __VA_ARGS__)
 
-SEAL_WGMMA(32, 16, 16, 17, 18, 19, 20, 21, 22)
-SEAL_WGMMA(48, 24, 24, 25, 26, 27, 28, 29, 30)
 SEAL_WGMMA(64, 32, 32, 33, 34, 35, 36, 37, 38)
 SEAL_WGMMA(80, 40, 40, 41, 42, 43, 44, 45, 46)
-SEAL_WGMMA(96, 48, 48, 49, 50, 51, 52, 53, 54)
-SEAL_WGMMA(112, 56, 56, 57, 58, 59, 60, 61, 62)
 SEAL_WGMMA(128, 64, 64, 65, 66, 67, 68, 69, 70)
-SEAL_WGMMA(160, 80, 80, 81, 82, 83, 84, 85, 86)
-SEAL_WGMMA(176, 88, 88, 89, 90, 91, 92, 93, 94)
-SEAL_WGMMA(192, 96, 96, 97, 98, 99, 100, 101, 102)
 SEAL_WGMMA(256, 128, 128, 129, 130, 131, 132, 133, 134)
 
 // ---- whole products over kK columns (a multiple of 16)
