@@ -93,7 +93,7 @@ sanitizer() {  # tool, parts of sanitize.py
 }
 # One suite after the other: the processes of a GPU take turns on it, and Triton's compiler wants the cores.
 rm -f "$work"/*.status
-sanitizer memcheck forward decode backward rope grid &
+sanitizer memcheck forward decode backward rope paths grid &
 sanitizer racecheck &
 sanitizer synccheck &
 suite cuda "${SEAL_WORKERS:-6}" tests/gpu tests/ops/test_ops.py tests/ops/test_decode.py tests/ops/test_rope.py -k "[cuda or -cuda or ptx_kit or split_kernels"
