@@ -1,7 +1,12 @@
 """Shared by all tests: backends as a parameter, devices, and Triton's interpreter where there is no GPU."""
 import os
 
-import torch
+if "SEAL_GPUS" in os.environ and "PYTEST_XDIST_WORKER" in os.environ:  # before CUDA counts devices: every worker's first GPU is another
+    gpus = os.environ["SEAL_GPUS"].split(",")
+    turn = int(os.environ["PYTEST_XDIST_WORKER"].removeprefix("gw")) % len(gpus)
+    os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(gpus[turn:] + gpus[:turn])
+
+import torch  # noqa: E402
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton is imported

@@ -33,9 +33,21 @@ class DeviceSurvives:
             pytest.exit(sentence, returncode=1)
 
 
+def in_suite(item, suite: str) -> bool:
+    """Whether a test is one of the backend `suite`; what has no backend in tests/gpu goes with cuda."""
+    own = getattr(item, "callspec", None) and item.callspec.params.get("backend")
+    if own is None:
+        own = "triton" if "triton" in item.path.name else "cuda" if "gpu" in item.path.parts else None
+    return own == suite
+
+
 @pytest.hookimpl(trylast=True)  # after -k and -m
 def pytest_collection_modifyitems(config, items):
-    """SEAL_PART=i/n keeps every n-th test from the i-th on: a suite spread over several GPUs or runs."""
+    """SEAL_SUITE=cuda or triton keeps one backend's tests; SEAL_PART=i/n every n-th of those from the i-th on."""
+    if "SEAL_SUITE" in os.environ:
+        kept = [item for item in items if in_suite(item, os.environ["SEAL_SUITE"])]
+        config.hook.pytest_deselected(items=[item for item in items if not in_suite(item, os.environ["SEAL_SUITE"])])
+        items[:] = kept
     if "SEAL_PART" in os.environ:
         part, parts = map(int, os.environ["SEAL_PART"].split("/"))
         if not 1 <= part <= parts:
@@ -68,8 +80,9 @@ def device(backend) -> torch.device:
 
 @pytest.fixture
 def alone():
-    """One such test at a time on this machine, whatever worker runs it: tens of GB each."""
-    with open(os.path.join(tempfile.gettempdir(), "seal-gpu-tests.lock"), "w") as file:
+    """One such test at a time on a GPU, whatever worker runs it: tens of GB each."""
+    first = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0].replace("/", "-")
+    with open(os.path.join(tempfile.gettempdir(), f"seal-gpu-tests-{first}.lock"), "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
         torch.cuda.empty_cache()

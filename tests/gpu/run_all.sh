@@ -1,16 +1,16 @@
 #!/usr/bin/env bash
 # The whole GPU suite on a machine with a Hopper GPU, nvcc and a CUDA torch: builds the extension, runs the shared tests and
-# the GPU tests on the cuda and triton backends, and compute-sanitizer. At most 8 minutes; a table of the stages comes last.
+# the GPU tests on the cuda and triton backends, and compute-sanitizer. About 8 minutes with one GPU and 16 cores; a table of the
+# stages comes last, with the slowest tests at the end of each log.
 #
 # usage: tests/gpu/run_all.sh [WORKDIR]     logs and JUnit files stay in WORKDIR (default: a new temporary folder)
 #        SEAL_STAGES="build cuda ..."       only these of: build cuda triton memcheck racecheck synccheck
-#        SEAL_PART=2/3                      only the second third of the tests of the cuda and triton stages
 #        SEAL_PREBUILT=DIR                  no build: tests the package installed in DIR
-#        SEAL_SECONDS=300                   time for everything together (default 470)
-#        SEAL_WORKERS=6                     processes of each suite, with pytest-xdist (default: 6, and 3 of 4 cores for triton)
-# Over two GPUs, after SEAL_STAGES=build tests/gpu/run_all.sh /tmp/gpu, with SEAL_PREBUILT=/tmp/gpu/package for both:
-#   CUDA_VISIBLE_DEVICES=0 SEAL_PART=1/2 tests/gpu/run_all.sh /tmp/gpu/1 &
-#   CUDA_VISIBLE_DEVICES=1 SEAL_PART=2/2 SEAL_STAGES="cuda triton" tests/gpu/run_all.sh /tmp/gpu/2
+#        SEAL_SECONDS=300                   time for everything together (default 540)
+#        SEAL_PART=2/3                      only the second third of the tests of the cuda and triton stages
+#        SEAL_WORKERS=6                     processes of each suite, with pytest-xdist (default: by cores and GPUs)
+# Several GPUs: the same command. It takes all that are visible (CUDA_VISIBLE_DEVICES=0,1,2,3 names some): the workers take turns on
+# them, each sanitizer has another, and the two suites run at a time. About 4 minutes with four GPUs and 64 cores, the build included.
 set -uo pipefail
 root=$(cd "$(dirname "$0")/../.." && pwd)
 work=${1:-$(mktemp -d)}
@@ -23,7 +23,7 @@ done
 declare -a table=()
 status=0
 
-left() { echo $((${SEAL_SECONDS:-470} - SECONDS > 10 ? ${SEAL_SECONDS:-470} - SECONDS : 10)); }
+left() { echo $((${SEAL_SECONDS:-540} - SECONDS > 10 ? ${SEAL_SECONDS:-540} - SECONDS : 10)); }
 finish() {  # name, exit code, seconds, remark
   local verdict=passed
   [ "$2" -eq 0 ] || { verdict=FAILED; status=1; }
@@ -68,37 +68,48 @@ report() {  # a stage that ran beside others: name, exit code, seconds
   echo "$1 ended with code $2 after $3 s (at $SECONDS s)"
 }
 has() { "$python" -c "import $1" 2>/dev/null; }
-suite() {  # name, workers, pytest arguments
-  local name=$1 count=$2 begin=$SECONDS limit options=()
-  shift 2
+suite() {  # cuda or triton, workers, per cent of the time that is left, pytest arguments: the most important first
+  local name=$1 count=$2 begin=$SECONDS limit=$(($(left) * $3 / 100)) options=()
+  shift 3
   [[ $stages == *" $name "* ]] || return 0
-  limit=$(left)
   has xdist && options+=(-n "$count" --dist load)
   # The session's limit ends between two tests, and reports; a test that hangs ends its worker, which says its name.
   has pytest_timeout && options+=(--session-timeout=$((limit > 60 ? limit - 20 : limit / 2)) --timeout=150 --timeout-method=thread)
-  timeout -k 2 "$limit" "$python" -m pytest -vv -rs --tb=short --durations=15 -p no:cacheprovider "${options[@]}" \
-    --junitxml="$work/$name.xml" "$@" >"$work/$name.log" 2>&1
+  SEAL_SUITE=$name SEAL_GPUS=$gpus timeout -k 2 "$limit" "$python" -m pytest -vv -rs --tb=short --durations=25 -p no:cacheprovider \
+    "${options[@]}" --junitxml="$work/$name.xml" "$@" >"$work/$name.log" 2>&1
   report "$name" $? $((SECONDS - begin))
 }
-sanitizer() {  # tool, parts of sanitize.py
-  local tool=$1 begin=$SECONDS code
-  shift
+sanitizer() {  # tool, the GPU's number among those given, parts of sanitize.py
+  local tool=$1 begin=$SECONDS code card
+  card=$(cut -d, -f$(($2 % gpu_count + 1)) <<<"$gpus")
+  shift 2
   [[ $stages == *" $tool "* ]] || return 0
   command -v compute-sanitizer >/dev/null || { echo "SUMMARY: compute-sanitizer is not installed" >"$work/$tool.log"; report "$tool" 77 0; return; }
-  PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout -k 2 "$(left)" compute-sanitizer --tool "$tool" --kernel-name kns=seal \
+  CUDA_VISIBLE_DEVICES=$card PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout -k 2 "$(left)" compute-sanitizer --tool "$tool" --kernel-name kns=seal \
     --error-exitcode 9 --print-limit 2000 "$python" tests/gpu/sanitize.py "$@" >"$work/$tool.log" 2>&1
   code=$?
   [ "$tool" = racecheck ] && [ $code -eq 9 ] && { "$python" tests/gpu/known_races.py "$work/racecheck.log" >>"$work/racecheck.log"; code=$?; }
   report "$tool" $code $((SECONDS - begin))
 }
-# One suite after the other: the processes of a GPU take turns on it, and Triton's compiler wants the cores.
-rm -f "$work"/*.status
-sanitizer memcheck forward decode backward rope paths grid &
-sanitizer racecheck &
-sanitizer synccheck &
-suite cuda "${SEAL_WORKERS:-6}" tests/gpu tests/ops/test_ops.py tests/ops/test_decode.py tests/ops/test_rope.py -k "[cuda or -cuda or ptx_kit or split_kernels"
+gpus=${CUDA_VISIBLE_DEVICES:-$(nvidia-smi --query-gpu=index --format=csv,noheader 2>/dev/null | paste -sd, -)}
+gpus=${gpus:-0}
+gpu_count=$(awk -F, '{print NF}' <<<"$gpus")
 cores=$(nproc)
-suite triton "${SEAL_WORKERS:-$((cores > 10 ? cores * 3 / 4 : 8))}" tests/gpu tests/ops/test_ops.py tests/ops/test_decode.py tests/ops/test_rope.py tests/ops/test_triton_kernels.py tests/ops/test_triton_kernels_decode.py -k "[triton or -triton or triton_kernels"
+few=$((cores < 6 * gpu_count ? cores : 6 * gpu_count)) many=$((cores > 10 ? cores * 3 / 4 : 8))
+shared=(tests/gpu/test_gpu_paths.py tests/gpu/test_gpu_grid.py tests/ops tests/gpu/test_gpu_rope.py tests/gpu/test_gpu_runtime.py tests/gpu)
+rm -f "$work"/*.status
+sanitizer memcheck 1 forward decode backward rope paths grid &
+sanitizer racecheck 2 &
+sanitizer synccheck 3 &
+if [ "$gpu_count" -gt 1 ]; then
+  suite cuda "${SEAL_WORKERS:-$few}" 100 "${shared[@]}" &
+  suite triton "${SEAL_WORKERS:-$((cores / 2 > 8 ? cores / 2 : 8))}" 100 "${shared[@]}"
+else  # one suite after the other: the processes of a GPU take turns on it, and Triton's compiler wants the cores
+  both=100
+  [[ $stages == *" triton "* ]] && both=55
+  suite cuda "${SEAL_WORKERS:-$few}" $both "${shared[@]}"
+  suite triton "${SEAL_WORKERS:-$many}" 100 "${shared[@]}"
+fi
 wait
 for name in cuda triton memcheck racecheck synccheck; do
   [ -e "$work/$name.status" ] || continue

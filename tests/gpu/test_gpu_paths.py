@@ -60,6 +60,8 @@ def training():
 
 @pytest.mark.parametrize("case, dtype, op", named(training()))
 def test_training_shapes(backend, device, case, dtype, op):
+    if backend == "triton" and (op != "attention" or case.window):
+        pytest.skip("a Triton program owns one tile whatever the shape: the grid has these variants")
     check(backend, device, case, dtype, op)
 
 
