@@ -90,12 +90,15 @@ _INTERPRETED = [Tile(32, 32, 4, 1)]  # the interpreter's time goes by the number
 _chosen: dict[tuple, Tile] = {}
 
 
+def tiles(kernel: str, element_size: int, head_dim: int, tma: bool) -> list[Tile]:
+    """Tiles for a kernel on GPUs with or without TMA, best first."""
+    table = _FULL if element_size == 4 else (_HOPPER if tma else _OLDER)[kernel]
+    return table[min(max(min(table), padded_head_dim(head_dim)), max(table))]
+
+
 def candidates(kernel: str, like: Tensor) -> list[Tile]:
     """Tiles for a kernel on q of this element type, head_dim and device, best first."""
-    if not like.is_cuda:
-        return _INTERPRETED
-    table = _FULL if like.element_size() == 4 else (_HOPPER if uses_tma(like) else _OLDER)[kernel]
-    return table[min(max(min(table), padded_head_dim(like.shape[-1])), max(table))]
+    return tiles(kernel, like.element_size(), like.shape[-1], uses_tma(like)) if like.is_cuda else _INTERPRETED
 
 
 def split(like: Tensor) -> bool:

@@ -1,0 +1,231 @@
+"""Compiles every Triton kernel and every tile of configs.py for GPUs that are not here, and checks what they need against what those
+have: shared memory of a block, registers, tensor memory. No device is needed.
+
+usage: compile_triton_targets.py [--arch 80 86 ...] [--quick] [--jobs N] [--markdown FILE]
+
+The kernels' own host code makes the launches, with CPU tensors and a driver that only names a target: what is compiled is what a call
+would compile. Exit code 1 where a kernel fits no tile of its list, or where its first tile neither fits nor is followed by one that does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import dataclasses
+import os
+import re
+import subprocess
+import sys
+import tempfile
+
+# Shared memory that a block may ask for (CUDA programming guide, "Technical specifications per compute capability"), in bytes.
+SHARED = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
+NAMES = {80: "A100", 86: "RTX 30", 89: "RTX 40, L4", 90: "H100, H200", 100: "B200", 120: "RTX 50"}
+REGISTERS = 64 << 10  # of a multiprocessor: a block that needs more does not start
+HEAD_DIMS = (32, 64, 128, 256)
+
+
+@dataclasses.dataclass
+class Use:
+    """What one compiled kernel needs: bytes of shared memory, registers and bytes of spilled stack a thread."""
+
+    arch: int
+    kernel: str
+    dtype: str
+    head_dim: int
+    variant: str
+    tile: tuple | None
+    number: int
+    shared: int
+    warps: int
+    registers: int = 0
+    stack: int = 0
+    problem: str = ""
+
+    def __str__(self) -> str:
+        tile = "" if self.tile is None else "{}x{} w{} s{}".format(*self.tile[:4])
+        return (
+            f"sm_{self.arch} {self.kernel} {self.dtype} head_dim {self.head_dim} {self.variant} {tile}: "
+            f"{self.shared / 1024:.1f} KB shared, {self.registers} registers, {self.stack} B stack"
+            + (f"; {self.problem}" if self.problem else "")
+        )
+
+
+def resources(cubin: bytes) -> tuple[int, int]:
+    """Registers and stack bytes of a thread, as cuobjdump reads them from the compiled code."""
+    import triton.backends.nvidia
+
+    tool = os.path.join(os.path.dirname(triton.backends.nvidia.__file__), "bin", "cuobjdump")
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        said = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", said).groups()
+    return int(registers), int(stack)
+
+
+class Recorder:
+    """Stands in for the driver and for the launches; keeps what every launch would have needed."""
+
+    def __init__(self, arch: int):
+        from triton.backends.compiler import GPUTarget
+        from triton.runtime import driver
+        from triton.runtime.jit import JITFunction
+
+        self.target, self.arch = GPUTarget("cuda", arch, 32), arch
+        self.found: list[Use] = []
+        self.where = dict(kernel="", dtype="", head_dim=0, variant="", tile=None, number=0)
+        driver.set_active(self)
+        JITFunction.__getitem__ = lambda kernel, grid: lambda *a, **k: self.record(kernel, kernel.run(*a, grid=grid, warmup=True, **k))
+        os.environ["SEAL_TRITON_TMA"] = "1" if arch >= 90 else "0"
+
+    def get_current_target(self):
+        return self.target
+
+    def get_current_device(self):
+        return self.arch  # another device for every target: Triton caches by device
+
+    def get_current_stream(self, device):
+        return 0
+
+    def record(self, kernel, compiled):
+        metadata = compiled.metadata
+        name = kernel.fn.__name__
+        helper = name not in ("_forward", "_dkdv", "_dq")
+        where = {**self.where, **(dict(kernel=name, tile=None, number=0) if helper else {})}
+        use = Use(self.arch, **where, shared=metadata.shared, warps=metadata.num_warps)
+        use.registers, use.stack = resources(compiled.asm["cubin"])
+        if metadata.shared > SHARED[self.arch]:
+            use.problem = f"more shared memory than {SHARED[self.arch] >> 10} KB"
+        elif use.registers * 32 * metadata.num_warps > REGISTERS:
+            use.problem = f"more registers than {REGISTERS}"
+        elif (getattr(metadata, "tmem_size", None) or 0) > 512:
+            use.problem = "more tensor memory than 512 columns"
+        self.found.append(use)
+
+    def choose(self, kernel: str, like, launch):
+        """What configs.choose does, with every tile."""
+        from seal_ops.ops.backends.triton import configs
+
+        every = configs.tiles(kernel, like.element_size(), like.shape[-1], self.arch >= 90)
+        for number, tile in enumerate(every):
+            self.where |= dict(kernel=kernel, tile=dataclasses.astuple(tile), number=number)
+            launch(tile)
+        return every[0]
+
+
+VARIANTS = {
+    "plain": dict(scale=False, packed=False),
+    "scaled, dense": dict(scale=True, packed=False),
+    "scaled, packed, window": dict(scale=True, packed=True, window=100),
+}
+
+
+def compile_for(arch: int, dtype: str, head_dim: int, variant: str, only: tuple | None = None) -> list[Use]:
+    """All kernels of one forward and backward with rotary embedding, every tile."""
+    os.environ.pop("TRITON_INTERPRET", None)
+    import torch
+
+    from seal_ops.ops.backends.triton import backward, forward, rotary
+
+    recorder = Recorder(arch)
+    forward.choose = backward.choose = recorder.choose
+    recorder.where |= dict(dtype=dtype, head_dim=head_dim, variant=variant)
+    options = VARIANTS[variant]
+    shape = (lambda h: (512, h, head_dim)) if options["packed"] else (lambda h: (2, 256, h, head_dim))
+    q, k, v = (torch.zeros(shape(h), dtype=getattr(torch, dtype)) for h in (4, 2, 2))
+    scale = torch.zeros(4, head_dim) if options["scale"] else None
+    offset = torch.zeros(2, 4, head_dim) if options["packed"] else None
+    arguments = dict(window=options.get("window"))
+    if options["packed"]:
+        arguments["cu_seqlens"] = torch.tensor([0, 200, 512], dtype=torch.int32)
+    out, lse = forward.attention(q, k, v, scale, offset, **arguments)
+    needs = (True, True, True, scale is not None, offset is not None)
+    if only is None:
+        backward.attention_backward(q, lse.clone() if offset is not None else None, q, k, v, out, lse, scale, offset, needs=needs, **arguments)
+        table = torch.zeros(512, head_dim // 2)
+        rotary.rope(q, k, table, table)
+    return recorder.found
+
+
+def failures(found: list[Use]) -> list[str]:
+    """A sentence for every kernel none of whose tiles fits, and for every helper that does not."""
+    groups: dict[tuple, list[Use]] = {}
+    for use in found:
+        groups.setdefault((use.arch, use.kernel, use.dtype, use.head_dim, use.variant), []).append(use)
+    return [f"no tile fits: {uses[0]}" for uses in groups.values() if all(use.problem for use in uses)]
+
+
+def chosen(found: list[Use]) -> list[Use]:
+    """Of every kernel, variant and target the first tile that fits."""
+    best: dict[tuple, Use] = {}
+    for use in found:
+        key = (use.arch, use.kernel, use.dtype, use.head_dim, use.variant)
+        if not use.problem and (key not in best or use.number < best[key].number):
+            best[key] = use
+    return list(best.values())
+
+
+def markdown(found: list[Use]) -> str:
+    """The table of docs/kernel_notes_triton.md: the chosen tile by kernel and target, its largest need over the variants."""
+    archs = sorted({use.arch for use in found})
+    lines = ["| kernel, dtype, head_dim | " + " | ".join(f"sm_{a} ({NAMES[a]})" for a in archs) + " |", "|---" * (len(archs) + 1) + "|"]
+    rows: dict[tuple, dict[int, list[Use]]] = {}
+    for use in chosen(found):
+        if use.tile is not None:
+            rows.setdefault((use.kernel, use.dtype, use.head_dim), {}).setdefault(use.arch, []).append(use)
+    for (kernel, dtype, head_dim), cells in rows.items():
+        line = [f"{kernel} {dtype} {head_dim}"]
+        for arch in archs:
+            uses = cells.get(arch, [])
+            if not uses:
+                line.append("–")
+                continue
+            tiles = sorted({use.tile[:4] for use in uses})
+            needs = f"{max(u.shared for u in uses) / 1024:.0f} KB, {max(u.registers for u in uses)} r"
+            stack = max(u.stack for u in uses)
+            line.append(" / ".join("{}×{} w{} s{}".format(*t) for t in tiles) + f": {needs}" + (f", {stack} B stack" if stack else ""))
+        lines.append("| " + " | ".join(line) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def main(argv=None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--arch", type=int, nargs="+", default=sorted(SHARED), choices=sorted(SHARED))
+    parser.add_argument("--dtype", nargs="+", default=["bfloat16", "float32"])
+    parser.add_argument("--head-dim", type=int, nargs="+", default=HEAD_DIMS)
+    parser.add_argument("--variant", nargs="+", default=list(VARIANTS), choices=list(VARIANTS))
+    parser.add_argument("--quick", action="store_true", help="the forward kernel alone, bf16, head_dim 64, on sm_80 and sm_120: seconds")
+    parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--markdown", help="writes the table of what is chosen")
+    parser.add_argument("--all", action="store_true", help="prints every tile, not only what does not fit or spills")
+    options = parser.parse_args(argv)
+    if options.quick:
+        work = [(arch, "bfloat16", 64, "scaled, packed, window", ("forward",)) for arch in (80, 120)]
+    else:
+        work = [
+            (arch, dtype, head_dim, variant)
+            for arch in options.arch
+            for dtype in options.dtype
+            for head_dim in options.head_dim
+            for variant in (options.variant if dtype != "float32" else options.variant[1:2])
+        ]
+    found: list[Use] = []
+    with concurrent.futures.ProcessPoolExecutor(options.jobs, max_tasks_per_child=8) as pool:
+        for part in pool.map(compile_for, *zip(*(item + (None,) * (5 - len(item)) for item in work))):
+            found += part
+            for use in part:
+                if options.all or use.problem or use.stack:
+                    print(use, flush=True)
+    wrong = failures(found)
+    print(f"{len(found)} kernels compiled for {', '.join(f'sm_{a}' for a in sorted({u.arch for u in found}))}; "
+          f"{sum(bool(u.problem) for u in found)} tiles do not fit and give way to the next, {sum(u.stack > 0 for u in chosen(found))} of those chosen use stack")
+    print(*wrong, sep="\n")
+    if options.markdown:
+        with open(options.markdown, "w", encoding="utf-8") as file:
+            file.write(markdown(found))
+    return bool(wrong)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
