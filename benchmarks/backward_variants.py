@@ -55,6 +55,8 @@ SHAPES = {
     "hd64-4k": (8, 4096, 4096, 64, 64, 64),
     "hd64-16k": (2, 16384, 16384, 64, 64, 64),
     "hd256-8k": (4, 8192, 8192, 16, 16, 256),
+    "hd128-8k-deterministic": (4, 8192, 8192, 32, 8, 128),
+    "hd64-4k-deterministic": (8, 4096, 4096, 64, 64, 64),
 }
 
 
@@ -350,6 +352,12 @@ def ugly() -> dict[str, Call]:
     return calls
 
 
+def call_of(name: str) -> Call:
+    call = Call(SHAPES[name], deterministic=name.endswith("deterministic"))
+    call.forward()
+    return call
+
+
 def check_variant(library: ctypes.CDLL, names: list[str], dims: list[int]) -> list[str]:
     """What is wrong with a variant, a line each."""
     faults = []
@@ -367,8 +375,7 @@ def check_variant(library: ctypes.CDLL, names: list[str], dims: list[int]) -> li
             except RuntimeError as error:
                 return [*faults, f"{name}: {str(error).splitlines()[0]}"]
     for name in names:
-        call = Call(SHAPES[name])
-        call.forward()
+        call = call_of(name)
         b, q, k = sequences(call)[-1]
         judge(name, check(library, call, [(b, q, k, call.k.shape[2] - 1)], False))
     return faults
@@ -376,7 +383,7 @@ def check_variant(library: ctypes.CDLL, names: list[str], dims: list[int]) -> li
 
 # ---- timing
 
-def time_variants(libraries: dict[str, ctypes.CDLL], names: list[str], budget_ms: float, fa3: str | None) -> dict[str, dict[str, float]]:
+def time_variants(libraries: dict[str, ctypes.CDLL], names: list[str], budget_ms: float, fa3: str | None, left) -> dict[str, dict[str, float]]:
     """TFLOP/s of every variant, and of FlashAttention-3 without a scale where there is one, for every shape."""
     from seal_ops.bench import peers, timing
 
@@ -386,8 +393,10 @@ def time_variants(libraries: dict[str, ctypes.CDLL], names: list[str], budget_ms
 
     clock, table = timing.Clock(torch.device(DEVICE)), {}
     for name in names:
-        call = Call(SHAPES[name])
-        call.forward()
+        if left() < 10:
+            print(f"out of time: {', '.join(names[names.index(name):])} not timed")
+            break
+        call = call_of(name)
         call.prepare()
         calls = {variant: call.bind(library) for variant, library in libraries.items()}
         if reason is None:
@@ -402,7 +411,7 @@ def time_variants(libraries: dict[str, ctypes.CDLL], names: list[str], budget_ms
         flops = 2.5 * 4 * batch * heads * dim * rows * rows / 2
         table[name] = {variant: flops / t.median / 1e9 for variant, t in times.items()}
         base = next(iter(table[name].values()))
-        print(f"{name:14} " + "  ".join(f"{variant} {value:.0f} ({value / base:.3f})" for variant, value in table[name].items()), flush=True)
+        print(f"{name:22} " + "  ".join(f"{variant} {value:.0f} ({value / base:.3f})" for variant, value in table[name].items()), flush=True)
         time.sleep(0.5)
     return table
 
@@ -444,7 +453,7 @@ def main() -> None:
         print(f"{name}: {'right' if not fault else fault}", flush=True)
     print(f"checked at {time.monotonic() - begin:.0f} s", flush=True)
     right = {name: ctypes.CDLL(str(paths[name])) for name in names if not verdicts[name]}
-    table = time_variants(right, shapes, options.budget_ms, options.fa3) if right else {}
+    table = time_variants(right, shapes, options.budget_ms, options.fa3, left) if right else {}
     if options.out:
         options.out.write_text(json.dumps({"card": torch.cuda.get_device_name(), "verdicts": verdicts, "tflops": table}, indent=1))
     print(f"all in {time.monotonic() - begin:.0f} s")
