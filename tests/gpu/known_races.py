@@ -6,7 +6,7 @@ Known, one by one:
   (cp.async.bulk.tensor) it follows. The order is that of every other stage: the reader waits for the phase that the copy's
   bytes complete, and a stage is copied into again only after each warp has joined (__syncwarp, or a warp-wide stmatrix
   of values computed from what it read) and one lane arrived at the stage's "empty" mbarrier.
-  Known only where every other access stands on a line that reads lse2 or delta.
+  Known only where every other access stands on a line that reads lse2 or delta, or in read_columns, which reads nothing else.
 * `shared.p` of attention_backward_wide: one warpgroup hands P to the other through two mbarriers, p_full and p_empty. Each warp
   ends its accesses with __syncwarp and one lane arrives for all 32; racecheck credits the order to that lane alone.
   Known only where both accesses stand on lines with exactly that expression.
@@ -17,7 +17,8 @@ import sys
 
 BULK = "bulk_load"
 COPIED = re.compile(r"\b(lse2|delta)(_row)?\b")
-HANDED_OVER = "shared.p[step & 1][i][thread]"
+READER = "read_columns<"
+HANDED_OVER = "shared_.p[step_ & 1][i][thread_]"
 
 
 def hazards(text: str) -> list[str]:
@@ -47,7 +48,7 @@ def known(hazard: str, csrc: pathlib.Path) -> bool:
     found = accesses(hazard, csrc)
     others = [line for said, line in found if BULK not in said]
     if len(others) < len(found):
-        return len(others) > 0 and all(COPIED.search(line) for line in others)
+        return len(others) > 0 and all(COPIED.search(line) or READER in said for said, line in found if BULK not in said)
     return "attention_backward_wide" in hazard and len(others) >= 2 and all(HANDED_OVER in line for line in others)
 
 

@@ -39,7 +39,7 @@ def succeed(status: int) -> None:
 def test_products():
     rows = (ctypes.c_int * 500)()
     count = kit().kit_products(rows)
-    assert count > 20
+    assert count > 15
     for index in range(count):
         n, k, a_source, b_major, half = rows[5 * index:5 * index + 5]
         dtype = torch.float16 if half else torch.bfloat16

@@ -7,7 +7,7 @@ import pytest
 
 SCRIPT = pathlib.Path(__file__).parents[1] / "gpu" / "known_races.py"
 SOURCE = """float2 delta = *(delta_row + 8 * j);
-const uint4 x = shared.p[step & 1][i][thread];
+const uint4 x = shared_.p[step_ & 1][i][thread_];
 float s = shared.scale[0][c];
 """
 COPY = "Write access at seal::sm90::bulk_load(void *, const void *, unsigned int, unsigned long *)+0xd350 in ptx.cuh:102"
@@ -19,8 +19,9 @@ def access(line, kind="Read", kernel="attention_backward_wide"):
 
 @pytest.mark.parametrize("first, second, known", [
     (COPY, access(1), True), (access(1), COPY, True), (COPY, access(3), False), (COPY, access(99), False),
+    (COPY, access(3, kernel="read_columns"), True),
     (access(2), access(2, "Write"), True), (access(2), access(3, "Write"), False), (access(2, kernel="rope"), access(2, "Write", "rope"), False),
-], ids=["copied delta", "copied delta, read first", "copied scale", "no such line", "P handed over", "P and another", "another kernel"])
+], ids=["copied delta", "copied delta, read first", "copied scale", "no such line", "a vector's reader", "P handed over", "P and another", "another kernel"])
 def test_reports(tmp_path, first, second, known):
     (tmp_path / "csrc").mkdir()
     (tmp_path / "csrc/kernel.cuh").write_text(SOURCE)

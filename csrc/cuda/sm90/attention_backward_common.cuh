@@ -135,7 +135,7 @@ SEAL_DEVICE bool needs_exact_dscale(const BackwardKernelParams& p, int index, in
   const float low = p.half ? 0x1p-4f : 0x1p-40f, high = p.half ? 0x1p8f : 0x1p60f;
   const float* const scale = p.scale + index * p.scale_batch_stride + head * p.scale_head_stride;
   bool unfit = false;
-#pragma unroll(kPersistent ? 1 : 4)
+#pragma unroll(kPersistent || kLateExact ? 1 : 4)
   for (int channel = threadIdx.x % 32; channel < (p.scale_channel_stride == 0 ? 1 : p.head_dim); channel += 32) {
     const float size = fabsf(scale[channel * p.scale_channel_stride]);
     unfit |= !(size >= low && size <= high);

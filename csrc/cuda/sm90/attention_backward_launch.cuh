@@ -62,7 +62,8 @@ cudaError_t launch_main(const BackwardKernelParams& p, cudaStream_t stream) {
   unsigned grid = static_cast<unsigned>(p.task_count);
   void (*kernel)(BackwardKernelParams, BackwardMaps);
   if constexpr (kD == 256) {
-    bytes = sizeof(WideShared) + 1024, kernel = attention_backward_wide<T, kWork>;
+    using Config = WideConfig<T, kWork>;
+    bytes = sizeof(WideShared<Config>) + 1024, kernel = attention_backward_wide<Config>;
   } else if constexpr (kPersistent) {
     using Config = BackwardConfig<T, kD, kWork>;
     bytes = sizeof(PersistentShared<Config>) + 1024, kernel = attention_backward_persistent<Config>;

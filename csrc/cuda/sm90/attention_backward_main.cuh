@@ -113,30 +113,60 @@ SEAL_DEVICE void publish_exact_heads(const BackwardKernelParams& p, Shared& shar
   if (threadIdx.x % 32 == 0) barrier_arrive(&shared.exact_known);
 }
 
-// dscale of one head from one tile of keys: the columns of V * (P^T g), summed over the rows. `v`: the tile in shared memory;
-// `scratch`: 8 * kD floats there. By the 256 computing threads.
-template <class T, int kD>
-SEAL_DEVICE void sum_columns(const BackwardKernelParams& p, const char* v, float* scratch, int64_t tile, int head, const float (&dv)[kD / 2]) {
+// Named barriers of the kernels of keys; 0 is __syncthreads.
+constexpr uint32_t kBarrierConsumers = 1;  // both consumer warpgroups
+constexpr uint32_t kBarrierValues = 2;     // the one that makes dV (attention_backward_wide.cuh)
+
+// dscale of one head from one tile of kRows keys: the columns of V * (P^T g), summed over the rows, by the kWarps warps from
+// thread 128 on, which hold 16 rows each. `v`: the tile in shared memory; `scratch`: kWarps * kD floats there; `barrier`: of those
+// warps.
+template <class T, int kD, int kRows, int kWarps>
+SEAL_DEVICE void sum_columns(const BackwardKernelParams& p, const char* v, float* scratch, int64_t tile, int head, const float (&dv)[kD / 2],
+                             uint32_t barrier) {
   const uint32_t thread = threadIdx.x - 128, lane = thread % 32, row = thread / 32 * 16 + lane / 4, column = lane % 4 * 2;
   const auto v_at = [&](int j, int h) {
-    return unpack<T>(*reinterpret_cast<const uint32_t*>(v + j / 8 * (kTileRows * kSlabRowBytes) + swizzled(row + 8 * h, j % 8) + column * 2));
+    return unpack<T>(*reinterpret_cast<const uint32_t*>(v + j / 8 * (kRows * kSlabRowBytes) + swizzled(row + 8 * h, j % 8) + column * 2));
   };
 #pragma unroll
   for (int j = 0; j < kD / 8; ++j) {
     const float2 v0 = v_at(j, 0), v1 = v_at(j, 1);
     float x = v0.x * dv[4 * j] + v1.x * dv[4 * j + 2], y = v0.y * dv[4 * j + 1] + v1.y * dv[4 * j + 3];
 #pragma unroll
-    for (int step = 4; step < 32; step *= 2) x += __shfl_xor_sync(0xffffffffu, x, step), y += __shfl_xor_sync(0xffffffffu, y, step);
+    for (int step = 4; step < 32; step *= 2) {
+      x += __shfl_xor_sync(0xffffffffu, x, step);
+      y += __shfl_xor_sync(0xffffffffu, y, step);
+    }
     if (lane < 4) *reinterpret_cast<float2*>(scratch + thread / 32 * kD + 8 * j + column) = make_float2(x, y);
   }
-  named_sync(1, 256);
-  if (thread < kD) {
+  named_sync(barrier, 32 * kWarps);
+#pragma unroll 1
+  for (int c = thread; c < kD; c += 32 * kWarps) {
     float sum = 0.f;
 #pragma unroll
-    for (int w = 0; w < 8; ++w) sum += scratch[w * kD + thread];
-    p.dscale_exact[(tile * p.heads_q + head) * kD + thread] = sum;
+    for (int w = 0; w < kWarps; ++w) sum += scratch[w * kD + c];
+    p.dscale_exact[(tile * p.heads_q + head) * kD + c] = sum;
   }
-  named_sync(1, 256);
+  named_sync(barrier, 32 * kWarps);  // nobody still reads the sums
+}
+
+// The exact dscale of a task that no query sees: nothing. By `threads` threads, this one the `thread`th.
+template <int kD, class Task>
+SEAL_DEVICE void clear_exact_dscale(const BackwardKernelParams& p, const Task& task, int thread, int threads) {
+  for (uint64_t rest = task.exact; rest != 0; rest &= rest - 1) {
+    const int head = task.first_head + __ffsll(rest) - 1;
+#pragma unroll 1
+    for (int c = thread; c < kD; c += threads) p.dscale_exact[(task.tile * p.heads_q + head) * kD + c] = 0.f;
+  }
+}
+
+// Scores to probabilities, P^T = exp2(S^T * scale_log2 - lse2) with lse2 of the columns (read_columns).
+template <int kScores>
+SEAL_DEVICE void exponentiate(float (&s)[kScores], const float2 (&lse2)[kScores / 4], float scale_log2) {
+#pragma unroll
+  for (int j = 0; j < kScores / 4; ++j) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) s[4 * j + i] = exp2_approx(s[4 * j + i] * scale_log2 - (i % 2 == 0 ? lse2[j].x : lse2[j].y));
+  }
 }
 
 template <class T, int kD, int kM, BackwardWork kWork>
@@ -278,11 +308,7 @@ __global__ void __launch_bounds__(384, 1)
       const int tile_m = turn<kD>(begin, end, m);
       if (tile_m < full_begin || tile_m >= full_end) task.mask(p, s, tile_m, task.first_key + row_of(thread));
       if constexpr (!kAhead) read_columns(lse2, shared.lse2[stage], thread % 4);
-#pragma unroll
-      for (int j = 0; j < kM / 8; ++j) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) s[4 * j + i] = exp2_approx(s[4 * j + i] * scale_log2 - (i % 2 == 0 ? lse2[j].x : lse2[j].y));
-      }
+      exponentiate(s, lse2, scale_log2);
       uint32_t p_rows[kM / 4];
       pack_fragment<T>(p_rows, s);
       const auto multiply_dv = [&] {
@@ -363,7 +389,7 @@ __global__ void __launch_bounds__(384, 1)
         m = begin;
         if constexpr (kPart == BackwardWork::kScale) {
           fence_registers(dv);
-          sum_columns<T, kD>(p, shared.v, reinterpret_cast<float*>(shared.ds), task.tile, head, dv);
+          sum_columns<T, kD, kTileRows, 8>(p, shared.v, reinterpret_cast<float*>(shared.ds), task.tile, head, dv, kBarrierConsumers);
           head = task.next_exact_head(head);
 #pragma unroll
           for (int i = 0; i < kD / 2; ++i) dv[i] = 0.f;
@@ -428,9 +454,7 @@ __global__ void __launch_bounds__(384, 1)
   if (exact_steps > 0) {
     walk(std::integral_constant<BackwardWork, BackwardWork::kScale>(), steps + exact_steps);
   } else {
-    for (uint64_t rest = task.exact; rest != 0; rest &= rest - 1) {  // a tile of keys that nobody sees
-      if (index() < kD) p.dscale_exact[(task.tile * p.heads_q + task.first_head + __ffsll(rest) - 1) * kD + index()] = 0.f;
-    }
+    clear_exact_dscale<kD>(p, task, index(), 256);
   }
 }
 

@@ -63,8 +63,6 @@ struct PersistentShared {
   static constexpr uint32_t kOffsetGradOut = kOffsetQ + kStages * Config::kBytesQ, kOffsetDs = kOffsetGradOut + kStages * Config::kBytesQ;
 };
 
-constexpr int kBarrierConsumers = 1;  // named barrier of both consumer warpgroups; 0 is __syncthreads
-
 // Steps of a task: those of all its heads, and those of its exact heads once more.
 template <class Config>
 SEAL_DEVICE int steps_of(const BackwardKernelParams& p, const typename PersistentShared<Config>::Task& task) {
@@ -230,7 +228,7 @@ class BackwardConsumer {
         walk(Part<BackwardWork::kScale>(), task, step_ + exact_steps);
         release_keys();
       } else {
-        clear_exact(task);
+        clear_exact_dscale<kD>(p_, task, index(), Config::kConsumerThreads);
       }
       __syncwarp();
       release(&shared_.task_empty[slot]);
@@ -307,11 +305,7 @@ class BackwardConsumer {
       const int tile_m = turn<kD>(begin, end, m);
       if (tile_m < full_begin || tile_m >= full_end) task.mask(p_, s, tile_m, task.first_key + row_of(thread));
       if constexpr (!kAhead) read_columns(lse2, shared_.lse2[stage], thread % 4);
-#pragma unroll
-      for (int j = 0; j < kM / 8; ++j) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) s[4 * j + i] = exp2_approx(s[4 * j + i] * scale_log2 - (i % 2 == 0 ? lse2[j].x : lse2[j].y));
-      }
+      exponentiate(s, lse2, scale_log2);
       uint32_t p_rows[kM / 4];
       pack_fragment<T>(p_rows, s);
       const auto multiply_dv = [&] {
@@ -393,7 +387,7 @@ class BackwardConsumer {
         m = begin;
         if constexpr (kPart == BackwardWork::kScale) {
           fence_registers(dv_);
-          sum_columns<T, kD>(p_, shared_.v, reinterpret_cast<float*>(shared_.ds), task.tile, head, dv_);
+          sum_columns<T, kD, kN, Config::kConsumerWarps>(p_, shared_.v, reinterpret_cast<float*>(shared_.ds), task.tile, head, dv_, kBarrierConsumers);
           head = task.next_exact_head(head);
           clear(dv_);
         }
@@ -402,13 +396,6 @@ class BackwardConsumer {
     }
     ++step_;
     fence_registers(dv_);
-  }
-
-  // A tile of keys that nobody sees gives nothing to the exact dscale of its heads.
-  SEAL_DEVICE void clear_exact(const Task& task) const {
-    for (uint64_t rest = task.exact; rest != 0; rest &= rest - 1) {
-      if (index() < kD) p_.dscale_exact[(task.tile * p_.heads_q + task.first_head + __ffsll(rest) - 1) * kD + index()] = 0.f;
-    }
   }
 
   // ---- the results

@@ -1,5 +1,5 @@
 // dK and dV for head_dim up to 256: one CTA owns 64 keys of one key/value head. The accumulators of dK and dV fill a
-// warpgroup each, so the warpgroups divide the work by product instead of by keys:
+// warpgroup each, so the consumer warpgroups divide the work by product instead of by keys:
 //   warpgroup 1:  S^T = K Q^T, P, dV += P^T dO
 //   warpgroup 2:  dP^T = V dO^T, dS, dK += dS^T Q
 // P goes from the first to the second through shared memory. While one takes exponentials or makes dS, the other's products
@@ -12,200 +12,204 @@
 
 namespace seal::sm90 {
 
-struct WideShared {
-  static constexpr int kD = 256, kM = 64, kRows = 64, kStages = 2;
-  static constexpr int kBytes = tile_bytes(64, kD);  // of any tile
-  char k[kBytes], v[kBytes];
-  char q[kStages][kBytes], grad_out[kStages][kBytes];
-  uint4 p[2][4][128];                 // P of a step in accumulator order; after the loop q .. p: the epilogue's fp32 tiles
-  BackwardTask<kM, kRows> task;
-  alignas(16) float lse2[kStages][kM], delta[kStages][kM];  // filled by bulk copies
-  float column_sums[4][kD];
-  uint64_t exact_known, k_full, v_full, stages_free, q_full[kStages], q_empty[kStages], do_full[kStages], do_empty[kStages], p_full[2], p_empty[2];
-  static_assert(2 * kStages * kBytes + sizeof(p) >= 2 * kRows * (kD + kPad) * 4, "room for the epilogue's tiles");
+template <class T_, BackwardWork kWork_>
+struct WideConfig {
+  using T = T_;
+  static constexpr BackwardWork kWork = kWork_;
+  static constexpr int kHeadDim = 256;
+  static constexpr int kBlockM = 64, kBlockN = 64;
+  static constexpr int kStages = 2;     // of Q with lse2, of dO with delta
+  static constexpr int kPStages = 2;
+  static constexpr bool kKeys = kWork == BackwardWork::kAll || kWork == BackwardWork::kKeyValue;  // warpgroup 2 has work
+  static constexpr int kThreads = 384, kConsumerThreads = 256;
+  static constexpr int kReaderWarps = kKeys ? 8 : 4;  // that release a stage
+  static constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;
+  static constexpr int kTileBytes = tile_bytes(64, kHeadDim);  // of any tile
 };
 
-template <class T, BackwardWork kWork>
-__global__ void __launch_bounds__(384, 1)
-    attention_backward_wide(const __grid_constant__ BackwardKernelParams p, const __grid_constant__ BackwardMaps maps) {
-  using Shared = WideShared;
-  constexpr int kD = Shared::kD, kM = Shared::kM, kRows = Shared::kRows, kStages = Shared::kStages;
-  constexpr bool kKeys = kWork != BackwardWork::kValue && kWork != BackwardWork::kScale;  // warpgroup 2 has work
-  constexpr int kReaders = kKeys ? 8 : 4;                 // warps that release a stage
-  extern __shared__ char raw[];
-  const uint32_t base = uniform_register((smem_address(raw) + 1023) & ~1023u);
-  Shared& shared = *static_cast<Shared*>(__cvta_shared_to_generic(base));
-  const uint32_t warp = warp_uniform(threadIdx.x / 32);
-  const int lane = threadIdx.x % 32;
-  if (warp == 1) {
-    BackwardTask<kM, kRows> task;
-    task.find(p, blockIdx.x, true);
-    if constexpr (!kLateExact) task.find_exact_heads(p, true);
-    if (lane == 0) shared.task = task;
-  }
-  if (warp == 0 && elect_one()) {
-    if constexpr (kLateExact) {
-      prefetch_map(&maps.k);
-      prefetch_map(&maps.q);
-      prefetch_map(&maps.v);
-      prefetch_map(&maps.grad_out);
-      barrier_init(&shared.exact_known, 1);
-    }
-    barrier_init(&shared.k_full, 1);
-    barrier_init(&shared.v_full, 1);
-    barrier_init(&shared.stages_free, 8);
-    for (int i = 0; i < 2; ++i) {
-      barrier_init(&shared.q_full[i], 1), barrier_init(&shared.q_empty[i], kReaders);
-      barrier_init(&shared.do_full[i], 1), barrier_init(&shared.do_empty[i], kReaders);
-      barrier_init(&shared.p_full[i], 4), barrier_init(&shared.p_empty[i], 4);
-    }
-    fence_barrier_init();
-  }
-  const int present = slabs(p.head_dim);
-  zero_absent_slabs<64, kD>(shared.k, 2 + 2 * kStages, present, threadIdx.x, 384);
-  fence_proxy_async();
-  __syncthreads();
-  if constexpr (kPdl) {
-    release_dependents();
-  } else {
-    wait_for_dependencies();
-  }
-  const BackwardTask<kM, kRows>& task = shared.task;
-  const int steps = kWork == BackwardWork::kScale ? 0 : (task.end - task.begin) * p.heads_per_cta;
-  int exact_steps = kLateExact ? 0 : task.exact_steps();
+template <class Config>
+struct WideShared {
+  using Task = BackwardTask<Config::kBlockM, Config::kBlockN>;
+  static constexpr int kStages = Config::kStages, kBlockM = Config::kBlockM;
 
-  if (warp < 4) {
-    // ================ producers ================
-    registers_shrink<24>();
-    if constexpr (kLateExact) {
-      if (warp == 1) publish_exact_heads(p, shared);
+  char k[Config::kTileBytes], v[Config::kTileBytes];
+  char q[kStages][Config::kTileBytes], grad_out[kStages][Config::kTileBytes];
+  uint4 p[Config::kPStages][4][128];  // P of a step in accumulator order; after the loop q .. p: the epilogue's fp32 tiles
+  Task task;
+  alignas(16) float lse2[kStages][kBlockM], delta[kStages][kBlockM];  // filled by bulk copies
+  float column_sums[4 * Config::kHeadDim];
+  uint64_t exact_known, k_full, v_full, stages_free;
+  uint64_t q_full[kStages], q_empty[kStages], do_full[kStages], do_empty[kStages];
+  uint64_t p_full[Config::kPStages], p_empty[Config::kPStages];
+
+  // The fp32 tile of dV (0) or dK (1) on its way out.
+  SEAL_DEVICE float* staging(int index) { return reinterpret_cast<float*>(q) + index * Config::kBlockN * (Config::kHeadDim + kPad); }
+  static_assert(2 * kStages * Config::kTileBytes + sizeof(p) >= 2 * Config::kBlockN * (Config::kHeadDim + kPad) * 4,
+                "room for the epilogue's tiles");
+};
+
+// One of the two consumer warpgroups: `values` makes dV, the other dK.
+template <class Config>
+class WideConsumer {
+  using T = typename Config::T;
+  using Shared = WideShared<Config>;
+  static constexpr int kD = Config::kHeadDim, kM = Config::kBlockM, kN = Config::kBlockN, kStages = Config::kStages;
+  static constexpr bool kKeys = Config::kKeys;
+  template <BackwardWork kPart>
+  using Part = std::integral_constant<BackwardWork, kPart>;
+
+ public:
+  SEAL_DEVICE WideConsumer(Shared& shared, uint32_t base, const BackwardKernelParams& p, bool values)
+      : shared_(shared), task_(shared.task), p_(p), base_(base), values_(values), thread_(threadIdx.x % 128), lane_(threadIdx.x % 32),
+        row_(thread_ / 32 * 16 + lane_ / 4), column_(lane_ % 4 * 2) {}
+
+  SEAL_DEVICE void run(int present) {
+    const int steps = Config::kWork == BackwardWork::kScale ? 0 : (task_.end - task_.begin) * p_.heads_per_cta;
+    int exact_steps = kLateExact ? 0 : task_.exact_steps();
+    clear();
+    if constexpr (Config::kWork != BackwardWork::kScale) {
+      if (steps > 0 && values_) walk_values(Part<Config::kWork>(), steps);
+      if constexpr (kKeys) {
+        if (steps > 0 && !values_) walk_keys(steps);
+      }
+      store();
+      if constexpr (kLateExact) exact_steps = wait_for_exact_heads();
+      if (exact_steps > 0 && present < slabs(kD)) {  // the epilogue has overwritten the zeros
+        meet();
+        zero_absent_slabs<64, kD>(shared_.q[0], 2 * kStages, present, threadIdx.x - 128, Config::kConsumerThreads);
+      }
+      // The epilogue's writes come before the copy engine's into the same memory.
+      fence_proxy_async();
+      __syncwarp();
+      release(&shared_.stages_free);
+    } else if constexpr (kLateExact) {
+      exact_steps = wait_for_exact_heads();
     }
-    if ((!kLateExact && steps + exact_steps == 0) || warp != 0 || !elect_one()) return;
-    stream_tiles<kD, kM, kRows>(p, maps, shared, steps, exact_steps, present);
-    return;
+    if (!values_) {
+      if constexpr (kKeys) skip(steps, exact_steps);
+    } else if (exact_steps > 0) {
+      clear();
+      walk_values(Part<BackwardWork::kScale>(), steps + exact_steps);
+    } else {
+      clear_exact_dscale<kD>(p_, task_, thread_, 128);
+    }
   }
 
-  registers_grow<240>();
-  if constexpr (kPdl) wait_for_dependencies();
-  const int begin = uniform_register(task.begin), end = uniform_register(task.end);
-  const uint32_t thread = threadIdx.x % 128;
-  const int row = thread / 32 * 16 + lane / 4, column = lane % 4 * 2;
-  const auto tile_at = [&](int index, int stage) { return base + (index + stage) * Shared::kBytes; };  // 0 K, 1 V, 2 Q, 4 dO
-  float acc[kD / 2];  // dV or dK
+ private:
+  static SEAL_DEVICE void meet() { named_sync(kBarrierConsumers, Config::kConsumerThreads); }
+
+  SEAL_DEVICE void release(uint64_t* empty) const {
+    if (lane_ == 0) barrier_arrive(empty);
+  }
+  SEAL_DEVICE void clear() {
 #pragma unroll
-  for (int i = 0; i < kD / 2; ++i) acc[i] = 0.f;
+    for (int i = 0; i < kD / 2; ++i) accumulator_[i] = 0.f;
+  }
+  SEAL_DEVICE int wait_for_exact_heads() const {
+    barrier_wait(&shared_.exact_known, 0);
+    return task_.exact_steps();
+  }
 
-  int step = 0;
-  // ================ warpgroup 1: S, P and dV ================
-  // Steps up to `last` (excluded) as parts of `work`; with kScale those of the exact heads.
-  const auto walk_values = [&](auto work, int last_step) {
-    constexpr BackwardWork kPart = decltype(work)::value;
+  SEAL_DEVICE uint32_t keys_at() const { return base_; }
+  SEAL_DEVICE uint32_t values_at() const { return base_ + Config::kTileBytes; }
+  SEAL_DEVICE uint32_t queries_at(int step) const { return base_ + (2 + stage_of<kStages>(step)) * Config::kTileBytes; }
+  SEAL_DEVICE uint32_t grad_out_at(int step) const { return base_ + (2 + kStages + stage_of<kStages>(step)) * Config::kTileBytes; }
+
+  // ---- warpgroup 1: S, P and dV. Steps up to `last` (excluded) as parts of kPart; with kScale those of the exact heads.
+  template <BackwardWork kPart>
+  SEAL_DEVICE void walk_values(Part<kPart>, int last_step) {
     constexpr bool kGiveP = kKeys && kPart != BackwardWork::kScale;
-    const float scale_log2 = p.softmax_scale * kLog2e;
-    const auto v_at = [&](int j, int h) {
-      return reinterpret_cast<uint32_t*>(shared.v + j / 8 * (kRows * kSlabRowBytes) + swizzled(row + 8 * h, j % 8) + column * 2);
-    };
-    // dscale of a head: the columns of V * (P^T g), summed over the rows.
-    const auto sum_columns = [&](int head) {
-#pragma unroll
-      for (int j = 0; j < kD / 8; ++j) {
-        const float2 v0 = unpack<T>(*v_at(j, 0)), v1 = unpack<T>(*v_at(j, 1));
-        float x = v0.x * acc[4 * j] + v1.x * acc[4 * j + 2], y = v0.y * acc[4 * j + 1] + v1.y * acc[4 * j + 3];
-#pragma unroll
-        for (int step = 4; step < 32; step *= 2) x += __shfl_xor_sync(0xffffffffu, x, step), y += __shfl_xor_sync(0xffffffffu, y, step);
-        if (lane < 4) *reinterpret_cast<float2*>(&shared.column_sums[thread / 32][8 * j + column]) = make_float2(x, y);
-        acc[4 * j] = acc[4 * j + 1] = acc[4 * j + 2] = acc[4 * j + 3] = 0.f;
-      }
-      named_sync(2, 128);
-      for (int c = thread; c < kD; c += 128) {
-        p.dscale_exact[(task.tile * p.heads_q + head) * kD + c] =
-            shared.column_sums[0][c] + shared.column_sums[1][c] + shared.column_sums[2][c] + shared.column_sums[3][c];
-      }
-      named_sync(2, 128);  // nobody still reads the sums
-    };
-
-    const auto k_rows = Operand<Major::kK, kRows>::at_uniform(tile_at(0, 0));
+    const float scale_log2 = p_.softmax_scale * kLog2e;
+    const int begin = uniform_register(task_.begin), end = uniform_register(task_.end);
+    const auto k_rows = Operand<Major::kK, kN>::at_uniform(keys_at());
     float s[kM / 2];
-    barrier_wait(&shared.v_full, 0);
-    barrier_wait(&shared.k_full, 0);
-    barrier_wait(&shared.q_full[stage_of<kStages>(step)], phase_of<kStages>(step));
+    barrier_wait(&shared_.v_full, 0);
+    barrier_wait(&shared_.k_full, 0);
+    barrier_wait(&shared_.q_full[stage_of<kStages>(step_)], phase_of<kStages>(step_));
     wgmma_fence();
-    lean_product<T, kD>(s, k_rows, Operand<Major::kK, kM>::at_uniform(tile_at(2, stage_of<kStages>(step))), false);
+    lean_product<T, kD>(s, k_rows, Operand<Major::kK, kM>::at_uniform(queries_at(step_)), false);
     wgmma_commit();
     wgmma_wait<0>();
     fence_registers(s);
     int m = begin;
-    [[maybe_unused]] int head = task.first_exact_head();
-    for (;; ++step) {
-      const int stage = stage_of<kStages>(step);
-      if (m < task.full_begin || m >= task.full_end) task.mask(p, s, m, task.first_key + row);
+    [[maybe_unused]] int head = task_.first_exact_head();
+    for (;; ++step_) {
+      const int stage = stage_of<kStages>(step_);
+      if (m < task_.full_begin || m >= task_.full_end) task_.mask(p_, s, m, task_.first_key + row_);
       float2 lse2[kM / 8];
-      read_columns(lse2, shared.lse2[stage], lane % 4);
-#pragma unroll
-      for (int j = 0; j < kM / 8; ++j) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) s[4 * j + i] = exp2_approx(s[4 * j + i] * scale_log2 - (i % 2 == 0 ? lse2[j].x : lse2[j].y));
-      }
+      read_columns(lse2, shared_.lse2[stage], lane_ % 4);
+      exponentiate(s, lse2, scale_log2);
       uint32_t p_rows[kM / 4];
       pack_fragment<T>(p_rows, s);
       if constexpr (kGiveP) {
-        barrier_wait(&shared.p_empty[step & 1], phase_of<2>(step) ^ 1);
+        barrier_wait(&shared_.p_empty[step_ & 1], phase_of<2>(step_) ^ 1);
 #pragma unroll
-        for (int i = 0; i < 4; ++i) shared.p[step & 1][i][thread] = make_uint4(p_rows[4 * i], p_rows[4 * i + 1], p_rows[4 * i + 2], p_rows[4 * i + 3]);
+        for (int i = 0; i < 4; ++i) {
+          shared_.p[step_ & 1][i][thread_] = make_uint4(p_rows[4 * i], p_rows[4 * i + 1], p_rows[4 * i + 2], p_rows[4 * i + 3]);
+        }
       }
       __syncwarp();
-      if (lane == 0) {
-        if (kGiveP) barrier_arrive(&shared.p_full[step & 1]);
-        barrier_arrive(&shared.q_empty[stage]);
+      if (lane_ == 0) {
+        if (kGiveP) barrier_arrive(&shared_.p_full[step_ & 1]);
+        barrier_arrive(&shared_.q_empty[stage]);
       }
-      const bool last = step == last_step - 1;
+      const bool last = step_ == last_step - 1;
       float next_s[kM / 2];
-      barrier_wait(&shared.do_full[stage], phase_of<kStages>(step));
+      barrier_wait(&shared_.do_full[stage], phase_of<kStages>(step_));
       wgmma_fence();
-      product<T, Major::kMN, kM>(acc, p_rows, Operand<Major::kMN, kM>::at_uniform(tile_at(4, stage)), true);
+      product<T, Major::kMN, kM>(accumulator_, p_rows, Operand<Major::kMN, kM>::at_uniform(grad_out_at(step_)), true);
       wgmma_commit();
-      if (!last) barrier_wait(&shared.q_full[stage_of<kStages>(step + 1)], phase_of<kStages>(step + 1));
+      // S of the next step; after the last one an old stage is multiplied to no purpose.
+      if (!last) barrier_wait(&shared_.q_full[stage_of<kStages>(step_ + 1)], phase_of<kStages>(step_ + 1));
       wgmma_fence();
-      lean_product<T, kD>(next_s, k_rows, Operand<Major::kK, kM>::at_uniform(tile_at(2, stage_of<kStages>(step + 1))), false);
+      lean_product<T, kD>(next_s, k_rows, Operand<Major::kK, kM>::at_uniform(queries_at(step_ + 1)), false);
       wgmma_commit();
       wgmma_wait<1>();  // dV
-      if (lane == 0) barrier_arrive(&shared.do_empty[stage]);
+      release(&shared_.do_empty[stage]);
       wgmma_wait<0>();
-      fence_registers(acc);
+      fence_registers(accumulator_);
       fence_registers(next_s);
 #pragma unroll
       for (int i = 0; i < kM / 2; ++i) s[i] = next_s[i];
       if (++m == end) {
         m = begin;
-        if constexpr (kPart == BackwardWork::kScale) sum_columns(head), head = task.next_exact_head(head);
+        if constexpr (kPart == BackwardWork::kScale) {
+          sum_columns<T, kD, kN, 4>(p_, shared_.v, shared_.column_sums, task_.tile, head, accumulator_, kBarrierValues);
+          clear();
+          head = task_.next_exact_head(head);
+        }
       }
       if (last) break;
     }
-    ++step;
-  };
-  // ================ warpgroup 2: dP, dS and dK ================
-  const auto walk_keys = [&] {
-    const auto v_rows = Operand<Major::kK, kRows>::at_uniform(tile_at(1, 0));
+    ++step_;
+  }
+
+  // ---- warpgroup 2: dP, dS and dK
+  SEAL_DEVICE void walk_keys(int steps) {
+    const auto v_rows = Operand<Major::kK, kN>::at_uniform(values_at());
     float dp[kM / 2];
-    barrier_wait(&shared.v_full, 0);
-    barrier_wait(&shared.do_full[0], 0);
+    barrier_wait(&shared_.v_full, 0);
+    barrier_wait(&shared_.do_full[0], 0);
     wgmma_fence();
-    lean_product<T, kD>(dp, v_rows, Operand<Major::kK, kM>::at_uniform(tile_at(4, 0)), false);
+    lean_product<T, kD>(dp, v_rows, Operand<Major::kK, kM>::at_uniform(grad_out_at(0)), false);
     wgmma_commit();
     wgmma_wait<0>();
     fence_registers(dp);
-    for (;; ++step) {
-      const int stage = stage_of<kStages>(step);
-      const bool last = step == steps - 1;
-      barrier_wait(&shared.p_full[step & 1], phase_of<2>(step));
+    for (;; ++step_) {
+      const int stage = stage_of<kStages>(step_);
+      const bool last = step_ == steps - 1;
+      barrier_wait(&shared_.p_full[step_ & 1], phase_of<2>(step_));
       uint32_t ds[kM / 4];
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const uint4 x = shared.p[step & 1][i][thread];
-        ds[4 * i] = x.x, ds[4 * i + 1] = x.y, ds[4 * i + 2] = x.z, ds[4 * i + 3] = x.w;
+        const uint4 x = shared_.p[step_ & 1][i][thread_];
+        ds[4 * i] = x.x;
+        ds[4 * i + 1] = x.y;
+        ds[4 * i + 2] = x.z;
+        ds[4 * i + 3] = x.w;
       }
       float2 delta[kM / 8];
-      read_columns(delta, shared.delta[stage], lane % 4);
+      read_columns(delta, shared_.delta[stage], lane_ % 4);
 #pragma unroll
       for (int j = 0; j < kM / 8; ++j) {
 #pragma unroll
@@ -215,99 +219,155 @@ __global__ void __launch_bounds__(384, 1)
         }
       }
       __syncwarp();
-      if (lane == 0) barrier_arrive(&shared.p_empty[step & 1]), barrier_arrive(&shared.do_empty[stage]);
+      if (lane_ == 0) {
+        barrier_arrive(&shared_.p_empty[step_ & 1]);
+        barrier_arrive(&shared_.do_empty[stage]);
+      }
       float next_dp[kM / 2];
-      barrier_wait(&shared.q_full[stage], phase_of<kStages>(step));
+      barrier_wait(&shared_.q_full[stage], phase_of<kStages>(step_));
       wgmma_fence();
-      product<T, Major::kMN, kM>(acc, ds, Operand<Major::kMN, kM>::at_uniform(tile_at(2, stage)), true);
+      product<T, Major::kMN, kM>(accumulator_, ds, Operand<Major::kMN, kM>::at_uniform(queries_at(step_)), true);
       wgmma_commit();
-      if (!last) barrier_wait(&shared.do_full[stage_of<kStages>(step + 1)], phase_of<kStages>(step + 1));
+      if (!last) barrier_wait(&shared_.do_full[stage_of<kStages>(step_ + 1)], phase_of<kStages>(step_ + 1));
       wgmma_fence();
-      lean_product<T, kD>(next_dp, v_rows, Operand<Major::kK, kM>::at_uniform(tile_at(4, stage_of<kStages>(step + 1))), false);
+      lean_product<T, kD>(next_dp, v_rows, Operand<Major::kK, kM>::at_uniform(grad_out_at(step_ + 1)), false);
       wgmma_commit();
       wgmma_wait<1>();  // dK
-      if (lane == 0) barrier_arrive(&shared.q_empty[stage]);
+      release(&shared_.q_empty[stage]);
       wgmma_wait<0>();
-      fence_registers(acc);
+      fence_registers(accumulator_);
       fence_registers(next_dp);
 #pragma unroll
       for (int i = 0; i < kM / 2; ++i) dp[i] = next_dp[i];
       if (last) break;
     }
-    ++step;
-  };
-  // ================ epilogue ================
-  const auto store = [&] {
-    const bool of_values = warp < 8;
-    if (p.splits > 1) {
-      float* const partial = of_values ? p.dv_partial : p.dk_partial;
-      if (partial == nullptr) return;
-      const int64_t at = ((static_cast<int64_t>(task.split) * p.heads_k + task.head_k) * p.tile_count_k + task.tile) * kRows * kD;
-#pragma unroll
-      for (int j = 0; j < kD / 8; ++j) {
-        float4* const to = reinterpret_cast<float4*>(partial + at) + ((j / 16 * 4 + thread / 32) * 16 + j % 16) * 32 + lane;
-        *to = make_float4(acc[4 * j], acc[4 * j + 1], acc[4 * j + 2], acc[4 * j + 3]);
-      }
-      return;
+    ++step_;
+  }
+
+  // Warpgroup 2 has nothing to do in the steps of the exact heads but release their stages.
+  SEAL_DEVICE void skip(int steps, int exact_steps) {
+    for (step_ = steps; step_ < steps + exact_steps; ++step_) {
+      const int stage = stage_of<kStages>(step_);
+      barrier_wait(&shared_.q_full[stage], phase_of<kStages>(step_));
+      barrier_wait(&shared_.do_full[stage], phase_of<kStages>(step_));
+      release(&shared_.q_empty[stage]);
+      release(&shared_.do_empty[stage]);
     }
-    named_sync(1, 256);  // both warpgroups are done with the stages
-    void* const output = of_values ? p.grad_v : p.grad_k;
+  }
+
+  // ---- the results
+
+  SEAL_DEVICE void store() {
+    if (p_.splits > 1) {
+      store_partial();
+    } else {
+      store_tile();
+    }
+  }
+
+  SEAL_DEVICE void store_partial() const {
+    float* const partial = values_ ? p_.dv_partial : p_.dk_partial;
+    if (partial == nullptr) return;
+    const int64_t at = ((static_cast<int64_t>(task_.split) * p_.heads_k + task_.head_k) * p_.tile_count_k + task_.tile) * kN * kD;
+#pragma unroll
+    for (int j = 0; j < kD / 8; ++j) {
+      float4* const to = reinterpret_cast<float4*>(partial + at) + ((j / 16 * 4 + thread_ / 32) * 16 + j % 16) * 32 + lane_;
+      *to = make_float4(accumulator_[4 * j], accumulator_[4 * j + 1], accumulator_[4 * j + 2], accumulator_[4 * j + 3]);
+    }
+  }
+
+  SEAL_DEVICE void store_tile() {
+    meet();  // both warpgroups are done with the stages
+    void* const output = values_ ? p_.grad_v : p_.grad_k;
     if (output == nullptr) return;
-    const int first_row = thread / 32 * 16;
-    float* const tile = reinterpret_cast<float*>(shared.q) + ((of_values ? 0 : kRows) + first_row) * (kD + kPad);
+    const int first_row = thread_ / 32 * 16;
+    float* const tile = shared_.staging(values_ ? 0 : 1) + first_row * (kD + kPad);
 #pragma unroll
     for (int j = 0; j < kD / 8; ++j) {
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        *reinterpret_cast<float2*>(tile + (lane / 4 + 8 * h) * (kD + kPad) + 8 * j + column) = make_float2(acc[4 * j + 2 * h], acc[4 * j + 2 * h + 1]);
+        float* const at = tile + (lane_ / 4 + 8 * h) * (kD + kPad) + 8 * j + column_;
+        *reinterpret_cast<float2*>(at) = make_float2(accumulator_[4 * j + 2 * h], accumulator_[4 * j + 2 * h + 1]);
       }
     }
     __syncwarp();
-    store_rows<T, kD>(p, tile, min(16, task.seq.length_k - task.first_key - first_row), output, task.seq.first_k + task.first_key + first_row,
-                      task.batch_row, p.seqlen_k, task.head_k, p.heads_k, of_values ? 1.f : p.softmax_scale, !of_values && p.cos != nullptr,
-                      p.positions_k);
-  };
+    const int row = task_.first_key + first_row;
+    store_rows<T, kD>(p_, tile, min(16, task_.seq.length_k - row), output, task_.seq.first_k + row, task_.batch_row, p_.seqlen_k,
+                      task_.head_k, p_.heads_k, values_ ? 1.f : p_.softmax_scale, !values_ && p_.cos != nullptr, p_.positions_k);
+  }
 
-  if constexpr (kWork != BackwardWork::kScale) {
-    if (steps > 0 && warp < 8) walk_values(std::integral_constant<BackwardWork, kWork>(), steps);
-    if constexpr (kKeys) {
-      if (steps > 0 && warp >= 8) walk_keys();
-    }
-    store();
+  Shared& shared_;
+  const typename Shared::Task& task_;
+  const BackwardKernelParams& p_;
+  const uint32_t base_;  // address of shared_
+  const bool values_;
+  const uint32_t thread_;
+  const int lane_, row_, column_;  // row of the key tile, and row + 8; of 8 accumulator columns, and column + 1
+  int step_ = 0;
+  float accumulator_[kD / 2];  // dV or dK
+};
+
+template <class Config>
+__global__ void __launch_bounds__(Config::kThreads, 1)
+    attention_backward_wide(const __grid_constant__ BackwardKernelParams p, const __grid_constant__ BackwardMaps maps) {
+  using Shared = WideShared<Config>;
+  constexpr int kD = Config::kHeadDim, kStages = Config::kStages;
+  extern __shared__ char raw[];
+  const uint32_t base = uniform_register((smem_address(raw) + 1023) & ~1023u);
+  Shared& shared = *static_cast<Shared*>(__cvta_shared_to_generic(base));
+  const uint32_t warp = warp_uniform(threadIdx.x / 32);
+  if (warp == 1) {
+    typename Shared::Task task;
+    task.find(p, blockIdx.x, true);
+    if constexpr (!kLateExact) task.find_exact_heads(p, true);
+    if (threadIdx.x % 32 == 0) shared.task = task;
+  }
+  if (warp == 0 && elect_one()) {
     if constexpr (kLateExact) {
-      barrier_wait(&shared.exact_known, 0);
-      exact_steps = task.exact_steps();
+      prefetch_map(&maps.k);
+      prefetch_map(&maps.q);
+      prefetch_map(&maps.v);
+      prefetch_map(&maps.grad_out);
     }
-    if (exact_steps > 0 && present < slabs(kD)) {  // the epilogue has overwritten the zeros
-      named_sync(1, 256);
-      zero_absent_slabs<64, kD>(shared.q[0], 2 * kStages, present, threadIdx.x - 128, 256);
-    }
-    // The epilogue's writes come before the copy engine's into the same memory.
-    fence_proxy_async();
-    __syncwarp();
-    if (lane == 0) barrier_arrive(&shared.stages_free);
+    const auto init = [](uint64_t* barriers, int count, int arrivals) {
+      for (int i = 0; i < count; ++i) barrier_init(barriers + i, arrivals);
+    };
+    if constexpr (kLateExact) init(&shared.exact_known, 1, 1);
+    init(&shared.k_full, 1, 1);
+    init(&shared.v_full, 1, 1);
+    init(&shared.stages_free, 1, 8);
+    init(shared.q_full, kStages, 1);
+    init(shared.q_empty, kStages, Config::kReaderWarps);
+    init(shared.do_full, kStages, 1);
+    init(shared.do_empty, kStages, Config::kReaderWarps);
+    init(shared.p_full, Config::kPStages, 4);
+    init(shared.p_empty, Config::kPStages, 4);
+    fence_barrier_init();
   }
-  if constexpr (kLateExact && kWork == BackwardWork::kScale) {
-    barrier_wait(&shared.exact_known, 0);
-    exact_steps = task.exact_steps();
-  }
-  if (warp >= 8) {
-    if constexpr (kKeys) {
-      for (step = steps; step < steps + exact_steps; ++step) {  // has nothing to do but release the stages
-        const int stage = stage_of<kStages>(step);
-        barrier_wait(&shared.q_full[stage], phase_of<kStages>(step));
-        barrier_wait(&shared.do_full[stage], phase_of<kStages>(step));
-        if (lane == 0) barrier_arrive(&shared.q_empty[stage]), barrier_arrive(&shared.do_empty[stage]);
-      }
-    }
-  } else if (exact_steps > 0) {
-#pragma unroll
-    for (int i = 0; i < kD / 2; ++i) acc[i] = 0.f;
-    walk_values(std::integral_constant<BackwardWork, BackwardWork::kScale>(), steps + exact_steps);
+  const int present = slabs(p.head_dim);
+  zero_absent_slabs<64, kD>(shared.k, 2 + 2 * kStages, present, threadIdx.x, Config::kThreads);
+  fence_proxy_async();
+  __syncthreads();
+  if constexpr (kPdl) {
+    release_dependents();
   } else {
-    for (uint64_t rest = task.exact; rest != 0; rest &= rest - 1) {  // a tile of keys that nobody sees
-      for (int c = thread; c < kD; c += 128) p.dscale_exact[(task.tile * p.heads_q + task.first_head + __ffsll(rest) - 1) * kD + c] = 0.f;
+    wait_for_dependencies();
+  }
+
+  if (warp < 4) {
+    registers_shrink<Config::kProducerRegisters>();
+    const auto& task = shared.task;
+    const int steps = Config::kWork == BackwardWork::kScale ? 0 : (task.end - task.begin) * p.heads_per_cta;
+    const int exact_steps = kLateExact ? 0 : task.exact_steps();
+    if constexpr (kLateExact) {
+      if (warp == 1) publish_exact_heads(p, shared);
     }
+    if ((!kLateExact && steps + exact_steps == 0) || warp != 0 || !elect_one()) return;
+    stream_tiles<kD, Config::kBlockM, Config::kBlockN>(p, maps, shared, steps, exact_steps, present);
+  } else {
+    registers_grow<Config::kConsumerRegisters>();
+    if constexpr (kPdl) wait_for_dependencies();
+    WideConsumer<Config>(shared, base, p, warp < 8).run(present);
   }
 }
 
