@@ -9,6 +9,7 @@ from transformers import DynamicCache, StaticCache
 
 import seal_ops
 from seal_ops.huggingface import attention as seam
+from seal_ops.huggingface import rotation
 
 ALL = list(FAMILIES)
 GRANULARITIES = ["head", "channel"]
@@ -52,7 +53,7 @@ def test_what_is_observed(family, granularity):
     for site in scales.attachment.seam.sites:
         assert site.num_kv_heads == model.config.num_key_value_heads
         assert site.direct == expected.mergeable
-        assert (site.rotated is not None) == site.deferred == expected.fused_rotation
+        assert site.rotation == ("deferred" if expected.fused_rotation else None)
 
 
 @every_dtype
@@ -326,11 +327,12 @@ def test_compiled_by_layer_keeps_the_fused_op(family):
 def called(monkeypatch) -> list[str]:
     """The names of what the seam calls for an attention, in order."""
     names = []
-    for name in ("attention", "rope", "rope_attention", "_composed"):
-        def spy(*args, _name=name, _function=getattr(seam, name), **kwargs):
+    for module, name in ((seam, "attention"), (seam, "rope"), (rotation, "rope"), (seam, "rope_attention"),
+                         (seam, "_composed")):
+        def spy(*args, _name=name, _function=getattr(module, name), **kwargs):
             names.append(_name + ("-packed" if kwargs.get("cu_seqlens") is not None else ""))
             return _function(*args, **kwargs)
-        monkeypatch.setattr(seam, name, spy)
+        monkeypatch.setattr(module, name, spy)
     return names
 
 
@@ -395,11 +397,11 @@ def test_a_forced_backend_runs_everything(monkeypatch):
     model = FAMILIES["llama"].build()
     seal_ops.attach(model, "head", backend="reference")
     backends = []
-    for name in ("attention", "rope", "rope_attention"):
-        def spy(*args, _function=getattr(seam, name), **kwargs):  # noqa: B008
+    for module, name in ((seam, "attention"), (seam, "rope"), (rotation, "rope"), (seam, "rope_attention")):
+        def spy(*args, _function=getattr(module, name), **kwargs):  # noqa: B008
             backends.append(kwargs["backend"])
             return _function(*args, **kwargs)
-        monkeypatch.setattr(seam, name, spy)
+        monkeypatch.setattr(module, name, spy)
     ids = tokens()
     logits(model, ids)
     logits(model, ids, attention_mask=torch.ones_like(ids).index_fill(1, torch.arange(3), 0))
