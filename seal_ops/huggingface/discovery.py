@@ -5,6 +5,7 @@ attention output is *observed*, by running the model on two tokens.
 """
 from __future__ import annotations
 
+import types
 import warnings
 
 import torch
@@ -25,11 +26,13 @@ class _Probe:
 
     def __init__(self, site: AttentionLayer, watch: _Watch):
         self.site, self.watch, self.readers = site, watch, Readers()
-        self.active, self.out, self.rotations = None, None, []
+        self.active, self.out = None, None
+        self.entered = False  # through the attached class's forward, which another library's may have replaced
+        self.turned: str | None = None
 
     def run(self, forward, args: tuple, kwargs: dict):
         """``forward`` of the module, once for each known attention output; the first result goes on."""
-        results = []
+        results, self.entered = [], True
         for run in RUNS:
             self.active = run
             results.append(forward(self.site.module, *args, **kwargs))
@@ -43,7 +46,7 @@ class _Probe:
         site = self.site
         site.num_heads, site.num_kv_heads, site.head_dim = query.shape[1], key.shape[1], value.shape[-1]
         site.device, site.composed = query.device, composed
-        self.rotations.append(_what_turned(site, rotation, query, key))
+        self.turned = _what_turned(site, rotation, query, key) if self.entered else None
         out = attention_output(query, site.head_dim, self.active)
         if self.active is None:
             self.out = out
@@ -95,7 +98,7 @@ def _probe(model: nn.Module, sites: list[AttentionLayer], rotation: str | None) 
             site.probe = None
     for site, probe in zip(sites, probes):
         if site.num_heads:
-            site.rotation = probe.rotations[0]
+            site.rotation = probe.turned
             probe.readers.conclude(site, probe.out)
 
 
@@ -165,6 +168,8 @@ def _may_attend(module: nn.Module) -> bool:
     """Whether a module could call attention: it has a config that names an implementation, and code that reads it."""
     if getattr(module.__dict__.get("config"), "_attn_implementation", None) is None or isinstance(module, PreTrainedModel):
         return False
+    if not isinstance(type(module).forward, types.FunctionType):
+        return True  # a decorator that hides the code
     functions = [f for c in type(module).__mro__ if c not in nn.Module.__mro__ for f in vars(c).values()]
     return any({"_attn_implementation", "ALL_ATTENTION_FUNCTIONS"} & names_used(f) for f in functions)
 

@@ -19,15 +19,6 @@ every_granularity = pytest.mark.parametrize("granularity", GRANULARITIES)
 every_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    """A second thread only waits on matrices this small; on a busy machine it waits long."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @every_dtype
 @every_family
 def test_scale_one_is_the_untouched_model(family, dtype):
@@ -321,19 +312,6 @@ def test_compiled_by_layer_keeps_the_fused_op(family):
     assert len(graphs) <= 4  # a layer each, then once more for lengths that vary
     loss_of(model, tokens()).backward()
     assert all(largest(s.grad, g) <= 1e-5 * g.abs().max().item() for (_, s), g in zip(scales.items(), gradients))
-
-
-@pytest.fixture
-def called(monkeypatch) -> list[str]:
-    """The names of what the seam calls for an attention, in order."""
-    names = []
-    for module, name in ((seam, "attention"), (seam, "rope"), (rotation, "rope"), (seam, "rope_attention"),
-                         (seam, "_composed")):
-        def spy(*args, _name=name, _function=getattr(module, name), **kwargs):
-            names.append(_name + ("-packed" if kwargs.get("cu_seqlens") is not None else ""))
-            return _function(*args, **kwargs)
-        monkeypatch.setattr(module, name, spy)
-    return names
 
 
 @pytest.mark.parametrize("family, whole, cached, padded", [
