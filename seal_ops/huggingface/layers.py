@@ -59,10 +59,8 @@ class AttentionLayer:
         return "channel" in self.commutes
 
     def current(self) -> Tensor | None:
-        # Through a call where the module can be called: offloading hooks fill the parameters of modules that are called.
-        if self.scaling is None:
-            return None
-        return self.scaling() if type(self.scaling).forward is not nn.Module.forward else self.scaling.current()
+        # Through a call: offloading hooks fill the parameters of modules that are called.
+        return None if self.scaling is None else self.scaling()
 
 
 def _is_cache(value) -> bool:
