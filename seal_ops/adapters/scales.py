@@ -23,7 +23,7 @@ class LayerScale(nn.Module):
         self.scale = nn.Parameter(torch.ones(shape, dtype=torch.float32, device=device))
         self.rows: Tensor | None = None  # [B, Hq, 1 or D], in the place of `scale`; see `Scales.rows`
 
-    def current(self) -> Tensor:
+    def forward(self) -> Tensor:  # a call, so that hooks of offloading bring the parameter here
         return self.scale if self.rows is None else self.rows
 
     def _apply(self, fn, recurse=True):

@@ -7,19 +7,26 @@ from torch import Tensor, nn
 from transformers.modeling_utils import AttentionInterface
 
 from ..ops.factors import full_view
-from ..ops.functional import attention, rope_attention
-from .masks import NAME, as_tensor, read_mask, split_packing
-from .rotation import Rotation
+from ..ops.functional import attention, rope, rope_attention
+from .masks import NAME, CallMask, as_tensor, read_mask, with_documents
+from .rotation import MAX_HEAD_DIM, Rotation
 
-# --------------------------------------------------------------------------------------------------------------------
-# Attention
-# --------------------------------------------------------------------------------------------------------------------
 _UNSUPPORTED = {"s_aux": "attention sinks", "position_bias": "a position bias", "cache": "a paged cache",
                 "head_mask": "a head mask"}
 
 
 class UnsupportedAttention(ValueError):
     """A model's attention has a term that the scaled attention does not have."""
+
+
+class UnknownCaller(RuntimeError):
+    """A module of a model without scales calls the attention of models that have them."""
+
+    def __init__(self, module: nn.Module):
+        super().__init__(f"seal_ops: {type(module).__name__} must have a config of its own, its config says "
+                         f"attn_implementation={NAME!r} because a model with scales attached shares or gave it; build the "
+                         f"model from another config, or set its attn_implementation")
+        self.module = module
 
 
 def attention_forward(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
@@ -36,9 +43,12 @@ def attention_forward(module: nn.Module, query: Tensor, key: Tensor, value: Tens
         if kwargs.get(name) is not None:
             raise UnsupportedAttention(f"seal_ops.attach: model must have attention without {what}, "
                                        f"{type(module).__name__} passes {name}")
+    composed = _why_composed(query, key, value, softcap)
     site = getattr(module, "_seal_site", None)
     if site is not None and site.probe is not None:
-        return site.probe.observe(query, key, value, seal_rotation), None
+        return site.probe.observe(query, key, value, seal_rotation, composed), None
+    if site is None and not getattr(module, "_seal_bystander", False):
+        raise UnknownCaller(module)
     scale = None if site is None else site.current()
     backend = None if site is None else site.backend
     q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
@@ -50,28 +60,45 @@ def attention_forward(module: nn.Module, query: Tensor, key: Tensor, value: Tens
         raise RuntimeError(f"seal_ops: {type(module).__name__} changed q or k after the rotation in this call but not "
                            f"when it was attached; attach again in the present configuration")
 
-    mask = read_mask(module, attention_mask, q.shape[1], k.shape[1], sliding_window, is_causal)
+    mask = read_mask(module, attention_mask, q.shape[0], q.shape[1], k.shape[1], sliding_window, is_causal)
+    mask = with_documents(mask, module, q, kwargs.get("cu_seq_lens_q"), kwargs.get("cu_seq_lens_k"))
     k, v = k[:, :mask.keys], v[:, :mask.keys]
     common = dict(softmax_scale=scaling, causal=mask.causal, window=mask.window, backend=backend)
-    composed = softcap is not None or dropout > 0 or q.shape[-1] != v.shape[-1] or mask.dense is not None
-    if seal_rotation is not None and not composed and mask.packing is None:
-        return rope_attention(q, k, v, seal_rotation.cos, seal_rotation.sin, scale=scale, **common), None
+    fused = composed is None and dropout == 0 and mask.dense is None
     if seal_rotation is not None:
-        q, k = seal_rotation.apply(q, k)
-    if composed:
-        return _composed(q, k, v, as_tensor(mask, q, k), scale, scaling, dropout, softcap), None
-    if mask.packing is not None:
-        return _packed(q, k, v, scale, mask.packing, common), None
+        if fused and mask.cu_seqlens is None:
+            return rope_attention(q, k, v, seal_rotation.cos, seal_rotation.sin, scale=scale, **common), None
+        q, k = rope(q, k, seal_rotation.cos, seal_rotation.sin, backend=backend)
+    if not fused:
+        return _composed(q, k, v, as_tensor(mask, q), scale, scaling, dropout, softcap), None
+    if mask.cu_seqlens is not None:
+        return _packed(q, k, v, scale, mask, common), None
     return attention(q, k, v, scale, **common), None
 
 
-def _packed(q: Tensor, k: Tensor, v: Tensor, scale: Tensor | None, packing: Tensor, common: dict) -> Tensor:
-    """The fused op on the real tokens of a padded batch; 0 at the others."""
-    tokens, cu_seqlens = split_packing(packing, q.shape[0])
-    out = attention(*(t.flatten(0, 1).index_select(0, tokens) for t in (q, k, v)), scale, cu_seqlens=cu_seqlens,
-                    max_seqlen=q.shape[1], **common)
-    padded = out.new_zeros(q.shape[0] * q.shape[1], *out.shape[1:])
-    return padded.index_copy(0, tokens.long(), out).unflatten(0, q.shape[:2])
+def _why_composed(query: Tensor, key: Tensor, value: Tensor, softcap: float | None) -> str | None:
+    """Why a layer's attention is composed from PyTorch's parts, whatever the mask; None where the op has every term."""
+    if softcap is not None:
+        return "soft-capped scores"
+    if value.shape[-1] != query.shape[-1]:
+        return f"values of {value.shape[-1]} channels beside keys of {key.shape[-1]}"
+    if query.shape[-1] > MAX_HEAD_DIM:
+        return f"head_dim {query.shape[-1]} above {MAX_HEAD_DIM}"
+    return None
+
+
+def _packed(q: Tensor, k: Tensor, v: Tensor, scale: Tensor | None, mask: CallMask, common: dict) -> Tensor:
+    """The fused op on the sequences of a batch; 0 at the tokens of a padded batch that belong to none."""
+    batch, length = q.shape[:2]
+    packed = [t.flatten(0, 1) for t in (q, k, v)]
+    if mask.tokens is None:
+        if scale is not None and scale.dim() == 3:
+            raise ValueError(f"seal_ops: packed rows must have scales for all rows alike, got scales for each of {batch} rows")
+        return attention(*packed, scale, cu_seqlens=mask.cu_seqlens, **common).unflatten(0, (batch, length))
+    out = attention(*(t.index_select(0, mask.tokens) for t in packed), scale, cu_seqlens=mask.cu_seqlens,
+                    max_seqlen=length, **common)
+    padded = out.new_zeros(batch * length, *out.shape[1:])
+    return padded.index_copy(0, mask.tokens.long(), out).unflatten(0, (batch, length))
 
 
 def _composed(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: Tensor | None, softmax_scale: float | None,

@@ -1,99 +1,218 @@
 """Finding the attention modules of a model.
 
-Nothing here names a model class.  Which modules take part, how many heads they have, and whether ``o_proj`` reads the
-attention output unchanged is *observed*, by running the model once on two tokens.
+Nothing here names a model class.  Which modules take part, how many heads they have, and which linear module reads the
+attention output is *observed*, by running the model on two tokens.
 """
 from __future__ import annotations
 
+import types
+import warnings
+
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
-from .attention import UnsupportedAttention
+from .attention import UnknownCaller, UnsupportedAttention
+from .layers import AttentionLayer, attached_class
 from .masks import NAME
 from .modes import run_two_tokens
-from .patch import AttentionLayer, Patch
-from .rotation import Rotation, with_fused_rotation
+from .patch import Patch
+from .projection import RUNS, Readers, attention_output, is_linear
+from .rotation import MAX_HEAD_DIM, Rotation, names_used, unreplaced
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# Finding the attention modules
-# --------------------------------------------------------------------------------------------------------------------
 class _Probe:
-    """Stands in for attention in one forward of two tokens and notes what passes."""
+    """Stands in for the attention of one layer and notes what passes."""
 
-    def __init__(self, site: AttentionLayer):
-        self.site, self.out, self.kept_rotation = site, None, False
+    def __init__(self, site: AttentionLayer, watch: _Watch):
+        self.site, self.watch, self.readers = site, watch, Readers()
+        self.active, self.out = None, None
+        self.entered = False  # through the attached class's forward, which another library's may have replaced
+        self.turned: str | None = None
 
-    def observe(self, query: Tensor, key: Tensor, value: Tensor, rotation: Rotation | None) -> Tensor:
-        batch, heads, length, _ = query.shape
+    def run(self, forward, args: tuple, kwargs: dict):
+        """``forward`` of the module, once for each known attention output; the first result goes on."""
+        results, self.entered = [], True
+        for run in RUNS:
+            self.active = run
+            results.append(forward(self.site.module, *args, **kwargs))
+            if self.out is None:  # it did not call attention
+                break
+            self.watch.run = None
+        self.active = None
+        return results[0]
+
+    def observe(self, query: Tensor, key: Tensor, value: Tensor, rotation: Rotation | None, composed: str | None) -> Tensor:
         site = self.site
-        site.num_heads, site.num_kv_heads, site.head_dim = heads, key.shape[1], value.shape[-1]
-        self.kept_rotation = rotation is not None and rotation.q is query and rotation.k is key
-        # Distinct values: a norm, a gate or a permutation before o_proj shows.
-        size = length * heads * site.head_dim
-        self.out = (torch.arange(batch * size, device=query.device).reshape(batch, length, heads, -1) % 251 - 125).to(
-            query.dtype)
-        return self.out
-
-    def observe_projection(self, module: nn.Module, args: tuple) -> None:
-        if self.out is not None and args:
-            expected = self.out.flatten(2).to(args[0].dtype)
-            self.site.direct = args[0].shape == expected.shape and bool(torch.equal(args[0], expected))
+        site.num_heads, site.num_kv_heads, site.head_dim = query.shape[1], key.shape[1], value.shape[-1]
+        site.device, site.composed = query.device, composed
+        self.turned = _what_turned(site, rotation, query, key) if self.entered else None
+        out = attention_output(query, site.head_dim, self.active)
+        if self.active is None:
+            self.out = out
+        self.watch.layer, self.watch.run = self, self.active
+        return out
 
 
-def _probe(model: nn.Module, sites: list[AttentionLayer], fuse_rotation: bool) -> None:
+def _what_turned(site: AttentionLayer, rotation: Rotation | None, query: Tensor, key: Tensor) -> str | None:
+    if query.shape[-1] > MAX_HEAD_DIM:
+        return None
+    if rotation is None:  # no stand-in was passed
+        return site.rotation and "in place"
+    if rotation.q is None:  # it was passed and left alone: a layer without positions
+        return None
+    return "deferred" if rotation.q is query and rotation.k is key else "in place"
+
+
+class _Watch:
+    """The layer whose attention output is on its way to a linear module."""
+
+    def __init__(self):
+        self.layer: _Probe | None = None
+        self.run: str | None = None
+
+    def reads(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        value = next((a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)), None)
+        if self.layer is not None and value is not None:
+            self.layer.readers.note(self.run, module, value)
+
+
+def _probe(model: nn.Module, sites: list[AttentionLayer], rotation: str | None) -> None:
     """Runs two tokens through the model with every site watched; fills in what each site shows."""
+    watch = _Watch()
     for site in sites:
-        site.rotated = with_fused_rotation(site.module) if fuse_rotation else None
-        site.deferred = site.rotated is not None
-        site.probe = _Probe(site)
+        site.probe, site.num_heads, site.rotation = _Probe(site, watch), 0, None
     seam = Patch(sites)
-    hooks = [s.o_proj.register_forward_pre_hook(s.probe.observe_projection) for s in sites]
     seam.install()
+    for site in sites:
+        site.rotation = rotation if getattr(type(site.module), "_seal_fused", False) else None
+    hooks = [m.register_forward_pre_hook(watch.reads, with_kwargs=True) for m in model.modules() if is_linear(m)]
     try:
         run_two_tokens(model)
     finally:
         seam.remove()
         for hook in hooks:
             hook.remove()
-    for site in sites:
-        site.deferred = site.probe.kept_rotation
-        site.probe = None
+        probes = [site.probe for site in sites]
+        for site in sites:
+            site.probe = None
+    for site, probe in zip(sites, probes):
+        if site.num_heads:
+            site.rotation = probe.turned
+            probe.readers.conclude(site, probe.out)
 
 
-def find_attention_layers(model: nn.Module, fuse_rotation: bool = True) -> list[AttentionLayer]:
+def find_attention_layers(model: nn.Module) -> list[AttentionLayer]:
     """The self-attention modules of a model, with their sizes, found by running it on two tokens.
 
-    A candidate has an ``o_proj`` and a config with an attention implementation; it is kept if its attention call came
-    through transformers' registry.  Raises ValueError where there is none, naming what was missing.
+    A candidate has a config with an attention implementation and is no model itself; it is kept if its attention call
+    came through transformers' registry.  Warns once where a rotary embedding stays as it was though the seam knows its
+    kind.  Raises ValueError where there is no such module, naming what was missing.
     """
     def fail(reason: str):
         return ValueError(f"seal_ops.attach: model must call attention through transformers' attention registry, "
                           f"{type(model).__name__} {reason}")
 
-    candidates = [AttentionLayer(name, m) for name, m in model.named_modules()
-                  if isinstance(getattr(m, "o_proj", None), nn.Module)
-                  and getattr(getattr(m, "config", None), "_attn_implementation", None) is not None]
+    names = {id(m): n for n, m in model.named_modules()}
+    candidates = [AttentionLayer(n, m) for n, m in model.named_modules() if _may_attend(m)]
     if not candidates:
-        raise fail("has no module with an o_proj and a config")
+        raise fail("has no module that takes part in it")
     if any(s.module.config._attn_implementation == NAME for s in candidates):
         raise ValueError(f"seal_ops.attach: model must have a config of its own, this {type(model).__name__} shares its "
                          f"config object with a model that has scales attached")
-    if not hasattr(model, "hf_device_map") and any(p.is_meta for p in model.parameters()):
+    if not _offloaded(model) and any(p.is_meta for p in model.parameters()):
         raise ValueError("seal_ops.attach: model must have its weights loaded, found parameters on the meta device")
-    try:
-        _probe(model, candidates, fuse_rotation)
-    except UnsupportedAttention:
-        raise
-    except Exception as error:
-        # A forward that looks into cos and sin refuses the stand-in that carries a deferred rotation.
-        if not any(s.rotated for s in candidates):
-            raise fail(f"failed on two tokens ({type(error).__name__}: {error})") from error
-        return find_attention_layers(model, fuse_rotation=False)
+    failure = _observe(model, candidates, names)
+    if failure is not None and not any(s.num_heads for s in candidates):
+        raise fail(f"failed on two tokens ({type(failure).__name__}: {failure})") from failure
     sites = [s for s in candidates if s.num_heads]
     if not sites:
         raise fail("did not do so on two tokens")
-    indices = [getattr(s.module, "layer_idx", None) for s in sites]
-    if all(isinstance(i, int) for i in indices) and len(set(indices)) == len(indices):
-        sites.sort(key=lambda s: s.module.layer_idx)
+    bystanders = tuple(s.module for s in candidates if not s.num_heads)
+    for site in sites:
+        if site.output_projection is not None:
+            site.projection_name = names[id(site.output_projection)]
+        site.bystanders = bystanders
+    _number(sites)
+    _warn(sites, failure)
     return sites
+
+
+def _observe(model: nn.Module, candidates: list[AttentionLayer], names: dict[int, str]) -> Exception | None:
+    """Probes with the rotation deferred, else in place, else left alone; returns the first failure, if any.
+
+    A forward that looks into cos and sin refuses the stand-in that carries a deferred rotation.  After the last failure
+    no candidate has heads.
+    """
+    failure = None
+    for rotation in ("deferred", "in place", None):
+        while True:
+            try:
+                _probe(model, candidates, rotation)
+                return failure
+            except UnsupportedAttention:
+                raise
+            except UnknownCaller as error:  # a module that does not look like one that attends
+                if id(error.module) not in names or any(s.module is error.module for s in candidates):
+                    raise
+                candidates.append(AttentionLayer(names[id(error.module)], error.module))
+            except Exception as error:
+                failure = failure or error
+                for site in candidates:
+                    site.num_heads = 0
+                break
+    return failure
+
+
+def _may_attend(module: nn.Module) -> bool:
+    """Whether a module could call attention: it has a config that names an implementation, and code that reads it."""
+    if getattr(module.__dict__.get("config"), "_attn_implementation", None) is None or isinstance(module, PreTrainedModel):
+        return False
+    if not isinstance(type(module).forward, types.FunctionType):
+        return True  # a decorator that hides the code
+    functions = [f for c in type(module).__mro__ if c not in nn.Module.__mro__ for f in vars(c).values()]
+    return any({"_attn_implementation", "ALL_ATTENTION_FUNCTIONS"} & names_used(f) for f in functions)
+
+
+def _offloaded(model: nn.Module) -> bool:
+    """Whether accelerate's hooks bring the weights when they are needed."""
+    return hasattr(model, "hf_device_map") or any(hasattr(m, "_hf_hook") for m in model.modules())
+
+
+def _number(sites: list[AttentionLayer]) -> None:
+    """Puts the sites into the order of the layers, and numbers them as the model does where it numbers all of them."""
+    indices = [getattr(s.module, "layer_idx", None) for s in sites]
+    if all(type(i) is int and i >= 0 for i in indices) and len(set(indices)) == len(indices):
+        sites.sort(key=lambda s: s.module.layer_idx)
+        for site in sites:
+            site.index = site.module.layer_idx
+    else:
+        for running, site in enumerate(sites):
+            site.index = running
+
+
+def _warn(sites: list[AttentionLayer], failure: Exception | None) -> None:
+    """One warning where a layer runs without the fused kernels that it could have had."""
+    reasons = {}
+    for site in sites:
+        if site.rotation is None:
+            site.unfused = _why_unfused(site.module, failure)
+        for reason in (site.unfused and f"keeps its own rotary embedding: {site.unfused}",
+                       site.composed and site.composed.startswith("head_dim")
+                       and f"runs attention composed from PyTorch's parts: {site.composed}"):
+            if reason:
+                reasons.setdefault((type(site.module).__name__, reason), []).append(site)
+    if reasons:
+        text = "; ".join(f"{name} ({len(found)} of {len(sites)} layers) {reason}"
+                         for (name, reason), found in reasons.items())
+        warnings.warn(f"seal_ops.attach: {text}", stacklevel=4)
+
+
+def _why_unfused(module: nn.Module, failure: Exception | None) -> str | None:
+    cls = type(module)
+    if attached_class(cls, None)._seal_fused:
+        if module.__dict__.get("forward") is not None and "_old_forward" not in module.__dict__:
+            owner = getattr(module.__dict__["forward"], "__module__", None)
+            return f"its forward was replaced on the instance (by {owner})"
+        return None if failure is None else f"it fails with a replaced one ({type(failure).__name__}: {failure})"
+    return unreplaced(cls)

@@ -2,8 +2,8 @@
 
 What the mask registry returns travels through model code that expects None or a tensor of four dimensions, and `generate`
 calls .contiguous() on it.  A mask that is only structure is therefore sent as an *empty* tensor whose sizes are the
-description, [kind, window, 0, keys]; a padded batch as the int32 row [1, 1 + window, 1, T + B + 1] that lists the T real
-tokens and the B + 1 sequence boundaries; anything else as the boolean mask of torch's SDPA.
+description, [kind, window, 0, keys]; a padded batch as the int32 row [1, 1, 1, T + B + 2] that lists the T real tokens,
+the B + 1 sequence boundaries and the window (0: none); anything else as the boolean mask of torch's SDPA.
 """
 from __future__ import annotations
 
@@ -21,12 +21,6 @@ from transformers.masking_utils import (
 from ..ops import masks
 
 NAME = "seal"  # in both registries; transformers reserves "/" and "|"
-# --------------------------------------------------------------------------------------------------------------------
-# Masks.  What the mask registry returns travels through model code that expects None or a tensor of four dimensions,
-# and `generate` calls .contiguous() on it.  A mask that is only structure is therefore sent as an *empty* tensor whose
-# sizes are the description, [kind, window, 0, keys]; a padded batch as the int32 row [1, 1 + window, 1, T + B + 1]
-# that lists the T real tokens and the B + 1 sequence boundaries; anything else as the boolean mask of torch's SDPA.
-# --------------------------------------------------------------------------------------------------------------------
 _CAUSAL, _FULL = 1, 2
 
 
@@ -38,12 +32,12 @@ def _is_structure(mask: Tensor) -> bool:
     return mask.dim() == 4 and mask.shape[2] == 0
 
 
-def _is_packing(mask: Tensor) -> bool:
-    return mask.dtype == torch.int32
+def _is_packing(mask: Tensor, queries: int) -> bool:
+    return mask.dtype == torch.int32 and mask.shape[:3] == (1, 1, 1) and queries > 1
 
 
 def _packing(padding: Tensor, window: int | None) -> Tensor | None:
-    """The real tokens of a padded batch (``padding`` bool [B, S]) as indices into B * S, then cu_seqlens.
+    """The real tokens of a padded batch (``padding`` bool [B, S]) as indices into B * S, then cu_seqlens, then the window.
 
     None where a windowed row has a hole: packing would bring its tokens nearer to each other than they are.
     """
@@ -53,8 +47,10 @@ def _packing(padding: Tensor, window: int | None) -> Tensor | None:
         if bool((padding.shape[1] - from_last - first != lengths)[lengths > 0].any()):
             return None
     tokens = padding.flatten().nonzero().squeeze(1)
-    row = torch.cat([tokens, lengths.new_zeros(1), lengths.cumsum(0)]).int()
-    return row[None, None, None].expand(1, 1 + (window or 0), 1, -1)
+    row = torch.cat([tokens, lengths.new_zeros(1), lengths.cumsum(0), lengths.new_full((1,), window or 0)]).int()
+    row = row[None, None, None]
+    row._seal_window = window or 0  # spares a GPU the read; lost where the row is copied to another device
+    return row
 
 
 def attention_mask(batch_size: int, q_length: int, kv_length: int, q_offset: int | Tensor = 0, kv_offset: int = 0,
@@ -110,16 +106,21 @@ def attention_mask(batch_size: int, q_length: int, kv_length: int, q_offset: int
 
 
 class CallMask(typing.NamedTuple):
-    """A mask as the attention call needs it: the first ``keys`` keys are real, and one of three more precise terms."""
+    """A mask as the attention call needs it: the first ``keys`` keys are real, and one of three more precise terms.
+
+    ``cu_seqlens`` [sequences + 1] divides the tokens of the batch, laid end to end, into sequences; with ``tokens`` [T],
+    indices into B * S, only these (the real tokens of a padded batch).  ``dense``: boolean or additive, [B, 1, Sq, Sk].
+    """
     causal: bool
     window: int | None
     keys: int
-    packing: Tensor | None = None  # the T real tokens of a padded batch, then B + 1 boundaries
-    dense: Tensor | None = None  # boolean or additive, [B, 1, Sq, Sk]
+    tokens: Tensor | None = None
+    cu_seqlens: Tensor | None = None
+    dense: Tensor | None = None
 
 
-def read_mask(module: nn.Module, mask: Tensor | None, queries: int, keys: int, sliding_window: int | None,
-               is_causal: bool | None) -> CallMask:
+def read_mask(module: nn.Module, mask: Tensor | None, batch: int, queries: int, keys: int, sliding_window: int | None,
+              is_causal: bool | None) -> CallMask:
     """What the mask argument of an attention call says."""
     if mask is None:  # not from `attention_mask`: the module was called by itself
         causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
@@ -129,26 +130,57 @@ def read_mask(module: nn.Module, mask: Tensor | None, queries: int, keys: int, s
         return CallMask(causal, sliding_window if causal else None, keys)
     if _is_structure(mask):
         return CallMask(mask.shape[0] == _CAUSAL, mask.shape[1] or None, mask.shape[3])
-    if _is_packing(mask):
-        return CallMask(True, mask.shape[1] - 1 or None, queries, packing=mask[0, 0, 0])
+    if _is_packing(mask, queries):
+        row = mask[0, 0, 0]
+        window = mask._seal_window if hasattr(mask, "_seal_window") else int(row[-1])
+        return CallMask(True, window or None, queries, row[:-batch - 2], row[-batch - 2:-1])
     return CallMask(False, None, keys, dense=mask)
 
 
-def split_packing(packing: Tensor, batch: int) -> tuple[Tensor, Tensor]:
-    """The indices [T] of the real tokens in B * S, and cu_seqlens [B + 1]."""
-    return packing[:-batch - 1], packing[-batch - 1:]
+def with_documents(mask: CallMask, module: nn.Module, q: Tensor, cu_seq_lens_q: Tensor | None,
+                   cu_seq_lens_k: Tensor | None) -> CallMask:
+    """The mask, with the documents of packed rows told apart where the caller says where they begin.
+
+    ``cu_seq_lens_q`` int32 [documents + 1], as transformers' DataCollatorWithFlattening gives it: boundaries in the
+    tokens of q [B, S, Hq, D], laid end to end.  Raises ValueError with keys from a cache.
+    """
+    if cu_seq_lens_q is None:
+        return mask
+    if mask.keys != q.shape[1] or (cu_seq_lens_k is not None and cu_seq_lens_k.shape != cu_seq_lens_q.shape):
+        raise ValueError(f"seal_ops: {type(module).__name__} must be given cu_seq_lens_q for queries and keys alike, got "
+                         f"{q.shape[1]} queries and {mask.keys} keys")
+    cu_seqlens = cu_seq_lens_q.to(q.device, torch.int32)
+    if mask.dense is None and mask.tokens is None:
+        return mask._replace(cu_seqlens=cu_seqlens)
+    same = _same_document(cu_seqlens, *q.shape[:2])
+    seen = as_tensor(mask, q)
+    if seen.dtype == torch.bool:
+        return CallMask(False, None, mask.keys, dense=seen & same)
+    return CallMask(False, None, mask.keys, dense=seen.masked_fill(~same, torch.finfo(seen.dtype).min))
 
 
-def as_tensor(mask: CallMask, q: Tensor, k: Tensor) -> Tensor | None:
-    """The mask as a tensor; None where every query sees every key."""
-    if mask.dense is not None or not mask.causal:  # only causal masks come with a window
+def _same_document(cu_seqlens: Tensor, batch: int, length: int) -> Tensor:
+    """Boolean [B, 1, S, S]: whether two tokens lie in one sequence of the batch's B * S tokens."""
+    tokens = torch.arange(batch * length, dtype=torch.int32, device=cu_seqlens.device)
+    document = torch.searchsorted(cu_seqlens, tokens, right=True).view(batch, 1, length)
+    return document[..., :, None] == document[..., None, :]
+
+
+def as_tensor(mask: CallMask, q: Tensor) -> Tensor | None:
+    """The mask as a tensor, for q [B, Sq, Hq, D]; None where every query sees every key."""
+    if mask.dense is not None:
         return mask.dense
-    seen = masks.allowed(q.shape[1], k.shape[1], *masks.bounds(mask.causal, mask.window), device=q.device)
-    if mask.packing is None:
-        return seen
-    tokens, _ = split_packing(mask.packing, q.shape[0])
-    real = torch.zeros(q.shape[0] * q.shape[1], dtype=torch.bool, device=q.device).index_fill(0, tokens.long(), True)
-    return seen & real.view(q.shape[0], 1, 1, -1)
+    batch, length = q.shape[:2]
+    seen = None
+    if mask.causal:  # only causal masks come with a window
+        seen = masks.allowed(length, mask.keys, *masks.bounds(mask.causal, mask.window), device=q.device)
+    if mask.tokens is not None:
+        real = torch.zeros(batch * length, dtype=torch.bool, device=q.device).index_fill(0, mask.tokens.long(), True)
+        return seen & real.view(batch, 1, 1, -1)
+    if mask.cu_seqlens is not None:
+        same = _same_document(mask.cu_seqlens, batch, length)
+        return same if seen is None else seen & same
+    return seen
 
 
 AttentionMaskInterface.register(NAME, attention_mask)

@@ -10,16 +10,23 @@ from torch import nn
 from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
 
-def run_two_tokens(model: nn.Module) -> None:
+@contextlib.contextmanager
+def modes_restored(model: nn.Module):
+    """Whatever the block does to it, every module has the mode afterwards that it had before, frozen parts included."""
     modes = [(m, m.training) for m in model.modules()]
-    device = next((p.device for p in model.parameters() if not p.is_meta), "cpu")
     try:
-        model.eval()  # no dropout, no checkpointing
-        with torch.no_grad():
-            model(input_ids=torch.tensor([[0, 1]], device=device), use_cache=False)
+        yield
     finally:
         for module, training in modes:
             module.training = training
+
+
+def run_two_tokens(model: nn.Module) -> None:
+    """One forward of two tokens, in evaluation mode: no dropout, no checkpointing."""
+    device = next((p.device for p in model.parameters() if not p.is_meta), "cpu")
+    with modes_restored(model), torch.no_grad():
+        model.eval()
+        model(input_ids=torch.tensor([[0, 1]], device=device), use_cache=False)
 
 
 @contextlib.contextmanager
@@ -29,21 +36,20 @@ def prepared(model, checkpointing):
     word = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
     if getattr(model, f"is_{word}_checkpointing", False):
         checkpointing = False  # the caller's own is left alone
-    training = model.training
-    model.train()  # transformers checkpoints in training mode only
-    try:
-        if checkpointing:
-            options = {"use_reentrant": False}
-            if checkpointing == "selective":
-                kept = [torch.ops.seal.attention.default, torch.ops.seal.rope_attention.default]
-                options["context_fn"] = functools.partial(create_selective_checkpoint_contexts, kept)
-            enable = getattr(model, f"{word}_checkpointing_enable")
-            enable(**{f"{word}_checkpointing_kwargs": options})
-        yield
-    finally:
-        if checkpointing:
-            getattr(model, f"{word}_checkpointing_disable")()
-        model.train(training)
+    with modes_restored(model):
+        model.train()  # transformers checkpoints in training mode only
+        try:
+            if checkpointing:
+                options = {"use_reentrant": False}
+                if checkpointing == "selective":
+                    kept = [torch.ops.seal.attention.default, torch.ops.seal.rope_attention.default]
+                    options["context_fn"] = functools.partial(create_selective_checkpoint_contexts, kept)
+                enable = getattr(model, f"{word}_checkpointing_enable")
+                enable(**{f"{word}_checkpointing_kwargs": options})
+            yield
+        finally:
+            if checkpointing:
+                getattr(model, f"{word}_checkpointing_disable")()
 
 
 @functools.lru_cache(maxsize=8)

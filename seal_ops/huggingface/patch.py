@@ -1,59 +1,16 @@
 """The changes to one model, put on and taken off together.
 
-Only instances are changed: each model's own config entry and, where the rotation is fused, the ``forward`` of its
-attention modules.
+Only this model is changed: its config's entry for attention, and the class of its attention modules.
 """
 from __future__ import annotations
 
-import dataclasses
 import types
 
-from torch import Tensor, nn
-from transformers.cache_utils import Cache
+from torch import nn
 
+from . import attention as _attention  # noqa: F401  a model that is unpickled finds the registries filled
+from .layers import AttentionLayer, attached_class
 from .masks import NAME
-from .rotation import Rotation
-
-
-@dataclasses.dataclass(eq=False)
-class AttentionLayer:
-    """One self-attention module of a model, as observed, and what is laid on it.
-
-    ``direct``: ``o_proj`` reads the attention output unchanged (so scales can be merged).  ``scaling`` (set by
-    `seal_ops.attach`) has the method ``current()`` -> fp32 [Hq], [Hq, D], [B, Hq, 1] or [B, Hq, D], or None.
-    """
-    name: str
-    module: nn.Module
-    num_heads: int = 0
-    num_kv_heads: int = 0
-    head_dim: int = 0
-    direct: bool = False
-    rotated: types.FunctionType | None = None  # the module's forward with the rotation replaced
-    deferred: bool = False  # the rotation may wait for the attention call
-    scaling: nn.Module | None = None
-    backend: str | None = None
-    probe: object | None = None  # discovery's, while it watches
-
-    @property
-    def o_proj(self) -> nn.Module:
-        return self.module.o_proj
-
-    def current(self) -> Tensor | None:
-        return None if self.scaling is None else self.scaling.current()
-
-
-def _forward(self, *args, **kwargs):
-    """``forward`` of an attention module whose rotation is fused; ``self`` is that module."""
-    site = self._seal_site
-    embeddings = kwargs.get("position_embeddings")
-    if site.deferred and embeddings is not None:
-        # A cache wants rotated keys before the attention call. Its argument has had several names, so its type tells.
-        cached = any(isinstance(value, Cache) for value in (*args, *kwargs.values()))
-        rotation = Rotation(*embeddings, waits=not cached, backend=site.backend)
-        kwargs["position_embeddings"] = (rotation, rotation.sin)
-        if rotation.waits:
-            kwargs["seal_rotation"] = rotation
-    return site.rotated(self, *args, **kwargs)
 
 
 class Patch:
@@ -63,22 +20,56 @@ class Patch:
         self.sites = sites
         configs = {id(s.module.config): s.module.config for s in sites}
         self.configs = [(config, config._attn_implementation) for config in configs.values()]
+        self.bystanders = {id(m): m for s in sites for m in s.bystanders}
         self.installed = False
+
+    @property
+    def num_fused_rotations(self) -> int:
+        """Layers whose rotary embedding runs in the fused kernels."""
+        return sum(s.rotation is not None for s in self.sites)
+
+    def summary(self) -> str:
+        """What runs fused, in words."""
+        text = f"rotation fused in {self.num_fused_rotations} of {len(self.sites)} layers"
+        composed = sorted({s.composed for s in self.sites if s.composed})
+        if composed:
+            text += (f", attention composed in {sum(s.composed is not None for s in self.sites)} "
+                     f"({', '.join(composed)})")
+        return text
 
     def install(self) -> None:
         for config, _ in self.configs:
             config._attn_implementation_internal = NAME  # the property would also reach sub-models such as a vision tower
         for site in self.sites:
-            site.module.__dict__["_seal_site"] = site
-            if site.rotated is not None:
-                site.module.__dict__["forward"] = types.MethodType(_forward, site.module)
+            module = site.module
+            module.__dict__["_seal_site"] = site
+            base = type(module)
+            if not hasattr(base, "_seal_base"):  # left by an earlier attachment under another library's subclass
+                module.__class__ = attached_class(base, site.backend)
+            _rebind(module, base.forward)
+        for module in self.bystanders.values():
+            module.__dict__["_seal_bystander"] = True
         self.installed = True
 
     def remove(self) -> None:
         for config, previous in self.configs:
-            config._attn_implementation_internal = previous
+            if config._attn_implementation_internal == NAME:  # else the user has chosen another one since
+                config._attn_implementation_internal = previous
+        for module in self.bystanders.values():
+            module.__dict__.pop("_seal_bystander", None)
         for site in self.sites:
-            site.module.__dict__.pop("_seal_site", None)
-            if site.rotated is not None:
-                site.module.__dict__.pop("forward", None)
+            module = site.module
+            module.__dict__.pop("_seal_site", None)
+            attached = type(module)
+            if "_seal_base" in attached.__dict__:  # else another library's subclass is on top; ours calls the original now
+                module.__class__ = attached._seal_base
+                _rebind(module, attached.forward)
         self.installed = False
+
+
+def _rebind(module: nn.Module, previous: types.FunctionType) -> None:
+    """Bound methods of ``module`` to the previous class's forward, kept or left by accelerate's hooks, become the present one's."""
+    for name in ("_old_forward", "forward"):
+        method = module.__dict__.get(name)
+        if isinstance(method, types.MethodType) and method.__func__ is previous and method.__self__ is module:
+            module.__dict__[name] = types.MethodType(type(module).forward, module)

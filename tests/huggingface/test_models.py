@@ -9,6 +9,7 @@ from transformers import DynamicCache, StaticCache
 
 import seal_ops
 from seal_ops.huggingface import attention as seam
+from seal_ops.huggingface import rotation
 
 ALL = list(FAMILIES)
 GRANULARITIES = ["head", "channel"]
@@ -16,15 +17,6 @@ every_family = pytest.mark.parametrize("family", ALL)
 mergeable_family = pytest.mark.parametrize("family", MERGEABLE)
 every_granularity = pytest.mark.parametrize("granularity", GRANULARITIES)
 every_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    """A second thread only waits on matrices this small; on a busy machine it waits long."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @every_dtype
@@ -52,7 +44,7 @@ def test_what_is_observed(family, granularity):
     for site in scales.attachment.seam.sites:
         assert site.num_kv_heads == model.config.num_key_value_heads
         assert site.direct == expected.mergeable
-        assert (site.rotated is not None) == site.deferred == expected.fused_rotation
+        assert site.rotation == ("deferred" if expected.fused_rotation else None)
 
 
 @every_dtype
@@ -322,18 +314,6 @@ def test_compiled_by_layer_keeps_the_fused_op(family):
     assert all(largest(s.grad, g) <= 1e-5 * g.abs().max().item() for (_, s), g in zip(scales.items(), gradients))
 
 
-@pytest.fixture
-def called(monkeypatch) -> list[str]:
-    """The names of what the seam calls for an attention, in order."""
-    names = []
-    for name in ("attention", "rope", "rope_attention", "_composed"):
-        def spy(*args, _name=name, _function=getattr(seam, name), **kwargs):
-            names.append(_name + ("-packed" if kwargs.get("cu_seqlens") is not None else ""))
-            return _function(*args, **kwargs)
-        monkeypatch.setattr(seam, name, spy)
-    return names
-
-
 @pytest.mark.parametrize("family, whole, cached, padded", [
     ("llama", ["rope_attention"], ["rope", "attention"], ["rope", "attention-packed"]),
     ("mistral", ["rope_attention"], ["rope", "attention"], ["rope", "attention-packed"]),
@@ -395,11 +375,11 @@ def test_a_forced_backend_runs_everything(monkeypatch):
     model = FAMILIES["llama"].build()
     seal_ops.attach(model, "head", backend="reference")
     backends = []
-    for name in ("attention", "rope", "rope_attention"):
-        def spy(*args, _function=getattr(seam, name), **kwargs):  # noqa: B008
+    for module, name in ((seam, "attention"), (seam, "rope"), (rotation, "rope"), (seam, "rope_attention")):
+        def spy(*args, _function=getattr(module, name), **kwargs):  # noqa: B008
             backends.append(kwargs["backend"])
             return _function(*args, **kwargs)
-        monkeypatch.setattr(seam, name, spy)
+        monkeypatch.setattr(module, name, spy)
     ids = tokens()
     logits(model, ids)
     logits(model, ids, attention_mask=torch.ones_like(ids).index_fill(1, torch.arange(3), 0))

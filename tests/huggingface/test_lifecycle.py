@@ -1,0 +1,240 @@
+"""What happens to an attached model afterwards: other implementations, pickles, replicas, hooks, shared configs."""
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+import transformers
+from families import FAMILIES, close, logits, randomise, tokens, untouched
+from torch import nn
+
+import seal_ops
+
+LLAMA = FAMILIES["llama"]
+
+
+def attached(family: str = "llama", granularity: str = "channel"):
+    model = FAMILIES[family].build()
+    randomise(seal_ops.attach(model, granularity))
+    return model
+
+
+# -- another attention implementation ----------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("other", ["eager", "sdpa"])
+@pytest.mark.parametrize("family", ["llama", "cohere"])  # with and without a fused rotation
+def test_another_implementation_is_refused_until_ours_is_back(family, other):
+    model = attached(family)
+    ids = tokens()
+    expected = logits(model, ids)
+    model.set_attn_implementation(other)
+    with pytest.raises(RuntimeError, match=f"attn_implementation must stay 'seal' while scales are .* got '{other}'"):
+        logits(model, ids)
+    model.set_attn_implementation("seal")
+    assert torch.equal(logits(model, ids), expected)
+
+
+def test_detach_leaves_an_implementation_chosen_since():
+    model = LLAMA.build()
+    eager = untouched(model)
+    eager.set_attn_implementation("eager")
+    seal_ops.attach(model)
+    model.set_attn_implementation("eager")
+    seal_ops.detach(model)
+    assert model.config._attn_implementation == "eager"
+    assert torch.equal(logits(model, tokens()), logits(eager, tokens()))
+
+
+# -- copies --------------------------------------------------------------------------------------------------------
+
+def saved_and_loaded(model):
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+def pickled(model):
+    return pickle.loads(pickle.dumps(model))
+
+
+@pytest.mark.parametrize("twin_of", [saved_and_loaded, pickled, copy.deepcopy])
+@pytest.mark.parametrize("family", ["llama", "cohere", "gemma3"])
+def test_copies_are_attached_and_independent(family, twin_of):
+    model = FAMILIES[family].build()
+    base = untouched(model)
+    scales = seal_ops.attach(model)
+    randomise(scales)
+    expected = logits(model, tokens())
+    twin = twin_of(model)
+    assert torch.equal(logits(twin, tokens()), expected)
+    randomise(twin.seal_scales, seed=7)
+    assert not close(logits(twin, tokens()), expected) and torch.equal(logits(model, tokens()), expected)
+    assert twin.seal_scales.attachment.seam.summary() == scales.attachment.seam.summary()
+    seal_ops.detach(twin)
+    assert torch.equal(logits(twin, tokens()), logits(base, tokens()))
+    assert torch.equal(logits(model, tokens()), expected)
+    assert isinstance(pickled(twin), type(base))
+
+
+def _work(model, ids, queue):
+    torch.set_num_threads(1)
+    with torch.no_grad():
+        queue.put(model(ids, use_cache=False).logits.tolist())
+
+
+def test_a_spawned_process_gets_an_attached_model():
+    model = attached()
+    context = torch.multiprocessing.get_context("spawn")
+    queue = context.Queue()
+    process = context.Process(target=_work, args=(model, tokens(), queue))
+    process.start()
+    got = torch.tensor(queue.get(timeout=120))
+    process.join(60)
+    assert close(got, logits(model, tokens()))
+
+
+def test_replicas_compute_with_their_own_weights():
+    """What nn.DataParallel makes for each device."""
+    model = attached()
+    module = model.model.layers[0].self_attn
+    replica = module._replicate_for_data_parallel()
+    assert type(replica) is type(module)
+    zero = copy.deepcopy(module.o_proj)
+    nn.init.zeros_(zero.weight)
+    replica._modules["o_proj"] = zero
+    hidden = torch.randn(1, 5, 64)
+    arguments = dict(position_embeddings=model.model.rotary_emb(hidden, torch.arange(5)[None]), attention_mask=None)
+    with torch.no_grad():
+        assert not replica(hidden, **arguments)[0].any() and module(hidden, **arguments)[0].any()
+
+
+# -- accelerate's hooks ----------------------------------------------------------------------------------------------
+
+@pytest.fixture
+def hooks():
+    return pytest.importorskip("accelerate.hooks")
+
+
+def hook_all(hooks, model):
+    for layer in model.model.layers:
+        hooks.add_hook_to_module(layer.self_attn, hooks.AlignDevicesHook("cpu", io_same_device=True))
+
+
+def test_hooks_before_attach_keep_the_fusion(hooks, called, recwarn):
+    model = LLAMA.build()
+    base = untouched(model)
+    hook_all(hooks, model)
+    scales = seal_ops.attach(model)
+    assert scales.attachment.seam.summary() == "rotation fused in 2 of 2 layers"
+    called.clear()
+    assert close(logits(model, tokens()), logits(base, tokens()))
+    assert called == ["rope_attention"] * 2
+    assert not [w for w in recwarn if "seal_ops" in str(w.message)]
+    seal_ops.detach(model)
+    assert torch.equal(logits(model, tokens()), logits(base, tokens()))
+    for layer in model.model.layers:
+        hooks.remove_hook_from_module(layer.self_attn)
+    assert torch.equal(logits(model, tokens()), logits(base, tokens()))
+
+
+def test_hooks_after_attach_survive_detach(hooks):
+    model = LLAMA.build()
+    base = untouched(model)
+    randomise(seal_ops.attach(model))
+    expected = logits(model, tokens())
+    hook_all(hooks, model)
+    assert torch.equal(logits(model, tokens()), expected)
+    seal_ops.detach(model)
+    assert all(hasattr(layer.self_attn, "_hf_hook") for layer in model.model.layers)
+    assert torch.equal(logits(model, tokens()), logits(base, tokens()))
+    seal_ops.attach(model)
+    for layer in model.model.layers:
+        hooks.remove_hook_from_module(layer.self_attn)
+    assert close(logits(model, tokens()), logits(base, tokens()))
+    seal_ops.detach(model)
+    assert torch.equal(logits(model, tokens()), logits(base, tokens()))
+
+
+@pytest.mark.parametrize("order", ["offload first", "attach first"])
+def test_cpu_offload(order):
+    accelerate = pytest.importorskip("accelerate")
+    model = LLAMA.build()
+    base = untouched(model)
+    if order == "offload first":
+        accelerate.cpu_offload(model, execution_device="cpu")
+    scales = seal_ops.attach(model)
+    if order == "attach first":
+        with torch.no_grad():
+            scales.layers["0"].scale.fill_(2.0)
+        expected = logits(model, tokens())
+        accelerate.cpu_offload(model, execution_device="cpu")
+        assert close(logits(model, tokens()), expected)
+    else:
+        assert close(logits(model, tokens()), logits(base, tokens()))
+
+
+# -- shared configs ----------------------------------------------------------------------------------------------------
+
+def test_a_second_model_on_the_same_config_is_refused_while_the_first_is_attached():
+    first = LLAMA.build()
+    second = transformers.LlamaForCausalLM(first.config).eval()
+    own = logits(second, tokens())
+    seal_ops.attach(first)
+    message = "LlamaAttention must have a config of its own, its config says attn_implementation='seal'"
+    with pytest.raises(RuntimeError, match=message):
+        logits(second, tokens())
+    with pytest.raises(RuntimeError, match=message):
+        logits(transformers.AutoModelForCausalLM.from_config(first.config).eval(), tokens())
+    seal_ops.detach(first)
+    assert torch.equal(logits(second, tokens()), own)
+
+
+def test_a_whole_model_may_have_attention_without_scales():
+    """Modules that two tokens do not reach (cross-attention without an image) go on without scales."""
+    config = transformers.MllamaTextConfig(vocab_size=97, hidden_size=64, intermediate_size=96, num_hidden_layers=3,
+                                           num_attention_heads=4, num_key_value_heads=2, cross_attention_layers=[1],
+                                           pad_token_id=0, initializer_range=0.2)
+    torch.manual_seed(0)
+    model = transformers.MllamaForCausalLM(config).eval()
+    ids, states = tokens(), torch.randn(2, 6, 64)
+    arguments = dict(cross_attention_states=states, cross_attention_mask=torch.zeros(2, 1, 21, 6), use_cache=False,
+                     full_text_row_masked_out_mask=torch.ones(2, 1, 21, 1))
+    with torch.no_grad():
+        expected = model(ids, **arguments).logits
+        scales = seal_ops.attach(model)
+        assert [s.index for s in scales.attachment.seam.sites] == [0, 2]
+        assert close(model(ids, **arguments).logits, expected)
+        seal_ops.detach(model)
+        assert torch.equal(model(ids, **arguments).logits, expected)
+    assert not any("_seal_bystander" in m.__dict__ for m in model.modules())
+
+
+# -- state -------------------------------------------------------------------------------------------------------------
+
+def test_attach_leaves_modes_and_hooks():
+    model = LLAMA.build().train()
+    model.model.layers[1].mlp.eval()
+    calls = []
+    handle = model.model.layers[0].self_attn.o_proj.register_forward_pre_hook(lambda *a: calls.append(1))
+    modes = [m.training for m in model.modules()]
+    seal_ops.attach(model)
+    assert [m.training for m in model.modules()][:len(modes)] == modes
+    seal_ops.detach(model)
+    assert [m.training for m in model.modules()] == modes
+    calls.clear()
+    logits(model, tokens())
+    assert calls == [1]
+    handle.remove()
+
+
+def test_prepared_restores_the_mode_of_every_module():
+    from seal_ops.huggingface.modes import prepared
+    model = attached()
+    model.train()
+    model.model.layers[1].mlp.eval()
+    modes = [m.training for m in model.modules()]
+    with prepared(model, checkpointing=True):
+        assert all(m.training for m in model.modules())
+    assert [m.training for m in model.modules()] == modes
