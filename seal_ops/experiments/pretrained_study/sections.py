@@ -7,7 +7,7 @@ long; ``heads`` influence, quadrants and retrieval score; ``transfer`` scales of
 """
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -78,7 +78,10 @@ def jobs(plan: Plan) -> list[Job]:
     made = {name: _MAKERS[name](plan) for name in plan.sections}
     # The first seed of every table, then what needs few jobs, then the other seeds.
     first = [job for section in made.values() for job in section if not job.name.endswith(tuple(f"-{s}" for s in plan.seeds[1:]))]
-    return first + [job for section in made.values() for job in section if job not in first]
+    ordered = first + [job for section in made.values() for job in section if job not in first]
+    default = Plan()  # the jobs' times are those of its sizes
+    size = 0.5 * plan.cases / default.cases + 0.5 * plan.samples / default.samples
+    return [replace(job, seconds=job.seconds * max(size, 0.1)) for job in ordered]
 
 
 def _tests(plan, task, lengths, cases, seed=0):
