@@ -53,7 +53,7 @@ def run(args):
 
 
 def _preset(args):
-    from ..experiments.pretrained_study.run import run as run_study
+    from ..experiments.pretrained_study.driver import run as run_study
     from ..experiments.pretrained_study.sections import Plan
     from ..huggingface.model_packages import resolve
 

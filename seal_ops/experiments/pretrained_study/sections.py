@@ -12,12 +12,12 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from ...adapters.merging import merge
-from ...evaluation.perplexity import perplexity
+from ...evaluation.language_modeling import perplexity
 from ...huggingface.context_extension import extended
 from ...tasks import wordings
 from ...tasks.base import Task
 from ..head_importance import measure_head_importance
-from ..quadrants import quadrant_experiment, quadrants
+from ..quadrants import group_by_sign, quadrant_experiment
 from ..retrieval_heads import needle_span, retrieval_scores
 from .queue import Job
 from .workbench import GRANULARITY, REWORDED, VALIDATION, _Drawn, named
@@ -259,7 +259,7 @@ def _heads(plan):
         found = measure_head_importance(
             bench.model, bench.tokenizer, _drawn(bench, task), plan.heads_lengths, plan.heads_cases, seed=seed, progress=False,
         )  # fmt: skip
-        groups = quadrants(found, "logprob")
+        groups = group_by_sign(found, "logprob")
         tests = (plan.heads_lengths[0], plan.longest)
         experiment = quadrant_experiment(
             bench.model, bench.tokenizer, found, _drawn(bench, task), tests, plan.curve_cases, measure="logprob", seed=seed,
