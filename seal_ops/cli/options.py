@@ -106,7 +106,7 @@ def model_options(parser, required=True):
     """--model, --device, --dtype: what :func:`seal_ops.huggingface.loading.load_model` takes."""
     from ..huggingface.loading import DTYPES
 
-    parser.add_argument("--model", required=required, metavar="NAME", help="model folder, or name on the hub")
+    parser.add_argument("--model", required=required, metavar="NAME", help="model folder, name on the hub, or smollm2")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     parser.add_argument("--dtype", default="auto", choices=["auto", *DTYPES], help="auto: bfloat16 on a GPU, else float32")
 

@@ -12,7 +12,6 @@ def options(parser):
 
     default = {f.name: f.default for f in fields(Settings)}
     model_options(parser, required=False)
-    parser.set_defaults(model=default["model"])
     parser.add_argument("--task", default=default["task"], help="compared, and whose heads are looked at")
     parser.add_argument("--lengths", action=Numbers, default=list(default["lengths"]), help="prompt tokens")
     parser.add_argument("--cases", type=positive, default=default["cases"], help="test cases at each length")
@@ -29,17 +28,45 @@ def options(parser):
     parser.add_argument("--factor", type=float, default=default["factor"], help="a small step besides removal")
     parser.add_argument("--seed", type=int, default=default["seed"], help="draws all samples")
     folder_option(parser, "tables, plots and a report")
+    group = parser.add_argument_group(
+        "a study of a pretrained model", "many small jobs; as many processes as there are GPUs may share the output folder"
+    )
+    group.add_argument("--preset", choices=["smollm2"], help="the study of docs/real_model.md instead; only the options below count")
+    group.add_argument("--budget-s", type=float, metavar="SECONDS", help="begin no job that would end later")
+    group.add_argument("--workers", type=int, default=0, help="processes that draw samples ahead")
+    group.add_argument("--text", metavar="FILE", help="English text for the perplexity; without it none is measured")
+    group.add_argument("--sections", nargs="+", default=[], metavar="NAME", help="only these, in this order")
+    group.add_argument("--plan", type=setting, nargs="+", default=[], metavar="KEY=VALUE", help="other settings, like cases=20")
 
 
 def run(args):
+    if args.preset:
+        return _preset(args)
     from ..experiments import study
 
     values = {f.name: getattr(args, f.name) for f in fields(study.Settings)}
     values = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
-    values |= {"rates": dict(args.rates), "model": shipped(args.model)}
+    values |= {"rates": dict(args.rates), "model": shipped(args.model or study.Settings.model)}
     results = study.run(study.Settings(**values), args.output, log=log)
     print("\n" + ", ".join(f"{stage} {seconds:.0f} s" for stage, seconds in results["seconds"].items()))
     list_files(args.output, ["report.html", "study.json", "comparison.csv", "transfer.csv", "heads.csv"])
+
+
+def _preset(args):
+    from ..experiments.pretrained_study.driver import run as run_study
+    from ..experiments.pretrained_study.sections import Plan
+    from ..huggingface.model_packages import resolve
+
+    given = {key: tuple(value) if isinstance(value, list) else value for key, value in args.plan}
+    given |= {"text": args.text} | ({"sections": tuple(args.sections)} if args.sections else {})
+    known = {field.name for field in fields(Plan)}
+    for key in given:
+        if key not in known:
+            raise ValueError(f"seal study: plan must be among {', '.join(sorted(known))}, got {key!r}")
+    model = shipped(args.model) if args.model else resolve(args.preset, call="seal study", log=log)
+    run_study(
+        model, args.output, Plan(**given), device=args.device, dtype=args.dtype, workers=args.workers, budget=args.budget_s, log=log
+    )
 
 
 COMMAND = Command(

@@ -1,12 +1,19 @@
 """Greedy decoding of prompts of unequal length.
 
-Prompts of a batch need no padding although their lengths differ: all are read up to the shortest one's end, and where a
-longer one goes on, its own tokens are fed in the place of generated ones. An output ends at the end token or at a stop text.
+Plain decoders run on a cache of fixed size (:mod:`.static_decoding`).  Any other model runs through transformers' own
+``generate``: prompts of a batch need no padding although their lengths differ, since all are read up to the shortest one's
+end, and where a longer one goes on, its own tokens are fed in the place of generated ones.  An output ends at the end token or
+at a stop text.
 """
+
 import contextlib
 from collections.abc import Sequence
 
 import torch
+
+from . import static_decoding
+
+BATCH_TOKENS = (8_192, 16_384)  # prompt tokens in a batch without a cache of fixed size on a GPU: on a CPU, on a GPU
 
 
 @torch.inference_mode()
@@ -16,13 +23,73 @@ def generate(
     """Greedy continuations of prompts.
 
     Args:
-        prompts: token ids, one list a prompt; every token by which they differ in length costs a step.
+        prompts: token ids, one list a prompt, best of similar length.
         max_new_tokens: longest continuation.
         stop: text at which a continuation ends (leading white space apart); it is cut off.
 
     Returns:
         Texts without special tokens, without leading white space.
     """
+    base = _without_peft(model)
+    outputs = _Outputs(tokenizer, _end_ids(model, tokenizer), len(prompts), max_new_tokens, stop)
+    if static_decoding.supports(base):
+        static_decoding.decode(base, prompts, max_new_tokens, outputs.add)
+    else:
+        _generate(base, tokenizer, prompts, outputs)
+    return outputs.texts()
+
+
+def rows_at_once(model, length: int) -> int:
+    """How many prompts of ``length`` tokens (room for the outputs included) :func:`generate` should be given at once."""
+    base = _without_peft(model)
+    if model.device.type == "cuda" and static_decoding.supports(base):
+        return static_decoding.rows_that_fit(base, length)
+    return max(1, BATCH_TOKENS[model.device.type == "cuda"] // length)
+
+
+class _Outputs:
+    """What every row has written; told one token at a time, so that no text is decoded twice without need."""
+
+    def __init__(self, tokenizer, ends, rows, most, stop):
+        self.tokenizer, self.ends, self.most, self.stop = tokenizer, ends, most, stop
+        self.new: list[list[int]] = [[] for _ in range(rows)]
+        self.ended = [False] * rows
+        self.may_stop: dict[int, bool] = {}
+
+    def add(self, tokens, rows=None) -> bool:
+        """Takes the next token of every row (of ``rows``); True once all have ended."""
+        for row, token in zip(range(len(self.new)) if rows is None else rows, tokens, strict=True):
+            if self.ended[row]:
+                continue
+            if token in self.ends:
+                self.ended[row] = True
+                continue
+            self.new[row].append(token)
+            self.ended[row] = len(self.new[row]) == self.most or (
+                self.stop is not None and self._completes_stop(token) and self.stop in self._text(row)
+            )
+        return all(self.ended)
+
+    def texts(self) -> list[str]:
+        found = [self._text(row) for row in range(len(self.new))]
+        return [text.partition(self.stop)[0] if self.stop is not None else text for text in found]
+
+    def _text(self, row):
+        return self.tokenizer.decode(self.new[row], skip_special_tokens=True).lstrip()
+
+    def _completes_stop(self, token):
+        """Whether a text can end with the stop's last character by this token.
+
+        A character that is split over tokens shows as U+FFFD; a space at a token's start may be lost where it is alone.
+        """
+        if token not in self.may_stop:
+            last, alone = self.stop[-1:], self.tokenizer.decode([token], skip_special_tokens=True)
+            self.may_stop[token] = last in alone or last == " " or "\ufffd" in alone
+        return self.may_stop[token]
+
+
+def _generate(base, tokenizer, prompts, outputs):
+    """Decodes by transformers' ``generate``; every token by which prompts differ in length costs a step."""
     from transformers import (
         GenerationConfig,
         LogitsProcessor,
@@ -33,14 +100,6 @@ def generate(
 
     lengths = [len(prompt) for prompt in prompts]
     shortest, longest = min(lengths), max(lengths)
-    ends = _end_ids(model, tokenizer)
-
-    def read(row, ids):
-        """The text so far of a row, and whether it has ended."""
-        new = ids[lengths[row] : lengths[row] + max_new_tokens]
-        cut = next((i for i, token in enumerate(new) if token in ends), None)
-        text = tokenizer.decode(new[:cut], skip_special_tokens=True).lstrip()
-        return text, cut is not None or len(new) == max_new_tokens or (stop is not None and stop in text)
 
     class _Feed(LogitsProcessor):
         """Where a prompt goes on, its next token is the most probable one."""
@@ -55,28 +114,27 @@ def generate(
 
     class _Stop(StoppingCriteria):
         def __call__(self, input_ids, scores, **kwargs):
-            ended = [read(row, ids)[1] for row, ids in enumerate(input_ids.tolist())]
-            return torch.tensor(ended, device=input_ids.device)
+            rows = [row for row in range(len(prompts)) if lengths[row] < input_ids.shape[1]]
+            latest = input_ids[:, -1].tolist()
+            done = outputs.add([latest[row] for row in rows], rows)
+            return torch.full((len(prompts),), done, device=input_ids.device)
 
     # Without an end token, since prompts may contain it where they are fed; rows that have ended go on until all have.
     config = GenerationConfig(
         do_sample=False,
-        max_new_tokens=longest - shortest + max_new_tokens,
+        max_new_tokens=longest - shortest + outputs.most,
         eos_token_id=None,
-        pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(ends, default=0),
+        pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(outputs.ends, default=0),
     )
-    input_ids = torch.tensor([prompt[:shortest] for prompt in prompts], device=model.device)
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model  # PEFT
+    input_ids = torch.tensor([prompt[:shortest] for prompt in prompts], device=base.device)
     with _configured(base, config):
-        sequences = base.generate(
+        base.generate(
             input_ids,
             attention_mask=torch.ones_like(input_ids),
             generation_config=config,
             logits_processor=LogitsProcessorList([_Feed()] if longest > shortest else []),
             stopping_criteria=StoppingCriteriaList([_Stop()]),
         )
-    texts = [read(row, ids)[0] for row, ids in enumerate(sequences.tolist())]
-    return [text.partition(stop)[0] if stop is not None else text for text in texts]
 
 
 @contextlib.contextmanager
@@ -88,6 +146,10 @@ def _configured(model, config):
         yield
     finally:
         model.generation_config = own
+
+
+def _without_peft(model):
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def _end_ids(model, tokenizer):

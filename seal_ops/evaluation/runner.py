@@ -10,11 +10,10 @@ from collections.abc import Iterable
 from .. import tasks
 from ..huggingface.identity import fingerprint
 from ..utils.progress import bar
-from .decoding import generate
+from .decoding import generate, rows_at_once
 from .results import Evaluation
 
-BATCH_TOKENS = (8_192, 16_384)  # prompt tokens in a batch where batch_size is left to us: on a CPU, on a GPU
-LARGEST_SPREAD = 64  # tokens between the longest and the shortest prompt of a batch: each costs a decoding step
+LARGEST_SPREAD = 64  # tokens between the longest and the shortest prompt of a batch: each is read or costs a step
 SAVE_EVERY = 2.0  # seconds between writes of an unfinished result
 
 
@@ -42,7 +41,7 @@ def evaluate(
         task: a :class:`seal_ops.tasks.Task`, a task's name, or ``"module:Class"``.
         lengths: prompt lengths in tokens (answer and room included), one or more.
         cases: samples at each length.
-        batch_size: prompts in a batch at most; None takes as many as fit in 16,384 tokens (8,192 on a CPU).
+        batch_size: prompts in a batch at most; None takes as many as :func:`.decoding.rows_at_once` says.
         seed: draws the test samples; equal seeds give equal cases, for every model with this tokenizer.
         max_new_tokens: longest output; None for the task's own.
         chat_template: None, True, False or a string: see :class:`seal_ops.tasks.Encoder`.
@@ -82,7 +81,6 @@ def evaluate(
     done = {(record["length"], record["index"]) for record in result.records}
     saved = started = time.monotonic()
     spent = result.seconds
-    batch_tokens = BATCH_TOKENS[model.device.type == "cuda"]
     training = model.training
     model.eval()
     try:
@@ -93,7 +91,8 @@ def evaluate(
                     continue
                 samples = task.generate(tokenizer, length, cases, seed, split="test", chat_template=chat_template)
                 open_cases = [i for i in range(cases) if (length, i) not in done]
-                for batch in _batches(open_cases, samples, batch_size or max(1, batch_tokens // length)):
+                size = batch_size or rows_at_once(model, length + result.settings["max_new_tokens"])
+                for batch in _batches(open_cases, samples, size):
                     outputs = generate(
                         model,
                         tokenizer,

@@ -204,17 +204,23 @@ def adapted(load_model_fn, method, folder, *, rank=4, alpha=8, target_modules=TA
         return get_peft_model(model, config).eval(), tokenizer, result
 
 
-@torch.no_grad()
 def _validation_loss(model, tokenizer, task, length, seed, chat_template, folder):
-    """Loss per answer token on training-split samples of another seed; kept in the adapter's folder."""
+    """:func:`validation_loss` on training-split samples of another seed; kept in the adapter's folder."""
     path = os.path.join(folder, "validation.json")
     if not os.path.exists(path):
-        total = count = 0
-        for sample in task.generate(tokenizer, length, VALIDATION, seed + 1, chat_template=chat_template):
-            logprob, _ = answer_logprobs(model, torch.tensor([sample.input_ids], device=model.device), sample)
-            total, count = total - logprob.item(), count + len(sample.answer_ids)
-        atomic_write(path, json.dumps({"loss": total / count}) + "\n")
+        drawn = task.generate(tokenizer, length, VALIDATION, seed + 1, chat_template=chat_template)
+        atomic_write(path, json.dumps({"loss": validation_loss(model, drawn)}) + "\n")
     return read_json_file(path)["loss"]
+
+
+@torch.no_grad()
+def validation_loss(model, samples) -> float:
+    """Mean loss of an answer token, in nats."""
+    total = count = 0
+    for sample in samples:
+        logprob, _ = answer_logprobs(model, torch.tensor([sample.input_ids], device=model.device), sample)
+        total, count = total - logprob.item(), count + len(sample.answer_ids)
+    return total / count
 
 
 def _rates(value):

@@ -1,14 +1,15 @@
 """``seal demo``: measure retrieval by length, train SEAL-H and SEAL-C, measure again, merge, measure the merged model.
 
-Every stage leaves a file in the output folder and is skipped where that is complete, so that the same command continues
+With several tasks each has a folder of its own in the output folder. Every stage leaves a file in the output folder and is skipped where that is complete, so that the same command continues
 an interrupted demo.
 """
 
+import contextlib
 import json
 import os
 import shutil
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import torch
 
@@ -18,7 +19,9 @@ from ..adapters.merging import merge
 from ..evaluation.results import Evaluation
 from ..evaluation.runner import evaluate
 from ..huggingface.loading import load_model
+from ..huggingface.model_packages import PACKAGES, resolve
 from ..report import plots
+from ..report.html import NAME as REPORT
 from ..training.loop import RESULT, train
 from ..utils.files import atomic_write, replacing_folder
 
@@ -33,7 +36,8 @@ class Settings:
     """What a demo does; the defaults are for the shipped model.
 
     Attributes:
-        model: folder or hub name.
+        model: folder, hub name, or a name of :data:`seal_ops.huggingface.model_packages.PACKAGES`.
+        tasks: trained and measured one after the other.
         lengths: prompt lengths in tokens at which retrieval is measured; the longest is trained at.
         cases: test cases at each length.
         samples: training samples.
@@ -43,6 +47,7 @@ class Settings:
     """
 
     model: str = os.path.join("models", "seal-tiny")
+    tasks: tuple[str, ...] = ("lines",)
     lengths: tuple[int, ...] = (256, 512, 1024, 1536, 2048)
     cases: int = 40
     samples: int = 50
@@ -53,23 +58,64 @@ class Settings:
     dtype: str = "auto"
 
 
-def run(settings: Settings, output: str, *, progress: bool | None = None, log=print) -> dict:
-    """Runs what is missing of the demo in ``output``; returns what it writes to ``results.json``.
+# Where the defaults of Settings are not for a model: on a GPU, and on a CPU, where a pretrained model is slow.
+_PRESETS = {
+    "smollm2": (
+        {"tasks": ("multikey", "passkey"), "lengths": (512, 1024, 2048, 4096, 8000), "lr_head": 3e-2},
+        {"tasks": ("multikey", "passkey"), "lengths": (512, 1024), "cases": 10, "samples": 10, "lr_head": 3e-2},
+    )
+}
+
+
+def preset(model: str, device: str = "auto") -> Settings:
+    """The settings for ``model`` on ``device`` where nothing else is said."""
+    gpu = torch.cuda.is_available() if device == "auto" else device.startswith("cuda")
+    on_gpu, on_cpu = _PRESETS.get(model, ({}, {}))
+    return replace(Settings(), model=model, device=device, **(on_gpu if gpu else on_cpu))
+
+
+def run(settings: Settings, output: str, *, progress: bool | None = None, log=print) -> dict[str, dict]:
+    """Runs what is missing of the demo in ``output``; returns what it writes to each task's ``results.json``.
 
     Args:
         progress: draw bars; None draws where stderr is a terminal.
         log: receives each line of text.
 
     Raises:
-        ValueError: ``output`` holds a demo with other settings.
+        ValueError: ``output`` holds a demo with other settings, or a task is unknown.
     """
-    started = time.monotonic()
+    folders = _folders(settings, output)
     _claim(output, settings)
-    task, longest = tasks.lines, max(settings.lengths)
-    torch.manual_seed(settings.seed)
+    path = resolve(settings.model, call="seal demo", log=log)
 
-    def load_model_fn():
-        return load_model(settings.model, device=settings.device, dtype=settings.dtype, call="seal demo")
+    def load_model_fn(folder=path):
+        return load_model(folder, device=settings.device, dtype=settings.dtype, call="seal demo")
+
+    model, _ = load_model_fn()
+    count = sum(p.numel() for p in model.parameters())
+    log(f"{settings.model}: {count / 1e6:.1f}M parameters, {model.dtype}".replace("torch.", "") + f", on {model.device}")
+    if settings.model in PACKAGES:
+        known = PACKAGES[settings.model]
+        log(f"   {known.title}; {known.license}")
+    if not all(os.path.exists(os.path.join(folder, RESULTS)) for folder in folders.values()):
+        log(f"   about {_duration(_estimate(model, settings))} for all of it here, if nothing else wants the machine")
+    del model
+    return {
+        task: _run_task(settings, task, folder, load_model_fn, progress=progress, log=log) for task, folder in folders.items()
+    }
+
+
+def _folders(settings, output):
+    """The folder of each task."""
+    for task in settings.tasks:
+        tasks.get(task)
+    return {task: output if len(settings.tasks) == 1 else os.path.join(output, task) for task in settings.tasks}
+
+
+def _run_task(settings, task_name, output, load_model_fn, *, progress, log):
+    started = time.monotonic()
+    task, longest = tasks.get(task_name), max(settings.lengths)
+    torch.manual_seed(settings.seed)
 
     def measure(model, tokenizer, name, file, lengths):
         return evaluate(
@@ -78,9 +124,7 @@ def run(settings: Settings, output: str, *, progress: bool | None = None, log=pr
         )  # fmt: skip
 
     model, tokenizer = load_model_fn()
-    count = sum(p.numel() for p in model.parameters())
-    log(f"{settings.model}: {count / 1e6:.1f}M parameters, {model.dtype}".replace("torch.", "") + f", on {model.device}")
-    log(f"\n1. Retrieval of the untouched model, {settings.cases} cases at each of {len(settings.lengths)} lengths")
+    log(f"\n1. {task.name}: the untouched model, {settings.cases} cases at each of {len(settings.lengths)} lengths")
     found = {"base": measure(model, tokenizer, "base", "base.json", settings.lengths)}
     log(_line(found["base"]))
 
@@ -113,15 +157,16 @@ def run(settings: Settings, output: str, *, progress: bool | None = None, log=pr
             with replacing_folder(folder) as temporary:
                 model.save_pretrained(temporary)
                 tokenizer.save_pretrained(temporary)
-        model, tokenizer = load_model(folder, device=settings.device, dtype=settings.dtype, call="seal demo")
+        model, tokenizer = load_model_fn(folder)
         merged = measure(model, tokenizer, f"{name} merged", f"merged-{granularity}.json", [longest])
         found[merged.name] = merged
         agreement[name] = _agreement(found[name], merged)
         cases = agreement[name]["cases"]
         log(f"{_line(merged)}; agrees with the unmerged model in {cases - agreement[name]['differ']} of {cases} cases")
 
-    _draw(output, found, learned, longest)
+    _draw(output, task, found, learned, longest)
     results = {
+        "task": task.name,
         "settings": asdict(settings),
         "environment": _environment(),
         "accuracy": {
@@ -146,7 +191,7 @@ def table(results: dict):
     from rich.table import Table
 
     lengths = results["settings"]["lengths"]
-    shown = Table(title=f"Line retrieval, {results['settings']['cases']} cases a cell", title_justify="left")
+    shown = Table(title=f"{results['task']}, {results['settings']['cases']} cases a cell", title_justify="left")
     shown.add_column("")
     shown.add_column("trained", justify="right")
     for length in lengths:
@@ -166,14 +211,21 @@ def table(results: dict):
 
 def forget(output: str) -> None:
     """Removes what an earlier demo left in ``output``, and nothing else."""
-    names = [SETTINGS, RESULTS, *PLOTS, "base.json"]
+    names = [SETTINGS, RESULTS, *PLOTS, REPORT, "base.json"]
     for granularity in NAMES:
         names += [f"{granularity}.json", f"merged-{granularity}.json", granularity, f"merged-{granularity}"]
-    for path in (os.path.join(output, name) for name in names):
+    folders = [output]
+    with contextlib.suppress(FileNotFoundError, ValueError, KeyError):
+        with open(os.path.join(output, SETTINGS), encoding="utf-8") as file:
+            folders += [os.path.join(output, task) for task in json.load(file)["tasks"]]
+    for path in (os.path.join(folder, name) for folder in folders for name in names):
         if os.path.isdir(path):
             shutil.rmtree(path)
         elif os.path.exists(path):
             os.unlink(path)
+    for folder in folders[1:]:
+        with contextlib.suppress(OSError):  # something else is in it, or it was never made
+            os.rmdir(folder)
 
 
 def _claim(output, settings):
@@ -193,6 +245,25 @@ def _claim(output, settings):
         atomic_write(path, json.dumps(wanted, indent=1) + "\n")
 
 
+def _estimate(model, settings) -> float:
+    """Seconds, from one forward pass of the longest length: what is read, and three times that where it is trained."""
+    longest = max(settings.lengths)
+    ids = torch.zeros(1, longest, dtype=torch.long, device=model.device)
+    with torch.inference_mode():
+        model(input_ids=ids[:, :64], use_cache=False, logits_to_keep=1)
+        started = time.monotonic()
+        model(input_ids=ids, use_cache=False, logits_to_keep=1).logits.sum().item()
+        a_token = (time.monotonic() - started) / longest
+    read = settings.cases * (3 * sum(settings.lengths) + 2 * longest)
+    written = 0.3 * read  # answers, one token after the other
+    trained = 2 * 3 * settings.samples * longest
+    return len(settings.tasks) * (read + written + trained) * a_token + 20
+
+
+def _duration(seconds):
+    return f"{seconds / 60:.0f} minutes" if seconds > 90 else f"{seconds:.0f} seconds"
+
+
 def _line(evaluation: Evaluation) -> str:
     cells = ", ".join(f"{length}: {cell.accuracy:.2f}" for length, cell in evaluation.accuracy.items())
     return f"   {evaluation.name}: {cells}"
@@ -205,10 +276,10 @@ def _agreement(one: Evaluation, other: Evaluation) -> dict:
     return {"cases": len(pairs), "differ": sum(a != b for a, b in pairs)}
 
 
-def _draw(output, found, learned, longest):
+def _draw(output, task, found, learned, longest):
     curves = [found[name] for name in ("base", *NAMES.values())]
     accuracy, scales = (os.path.join(output, name) for name in PLOTS)
-    plots.accuracy_by_length(curves, accuracy, title="Line retrieval before and after SEAL", trained_at=longest)
+    plots.accuracy_by_length(curves, accuracy, title=f"{task.name} before and after SEAL", trained_at=longest)
     plots.scales_by_layer(learned, scales)
 
 

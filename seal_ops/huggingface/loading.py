@@ -4,6 +4,8 @@ import os
 
 import torch
 
+from .model_packages import resolve
+
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -11,14 +13,14 @@ def load_tokenizer(name: str, call: str):
     """The tokenizer of a folder or hub name; ``OSError``, one sentence, where there is none."""
     from transformers import AutoTokenizer
 
-    return _load(AutoTokenizer, name, call)
+    return _load(AutoTokenizer, resolve(name, call=call), call)
 
 
 def load_model(name: str, *, device: str = "auto", dtype: str = "auto", call: str = "load_model"):
     """Model (in evaluation mode) and tokenizer.
 
     Args:
-        name: a folder, or a name on the hub.
+        name: a folder, a name on the hub, or one of :data:`seal_ops.huggingface.model_packages.PACKAGES`.
         device: "auto" is the GPU where one is visible; else what ``torch.device`` takes.
         dtype: "auto" is bfloat16 on a GPU and float32 on a CPU; else one of ``DTYPES``.
         call: how errors name the caller.
@@ -36,6 +38,7 @@ def load_model(name: str, *, device: str = "auto", dtype: str = "auto", call: st
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"{call}: device must be available, got {device} where torch sees no GPU")
     chosen = DTYPES["bfloat16" if device.type == "cuda" else "float32"] if dtype == "auto" else DTYPES[dtype]
+    name = resolve(name, call=call)
     model = _load(AutoModelForCausalLM, name, call, dtype=chosen).to(device).eval()
     return model, load_tokenizer(name, call)
 
