@@ -103,12 +103,25 @@ def _numbers(value):
 
 
 def model_options(parser, required=True):
-    """--model, --device, --dtype: what :func:`seal_ops.huggingface.loading.load_model` takes."""
-    from ..huggingface.loading import DTYPES
+    """What :func:`seal_ops.huggingface.loading.load_model` takes; a model of its own kind in commands with ``required=False``.
+
+    --model, --device, --dtype; where the model is required also --device-map, --quantization, --revision and
+    --trust-remote-code.
+    """
+    from ..huggingface.loading import DTYPE_CHOICES, QUANTIZATIONS
 
     parser.add_argument("--model", required=required, metavar="NAME", help="model folder, name on the hub, or smollm2")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    parser.add_argument("--dtype", default="auto", choices=["auto", *DTYPES], help="auto: bfloat16 on a GPU, else float32")
+    parser.add_argument(
+        "--dtype", default="default", choices=DTYPE_CHOICES,
+        help="default: bfloat16 on a GPU, else float32; auto: the checkpoint's own",
+    )  # fmt: skip
+    if not required:
+        return
+    parser.add_argument("--device-map", metavar="MAP", help="spread a large model over devices: auto, balanced, ...")
+    parser.add_argument("--quantization", choices=QUANTIZATIONS, help="load in 4 (NF4) or 8 bits with bitsandbytes")
+    parser.add_argument("--revision", help="of a model on the hub")
+    parser.add_argument("--trust-remote-code", action="store_true", help="run code that comes with a model on the hub")
 
 
 def task_options(parser, required=True):
@@ -153,7 +166,10 @@ def load(args):
     """``(model, tokenizer)`` that ``args`` name."""
     from ..huggingface.loading import load_model
 
-    return load_model(args.model, device=args.device, dtype=args.dtype, call=f"seal {args.command}")
+    return load_model(
+        args.model, device=args.device, dtype=args.dtype, device_map=args.device_map, quantization=args.quantization,
+        revision=args.revision, trust_remote_code=args.trust_remote_code, call=f"seal {args.command}",
+    )  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------- configuration files

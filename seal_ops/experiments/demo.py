@@ -55,7 +55,7 @@ class Settings:
     lr_channel: float = 2e-2
     seed: int = 0
     device: str = "auto"
-    dtype: str = "auto"
+    dtype: str = "default"
 
 
 # Where the defaults of Settings are not for a model: on a GPU, and on a CPU, where a pretrained model is slow.

@@ -138,7 +138,7 @@ def test_abbreviations_are_refused(capsys, line):
         ("lenghts: [190]", "key must be one of .*lengths.*, got 'lenghts'"),
         ("lengths: [190, none]", "value of lengths must be integers like 300,600, got"),
         ("lengths: [0]", "value of lengths must be at least 1, got 0"),
-        ("dtype: float8", "value of dtype must be one of auto, float32.*, got 'float8'"),
+        ("dtype: float8", "value of dtype must be one of default, auto, float32.*, got 'float8'"),
         ("restart: yes please", "value of restart must be true or false, got 'yes please'"),
         ("seed: [1, 2]", r"value of seed must be a single value, got \[1, 2\]"),
         ("- a\n- b", "must map options to values, got list"),
