@@ -79,7 +79,7 @@ class Evaluation:
                 content = json.load(file)
                 return cls(**{key: content[key] for key in ("task", "name", "settings", "records", "seconds")})
             except (KeyError, TypeError, ValueError) as error:
-                raise ValueError(f"Evaluation.load: {path} must be a saved evaluation, got {error!r}") from None
+                raise ValueError(f"seal_ops.Evaluation.load: {path} must be a saved evaluation, got {error!r}") from None
 
     def save_csv(self, path) -> None:
         """Writes one row a case as CSV; the file is replaced in one step."""

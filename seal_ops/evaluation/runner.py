@@ -60,9 +60,9 @@ def evaluate(
     task = tasks.get(task)
     lengths = _lengths(lengths)
     if cases < 1:
-        raise ValueError(f"evaluate: cases must be at least 1, got {cases}")
+        raise ValueError(f"seal_ops.evaluate: cases must be at least 1, got {cases}")
     if batch_size is not None and batch_size < 1:
-        raise ValueError(f"evaluate: batch_size must be at least 1 or None, got {batch_size}")
+        raise ValueError(f"seal_ops.evaluate: batch_size must be at least 1 or None, got {batch_size}")
     result = Evaluation(
         task.name,
         name,
@@ -120,7 +120,7 @@ def evaluate(
 def _lengths(lengths):
     lengths = [lengths] if isinstance(lengths, int) else list(lengths)
     if not lengths or not all(isinstance(n, int) and n > 0 for n in lengths):
-        raise ValueError(f"evaluate: lengths must be positive integers, at least one, got {lengths}")
+        raise ValueError(f"seal_ops.evaluate: lengths must be positive integers, at least one, got {lengths}")
     return sorted(set(lengths))
 
 
@@ -129,7 +129,7 @@ def _resumed(fresh, output):
     if found.task != fresh.task or found.settings != json.loads(json.dumps(fresh.settings)):
         differing = [key for key, value in fresh.settings.items() if found.settings.get(key) != value] or ["task"]
         raise ValueError(
-            f"evaluate: output {output} must come from the same model and settings to resume, "
+            f"seal_ops.evaluate: output {output} must come from the same model and settings to resume, "
             f"got another {', '.join(differing)}"
         )
     return Evaluation(fresh.task, fresh.name, fresh.settings, found.records, found.seconds)
@@ -151,7 +151,7 @@ def _batches(indices, samples, batch_size):
 def _record(task, sample, length, index, text):
     score = float(task.score(sample, text))
     if not 0 <= score <= 1:
-        raise ValueError(f"tasks.{task.name}: score must be in [0, 1], got {score}")
+        raise ValueError(f"seal_ops.tasks.{task.name}: score must be in [0, 1], got {score}")
     return {
         "length": length,
         "index": index,

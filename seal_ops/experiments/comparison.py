@@ -141,13 +141,13 @@ def compare(
     rates = {**RATES, **(rates or {})}
     for name in [*methods, *rates]:
         if name not in METHODS:
-            raise ValueError(f"compare: methods must be among {', '.join(METHODS)}, got {name!r}")
+            raise ValueError(f"seal_ops.compare: methods must be among {', '.join(METHODS)}, got {name!r}")
     settings = {
         "task": task.name, "lengths": lengths, "cases": cases, "train_length": train_length, "samples": samples,
         "rates": {name: _rates(rates[name]) for name in methods}, "rank": rank, "alpha": alpha,
         "target_modules": list(target_modules), "seed": seed, "chat_template": chat_template,
     }  # fmt: skip
-    reserve(output, settings, "compare")
+    reserve(output, settings, "seal_ops.compare")
     form = {"rank": rank, "alpha": alpha, "target_modules": list(target_modules), "backend": backend}
 
     def measure(model, tokenizer, name):
@@ -193,7 +193,7 @@ def adapted(load_model_fn, method, folder, *, rank=4, alpha=8, target_modules=TA
     try:
         from peft import LoraConfig, PeftModel, get_peft_model
     except ImportError as error:
-        raise ImportError(f"compare: {method} needs the package peft (pip install 'seal_ops[peft]'): {error}") from error
+        raise ImportError(f"seal_ops.compare: {method} needs the package peft (pip install 'seal_ops[peft]'): {error}") from error
     if done:
         return PeftModel.from_pretrained(model, folder).eval(), tokenizer, result
     with torch.random.fork_rng(devices=[]):
@@ -220,5 +220,5 @@ def _validation_loss(model, tokenizer, task, length, seed, chat_template, folder
 def _rates(value):
     rates = [float(value)] if isinstance(value, (int, float)) else [float(v) for v in value]
     if not rates or min(rates) <= 0:
-        raise ValueError(f"compare: rates must be positive numbers, at least one a method, got {value!r}")
+        raise ValueError(f"seal_ops.compare: rates must be positive numbers, at least one a method, got {value!r}")
     return rates

@@ -77,10 +77,10 @@ class HeadImportance:
 
     def _changes(self, measure, length):
         if measure not in ("logprob", "accuracy", "gradient"):
-            raise ValueError(f"HeadImportance.change: measure must be logprob, accuracy or gradient, got {measure!r}")
+            raise ValueError(f"seal_ops.HeadImportance.change: measure must be logprob, accuracy or gradient, got {measure!r}")
         records = [r for r in self.records if length is None or r["length"] == length]
         if not records:
-            raise ValueError(f"HeadImportance.change: length must be one of {self.lengths}, got {length}")
+            raise ValueError(f"seal_ops.HeadImportance.change: length must be one of {self.lengths}, got {length}")
         found = torch.full((len(records), len(self.units)), float("nan"), dtype=torch.float64)
         key = {"logprob": "logprob", "accuracy": "exact"}.get(measure)
         for row, record in zip(found, records, strict=True):
@@ -138,7 +138,7 @@ class HeadImportance:
                 content = json.load(file)
                 return cls(**{key: content[key] for key in ("settings", "units", "ablated", "records", "seconds")})
             except (KeyError, TypeError, ValueError) as error:
-                raise ValueError(f"HeadImportance.load: {path} must be a saved head importance, got {error!r}") from None
+                raise ValueError(f"seal_ops.HeadImportance.load: {path} must be a saved head importance, got {error!r}") from None
 
     def save_csv(self, path) -> None:
         """Writes one row a unit and length: the changes with their standard errors."""
@@ -259,7 +259,7 @@ def measure_head_importance(
 
 def _check(lengths, cases, granularity, methods, limit, batch_size):
     def refuse(name, expected, got):
-        raise ValueError(f"measure_head_importance: {name} must be {expected}, got {got!r}")
+        raise ValueError(f"seal_ops.measure_head_importance: {name} must be {expected}, got {got!r}")
 
     if not lengths or not all(isinstance(n, int) and n > 0 for n in lengths):
         refuse("lengths", "positive integers, at least one", lengths)
@@ -343,7 +343,7 @@ def _gradient(model, scales, sample, units, factor, checkpointing):
         gradients = torch.autograd.grad(logprob.sum(), list(keep.values()))
     change = torch.cat([(factor - 1) * g.flatten().cpu() for g in gradients])
     if not torch.isfinite(change).all():
-        raise RuntimeError("measure_head_importance: gradients of the scales must be finite, got NaN or infinity")
+        raise RuntimeError("seal_ops.measure_head_importance: gradients of the scales must be finite, got NaN or infinity")
     found = {"logprob": _short(logprob.item()), "exact": bool(exact)}
     return {**found, "gradient": [_short(x) for x in change.tolist()]}
 
@@ -359,7 +359,7 @@ def _resumed(fresh, output):
     if found.settings != wanted or found.ablated != fresh.ablated:
         differing = [key for key, value in wanted.items() if found.settings.get(key) != value] or ["limit"]
         raise ValueError(
-            f"measure_head_importance: output {output} must come from the same model and settings to resume, "
+            f"seal_ops.measure_head_importance: output {output} must come from the same model and settings to resume, "
             f"got another {', '.join(differing)}"
         )
     return found

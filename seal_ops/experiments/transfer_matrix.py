@@ -72,13 +72,13 @@ def transfer(
     """
     trained, measured = [tasks.get(task) for task in trained], [tasks.get(task) for task in measured]
     if method not in METHODS:
-        raise ValueError(f"transfer: method must be one of {', '.join(METHODS)}, got {method!r}")
+        raise ValueError(f"seal_ops.transfer: method must be one of {', '.join(METHODS)}, got {method!r}")
     lr = RATES[method] if lr is None else lr
     settings = {
         "trained": [task.name for task in trained], "measured": [task.name for task in measured], "length": length,
         "cases": cases, "method": method, "lr": lr, "samples": samples, "seed": seed, "chat_template": chat_template,
     }  # fmt: skip
-    reserve(output, settings, "transfer")
+    reserve(output, settings, "seal_ops.transfer")
     result = Transfer(settings)
     for source in [None, *trained]:
         if source is None:

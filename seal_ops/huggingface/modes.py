@@ -10,16 +10,22 @@ from torch import nn
 from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
 
-def run_two_tokens(model: nn.Module) -> None:
-    modes = [(m, m.training) for m in model.modules()]
-    device = next((p.device for p in model.parameters() if not p.is_meta), "cpu")
+@contextlib.contextmanager
+def mode(model: nn.Module, training: bool):
+    """Every module in training or in evaluation mode inside; each in its own again outside."""
+    before = [(module, module.training) for module in model.modules()]
+    model.train(training)
     try:
-        model.eval()  # no dropout, no checkpointing
-        with torch.no_grad():
-            model(input_ids=torch.tensor([[0, 1]], device=device), use_cache=False)
+        yield
     finally:
-        for module, training in modes:
-            module.training = training
+        for module, found in before:
+            module.training = found
+
+
+def run_two_tokens(model: nn.Module) -> None:
+    device = next((p.device for p in model.parameters() if not p.is_meta), "cpu")
+    with mode(model, False), torch.no_grad():  # no dropout, no checkpointing
+        model(input_ids=torch.tensor([[0, 1]], device=device), use_cache=False)
 
 
 @contextlib.contextmanager
@@ -29,21 +35,19 @@ def prepared(model, checkpointing):
     word = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
     if getattr(model, f"is_{word}_checkpointing", False):
         checkpointing = False  # the caller's own is left alone
-    training = model.training
-    model.train()  # transformers checkpoints in training mode only
-    try:
-        if checkpointing:
-            options = {"use_reentrant": False}
-            if checkpointing == "selective":
-                kept = [torch.ops.seal.attention.default, torch.ops.seal.rope_attention.default]
-                options["context_fn"] = functools.partial(create_selective_checkpoint_contexts, kept)
-            enable = getattr(model, f"{word}_checkpointing_enable")
-            enable(**{f"{word}_checkpointing_kwargs": options})
-        yield
-    finally:
-        if checkpointing:
-            getattr(model, f"{word}_checkpointing_disable")()
-        model.train(training)
+    with mode(model, True):  # transformers checkpoints in training mode only
+        try:
+            if checkpointing:
+                options = {"use_reentrant": False}
+                if checkpointing == "selective":
+                    kept = [torch.ops.seal.attention.default, torch.ops.seal.rope_attention.default]
+                    options["context_fn"] = functools.partial(create_selective_checkpoint_contexts, kept)
+                enable = getattr(model, f"{word}_checkpointing_enable")
+                enable(**{f"{word}_checkpointing_kwargs": options})
+            yield
+        finally:
+            if checkpointing:
+                getattr(model, f"{word}_checkpointing_disable")()
 
 
 @functools.lru_cache(maxsize=8)

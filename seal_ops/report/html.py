@@ -48,11 +48,11 @@ def write_report(folder: str | os.PathLike, output: str | os.PathLike | None = N
     """
     folder = os.fspath(folder)
     if not os.path.isdir(folder):
-        raise FileNotFoundError(f"report: folder must exist, got {folder}")
+        raise FileNotFoundError(f"seal_ops.report: folder must exist, got {folder}")
     output = os.path.join(folder, NAME) if output is None else os.fspath(output)
     sections = _sections(folder, _files(folder))
     if not sections:
-        raise ValueError(f"report: folder must hold results (JSON, CSV) or plots (SVG, PNG), got none in {folder}")
+        raise ValueError(f"seal_ops.report: folder must hold results (JSON, CSV) or plots (SVG, PNG), got none in {folder}")
     title = title or os.path.basename(os.path.abspath(folder))
     body, contents = [], []
     for i, (heading, parts) in enumerate(sections):

@@ -1,35 +1,29 @@
-"""How an output is read, from token ids to the text that is scored; one reading for labels and for generated text."""
+"""How an output is read, from token ids to the text that is scored: the same for a label and for what a model writes."""
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 
-OPEN, CLOSE = "<think>", "</think>"  # around the reasoning of models that reason
+OPEN, CLOSE = "<think>", "</think>"  # around what a model writes for itself before its answer
 
 
-def read_output(tokenizer, ids: Sequence[int], ends: Collection[int], stop: str | None, prompt: Sequence[int] = ()) -> tuple[str, bool]:
-    """The text of an output, and whether it has ended.
-
-    Args:
-        ids: token ids of the output.
-        ends: ids that end it; what follows the first of them does not count.
-        stop: text at which the answer ends; it is cut off. None for none.
-        prompt: token ids before the output: they tell whether it begins inside a reasoning block.
-
-    Returns:
-        The answer without special tokens, without leading white space and without the reasoning before it. Where the
-        reasoning has not come to its end the answer is what there is, but ``stop`` does not end it.
-    """
+def read_output(tokenizer, ids: Sequence[int], ends: Collection[int], stop: str | None, opened: bool = False) -> str:
+    """The answer in an output: up to the first id of ``ends``, decoded without special tokens, and then :func:`final_answer`."""
     cut = next((i for i, token in enumerate(ids) if token in ends), None)
-    text = tokenizer.decode(ids[:cut], skip_special_tokens=True)
-    before, closed, answer = text.rpartition(CLOSE)
-    if not closed and (OPEN in text or reasons(tokenizer, prompt)):
-        return text.lstrip(), cut is not None
+    return final_answer(tokenizer.decode(ids[:cut], skip_special_tokens=True), stop, opened)
+
+
+def final_answer(text: str, stop: str | None, opened: bool = False) -> str:
+    """The answer in a text: what follows the reasoning, without leading white space, up to ``stop`` (None: to the end).
+
+    ``opened``: the prompt ended inside a reasoning block. Reasoning that has not come to its end holds no answer: "".
+    """
+    _, closed, answer = text.rpartition(CLOSE)
+    if not closed and (opened or text.lstrip().startswith(OPEN)):
+        return ""
     answer = answer.lstrip()
-    ended = cut is not None or (stop is not None and stop in answer)
-    return (answer.partition(stop)[0] if stop is not None else answer), ended
+    return answer if stop is None else answer.partition(stop)[0]
 
 
-def reasons(tokenizer, prompt: Sequence[int]) -> bool:
+def opens_reasoning(text: str) -> bool:
     """Whether a prompt ends inside a reasoning block."""
-    tail = tokenizer.decode(list(prompt)[-16:], skip_special_tokens=False) if len(prompt) else ""
-    return tail.rfind(OPEN) > tail.rfind(CLOSE)
+    return text.rfind(OPEN) > text.rfind(CLOSE)

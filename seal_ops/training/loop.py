@@ -6,6 +6,7 @@ the label positions alone: at 31k tokens and a vocabulary of 32k the full ones w
 The same parameters train inside transformers' ``Trainer``: give it a list of samples, :class:`seal_ops.Collator` and
 ``remove_unused_columns=False``.
 """
+import contextlib
 import functools
 import hashlib
 import json
@@ -21,12 +22,13 @@ import torch.nn.functional as F
 from ..huggingface.identity import fingerprint
 from ..huggingface.modes import accepts, prepared
 from ..tasks.base import Sample
-from ..utils.files import atomic_write, replacing
+from ..utils.files import atomic_write
 from ..utils.progress import bar
+from .checkpoint import NAME as CHECKPOINT
+from .checkpoint import load_checkpoint, save_checkpoint
 from .collator import Collator
 
 LEARNING_RATES = {"head": 1e-2, "channel": 2e-2}  # the paper's, line retrieval on 7B models
-CHECKPOINT = "checkpoint.safetensors"
 RESULT = "training.json"
 
 
@@ -120,8 +122,12 @@ def train(
         torch.cuda.reset_peak_memory_stats(run.device)
     with torch.random.fork_rng(devices=[run.device] if cuda else []), prepared(model, gradient_checkpointing):
         torch.manual_seed(seed)
-        if resume and os.path.exists(checkpoint):
-            run.load(checkpoint)
+        if checkpoint and not (resume and os.path.exists(checkpoint)):
+            for name in (RESULT, CHECKPOINT):  # of an earlier run: nothing in the folder may pass for this one's
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(os.path.join(output_dir, name))
+        elif checkpoint:
+            run.losses, run.seconds = load_checkpoint(checkpoint, run.trained, run.optimizer, run.identity)
         earlier, started = run.seconds, time.monotonic()
         with bar(run.steps, f"training {run.describe()}", progress) as advance:
             advance(len(run.losses))
@@ -130,7 +136,7 @@ def train(
                 run.seconds = earlier + time.monotonic() - started
                 done = len(run.losses)
                 if checkpoint and (done % checkpoint_every == 0 or done == run.steps):
-                    run.save(checkpoint)
+                    save_checkpoint(checkpoint, run.trained, run.optimizer, run.losses, run.seconds, run.identity)
                 advance(1, f"loss {loss:.3f}")
                 if on_step is not None:
                     on_step(done, loss)
@@ -238,51 +244,6 @@ class _Run:
         for sample in self.samples:
             digest.update(json.dumps([sample.prompt_ids, sample.answer_ids]).encode())
         return digest.hexdigest()
-
-    def save(self, path) -> None:
-        """Replaces the checkpoint: one safetensors file with values, optimiser, random state and losses."""
-        from safetensors.torch import save_file
-
-        tensors = {"losses": torch.tensor(self.losses, dtype=torch.float64), "rng.cpu": torch.get_rng_state()}
-        if self.device.type == "cuda":
-            tensors["rng.cuda"] = torch.cuda.get_rng_state(self.device)
-        for name, parameter in self.trained.items():
-            tensors[f"value.{name}"] = parameter.detach()
-            for key, value in self.optimizer.state[parameter].items():
-                tensors[f"optimizer.{key}.{name}"] = value
-        header = {"identity": self.identity, "seconds": str(self.seconds)}
-        with replacing(path) as temporary:
-            save_file({key: value.cpu().contiguous() for key, value in tensors.items()}, temporary, header)
-
-    def load(self, path) -> None:
-        """Continues from a checkpoint; ``ValueError`` where it is damaged or of another run."""
-        from safetensors import SafetensorError, safe_open
-
-        try:
-            with safe_open(path, "pt") as file:
-                header = file.metadata() or {}
-                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
-        except SafetensorError as error:
-            raise ValueError(f"seal_ops.train: {path} must be a checkpoint, got {error}") from None
-        if header.get("identity") != self.identity:
-            raise ValueError(
-                f"seal_ops.train: {path} must come from the same model, samples and settings to resume, got another run's"
-            )
-        with torch.no_grad():
-            for name, parameter in self.trained.items():
-                parameter.copy_(tensors[f"value.{name}"])
-                state = self.optimizer.state[parameter]
-                for key, value in tensors.items():
-                    kind, _, rest = key.partition(".")
-                    field_name, _, owner = rest.partition(".")
-                    if kind == "optimizer" and owner == name:
-                        # AdamW counts its steps on the CPU.
-                        state[field_name] = value if field_name == "step" else value.to(parameter.device)
-        torch.set_rng_state(tensors["rng.cpu"])
-        if "rng.cuda" in tensors and self.device.type == "cuda":
-            torch.cuda.set_rng_state(tensors["rng.cuda"], self.device)
-        self.losses = tensors["losses"].tolist()
-        self.seconds = float(header["seconds"])
 
 
 def _trained(model, scales) -> dict[str, torch.nn.Parameter]:

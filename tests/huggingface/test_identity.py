@@ -9,8 +9,8 @@ from retrieval_fixtures import model, one_thread, tokenizer  # noqa: F401
 from transformers import AutoModelForCausalLM
 
 import seal_ops
-from seal_ops.huggingface import fingerprint as identity
-from seal_ops.huggingface.fingerprint import describe_model, fingerprint
+from seal_ops.huggingface import identity
+from seal_ops.huggingface.identity import describe_model, fingerprint
 
 
 def scaled():
