@@ -20,7 +20,7 @@ import json
 import random
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from ..utils.progress import track
 from .reading import CLOSE, opens_reasoning, read_output
@@ -272,6 +272,7 @@ class Task:
             raise ValueError(f"seal_ops.tasks.{self.name}: samples must be at least 1, got {samples}")
         encoder = Encoder(tokenizer, chat_template, f"seal_ops.tasks.{self.name}", chat_template_kwargs)
         drawn = self._stream(encoder, length, samples, seed, split)
+        drawn = (replace(sample, meta={"task": self.name, "length": length, **sample.meta}) for sample in drawn)
         return list(track(drawn, samples, f"{self.name}: writing samples of {length} tokens", progress))
 
     def __call__(self, tokenizer, length: int = 31_000, samples: int = 50, seed: int = 0, **options) -> list[Sample]:

@@ -21,14 +21,15 @@ import torch.nn.functional as F
 
 from ..huggingface.identity import fingerprint
 from ..huggingface.modes import accepts, prepared
+from ..huggingface.provenance import provenance
 from ..tasks.base import Sample
 from ..utils.files import atomic_write
 from ..utils.progress import bar
 from .checkpoint import NAME as CHECKPOINT
 from .checkpoint import load_checkpoint, save_checkpoint
 from .collator import Collator
+from .recipe import LEARNING_RATES, NAMES
 
-LEARNING_RATES = {"head": 1e-2, "channel": 2e-2}  # the paper's, line retrieval on 7B models
 RESULT = "training.json"
 
 
@@ -42,7 +43,8 @@ class TrainResult:
         parameters: how many numbers were trained.
         seconds: wall time, summed over resumed runs.
         peak_memory: bytes: the most allocated on the GPU during the run; on the CPU the largest size of the process.
-        settings: the recipe, as given and completed.
+        settings: the recipe, as given and completed, with the tasks and lengths that the samples name.
+        provenance: the trained model and versions, for people; empty without ``output_dir``.
     """
 
     losses: list[float]
@@ -51,6 +53,7 @@ class TrainResult:
     seconds: float
     peak_memory: int
     settings: dict = field(default_factory=dict)
+    provenance: dict = field(default_factory=dict)
 
 
 def train(
@@ -142,7 +145,8 @@ def train(
                     on_step(done, loss)
     peak = torch.cuda.max_memory_allocated(run.device) if cuda else _largest_size()
     count = sum(p.numel() for p in run.trained.values())
-    result = TrainResult(run.losses, run.settings["lr"], count, run.seconds, peak, run.settings)
+    origin = {} if output_dir is None else provenance(model)
+    result = TrainResult(run.losses, run.settings["lr"], count, run.seconds, peak, run.settings, origin)
     if output_dir is not None:
         (model if run.scales is None else run.scales).save_pretrained(output_dir)
         atomic_write(os.path.join(output_dir, RESULT), json.dumps(asdict(result), indent=1) + "\n")
@@ -164,10 +168,12 @@ class _Run:
         if lr is None:
             if self.scales is None:
                 raise ValueError("seal_ops.train: lr must be given for a model without attached scales, got None")
-            lr = LEARNING_RATES[self.scales.config.granularity]
+            lr = LEARNING_RATES[NAMES[self.scales.config.granularity]]
         self.settings = {
             "granularity": None if self.scales is None else self.scales.config.granularity,
             "samples": len(self.samples),
+            "tasks": sorted({str(sample.meta["task"]) for sample in self.samples if "task" in sample.meta}),
+            "tokens": max(map(len, self.samples)),
             "lr": float(lr),
             "epochs": epochs,
             "batch_size": batch_size,
@@ -184,8 +190,7 @@ class _Run:
         self.seconds = 0.0
 
     def describe(self):
-        kind = {"head": "SEAL-H", "channel": "SEAL-C"}.get(self.settings["granularity"], "adapter")
-        return f"{kind}, lr {self.settings['lr']:g}"
+        return f"{NAMES.get(self.settings['granularity'], 'adapter')}, lr {self.settings['lr']:g}"
 
     def step(self) -> float:
         """One optimiser step; returns and records the mean loss of its answer tokens."""

@@ -4,8 +4,10 @@ What a process leaves that was killed inside a write is removed by the next writ
 """
 
 import contextlib
+import csv
 import functools
 import hashlib
+import io
 import os
 import platform
 import re
@@ -69,6 +71,15 @@ def atomic_write(path, content) -> None:
     data = content.encode() if isinstance(content, str) else content
     with replacing(path) as temporary, open(temporary, "wb") as file:
         file.write(data)
+
+
+def write_csv(path, columns, rows) -> None:
+    """Writes ``rows`` (dicts, or sequences in the order of ``columns``) as CSV with a heading, in one step."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(columns)
+    writer.writerows([row.get(c, "") for c in columns] if isinstance(row, dict) else row for row in rows)
+    atomic_write(path, text.getvalue())
 
 
 def _affixes(path):

@@ -81,7 +81,7 @@ def test_demo(capsys, folder, tmp_path, monkeypatch):
     assert [cell["length"] for cell in results["accuracy"]["SEAL-C"]] == [190, 230]
     assert [cell["length"] for cell in results["accuracy"]["SEAL-C merged"]] == [230]
     assert results["merged_against_unmerged"]["SEAL-C"] == {"cases": 3, "differ": 0}
-    assert results["training"]["SEAL-H"]["parameters"] == 8 and results["environment"]["torch"]
+    assert results["training"]["SEAL-H"]["parameters"] == 8 and results["provenance"]["versions"]["torch"]
     for name in ("accuracy.png", "scales.png"):
         assert (output / name).read_bytes()[1:4] == b"PNG" and name in out
     assert "SEAL-H merged" in out and "230" in out
