@@ -2,7 +2,18 @@
 
 import os
 
-from .options import Command, Numbers, backend_option, load, model_options, plot_file, positive, restart_option, task, task_options
+from .options import (
+    Command,
+    Numbers,
+    backend_option,
+    load,
+    model_options,
+    plot_file,
+    positive,
+    restart_option,
+    task,
+    task_options,
+)
 
 
 def options(parser):

@@ -1,11 +1,9 @@
 """What an evaluation found: records, accuracy with intervals, files."""
-import csv
-import io
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 
-from ..utils.files import atomic_write
+from ..utils.files import atomic_write, write_csv
 from .statistics import wilson
 
 
@@ -19,6 +17,12 @@ class Cell:
     correct: float
     cases: int
 
+    @classmethod
+    def of(cls, scores) -> "Cell":
+        """The cell of some scores in [0, 1]."""
+        low, high = wilson(sum(scores), len(scores))
+        return cls(sum(scores) / len(scores), low, high, sum(scores), len(scores))
+
     def __str__(self):
         return f"{self.accuracy:.2f} [{self.low:.2f}, {self.high:.2f}]"
 
@@ -30,10 +34,11 @@ class Evaluation:
     Attributes:
         task: name of the task.
         name: what was evaluated ("base", "SEAL-H"), for tables and plots.
-        settings: what decides the outcome: lengths, cases, seed, chat format, fingerprint of the model.
+        settings: what decides the outcome: task, tokenizer, chat format, lengths, cases, seed, fingerprint of the model.
         records: one dict a case: ``length``, ``index``, ``prompt_tokens``, ``answer``, ``output``, ``score`` and the
             sample's ``meta``.
         seconds: time spent on generating and decoding, summed over resumed runs.
+        provenance: model and versions that wrote it, for people (:mod:`seal_ops.huggingface.provenance`).
     """
 
     task: str
@@ -41,6 +46,7 @@ class Evaluation:
     settings: dict
     records: list[dict] = field(default_factory=list)
     seconds: float = 0.0
+    provenance: dict = field(default_factory=dict)
 
     def by(self, *keys: str | Callable[[dict], object]) -> dict:
         """Accuracy by the values of record fields (or of functions of a record): ``{value or tuple: Cell}``, sorted."""
@@ -48,12 +54,25 @@ class Evaluation:
         for record in self.records:
             value = tuple(key(record) if callable(key) else record.get(key) for key in keys)
             groups.setdefault(value[0] if len(keys) == 1 else value, []).append(record["score"])
-        return {value: _cell(groups[value]) for value in sorted(groups)}
+        return {value: Cell.of(groups[value]) for value in sorted(groups)}
 
     @property
     def accuracy(self) -> dict[int, Cell]:
         """Accuracy by length."""
         return self.by("length")
+
+    @property
+    def overall(self) -> Cell:
+        """Accuracy of all cases together."""
+        return Cell.of([record["score"] for record in self.records])
+
+    def line(self) -> str:
+        """Name and accuracy by length in one line."""
+        return f"{self.name}: " + ", ".join(f"{length}: {cell.accuracy:.2f}" for length, cell in self.accuracy.items())
+
+    def cells(self) -> list[dict]:
+        """Accuracy by length as JSON values."""
+        return [{"length": length, **asdict(cell)} for length, cell in self.accuracy.items()]
 
     def table(self) -> str:
         """Accuracy by length as text."""
@@ -65,8 +84,7 @@ class Evaluation:
 
     def save(self, path) -> None:
         """Writes everything as JSON; the file is replaced in one step."""
-        cells = [{"length": length, **asdict(cell)} for length, cell in self.accuracy.items()]
-        atomic_write(path, json.dumps({**vars(self), "accuracy": cells}, indent=1, ensure_ascii=False) + "\n")
+        atomic_write(path, json.dumps({**vars(self), "accuracy": self.cells()}, indent=1, ensure_ascii=False) + "\n")
 
     def __str__(self):
         return f"{self.task}, {self.name}\n{self.table()}" if self.name else f"{self.task}\n{self.table()}"
@@ -77,20 +95,13 @@ class Evaluation:
         with open(path, encoding="utf-8") as file:
             try:
                 content = json.load(file)
-                return cls(**{key: content[key] for key in ("task", "name", "settings", "records", "seconds")})
+                kept = {key: content[key] for key in ("task", "name", "settings", "records", "seconds")}
+                return cls(**kept, provenance=content.get("provenance", {}))
             except (KeyError, TypeError, ValueError) as error:
-                raise ValueError(f"Evaluation.load: {path} must be a saved evaluation, got {error!r}") from None
+                raise ValueError(f"seal_ops.Evaluation.load: {path} must be a saved evaluation, got {error!r}") from None
 
     def save_csv(self, path) -> None:
         """Writes one row a case as CSV; the file is replaced in one step."""
         columns = list(dict.fromkeys(key for record in self.records for key in record))
-        text = io.StringIO()
-        writer = csv.DictWriter(text, ["task", "name", *columns], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows({"task": self.task, "name": self.name, **record} for record in self.records)
-        atomic_write(path, text.getvalue())
-
-
-def _cell(scores):
-    low, high = wilson(sum(scores), len(scores))
-    return Cell(sum(scores) / len(scores), low, high, sum(scores), len(scores))
+        rows = [{"task": self.task, "name": self.name, **record} for record in self.records]
+        write_csv(path, ["task", "name", *columns], rows)

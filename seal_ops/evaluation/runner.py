@@ -2,14 +2,17 @@
 
 Decoding is greedy (:mod:`.decoding`).  Test samples come from other random numbers than training samples, whatever the seeds.
 """
-import json
 import os
 import time
 from collections.abc import Iterable
 
 from .. import tasks
-from ..huggingface.identity import fingerprint
+from ..huggingface.modes import mode
+from ..huggingface.provenance import provenance
+from ..tasks.description import describe
+from ..tasks.reading import final_answer, opens_reasoning
 from ..utils.progress import bar
+from ..utils.runs import resume as resume_run
 from .decoding import generate, rows_at_once
 from .results import Evaluation
 
@@ -28,6 +31,7 @@ def evaluate(
     seed: int = 0,
     max_new_tokens: int | None = None,
     chat_template=None,
+    chat_template_kwargs: dict | None = None,
     name: str = "",
     output: str | os.PathLike | None = None,
     resume: bool = False,
@@ -45,6 +49,8 @@ def evaluate(
         seed: draws the test samples; equal seeds give equal cases, for every model with this tokenizer.
         max_new_tokens: longest output; None for the task's own.
         chat_template: None, True, False or a string: see :class:`seal_ops.tasks.Encoder`.
+        chat_template_kwargs: the template's variables.  With ``enable_thinking`` true, what a model writes before
+            ``</think>`` is not scored, and ``max_new_tokens`` has to allow for it.
         name: what is evaluated, for tables and plots.
         output: a JSON file, kept up to date while running.
         resume: continue what ``output`` holds; it must come from the same model and settings.
@@ -59,57 +65,56 @@ def evaluate(
     task = tasks.get(task)
     lengths = _lengths(lengths)
     if cases < 1:
-        raise ValueError(f"evaluate: cases must be at least 1, got {cases}")
+        raise ValueError(f"seal_ops.evaluate: cases must be at least 1, got {cases}")
     if batch_size is not None and batch_size < 1:
-        raise ValueError(f"evaluate: batch_size must be at least 1 or None, got {batch_size}")
-    result = Evaluation(
-        task.name,
-        name,
-        {
-            "lengths": lengths,
-            "cases": cases,
-            "seed": seed,
-            "max_new_tokens": max_new_tokens or task.max_new_tokens,
-            "chat_template": chat_template,
-            "task": {key: repr(value) for key, value in vars(task).items()},
-            "model": fingerprint(model),
-        },
-    )
+        raise ValueError(f"seal_ops.evaluate: batch_size must be at least 1 or None, got {batch_size}")
+    origin = provenance(model)
+    settings = {
+        **describe(task, tokenizer, chat_template, chat_template_kwargs),
+        "lengths": lengths,
+        "cases": cases,
+        "seed": seed,
+        "max_new_tokens": max_new_tokens or task.max_new_tokens,
+        "model": origin["model"]["fingerprint"],
+    }
+    result = Evaluation(task.name, name, settings, provenance=origin)
     if resume and output is not None and os.path.exists(output):
-        result = _resumed(result, output)
+        found = resume_run(Evaluation.load, output, settings, "seal_ops.evaluate")
+        result.records, result.seconds = found.records, found.seconds
+    options = {"chat_template": chat_template, "chat_template_kwargs": chat_template_kwargs}
+    thinks = tasks.Encoder(tokenizer, chat_template, "seal_ops.evaluate", chat_template_kwargs).thinks
 
     done = {(record["length"], record["index"]) for record in result.records}
     saved = started = time.monotonic()
     spent = result.seconds
-    training = model.training
-    model.eval()
-    try:
-        with bar(len(lengths) * cases, name or task.name, progress) as advance:
-            advance(len(done))
-            for length in lengths:
-                if all((length, index) in done for index in range(cases)):
-                    continue
-                samples = task.generate(tokenizer, length, cases, seed, split="test", chat_template=chat_template)
-                open_cases = [i for i in range(cases) if (length, i) not in done]
-                size = batch_size or rows_at_once(model, length + result.settings["max_new_tokens"])
-                for batch in _batches(open_cases, samples, size):
-                    outputs = generate(
-                        model,
-                        tokenizer,
-                        [samples[i].prompt_ids for i in batch],
-                        max_new_tokens=result.settings["max_new_tokens"],
-                        stop=task.stop,
-                    )
-                    for i, text in zip(batch, outputs, strict=True):
-                        result.records.append(_record(task, samples[i], length, i, text))
-                    result.seconds = spent + time.monotonic() - started
-                    here = [record["score"] for record in result.records if record["length"] == length]
-                    advance(len(batch), f"{length} tokens: {sum(here) / len(here):.2f}")
-                    if output is not None and time.monotonic() - saved > SAVE_EVERY:
-                        result.save(output)
-                        saved = time.monotonic()
-    finally:
-        model.train(training)
+    with mode(model, False), bar(len(lengths) * cases, name or task.name, progress) as advance:
+        advance(len(done))
+        for length in lengths:
+            if all((length, index) in done for index in range(cases)):
+                continue
+            samples = task.generate(tokenizer, length, cases, seed, split="test", **options)
+            if max_new_tokens is None:
+                _check_room(task, samples)
+            open_cases = [i for i in range(cases) if (length, i) not in done]
+            size = batch_size or rows_at_once(model, length + settings["max_new_tokens"])
+            for batch in _batches(open_cases, samples, size):
+                outputs = generate(
+                    model,
+                    tokenizer,
+                    [samples[i].prompt_ids for i in batch],
+                    max_new_tokens=settings["max_new_tokens"],
+                    stop=None if thinks else task.stop,  # which may occur in the reasoning
+                )
+                for i, text in zip(batch, outputs, strict=True):
+                    opened = thinks and opens_reasoning(tokenizer.decode(samples[i].prompt_ids[-16:]))
+                    answer = final_answer(text, task.stop, opened)
+                    result.records.append(_record(task, samples[i], length, i, text, answer))
+                result.seconds = spent + time.monotonic() - started
+                here = [record["score"] for record in result.records if record["length"] == length]
+                advance(len(batch), f"{length} tokens: {sum(here) / len(here):.2f}")
+                if output is not None and time.monotonic() - saved > SAVE_EVERY:
+                    result.save(output)
+                    saved = time.monotonic()
     result.records.sort(key=lambda record: (record["length"], record["index"]))
     if output is not None:
         result.save(output)
@@ -119,19 +124,17 @@ def evaluate(
 def _lengths(lengths):
     lengths = [lengths] if isinstance(lengths, int) else list(lengths)
     if not lengths or not all(isinstance(n, int) and n > 0 for n in lengths):
-        raise ValueError(f"evaluate: lengths must be positive integers, at least one, got {lengths}")
+        raise ValueError(f"seal_ops.evaluate: lengths must be positive integers, at least one, got {lengths}")
     return sorted(set(lengths))
 
 
-def _resumed(fresh, output):
-    found = Evaluation.load(output)
-    if found.task != fresh.task or found.settings != json.loads(json.dumps(fresh.settings)):
-        differing = [key for key, value in fresh.settings.items() if found.settings.get(key) != value] or ["task"]
+def _check_room(task, samples):
+    longest = max(len(sample.answer_ids) for sample in samples)
+    if longest > task.max_new_tokens + 1:  # the token that ends it apart
         raise ValueError(
-            f"evaluate: output {output} must come from the same model and settings to resume, "
-            f"got another {', '.join(differing)}"
+            f"seal_ops.evaluate: max_new_tokens must be at least {longest} for the answers of {task.name} in this tokenizer, "
+            f"got the task's {task.max_new_tokens}"
         )
-    return Evaluation(fresh.task, fresh.name, fresh.settings, found.records, found.seconds)
 
 
 def _batches(indices, samples, batch_size):
@@ -147,10 +150,10 @@ def _batches(indices, samples, batch_size):
         yield batch
 
 
-def _record(task, sample, length, index, text):
-    score = float(task.score(sample, text))
+def _record(task, sample, length, index, text, answer):
+    score = float(task.score(sample, answer))
     if not 0 <= score <= 1:
-        raise ValueError(f"tasks.{task.name}: score must be in [0, 1], got {score}")
+        raise ValueError(f"seal_ops.tasks.{task.name}: score must be in [0, 1], got {score}")
     return {
         "length": length,
         "index": index,
@@ -158,5 +161,5 @@ def _record(task, sample, length, index, text):
         "answer": sample.answer,
         "output": text,
         "score": score,
-        **{key: value for key, value in sample.meta.items() if key != "index"},
+        **{key: value for key, value in sample.meta.items() if key not in ("index", "task", "length")},
     }

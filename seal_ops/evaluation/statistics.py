@@ -31,7 +31,7 @@ class Paired:
 def mcnemar(better: int, worse: int) -> float:
     """Two-sided exact p-value of McNemar's test: under no difference the discordant cases fall like fair coins."""
     if better < 0 or worse < 0:
-        raise ValueError(f"mcnemar: counts must not be negative, got {better} and {worse}")
+        raise ValueError(f"seal_ops.statistics.mcnemar: counts must not be negative, got {better} and {worse}")
     n = better + worse
     tail = sum(math.comb(n, k) for k in range(min(better, worse) + 1))
     return min(1.0, 2 * tail / 2**n)
@@ -44,7 +44,7 @@ def paired(first: Sequence[float], second: Sequence[float]) -> Paired:
     paired proportions: half a case is added to each of the four outcomes, which keeps it honest where all cases agree.
     """
     if len(first) != len(second) or not first:
-        raise ValueError(f"paired: both must hold the same cases, at least one, got {len(first)} and {len(second)}")
+        raise ValueError(f"seal_ops.statistics.paired: both must hold the same cases, at least one, got {len(first)} and {len(second)}")
     changes = [b - a for a, b in zip(first, second, strict=True)]
     better, worse = sum(c > 0 for c in changes), sum(c < 0 for c in changes)
     n = len(changes) + 2
@@ -66,7 +66,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
 def spearman(one: torch.Tensor, other: torch.Tensor) -> float:
     """Spearman's rank correlation of two vectors ``[N]``; ties get the mean of their ranks; NaN where one is constant."""
     if one.shape != other.shape or one.dim() != 1 or len(one) < 2:
-        raise ValueError(f"spearman: both must be vectors of one length, got {list(one.shape)} and {list(other.shape)}")
+        raise ValueError(f"seal_ops.statistics.spearman: both must be vectors of one length, got {list(one.shape)} and {list(other.shape)}")
     a, b = _ranks(one), _ranks(other)
     a, b = a - a.mean(), b - b.mean()
     norm = a.norm() * b.norm()
@@ -85,7 +85,7 @@ def wilson(correct: float, cases: int, z: float = 1.959963984540054) -> tuple[fl
     the interval is then wide rather than narrow.
     """
     if cases < 1:
-        raise ValueError(f"wilson: cases must be at least 1, got {cases}")
+        raise ValueError(f"seal_ops.statistics.wilson: cases must be at least 1, got {cases}")
     p, n = correct / cases, cases
     middle = p + z * z / (2 * n)
     half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))

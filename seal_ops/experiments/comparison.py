@@ -4,12 +4,11 @@
 the same samples, measures all of them on the same test cases and tests the differences.  Every finished step leaves a file
 in the output folder, and a second run continues from there.
 """
-import csv
-import io
+import functools
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 
 import torch
 
@@ -19,17 +18,17 @@ from ..evaluation.logprobs import answer_logprobs
 from ..evaluation.results import Evaluation
 from ..evaluation.runner import evaluate
 from ..evaluation.statistics import holm, paired
+from ..huggingface.provenance import provenance
+from ..tasks.description import describe
 from ..training.loop import RESULT, train
-from ..utils.files import atomic_write
+from ..training.recipe import GRANULARITIES, LEARNING_RATES
+from ..utils.files import atomic_write, write_csv
 from .runs import read_json_file, reserve
 
-# Learning rates of the paper: line retrieval on 7B models for the scales, 2e-4 for the adapters.
-RATES = {"SEAL-H": 1e-2, "SEAL-C": 2e-2, "LoRA": 2e-4, "DoRA": 2e-4}
-METHODS = tuple(RATES)
+METHODS = tuple(LEARNING_RATES)
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
 BASE = "base"
 VALIDATION = 10  # samples on which a learning rate is chosen
-_GRANULARITY = {"SEAL-H": "head", "SEAL-C": "channel"}
 
 
 @dataclass
@@ -41,11 +40,13 @@ class Comparison:
         evaluations: ``{name: Evaluation}``, the base first.
         training: ``{name: dict}`` with ``lr``, ``parameters``, ``seconds``, ``peak_memory``, ``losses`` and, where rates
             were searched, ``tried``: the validation loss of each.
+        provenance: model and versions, for people.
     """
 
     settings: dict
     evaluations: dict[str, Evaluation]
     training: dict[str, dict]
+    provenance: dict = field(default_factory=dict)
 
     def tests(self, length: int | None = None) -> list[dict]:
         """Paired tests of every two models on the cases of a length (None: of all lengths).
@@ -88,16 +89,14 @@ class Comparison:
             "rows": self.rows(),
             "tests": {str(longest): self.tests(longest), "all lengths": self.tests()},
             "training": self.training,
+            "provenance": self.provenance,
         }
         atomic_write(path, json.dumps(content, indent=1) + "\n")
 
     def save_csv(self, path) -> None:
         """Writes :meth:`rows` as CSV."""
-        text, rows = io.StringIO(), self.rows()
-        writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-        atomic_write(path, text.getvalue())
+        rows = self.rows()
+        write_csv(path, list(dict.fromkeys(key for row in rows for key in row)), rows)
 
 
 def compare(
@@ -116,6 +115,7 @@ def compare(
     target_modules: Sequence[str] = TARGETS,
     seed: int = 0,
     chat_template=None,
+    chat_template_kwargs: dict | None = None,
     backend: str | None = None,
     progress: bool | None = None,
     log: Callable[[str], None] = lambda line: None,
@@ -124,7 +124,7 @@ def compare(
 
     Args:
         load_model_fn: returns ``(model, tokenizer)``, the model as loaded; called once for each training and the base.
-        task, lengths, cases, seed, chat_template: see :func:`seal_ops.evaluate`.
+        task, lengths, cases, seed, chat_template, chat_template_kwargs: see :func:`seal_ops.evaluate`.
         output: a folder; what it holds of these settings is not run again.
         train_length: tokens of a training sample; None for the longest of ``lengths``.
         samples: training samples, the same for all.
@@ -138,48 +138,59 @@ def compare(
     """
     task, lengths = tasks.get(task), sorted(set(lengths))
     train_length = train_length or max(lengths)
-    rates = {**RATES, **(rates or {})}
+    rates = {**LEARNING_RATES, **(rates or {})}
     for name in [*methods, *rates]:
         if name not in METHODS:
-            raise ValueError(f"compare: methods must be among {', '.join(METHODS)}, got {name!r}")
+            raise ValueError(f"seal_ops.compare: methods must be among {', '.join(METHODS)}, got {name!r}")
+    model, tokenizer = load_model_fn()
+    prompts = {"chat_template": chat_template, "chat_template_kwargs": chat_template_kwargs}
+    origin = provenance(model)
     settings = {
-        "task": task.name, "lengths": lengths, "cases": cases, "train_length": train_length, "samples": samples,
-        "rates": {name: _rates(rates[name]) for name in methods}, "rank": rank, "alpha": alpha,
-        "target_modules": list(target_modules), "seed": seed, "chat_template": chat_template,
+        **describe(task, tokenizer, **prompts), "lengths": lengths, "cases": cases, "train_length": train_length,
+        "samples": samples, "rates": {name: _rates(rates[name]) for name in methods}, "rank": rank, "alpha": alpha,
+        "target_modules": list(target_modules), "seed": seed, "model": origin["model"]["fingerprint"],
     }  # fmt: skip
-    reserve(output, settings, "compare")
+    reserve(output, settings, "seal_ops.compare")
     form = {"rank": rank, "alpha": alpha, "target_modules": list(target_modules), "backend": backend}
 
     def measure(model, tokenizer, name):
         result = evaluate(
-            model, tokenizer, task, lengths, cases, seed=seed, chat_template=chat_template, name=name,
-            output=os.path.join(output, f"{name}.json"), resume=True, progress=progress,
+            model, tokenizer, task, lengths, cases, seed=seed, name=name, output=os.path.join(output, f"{name}.json"),
+            resume=True, progress=progress, **prompts,
         )  # fmt: skip
-        log(f"{name}: " + ", ".join(f"{n}: {cell.accuracy:.2f}" for n, cell in result.accuracy.items()))
+        log(result.line())
         return result
 
-    evaluations, training = {BASE: measure(*load_model_fn(), BASE)}, {}
+    @functools.cache
+    def draw():
+        return task.generate(tokenizer, train_length, samples, seed, **prompts)
+
+    evaluations, training = {BASE: measure(model, tokenizer, BASE)}, {}
     for method in methods:
-        tried, drawn = {}, None
+        tried = {}
         for lr in settings["rates"][method]:
             folder = os.path.join(output, "adapters", f"{method}-{lr:g}")
-            model, tokenizer, result = adapted(load_model_fn, method, folder, **form)
-            if result is None:
-                if drawn is None:
-                    drawn = task.generate(tokenizer, train_length, samples, seed, chat_template=chat_template)
-                train(model, drawn, lr=lr, seed=seed, output_dir=folder, resume=True, progress=progress)
-                result = read_json_file(os.path.join(folder, RESULT))
+            model, tokenizer, training[method] = trained(
+                load_model_fn, method, folder, draw, lr=lr, seed=seed, progress=progress, **form
+            )
             if len(settings["rates"][method]) > 1:
-                tried[lr] = _validation_loss(model, tokenizer, task, train_length, seed, chat_template, folder)
-            training[method] = result
-            evaluated = model
+                tried[lr] = _validation_loss(model, tokenizer, task, train_length, seed, prompts, folder)
         if tried:
             best = min(tried, key=tried.get)
             folder = os.path.join(output, "adapters", f"{method}-{best:g}")
-            evaluated, tokenizer, training[method] = adapted(load_model_fn, method, folder, **form)
+            model, tokenizer, training[method] = adapted(load_model_fn, method, folder, **form)
             training[method]["tried"] = {f"{lr:g}": loss for lr, loss in tried.items()}
-        evaluations[method] = measure(evaluated, tokenizer, method)
-    return Comparison(settings, evaluations, training)
+        evaluations[method] = measure(model, tokenizer, method)
+    return Comparison(settings, evaluations, training, origin)
+
+
+def trained(load_model_fn, method, folder, draw, *, lr, seed=0, progress=None, **form):
+    """``(model, tokenizer, training)`` of a method: as ``folder`` holds it, else trained there on the samples of ``draw()``."""
+    model, tokenizer, training = adapted(load_model_fn, method, folder, **form)
+    if training is None:
+        train(model, draw(), lr=lr, seed=seed, output_dir=folder, resume=True, progress=progress)
+        training = read_json_file(os.path.join(folder, RESULT))
+    return model, tokenizer, training
 
 
 def adapted(load_model_fn, method, folder, *, rank=4, alpha=8, target_modules=TARGETS, backend=None):
@@ -187,13 +198,13 @@ def adapted(load_model_fn, method, folder, *, rank=4, alpha=8, target_modules=TA
     model, tokenizer = load_model_fn()
     done = os.path.exists(os.path.join(folder, RESULT))
     result = read_json_file(os.path.join(folder, RESULT)) if done else None
-    if method in _GRANULARITY:
-        load(model, folder, backend=backend) if done else attach(model, _GRANULARITY[method], backend=backend)
+    if method in GRANULARITIES:
+        load(model, folder, backend=backend) if done else attach(model, GRANULARITIES[method], backend=backend)
         return model, tokenizer, result
     try:
         from peft import LoraConfig, PeftModel, get_peft_model
     except ImportError as error:
-        raise ImportError(f"compare: {method} needs the package peft (pip install 'seal_ops[peft]'): {error}") from error
+        raise ImportError(f"seal_ops.compare: {method} needs the package peft (pip install 'seal_ops[peft]'): {error}") from error
     if done:
         return PeftModel.from_pretrained(model, folder).eval(), tokenizer, result
     with torch.random.fork_rng(devices=[]):
@@ -204,11 +215,11 @@ def adapted(load_model_fn, method, folder, *, rank=4, alpha=8, target_modules=TA
         return get_peft_model(model, config).eval(), tokenizer, result
 
 
-def _validation_loss(model, tokenizer, task, length, seed, chat_template, folder):
+def _validation_loss(model, tokenizer, task, length, seed, prompts, folder):
     """:func:`validation_loss` on training-split samples of another seed; kept in the adapter's folder."""
     path = os.path.join(folder, "validation.json")
     if not os.path.exists(path):
-        drawn = task.generate(tokenizer, length, VALIDATION, seed + 1, chat_template=chat_template)
+        drawn = task.generate(tokenizer, length, VALIDATION, seed + 1, **prompts)
         atomic_write(path, json.dumps({"loss": validation_loss(model, drawn)}) + "\n")
     return read_json_file(path)["loss"]
 
@@ -226,5 +237,5 @@ def validation_loss(model, samples) -> float:
 def _rates(value):
     rates = [float(value)] if isinstance(value, (int, float)) else [float(v) for v in value]
     if not rates or min(rates) <= 0:
-        raise ValueError(f"compare: rates must be positive numbers, at least one a method, got {value!r}")
+        raise ValueError(f"seal_ops.compare: rates must be positive numbers, at least one a method, got {value!r}")
     return rates

@@ -1,7 +1,7 @@
 """``seal demo``: measure retrieval by length, train SEAL-H and SEAL-C, measure again, merge, measure the merged model.
 
-With several tasks each has a folder of its own in the output folder. Every stage leaves a file in the output folder and is skipped where that is complete, so that the same command continues
-an interrupted demo.
+With several tasks each has a folder of its own in the output folder.  Every stage leaves a file there and is skipped where
+that is complete, so that the same command continues an interrupted demo.
 """
 
 import contextlib
@@ -14,19 +14,22 @@ from dataclasses import asdict, dataclass, replace
 import torch
 
 from .. import tasks
-from ..adapters.attachment import attach, load
+from ..adapters.attachment import load
 from ..adapters.merging import merge
 from ..evaluation.results import Evaluation
 from ..evaluation.runner import evaluate
+from ..huggingface.identity import fingerprint
 from ..huggingface.loading import load_model
 from ..huggingface.model_packages import PACKAGES, resolve
+from ..huggingface.provenance import provenance
 from ..report import plots
 from ..report.html import NAME as REPORT
-from ..training.loop import RESULT, train
+from ..tasks.description import describe
+from ..training.recipe import LEARNING_RATES, NAMES
 from ..utils.files import atomic_write, replacing_folder
+from .comparison import trained
+from .runs import SETTINGS, require_shipped, reserve
 
-NAMES = {"head": "SEAL-H", "channel": "SEAL-C"}
-SETTINGS = "settings.json"
 RESULTS = "results.json"
 PLOTS = ("accuracy.png", "scales.png")
 
@@ -51,8 +54,8 @@ class Settings:
     lengths: tuple[int, ...] = (256, 512, 1024, 1536, 2048)
     cases: int = 40
     samples: int = 50
-    lr_head: float = 1e-2
-    lr_channel: float = 2e-2
+    lr_head: float = LEARNING_RATES["SEAL-H"]
+    lr_channel: float = LEARNING_RATES["SEAL-C"]
     seed: int = 0
     device: str = "auto"
     dtype: str = "default"
@@ -83,15 +86,20 @@ def run(settings: Settings, output: str, *, progress: bool | None = None, log=pr
 
     Raises:
         ValueError: ``output`` holds a demo with other settings, or a task is unknown.
+        OSError: the model cannot be loaded; ``output`` is left alone then.
     """
+    require_shipped(settings.model, Settings.model, "seal demo")
     folders = _folders(settings, output)
-    _claim(output, settings)
     path = resolve(settings.model, call="seal demo", log=log)
 
     def load_model_fn(folder=path):
         return load_model(folder, device=settings.device, dtype=settings.dtype, call="seal demo")
 
-    model, _ = load_model_fn()
+    model, tokenizer = load_model_fn()
+    origin = provenance(model)
+    described = {task: describe(tasks.get(task), tokenizer) for task in settings.tasks}
+    claimed = {**asdict(settings), "task": described, "fingerprint": origin["model"]["fingerprint"]}
+    reserve(output, json.loads(json.dumps(claimed)), "seal demo", " (give another --output, or --restart)")
     count = sum(p.numel() for p in model.parameters())
     log(f"{settings.model}: {count / 1e6:.1f}M parameters, {model.dtype}".replace("torch.", "") + f", on {model.device}")
     if settings.model in PACKAGES:
@@ -101,7 +109,8 @@ def run(settings: Settings, output: str, *, progress: bool | None = None, log=pr
         log(f"   about {_duration(_estimate(model, settings))} for all of it here, if nothing else wants the machine")
     del model
     return {
-        task: _run_task(settings, task, folder, load_model_fn, progress=progress, log=log) for task, folder in folders.items()
+        task: _run_task(settings, task, folder, load_model_fn, origin, progress=progress, log=log)
+        for task, folder in folders.items()
     }
 
 
@@ -112,7 +121,7 @@ def _folders(settings, output):
     return {task: output if len(settings.tasks) == 1 else os.path.join(output, task) for task in settings.tasks}
 
 
-def _run_task(settings, task_name, output, load_model_fn, *, progress, log):
+def _run_task(settings, task_name, output, load_model_fn, origin, *, progress, log):
     started = time.monotonic()
     task, longest = tasks.get(task_name), max(settings.lengths)
     torch.manual_seed(settings.seed)
@@ -126,53 +135,47 @@ def _run_task(settings, task_name, output, load_model_fn, *, progress, log):
     model, tokenizer = load_model_fn()
     log(f"\n1. {task.name}: the untouched model, {settings.cases} cases at each of {len(settings.lengths)} lengths")
     found = {"base": measure(model, tokenizer, "base", "base.json", settings.lengths)}
-    log(_line(found["base"]))
+    log(f"   {found['base'].line()}")
 
     training, learned = {}, {}
     for step, (granularity, name) in enumerate(NAMES.items(), 2):
         log(f"\n{step}. {name}: train on {settings.samples} samples of {longest} tokens, then measure again")
-        folder = os.path.join(output, granularity)
-        model, tokenizer = load_model_fn()
-        if os.path.exists(os.path.join(folder, RESULT)):
-            load(model, folder)
-        else:
-            samples = task.generate(tokenizer, longest, settings.samples, settings.seed)
-            attach(model, granularity)
-            lr = settings.lr_head if granularity == "head" else settings.lr_channel
-            train(model, samples, lr=lr, seed=settings.seed, output_dir=folder, resume=True, progress=progress)
-        with open(os.path.join(folder, RESULT), encoding="utf-8") as file:
-            training[name] = json.load(file)
+        model, tokenizer, training[name] = trained(
+            load_model_fn, name, os.path.join(output, granularity),
+            lambda: task.generate(tokenizer, longest, settings.samples, settings.seed),
+            lr=settings.lr_head if granularity == "head" else settings.lr_channel, seed=settings.seed, progress=progress,
+        )  # fmt: skip
         learned[name] = dict(model.seal_scales.items())
         found[name] = measure(model, tokenizer, name, f"{granularity}.json", settings.lengths)
-        log(_line(found[name]) + f"; {training[name]['parameters']} numbers trained in {training[name]['seconds']:.0f} s")
+        told = f"{training[name]['parameters']} numbers trained in {training[name]['seconds']:.0f} s"
+        log(f"   {found[name].line()}; {told}")
 
     log(f"\n4. Merge into plain weights, load them as any checkpoint, measure at {longest} tokens")
     agreement = {}
     for granularity, name in NAMES.items():
         folder = os.path.join(output, f"merged-{granularity}")
+        model, tokenizer = load_model_fn()
+        load(model, os.path.join(output, granularity))
+        wanted = fingerprint(merge(model))
         if not os.path.isdir(folder):
-            model, tokenizer = load_model_fn()
-            load(model, os.path.join(output, granularity))
-            merge(model)
             with replacing_folder(folder) as temporary:
                 model.save_pretrained(temporary)
                 tokenizer.save_pretrained(temporary)
         model, tokenizer = load_model_fn(folder)
+        if fingerprint(model) != wanted:
+            raise ValueError(f"seal demo: {folder} must hold the merged model of this demo, got another; remove it, or --restart")
         merged = measure(model, tokenizer, f"{name} merged", f"merged-{granularity}.json", [longest])
         found[merged.name] = merged
         agreement[name] = _agreement(found[name], merged)
         cases = agreement[name]["cases"]
-        log(f"{_line(merged)}; agrees with the unmerged model in {cases - agreement[name]['differ']} of {cases} cases")
+        log(f"   {merged.line()}; agrees with the unmerged model in {cases - agreement[name]['differ']} of {cases} cases")
 
     _draw(output, task, found, learned, longest)
     results = {
         "task": task.name,
         "settings": asdict(settings),
-        "environment": _environment(),
-        "accuracy": {
-            name: [{"length": length, **asdict(cell)} for length, cell in evaluation.accuracy.items()]
-            for name, evaluation in found.items()
-        },
+        "provenance": origin,
+        "accuracy": {name: evaluation.cells() for name, evaluation in found.items()},
         "training": {name: {k: v for k, v in t.items() if k != "settings"} for name, t in training.items()},
         "merged_against_unmerged": agreement,
         "seconds": {
@@ -228,23 +231,6 @@ def forget(output: str) -> None:
             os.rmdir(folder)
 
 
-def _claim(output, settings):
-    """Makes the folder this demo's, or checks that it is."""
-    path = os.path.join(output, SETTINGS)
-    wanted = json.loads(json.dumps(asdict(settings)))
-    if os.path.exists(path):
-        with open(path, encoding="utf-8") as file:
-            earlier = json.load(file)
-        differing = [key for key in wanted if earlier.get(key) != wanted[key]]
-        if differing:
-            raise ValueError(
-                f"seal demo: output {output} must be new or hold this demo, got one with another "
-                f"{', '.join(differing)} (give another --output, or --restart)"
-            )
-    else:
-        atomic_write(path, json.dumps(wanted, indent=1) + "\n")
-
-
 def _estimate(model, settings) -> float:
     """Seconds, from one forward pass of the longest length: what is read, and three times that where it is trained."""
     longest = max(settings.lengths)
@@ -264,11 +250,6 @@ def _duration(seconds):
     return f"{seconds / 60:.0f} minutes" if seconds > 90 else f"{seconds:.0f} seconds"
 
 
-def _line(evaluation: Evaluation) -> str:
-    cells = ", ".join(f"{length}: {cell.accuracy:.2f}" for length, cell in evaluation.accuracy.items())
-    return f"   {evaluation.name}: {cells}"
-
-
 def _agreement(one: Evaluation, other: Evaluation) -> dict:
     """In how many of the cases that both hold the scores differ."""
     scores = {(r["length"], r["index"]): r["score"] for r in one.records}
@@ -281,9 +262,3 @@ def _draw(output, task, found, learned, longest):
     accuracy, scales = (os.path.join(output, name) for name in PLOTS)
     plots.accuracy_by_length(curves, accuracy, title=f"{task.name} before and after SEAL", trained_at=longest)
     plots.scales_by_layer(learned, scales)
-
-
-def _environment():
-    from ..ops.environment import facts
-
-    return {**facts(), "threads": torch.get_num_threads()}

@@ -9,8 +9,6 @@ Two measures of one thing, the change of the answer's log-probability when a uni
 
 The first order is exact for small changes only: expect the two to agree at ``factor=0.9`` and less so at 0.
 """
-import csv
-import io
 import json
 import os
 import random
@@ -26,10 +24,12 @@ from ..adapters.attachment import attach, detach
 from ..adapters.scales import Scales
 from ..evaluation.logprobs import answer_logprobs
 from ..evaluation.statistics import spearman
-from ..huggingface.identity import fingerprint
-from ..huggingface.modes import prepared
-from ..utils.files import atomic_write
+from ..huggingface.modes import mode, prepared
+from ..huggingface.provenance import provenance
+from ..tasks.description import describe
+from ..utils.files import atomic_write, write_csv
 from ..utils.progress import bar
+from ..utils.runs import resume as resume_run
 
 METHODS = ("ablation", "gradient")
 BATCH_TOKENS = 16_384  # prompt tokens in a batch of variants
@@ -41,12 +41,14 @@ class HeadImportance:
     """What taking each unit away changes, case by case.
 
     Attributes:
-        settings: task, lengths, cases, seed, granularity, fingerprint of the model.
+        settings: what decides the outcome: task, tokenizer, chat format, lengths, cases, seed, granularity, fingerprint of
+            the model.
         units: ``[layer, head]`` or ``[layer, head, channel]``, all of them.
         ablated: indices into ``units`` of those that were ablated.
         records: one dict a case: ``length``, ``index``, ``logprob`` and ``exact`` of the whole model, ``ablated_logprob``
             and ``ablated_exact`` (one value an ablated unit), ``gradient`` (one value a unit: the estimated change).
         seconds: time spent by method.
+        provenance: model and versions that wrote it, for people.
     """
 
     settings: dict
@@ -54,6 +56,7 @@ class HeadImportance:
     ablated: list[int]
     records: list[dict] = field(default_factory=list)
     seconds: dict = field(default_factory=dict)
+    provenance: dict = field(default_factory=dict)
 
     @property
     def lengths(self) -> list[int]:
@@ -77,10 +80,10 @@ class HeadImportance:
 
     def _changes(self, measure, length):
         if measure not in ("logprob", "accuracy", "gradient"):
-            raise ValueError(f"HeadImportance.change: measure must be logprob, accuracy or gradient, got {measure!r}")
+            raise ValueError(f"seal_ops.HeadImportance.change: measure must be logprob, accuracy or gradient, got {measure!r}")
         records = [r for r in self.records if length is None or r["length"] == length]
         if not records:
-            raise ValueError(f"HeadImportance.change: length must be one of {self.lengths}, got {length}")
+            raise ValueError(f"seal_ops.HeadImportance.change: length must be one of {self.lengths}, got {length}")
         found = torch.full((len(records), len(self.units)), float("nan"), dtype=torch.float64)
         key = {"logprob": "logprob", "accuracy": "exact"}.get(measure)
         for row, record in zip(found, records, strict=True):
@@ -136,24 +139,23 @@ class HeadImportance:
         with open(path, encoding="utf-8") as file:
             try:
                 content = json.load(file)
-                return cls(**{key: content[key] for key in ("settings", "units", "ablated", "records", "seconds")})
+                kept = {key: content[key] for key in ("settings", "units", "ablated", "records", "seconds")}
+                return cls(**kept, provenance=content.get("provenance", {}))
             except (KeyError, TypeError, ValueError) as error:
-                raise ValueError(f"HeadImportance.load: {path} must be a saved head importance, got {error!r}") from None
+                raise ValueError(f"seal_ops.HeadImportance.load: {path} must be a saved head importance, got {error!r}") from None
 
     def save_csv(self, path) -> None:
         """Writes one row a unit and length: the changes with their standard errors."""
-        text = io.StringIO()
         names = ["layer", "head", "channel"][: len(self.units[0])]
         measures = ("logprob", "accuracy", "gradient")
-        writer = csv.writer(text, lineterminator="\n")
-        writer.writerow(["length", *names, *(column for m in measures for column in (m, f"{m}_stderr"))])
+        rows = []
         for length in self.lengths:
             columns = []
             for measure in measures:
                 columns += [self.change(measure, length).tolist(), self.standard_error(measure, length).tolist()]
             for unit, *values in zip(self.units, *columns, strict=True):
-                writer.writerow([length, *unit, *("" if v != v else f"{v:.6g}" for v in values)])
-        atomic_write(path, text.getvalue())
+                rows.append([length, *unit, *("" if v != v else f"{v:.6g}" for v in values)])
+        write_csv(path, ["length", *names, *(column for m in measures for column in (m, f"{m}_stderr"))], rows)
 
 
 def measure_head_importance(
@@ -170,6 +172,7 @@ def measure_head_importance(
     batch_size: int | None = None,
     seed: int = 0,
     chat_template=None,
+    chat_template_kwargs: dict | None = None,
     gradient_checkpointing: bool | str = False,
     backend: str | None = None,
     output: str | os.PathLike | None = None,
@@ -201,7 +204,8 @@ def measure_head_importance(
     task = tasks.get(task)
     lengths = sorted({lengths} if isinstance(lengths, int) else set(lengths))
     _check(lengths, cases, granularity, methods, limit, batch_size)
-    with with_scales(model, granularity, backend) as scales:
+    origin, prompts = provenance(model), {"chat_template": chat_template, "chat_template_kwargs": chat_template_kwargs}
+    with with_scales(model, granularity, backend) as scales, mode(model, False):
         units = _units(scales, granularity)
         ablated = list(range(len(units)))
         if limit is not None and limit < len(units):
@@ -209,48 +213,46 @@ def measure_head_importance(
         if "ablation" not in methods:
             ablated = []
         settings = {
-            "task": task.name,
+            **describe(task, tokenizer, **prompts),
             "lengths": lengths,
             "cases": cases,
             "seed": seed,
             "granularity": granularity,
             "methods": sorted(methods),
             "factor": factor,
-            "chat_template": chat_template,
-            "model": fingerprint(model),
+            "limit": None if len(ablated) in (0, len(units)) else limit,
+            "model": origin["model"]["fingerprint"],
         }
-        result = HeadImportance(settings, units, ablated, [], {method: 0.0 for method in methods})
+        result = HeadImportance(settings, units, ablated, [], {method: 0.0 for method in methods}, origin)
         if resume and output is not None and os.path.exists(output):
-            result = _resumed(result, output)
+            found = resume_run(HeadImportance.load, output, settings, "seal_ops.measure_head_importance")
+            result.records, result.seconds = found.records, found.seconds
         done = {(record["length"], record["index"]) for record in result.records}
         saved = time.monotonic()
-        training, per_case = model.training, len(ablated) + ("gradient" in methods)
-        model.eval()
-        try:
-            with bar(len(lengths) * cases * per_case, f"influence of {len(units)} {granularity}s", progress) as advance:
-                advance(len(done) * per_case)
-                for length in lengths:
-                    samples = task.generate(tokenizer, length, cases, seed, chat_template=chat_template)
-                    for index, sample in enumerate(samples):
-                        if (length, index) in done:
-                            continue
-                        record = {"length": length, "index": index, "answer_tokens": len(sample.answer_ids)}
+        per_case = len(ablated) + ("gradient" in methods)
+        with bar(len(lengths) * cases * per_case, f"importance of {len(units)} {granularity}s", progress) as advance:
+            advance(len(done) * per_case)
+            for length in lengths:
+                if all((length, index) in done for index in range(cases)):
+                    continue
+                for index, sample in enumerate(task.generate(tokenizer, length, cases, seed, **prompts)):
+                    if (length, index) in done:
+                        continue
+                    record = {"length": length, "index": index, "answer_tokens": len(sample.answer_ids)}
+                    started = time.monotonic()
+                    if "gradient" in methods:
+                        record |= _gradient(model, scales, sample, units, factor, gradient_checkpointing)
+                        result.seconds["gradient"] += time.monotonic() - started
+                        advance(1)
+                    if "ablation" in methods:
                         started = time.monotonic()
-                        if "gradient" in methods:
-                            record |= _gradient(model, scales, sample, units, factor, gradient_checkpointing)
-                            result.seconds["gradient"] += time.monotonic() - started
-                            advance(1)
-                        if "ablation" in methods:
-                            started = time.monotonic()
-                            size = batch_size or max(1, BATCH_TOKENS // len(sample))
-                            record |= _ablation(model, scales, sample, [units[i] for i in ablated], factor, size, advance)
-                            result.seconds["ablation"] += time.monotonic() - started
-                        result.records.append(record)
-                        if output is not None and time.monotonic() - saved > SAVE_EVERY:
-                            result.save(output)
-                            saved = time.monotonic()
-        finally:
-            model.train(training)
+                        size = batch_size or max(1, BATCH_TOKENS // len(sample))
+                        record |= _ablation(model, scales, sample, [units[i] for i in ablated], factor, size, advance)
+                        result.seconds["ablation"] += time.monotonic() - started
+                    result.records.append(record)
+                    if output is not None and time.monotonic() - saved > SAVE_EVERY:
+                        result.save(output)
+                        saved = time.monotonic()
     result.records.sort(key=lambda record: (record["length"], record["index"]))
     if output is not None:
         result.save(output)
@@ -259,7 +261,7 @@ def measure_head_importance(
 
 def _check(lengths, cases, granularity, methods, limit, batch_size):
     def refuse(name, expected, got):
-        raise ValueError(f"measure_head_importance: {name} must be {expected}, got {got!r}")
+        raise ValueError(f"seal_ops.measure_head_importance: {name} must be {expected}, got {got!r}")
 
     if not lengths or not all(isinstance(n, int) and n > 0 for n in lengths):
         refuse("lengths", "positive integers, at least one", lengths)
@@ -343,7 +345,7 @@ def _gradient(model, scales, sample, units, factor, checkpointing):
         gradients = torch.autograd.grad(logprob.sum(), list(keep.values()))
     change = torch.cat([(factor - 1) * g.flatten().cpu() for g in gradients])
     if not torch.isfinite(change).all():
-        raise RuntimeError("measure_head_importance: gradients of the scales must be finite, got NaN or infinity")
+        raise RuntimeError("seal_ops.measure_head_importance: gradients of the scales must be finite, got NaN or infinity")
     found = {"logprob": _short(logprob.item()), "exact": bool(exact)}
     return {**found, "gradient": [_short(x) for x in change.tolist()]}
 
@@ -351,18 +353,6 @@ def _gradient(model, scales, sample, units, factor, checkpointing):
 def _short(value):
     """Six digits: what fp32 holds, without its decimal tail in a file."""
     return float(f"{value:.6g}")
-
-
-def _resumed(fresh, output):
-    found = HeadImportance.load(output)
-    wanted = json.loads(json.dumps(fresh.settings))
-    if found.settings != wanted or found.ablated != fresh.ablated:
-        differing = [key for key, value in wanted.items() if found.settings.get(key) != value] or ["limit"]
-        raise ValueError(
-            f"measure_head_importance: output {output} must come from the same model and settings to resume, "
-            f"got another {', '.join(differing)}"
-        )
-    return found
 
 
 def _correlation(one, other):

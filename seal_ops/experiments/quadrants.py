@@ -75,7 +75,7 @@ def quadrant_experiment(
                         factor = keep[layer][0]
                         if per_channel and scale.dim() == 1:
                             raise ValueError(
-                                "heads.quadrant_experiment: model must have channel scales, or none, for an influence of "
+                                "seal_ops.quadrant_experiment: model must have channel scales, or none, for an influence of "
                                 "channels, got head scales"
                             )
                         scale.copy_(before[layer] * (factor if scale.dim() == 2 else factor[:, 0]))

@@ -3,21 +3,27 @@ import json
 import os
 
 from ..utils.files import atomic_write
+from ..utils.runs import differing
 
-# ---------------------------------------------------------------------------------------------------------- shared
+SETTINGS = "settings.json"
 
 
-def reserve(output, settings: dict, call: str) -> None:
+def reserve(output, settings: dict, call: str, hint: str = "") -> None:
     """Makes the folder ``output`` the one of these settings; ``ValueError`` where it holds a run with others."""
-    path, wanted = os.path.join(output, "settings.json"), json.loads(json.dumps(settings))
+    path = os.path.join(output, SETTINGS)
     if not os.path.exists(path):
-        atomic_write(path, json.dumps(wanted, indent=1) + "\n")
-        return
-    earlier = read_json_file(path)
-    differing = [key for key in wanted if earlier.get(key) != wanted[key]]
-    if differing:
+        atomic_write(path, json.dumps(settings, indent=1) + "\n")
+    elif names := differing(read_json_file(path), settings):
         raise ValueError(
-            f"{call}: output {os.fspath(output)} must be new or hold this run, got one with another {', '.join(differing)}"
+            f"{call}: output {os.fspath(output)} must be new or hold this run, got one with another {', '.join(names)}{hint}"
+        )
+
+
+def require_shipped(model: str, default: str, call: str) -> None:
+    """``FileNotFoundError``, one sentence, where the model is the repository's own and the repository is not there."""
+    if model == default and not os.path.isdir(model):
+        raise FileNotFoundError(
+            f"{call}: model {model} is part of the repository, not of the package; run in a checkout, or give another --model"
         )
 
 

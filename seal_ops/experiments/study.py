@@ -5,9 +5,8 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 
-import torch
-
 from ..huggingface.loading import load_model
+from ..huggingface.provenance import provenance
 from ..report.html import write_report
 from ..report.writers import (
     describe_agreement,
@@ -16,11 +15,12 @@ from ..report.writers import (
     write_quadrants,
     write_transfer,
 )
+from ..tasks.description import describe_prompts
 from ..utils.files import atomic_write
 from .comparison import METHODS, compare
 from .head_importance import HeadImportance, measure_head_importance
 from .quadrants import group_by_sign, quadrant_experiment
-from .runs import reserve
+from .runs import read_json_file, require_shipped, reserve
 from .transfer_matrix import transfer
 
 
@@ -68,7 +68,12 @@ def run(settings: Settings, output: str, *, progress: bool | None = None, log: C
     Raises:
         ValueError: ``output`` holds a study with other settings.
     """
-    reserve(output, json.loads(json.dumps(asdict(settings))), "seal study")
+    require_shipped(settings.model, Settings.model, "seal study")
+    model, tokenizer = load_model(settings.model, device=settings.device, dtype=settings.dtype, call="seal study")
+    origin = provenance(model)
+    claimed = {**asdict(settings), **describe_prompts(tokenizer), "fingerprint": origin["model"]["fingerprint"]}
+    del model  # every stage loads its own
+    reserve(output, claimed, "seal study")
     common = {"seed": settings.seed, "progress": progress}
 
     def load_model_fn():
@@ -117,21 +122,16 @@ def run(settings: Settings, output: str, *, progress: bool | None = None, log: C
             )  # fmt: skip
             write_quadrants(experiment, group_by_sign(measured, "logprob"), measured.units, output, "logprob")
             for evaluation in experiment.values():
-                cells = ", ".join(f"{n}: {cell.accuracy:.2f}" for n, cell in evaluation.accuracy.items())
-                log(f"   {evaluation.name}: {cells}")
+                log(f"   {evaluation.line()}")
     lap("heads")
 
-    from ..ops.environment import facts
-
-    environment = {**facts(), "threads": torch.get_num_threads(), "device": str(model.device), "dtype": str(model.dtype)}
     results = {
-        "kind": "seal_ops.study", "settings": json.loads(json.dumps(asdict(settings))), "environment": environment,
+        "kind": "seal_ops.study", "settings": json.loads(json.dumps(asdict(settings))), "provenance": origin,
         "seconds": seconds, "agreement": {"removal": _agreement(output, "heads"), "step": _agreement(output, "heads-step")},
     }  # fmt: skip
     path = os.path.join(output, "study.json")
     if os.path.exists(path):  # a run that found everything done must not overwrite how long it took
-        with open(path, encoding="utf-8") as file:
-            earlier = json.load(file).get("seconds", {})
+        earlier = read_json_file(path).get("seconds", {})
         results["seconds"] = {**seconds, **earlier}  # this file is written last, so an earlier one timed whole stages
     atomic_write(path, json.dumps(results, indent=1) + "\n")
     write_report(output, title=f"SEAL on {settings.model}")

@@ -8,12 +8,13 @@ from .. import tasks
 from ..evaluation.results import Evaluation
 from ..evaluation.runner import evaluate
 from ..evaluation.statistics import paired
-from ..training.loop import RESULT, train
-from ..utils.files import atomic_write
-from .comparison import BASE, METHODS, RATES, adapted
-from .runs import read_json_file, reserve
-
-# -------------------------------------------------------------------------------------------------------- transfer
+from ..huggingface.provenance import provenance
+from ..tasks.description import describe_options, describe_prompts
+from ..training.recipe import LEARNING_RATES
+from ..utils.files import atomic_write, write_csv
+from .comparison import BASE, METHODS
+from .comparison import trained as trained_model
+from .runs import reserve
 
 
 @dataclass
@@ -23,11 +24,12 @@ class Transfer:
     settings: dict
     evaluations: dict[str, dict[str, Evaluation]] = field(default_factory=dict)
     training: dict[str, dict] = field(default_factory=dict)
+    provenance: dict = field(default_factory=dict)
 
     def matrix(self) -> tuple[list[str], list[str], list[list[float]]]:
         """``(rows, columns, accuracy)``; trained tasks in rows, measured tasks in columns."""
         rows, columns = list(self.evaluations), self.settings["measured"]
-        return rows, columns, [[_cell(self.evaluations[row][column]).accuracy for column in columns] for row in rows]
+        return rows, columns, [[self.evaluations[row][column].overall.accuracy for column in columns] for row in rows]
 
     def save(self, path) -> None:
         """Writes every cell with its interval as JSON, with the paired test against the base."""
@@ -36,17 +38,17 @@ class Transfer:
             for name, evaluation in measured.items():
                 base = [record["score"] for record in self.evaluations[BASE][name].records]
                 test = asdict(paired(base, [record["score"] for record in evaluation.records]))
-                cells.append({"trained": trained, "measured": name, **asdict(_cell(evaluation)), "against_base": test})
+                cells.append({"trained": trained, "measured": name, **asdict(evaluation.overall), "against_base": test})
         training = {name: {k: v for k, v in t.items() if k != "losses"} for name, t in self.training.items()}
-        content = {"kind": "seal_ops.transfer", "settings": self.settings, "cells": cells, "training": training}
+        content = {"kind": "seal_ops.transfer", "settings": self.settings, "cells": cells, "training": training,
+                   "provenance": self.provenance}
         atomic_write(path, json.dumps(content, indent=1) + "\n")
 
     def save_csv(self, path) -> None:
         """Writes the matrix as CSV."""
         rows, columns, values = self.matrix()
-        lines = [",".join(["trained", *columns])]
-        lines += [",".join([row, *(f"{v:.4f}" for v in line)]) for row, line in zip(rows, values, strict=True)]
-        atomic_write(path, "\n".join(lines) + "\n")
+        lines = [[row, *(f"{v:.4f}" for v in line)] for row, line in zip(rows, values, strict=True)]
+        write_csv(path, ["trained", *columns], lines)
 
 
 def transfer(
@@ -62,6 +64,7 @@ def transfer(
     samples: int = 50,
     seed: int = 0,
     chat_template=None,
+    chat_template_kwargs: dict | None = None,
     backend: str | None = None,
     progress: bool | None = None,
     log: Callable[[str], None] = lambda line: None,
@@ -72,37 +75,38 @@ def transfer(
     """
     trained, measured = [tasks.get(task) for task in trained], [tasks.get(task) for task in measured]
     if method not in METHODS:
-        raise ValueError(f"transfer: method must be one of {', '.join(METHODS)}, got {method!r}")
-    lr = RATES[method] if lr is None else lr
+        raise ValueError(f"seal_ops.transfer: method must be one of {', '.join(METHODS)}, got {method!r}")
+    lr = LEARNING_RATES[method] if lr is None else lr
+    known = {task.name: describe_options(task) for task in [*trained, *measured]}
+    for kind, chosen in {"trained": trained, "measured": measured}.items():
+        names = [task.name for task in chosen]
+        if len(set(names)) < len(names) or any(known[task.name] != describe_options(task) for task in chosen):
+            raise ValueError(f"seal_ops.transfer: {kind} must hold tasks of different names, got {names}")
+    model, tokenizer = load_model_fn()
+    prompts = {"chat_template": chat_template, "chat_template_kwargs": chat_template_kwargs}
+    origin = provenance(model)
     settings = {
-        "trained": [task.name for task in trained], "measured": [task.name for task in measured], "length": length,
-        "cases": cases, "method": method, "lr": lr, "samples": samples, "seed": seed, "chat_template": chat_template,
+        "trained": [task.name for task in trained], "measured": [task.name for task in measured], "task_options": known,
+        **describe_prompts(tokenizer, **prompts), "length": length, "cases": cases, "method": method, "lr": lr,
+        "samples": samples, "seed": seed, "model": origin["model"]["fingerprint"],
     }  # fmt: skip
-    reserve(output, settings, "transfer")
-    result = Transfer(settings)
+    reserve(output, settings, "seal_ops.transfer")
+    result = Transfer(settings, provenance=origin)
     for source in [None, *trained]:
-        if source is None:
-            name, (model, tokenizer) = BASE, load_model_fn()
-        else:
-            name, folder = source.name, os.path.join(output, "adapters", source.name)
-            model, tokenizer, done = adapted(load_model_fn, method, folder, backend=backend)
-            if done is None:
-                drawn = source.generate(tokenizer, length, samples, seed, chat_template=chat_template)
-                train(model, drawn, lr=lr, seed=seed, output_dir=folder, resume=True, progress=progress)
-            result.training[name] = read_json_file(os.path.join(folder, RESULT))
+        name = BASE if source is None else source.name
+        if source is not None:
+            model, tokenizer, result.training[name] = trained_model(
+                load_model_fn, method, os.path.join(output, "adapters", name),
+                lambda source=source: source.generate(tokenizer, length, samples, seed, **prompts),
+                lr=lr, seed=seed, progress=progress, backend=backend,
+            )  # fmt: skip
         result.evaluations[name] = {
             target.name: evaluate(
-                model, tokenizer, target, length, cases, seed=seed, chat_template=chat_template,
-                name=f"{name}, measured on {target.name}", output=os.path.join(output, f"{name}-on-{target.name}.json"),
-                resume=True, progress=progress,
+                model, tokenizer, target, length, cases, seed=seed, name=f"{name}, measured on {target.name}",
+                output=os.path.join(output, f"{name}-on-{target.name}.json"), resume=True, progress=progress, **prompts,
             )
             for target in measured
         }  # fmt: skip
-        cells = ", ".join(f"{n}: {_cell(e).accuracy:.2f}" for n, e in result.evaluations[name].items())
+        cells = ", ".join(f"{n}: {e.overall.accuracy:.2f}" for n, e in result.evaluations[name].items())
         log(f"{'untrained' if source is None else 'trained on ' + name}: {cells}")
     return result
-
-
-def _cell(evaluation):
-    (cell,) = evaluation.accuracy.values()
-    return cell

@@ -8,7 +8,6 @@ from __future__ import annotations
 import types
 import warnings
 
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 

@@ -11,21 +11,20 @@ from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
 
 @contextlib.contextmanager
-def modes_restored(model: nn.Module):
-    """Whatever the block does to it, every module has the mode afterwards that it had before, frozen parts included."""
-    modes = [(m, m.training) for m in model.modules()]
+def mode(model: nn.Module, training: bool):
+    """Every module in training or in evaluation mode inside; each in its own again outside."""
+    before = [(module, module.training) for module in model.modules()]
+    model.train(training)
     try:
         yield
     finally:
-        for module, training in modes:
-            module.training = training
+        for module, found in before:
+            module.training = found
 
 
 def run_two_tokens(model: nn.Module) -> None:
-    """One forward of two tokens, in evaluation mode: no dropout, no checkpointing."""
     device = next((p.device for p in model.parameters() if not p.is_meta), "cpu")
-    with modes_restored(model), torch.no_grad():
-        model.eval()
+    with mode(model, False), torch.no_grad():  # no dropout, no checkpointing
         model(input_ids=torch.tensor([[0, 1]], device=device), use_cache=False)
 
 
@@ -36,8 +35,7 @@ def prepared(model, checkpointing):
     word = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
     if getattr(model, f"is_{word}_checkpointing", False):
         checkpointing = False  # the caller's own is left alone
-    with modes_restored(model):
-        model.train()  # transformers checkpoints in training mode only
+    with mode(model, True):  # transformers checkpoints in training mode only
         try:
             if checkpointing:
                 options = {"use_reentrant": False}

@@ -48,11 +48,11 @@ def write_report(folder: str | os.PathLike, output: str | os.PathLike | None = N
     """
     folder = os.fspath(folder)
     if not os.path.isdir(folder):
-        raise FileNotFoundError(f"report: folder must exist, got {folder}")
+        raise FileNotFoundError(f"seal_ops.report: folder must exist, got {folder}")
     output = os.path.join(folder, NAME) if output is None else os.fspath(output)
     sections = _sections(folder, _files(folder))
     if not sections:
-        raise ValueError(f"report: folder must hold results (JSON, CSV) or plots (SVG, PNG), got none in {folder}")
+        raise ValueError(f"seal_ops.report: folder must hold results (JSON, CSV) or plots (SVG, PNG), got none in {folder}")
     title = title or os.path.basename(os.path.abspath(folder))
     body, contents = [], []
     for i, (heading, parts) in enumerate(sections):
@@ -103,7 +103,8 @@ def _sections(folder, names):
             described |= {name, stem + ".csv"}
             beside = os.path.dirname(name)
             stems = [os.path.join(beside, plot.format(stem=os.path.basename(stem))) for plot in plots]
-            add(heading, f"<h3>{html.escape(stem)}</h3>" if _many(kinds, wanted) else "", show(content), *picture(*stems))
+            title = f"<h3>{html.escape(stem)}</h3>" if _many(kinds, wanted) else ""
+            add(heading, title, show(content), _provenance(content.get("provenance")), *picture(*stems))
     evaluations = [(name, content) for name, kind, content in kinds if kind == "evaluation"]
     if evaluations:
         add("Evaluations", *_evaluations(evaluations), *picture("accuracy"))
@@ -164,7 +165,7 @@ def _shown(value):
 
 
 def _cell(cell):
-    return f"{cell['accuracy']:.2f} [{cell['low']:.2f}, {cell['high']:.2f}]"
+    return f"{cell['accuracy']:.2f} [{cell['low']:.2f}, {cell['high']:.2f}]"  # as a Cell prints itself
 
 
 def _settings(settings):
@@ -175,6 +176,15 @@ def _settings(settings):
     return f"<details><summary>settings</summary>{table}</details>"
 
 
+def _provenance(content):
+    """Model and versions of a result; "" where it says none."""
+    if not content:
+        return ""
+    rows = [(f"model, {key}", value) for key, value in content["model"].items()]
+    rows += [*content["versions"].items(), ("threads", content["threads"])]
+    return f"<details><summary>model and versions</summary>{_table(('', 'value'), rows, text=(1,))}</details>"
+
+
 def _p(value):
     return f"{value:.2g}" if value >= 1e-4 else f"{value:.0e}"
 
@@ -183,9 +193,7 @@ def _comparison(content):
     lengths = content["settings"]["lengths"]
     rows = []
     for row in content["rows"]:
-        cells = [
-            _cell({"accuracy": row[f"accuracy_{n}"], "low": row[f"low_{n}"], "high": row[f"high_{n}"]}) for n in lengths
-        ]
+        cells = [_cell({key: row[f"{key}_{n}"] for key in ("accuracy", "low", "high")}) for n in lengths]
         memory = row["peak_memory"] and round(row["peak_memory"] / 2**20)
         rows.append([row["name"], *cells, row["parameters"], row["lr"], row["training_seconds"], memory])
     columns = ["", *(f"{n} tokens" for n in lengths), "trained", "lr", "training s", "peak MiB"]
@@ -252,9 +260,7 @@ def _training(content):
 
 
 def _study(content):
-    parts = [_table(("stage", "seconds"), content["seconds"].items())]
-    parts.append(_table(("environment", "value"), [(k, str(v)) for k, v in content["environment"].items()], text=(1,)))
-    return "\n".join(parts) + _settings(content["settings"])
+    return _table(("stage", "seconds"), content["seconds"].items()) + _settings(content["settings"])
 
 
 def _evaluations(evaluations):
@@ -265,7 +271,7 @@ def _evaluations(evaluations):
     rows = []
     for name, evaluation in loaded:
         cells = evaluation.accuracy
-        shown = [f"{cells[n].accuracy:.2f} [{cells[n].low:.2f}, {cells[n].high:.2f}]" if n in cells else "" for n in lengths]
+        shown = [str(cells[n]) if n in cells else "" for n in lengths]
         rows.append((evaluation.name or name, evaluation.task, *shown, len(evaluation.records)))
     yield _table(("", "task", *(f"{n} tokens" for n in lengths), "cases"), rows)
     for name, evaluation in loaded:

@@ -41,7 +41,7 @@ def save(fig, path) -> None:
         return
     suffix = os.path.splitext(os.fspath(path))[1].lower()
     if suffix not in FORMATS:
-        raise ValueError(f"plots: path must end with one of {', '.join(FORMATS)}, got {os.fspath(path)}")
+        raise ValueError(f"seal_ops.plots: path must end with one of {', '.join(FORMATS)}, got {os.fspath(path)}")
     with replacing(path) as temporary:
         fig.savefig(temporary, format=suffix[1:])
 
@@ -136,7 +136,7 @@ def depth_by_length(evaluation: Evaluation, path, *, bins: int = 5, title: str |
     """
     depths = sorted({record.get("depth") for record in evaluation.records}, key=lambda d: -1 if d is None else d)
     if not depths or depths[0] is None:
-        raise ValueError(f"plots.depth_by_length: evaluation must have a depth for every case, {evaluation.task} has none")
+        raise ValueError(f"seal_ops.plots.depth_by_length: evaluation must have a depth for every case, {evaluation.task} has none")
     if len(depths) <= 11:
         rows, labels = depths, [f"{d:.0%}" for d in depths]
         row_of = rows.index

@@ -2,7 +2,6 @@
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import asdict
 
 from ..evaluation.results import Evaluation
 from ..utils.files import atomic_write
@@ -102,12 +101,10 @@ def write_quadrants(
     results: Mapping[str, Evaluation], groups: Mapping[str, list[int]], units: list, output: str, measure: str
 ) -> None:
     """``quadrants.json`` and the plot of the four curves; ``groups`` are indices into ``units``."""
-    cells = {
-        name: [{"length": length, **asdict(cell)} for length, cell in evaluation.accuracy.items()]
-        for name, evaluation in results.items()
-    }
+    cells = {name: evaluation.cells() for name, evaluation in results.items()}
     of_groups = {name: [units[i] for i in group] for name, group in groups.items()}
-    content = {"kind": "seal_ops.quadrants", "measure": measure, "units": of_groups, "accuracy": cells}
+    origin = next((evaluation.provenance for evaluation in results.values()), {})
+    content = {"kind": "seal_ops.quadrants", "measure": measure, "units": of_groups, "accuracy": cells, "provenance": origin}
     atomic_write(os.path.join(output, "quadrants.json"), json.dumps(content, indent=1) + "\n")
     title = f"Harmful heads down, helpful heads up ({len(groups['harmful'])} and {len(groups['helpful'])})"
     plots.accuracy_by_length(list(results.values()), files(output, "quadrants"), title=title)

@@ -58,15 +58,15 @@ def make(name: str, **options) -> Task:
     elif name in _MAKERS:
         maker, given = _MAKERS[name]
     else:
-        raise ValueError(f"tasks.make: name must be one of {', '.join([*_MAKERS, 'documents'])}, got {name!r}")
+        raise ValueError(f"seal_ops.tasks.make: name must be one of {', '.join([*_MAKERS, 'documents'])}, got {name!r}")
     known = [] if maker.__init__ is object.__init__ else list(inspect.signature(maker).parameters)
     known = [option for option in known if option != "name"]
     for option in options:
         if option not in known:
             listed = ", ".join(known) or "none"
-            raise ValueError(f"tasks.make: options of {name} must be among {listed}, got {option!r}")
+            raise ValueError(f"seal_ops.tasks.make: options of {name} must be among {listed}, got {option!r}")
     if name == "documents" and "path" not in options:
-        raise ValueError("tasks.make: documents needs the option path (a jsonl file), got none")
+        raise ValueError("seal_ops.tasks.make: documents needs the option path (a jsonl file), got none")
     return maker(**{**given, **options})
 
 
@@ -87,12 +87,12 @@ def get(task) -> Task:
         try:
             found = getattr(importlib.import_module(module), attribute)
         except (ImportError, AttributeError) as error:
-            raise ValueError(f"tasks.get: task {task!r} must name an importable module:Class, got {error}") from None
+            raise ValueError(f"seal_ops.tasks.get: task {task!r} must name an importable module:Class, got {error}") from None
         found = found() if isinstance(found, type) else found
         if isinstance(found, Task):
             return found
     raise ValueError(
-        f"tasks.get: task must be one of {', '.join(_TASKS)}, 'documents:FILE', a Task or 'module:Class', got {task!r}"
+        f"seal_ops.tasks.get: task must be one of {', '.join(_TASKS)}, 'documents:FILE', a Task or 'module:Class', got {task!r}"
     )
 
 
@@ -115,7 +115,7 @@ def read(path) -> list[Sample]:
             try:
                 samples.append(Sample.from_json(line))
             except ValueError as error:
-                raise ValueError(f"tasks.read: {path}, line {number}: {error}") from None
+                raise ValueError(f"seal_ops.tasks.read: {path}, line {number}: {error}") from None
     if not samples:
-        raise ValueError(f"tasks.read: {path} must hold at least one sample, got an empty file")
+        raise ValueError(f"seal_ops.tasks.read: {path} must hold at least one sample, got an empty file")
     return samples

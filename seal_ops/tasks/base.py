@@ -20,7 +20,10 @@ import json
 import random
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+
+from ..utils.progress import track
+from .reading import CLOSE, opens_reasoning, read_output
 
 IGNORE_INDEX = -100  # the label that PyTorch's cross entropy and transformers skip
 SPLITS = ("train", "test")
@@ -88,10 +91,15 @@ class Encoder:
             text; a string with ``{prompt}`` in it for a format of one's own (``"USER: {prompt} ASSISTANT:"``); any
             other string is a Jinja chat template.
         caller: how error messages name the call.
+        chat_template_kwargs: variables of the template; ``enable_thinking`` is False where it is not given.
+
+    What a template writes between the prompt and the answer (an empty reasoning block) belongs to the prompt, and a
+    reasoning block that it opens is closed, unless ``enable_thinking`` is true.
     """
 
-    def __init__(self, tokenizer, chat_template=None, caller="tasks"):
+    def __init__(self, tokenizer, chat_template=None, caller="seal_ops.tasks", chat_template_kwargs=None):
         self.tokenizer, self.caller = tokenizer, caller
+        self.variables = {"enable_thinking": False, **(chat_template_kwargs or {})}
         own = getattr(tokenizer, "chat_template", None)
         if chat_template is True and not own:
             raise ValueError(
@@ -124,16 +132,29 @@ class Encoder:
 
     def _chat(self, prompt, answer):
         turn = [{"role": "user", "content": prompt}]
-        render = self.tokenizer.apply_chat_template
-        before = render(turn, chat_template=self.template, add_generation_prompt=True, tokenize=False)
-        whole = render(
-            turn + [{"role": "assistant", "content": answer}], chat_template=self.template, tokenize=False
-        ).rstrip()
+
+        def render(turns, **options):
+            options = {**self.variables, **options, "tokenize": False, "chat_template": self.template}
+            return self.tokenizer.apply_chat_template(turns, **options)
+
+        before = render(turn, add_generation_prompt=True)
+        whole = render([*turn, {"role": "assistant", "content": answer}]).rstrip()
         if whole.startswith(before) and answer in whole[len(before) :]:
-            return before, whole[len(before) :]
+            after = whole[len(before) :]
+            if not self.thinks and (fixed := after[: after.index(answer)].rstrip(" ")).strip():
+                before, after = before + fixed, after[len(fixed) :]
+            return before, after
         # Templates that rewrite earlier turns (reasoning blocks): the answer itself, ended by the end token.
-        separator = "" if before[-1:].isspace() else " "
-        return before, separator + answer + (getattr(self.tokenizer, "eos_token", None) or "")
+        closing = f"\n{CLOSE}\n\n" if opens_reasoning(before) else ""
+        if not self.thinks:
+            before, closing = before + closing, ""
+        separator = "" if (before + closing)[-1:].isspace() else " "
+        return before, closing + separator + answer + (getattr(self.tokenizer, "eos_token", None) or "")
+
+    @property
+    def thinks(self) -> bool:
+        """Whether an output may begin with reasoning."""
+        return self.template is not None and bool(self.variables["enable_thinking"])
 
     def _encode(self, text, special):
         try:
@@ -154,8 +175,12 @@ class Encoder:
         eos = getattr(self.tokenizer, "eos_token_id", None)
         return [] if eos is None else [eos]
 
-    def check(self, sample: Sample) -> None:
-        """Raises ``ValueError`` where the tokenizer has no token for something in the sample."""
+    def check(self, sample: Sample, task: "Task") -> None:
+        """Raises ``ValueError`` where a model that writes exactly the sample's answer would not be right.
+
+        That is so where the tokenizer has no token for something in the sample, and where the answer's tokens, read as
+        :func:`seal_ops.evaluate` reads an output, do not score 1.
+        """
         unknown = getattr(self.tokenizer, "unk_token_id", None)
         if unknown is not None and unknown in sample.input_ids:
             pieces = re.findall(r"\s*\S+", sample.prompt + " " + sample.answer)
@@ -164,16 +189,14 @@ class Encoder:
                 f"{self.caller}: the tokenizer {_name(self.tokenizer)} needs a token for every word of the task, "
                 f"got the unknown token for {lost.strip()!r}"
             )
-        decoded = self.tokenizer.decode(sample.answer_ids, skip_special_tokens=True)
-        if _squeeze(sample.answer) not in _squeeze(decoded):
+        opened = opens_reasoning(self.tokenizer.decode(sample.prompt_ids[-16:])) if self.thinks else False
+        text = read_output(self.tokenizer, sample.answer_ids, self._end(), task.stop, opened)
+        score = task.score(sample, text)
+        if score < 1:
             raise ValueError(
-                f"{self.caller}: the tokenizer {_name(self.tokenizer)} must give the answer {sample.answer!r} back "
-                f"when decoded, got {decoded!r}"
+                f"{self.caller}: the answer {sample.answer[:80]!r}, in the tokens of {_name(self.tokenizer)} and read as an "
+                f"output is (up to {task.stop!r}, without special tokens), must score 1, got {score:g} for {text[:80]!r}"
             )
-
-
-def _squeeze(text):
-    return "".join(text.split()).lower()
 
 
 def _name(tokenizer):
@@ -188,7 +211,7 @@ class Task:
         unit: what one unit is called in messages.
         max_new_tokens: the most that an output may be long.
         room: tokens kept free behind the answer within the length.
-        stop: an output ends at this text (leading white space apart) besides the tokenizer's end token; None for never.
+        stop: an answer ends at this text (leading white space and reasoning apart) besides the end token; None for never.
     """
 
     name = ""
@@ -226,7 +249,8 @@ class Task:
         *,
         split: str = "train",
         chat_template=None,
-        progress: bool = False,
+        chat_template_kwargs: dict | None = None,
+        progress: bool | None = False,
     ) -> list[Sample]:
         """Samples whose prompt, answer and ``room`` fill ``length`` tokens as far as whole units allow.
 
@@ -236,29 +260,26 @@ class Task:
             samples: how many.
             seed: equal seeds give equal samples; a longer list starts with the shorter one.
             split: "train" or "test"; their random numbers never meet, whatever the seeds.
-            chat_template: see :class:`Encoder`.
-            progress: show a progress bar.
+            chat_template, chat_template_kwargs: see :class:`Encoder`.
+            progress: draw a bar; None draws where stderr is a terminal.
 
         Raises:
-            ValueError: the length is too short for one unit, or the tokenizer lacks a token.
+            ValueError: the length is too short for one unit, or the tokenizer cannot write an answer (:meth:`Encoder.check`).
         """
         if split not in SPLITS:
-            raise ValueError(f"tasks.{self.name}: split must be one of {', '.join(SPLITS)}, got {split!r}")
+            raise ValueError(f"seal_ops.tasks.{self.name}: split must be one of {', '.join(SPLITS)}, got {split!r}")
         if samples < 1:
-            raise ValueError(f"tasks.{self.name}: samples must be at least 1, got {samples}")
-        drawn = self._stream(tokenizer, length, samples, seed, split, chat_template)
-        if progress:
-            from ..utils.progress import track
-
-            drawn = track(drawn, samples, f"{self.name}: writing samples of {length} tokens")
-        return list(drawn)
+            raise ValueError(f"seal_ops.tasks.{self.name}: samples must be at least 1, got {samples}")
+        encoder = Encoder(tokenizer, chat_template, f"seal_ops.tasks.{self.name}", chat_template_kwargs)
+        drawn = self._stream(encoder, length, samples, seed, split)
+        drawn = (replace(sample, meta={"task": self.name, "length": length, **sample.meta}) for sample in drawn)
+        return list(track(drawn, samples, f"{self.name}: writing samples of {length} tokens", progress))
 
     def __call__(self, tokenizer, length: int = 31_000, samples: int = 50, seed: int = 0, **options) -> list[Sample]:
         """:meth:`generate` with the paper's training length as default."""
         return self.generate(tokenizer, length, samples, seed, **options)
 
-    def _stream(self, tokenizer, length, samples, seed, split, chat_template) -> Iterator[Sample]:
-        encoder = Encoder(tokenizer, chat_template, caller=f"tasks.{self.name}")
+    def _stream(self, encoder, length, samples, seed, split) -> Iterator[Sample]:
         units = None
         for index in range(samples):
             key = f"{self.name}/{split}/{seed}/{length}/{index}"
@@ -269,7 +290,7 @@ class Task:
                 return Sample(prompt_ids, answer_ids, prompt, answer, {"index": index, "units": count, **meta})
 
             sample = self._fill(draw, length, units)
-            encoder.check(sample)
+            encoder.check(sample, self)
             units = sample.meta["units"]
             yield sample
 
@@ -295,6 +316,6 @@ class Task:
         if best is None:
             needed = len(draw(1)) + self.room
             raise ValueError(
-                f"tasks.{self.name}: length must be at least {needed} tokens to hold one {self.unit}, got {length}"
+                f"seal_ops.tasks.{self.name}: length must be at least {needed} tokens to hold one {self.unit}, got {length}"
             )
         return best

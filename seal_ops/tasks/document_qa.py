@@ -12,7 +12,7 @@ import re
 import string
 from collections import Counter
 
-from .base import Encoder, Sample, Task
+from .base import Sample, Task
 
 PROMPT = (
     "Answer the question based on the given text. Only give me the answer and do not output any other words.\n\n"
@@ -27,8 +27,9 @@ class DocumentQA(Task):
     Args:
         path: the file.
         prompt: a template with ``{context}`` and ``{question}``.
-        held_out: share of the rows that belong to the split "test"; which rows they are depends on their content only,
-            so that a file that grows keeps its split. 0 and 1 put all rows into "train" or "test".
+        held_out: share of the documents that belong to the split "test", with all questions about them. Which they are
+            depends on their text only, so that a file that grows keeps its split. 0 and 1 put all into "train" or "test".
+        max_new_tokens: longest output; an answer that is longer is refused when it is evaluated.
 
     ``length`` is a limit here, not a target: a document that is too long loses its middle, as in LongBench, and a short
     one is taken as it is.  The score is LongBench's word F1 with the best of the answers.  ``meta``: ``row`` (line of the
@@ -37,13 +38,17 @@ class DocumentQA(Task):
 
     name = "documents"
     unit = "word of the document"
+    stop = None  # answers may have several lines
 
-    def __init__(self, path, prompt: str = PROMPT, held_out: float = 0.5):
+    def __init__(self, path, prompt: str = PROMPT, held_out: float = 0.5, max_new_tokens: int = 100):
         if "{context}" not in prompt or "{question}" not in prompt:
-            raise ValueError(f"tasks.documents: prompt must contain {{context}} and {{question}}, got {prompt[:60]!r}")
+            raise ValueError(f"seal_ops.tasks.documents: prompt must contain {{context}} and {{question}}, got {prompt[:60]!r}")
         if not 0 <= held_out <= 1:
-            raise ValueError(f"tasks.documents: held_out must be in [0, 1], got {held_out!r}")
+            raise ValueError(f"seal_ops.tasks.documents: held_out must be in [0, 1], got {held_out!r}")
+        if not isinstance(max_new_tokens, int) or max_new_tokens < 1:
+            raise ValueError(f"seal_ops.tasks.documents: max_new_tokens must be an integer of at least 1, got {max_new_tokens!r}")
         self.path, self.prompt, self.held_out = os.fspath(path), prompt, held_out
+        self.max_new_tokens = max_new_tokens
         # Part of an evaluation's settings: a file that changed cannot be resumed.
         self.content = hashlib.sha256(repr(self._rows()).encode()).hexdigest()[:16]
 
@@ -55,19 +60,18 @@ class DocumentQA(Task):
         """The rows of a split, ``(line number, row)``."""
         return [(n, row) for n, row in self._rows() if (_fraction(row) < self.held_out) == (split == "test")]
 
-    def _stream(self, tokenizer, length, samples, seed, split, chat_template):
-        encoder = Encoder(tokenizer, chat_template, caller="tasks.documents")
+    def _stream(self, encoder, length, samples, seed, split):
         rows = self.rows(split)
         if samples > len(rows):
             raise ValueError(
-                f"tasks.documents: samples must be at most {len(rows)} (the rows of split {split!r} in {self.path}), "
+                f"seal_ops.tasks.documents: samples must be at most {len(rows)} (the rows of split {split!r} in {self.path}), "
                 f"got {samples}"
             )
         # Another seed takes other rows, a longer list starts with the shorter one.
         rows.sort(key=lambda item: hashlib.sha256(f"{seed}/{item[0]}".encode()).digest())
         for index, (number, row) in enumerate(rows[:samples]):
             sample = self._shorten(encoder, row, length, {"index": index, "row": number})
-            encoder.check(sample)
+            encoder.check(sample, self)
             yield sample
 
     def _shorten(self, encoder, row, length, meta):
@@ -90,7 +94,7 @@ class DocumentQA(Task):
         low, high, best = 0, len(words), draw(0)
         if len(best) + self.room > length:
             raise ValueError(
-                f"tasks.documents: length must be at least {len(best) + self.room} tokens for the question in line "
+                f"seal_ops.tasks.documents: length must be at least {len(best) + self.room} tokens for the question in line "
                 f"{meta['row']} of {self.path}, got {length}"
             )
         while high - low > 1:
@@ -119,9 +123,9 @@ def _words(text):
 
 
 def _fraction(row):
-    """A number in [0, 1) that depends on the document and the question."""
-    content = f"{row['context']}\0{row['input']}".encode()
-    return int.from_bytes(hashlib.sha256(content).digest()[:6]) / 2**48
+    """A number in [0, 1) that depends on the document alone: all questions about it belong to one split."""
+    content = " ".join(row["context"].split())
+    return int.from_bytes(hashlib.sha256(content.encode()).digest()[:6]) / 2**48
 
 
 @functools.lru_cache(maxsize=4)
@@ -135,15 +139,15 @@ def _read(path, changed, size):
             try:
                 row = json.loads(line)
             except ValueError as error:
-                raise ValueError(f"tasks.documents: {path}, line {number} must be a JSON object, got {error}") from None
+                raise ValueError(f"seal_ops.tasks.documents: {path}, line {number} must be a JSON object, got {error}") from None
             texts = isinstance(row, dict) and all(isinstance(row.get(key), str) for key in ("context", "input"))
             answers = row.get("answers") if texts else None
             if not answers or not isinstance(answers, list) or not all(isinstance(a, str) and a.strip() for a in answers):
                 raise ValueError(
-                    f"tasks.documents: {path}, line {number} must have the texts context and input and a list of answers, "
+                    f"seal_ops.tasks.documents: {path}, line {number} must have the texts context and input and a list of answers, "
                     f"got {sorted(row) if isinstance(row, dict) else type(row).__name__}"
                 )
             rows.append((number, row))
     if not rows:
-        raise ValueError(f"tasks.documents: {path} must hold at least one row, got an empty file")
+        raise ValueError(f"seal_ops.tasks.documents: {path} must hold at least one row, got an empty file")
     return rows

@@ -72,9 +72,9 @@ class Haystack(Task):
 
     def __init__(self, filler: str = "prose", depths: int = 10):
         if filler not in FILLERS:
-            raise ValueError(f"tasks.{self.name}: filler must be one of {', '.join(FILLERS)}, got {filler!r}")
+            raise ValueError(f"seal_ops.tasks.{self.name}: filler must be one of {', '.join(FILLERS)}, got {filler!r}")
         if not isinstance(depths, int) or depths < 1:
-            raise ValueError(f"tasks.{self.name}: depths must be an integer of at least 1, got {depths!r}")
+            raise ValueError(f"seal_ops.tasks.{self.name}: depths must be an integer of at least 1, got {depths!r}")
         self.filler, self.depths = filler, depths
 
     def hide(self, rng: random.Random, split: str) -> tuple[str, list[str], list[str], str, str, dict]:

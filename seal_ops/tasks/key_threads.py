@@ -33,15 +33,15 @@ class KeyThreads(Task):
 
     def __init__(self, hops: int = 2, direction: str = "random"):
         if not isinstance(hops, int) or not 1 <= hops <= 100:
-            raise ValueError(f"tasks.threads: hops must be an integer from 1 to 100, got {hops!r}")
+            raise ValueError(f"seal_ops.tasks.threads: hops must be an integer from 1 to 100, got {hops!r}")
         if direction not in DIRECTIONS:
-            raise ValueError(f"tasks.threads: direction must be one of {', '.join(DIRECTIONS)}, got {direction!r}")
+            raise ValueError(f"seal_ops.tasks.threads: direction must be one of {', '.join(DIRECTIONS)}, got {direction!r}")
         self.hops, self.direction = hops, direction
 
     def write(self, rng, units, *, index, split):
         most = (len(ADJECTIVES) * len(NOUNS) - self.hops - 1) // 2
         if units > most:
-            raise ValueError(f"tasks.threads: length must ask for at most {most} pairs (distinct words), got {units}")
+            raise ValueError(f"seal_ops.tasks.threads: length must ask for at most {most} pairs (distinct words), got {units}")
         drawn = rng.sample(range(len(ADJECTIVES) * len(NOUNS)), 2 * units + self.hops + 1)
         words = [f"{ADJECTIVES[k // len(NOUNS)]}-{NOUNS[k % len(NOUNS)]}" for k in drawn]
         thread = words[: self.hops + 1]

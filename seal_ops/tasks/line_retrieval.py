@@ -1,6 +1,6 @@
 """Line retrieval in the wording of LongEval (Li et al., 2023): the value of one line among as many as fit.
 
-The wording is LongEval's, keys are drawn from :mod:`seal_ops.tasks.words`.  An output is right when its last run of
+The wording is LongEval's, keys are drawn from :mod:`seal_ops.tasks.vocabulary`.  An output is right when its last run of
 digits is the number, as LongEval scores it.
 """
 
@@ -35,7 +35,7 @@ class LineRetrieval(Task):
     def write(self, rng, units, *, index, split):
         if units > len(ADJECTIVES) * len(NOUNS):
             raise ValueError(
-                f"tasks.lines: length must ask for at most {len(ADJECTIVES) * len(NOUNS)} lines (distinct keys), "
+                f"seal_ops.tasks.lines: length must ask for at most {len(ADJECTIVES) * len(NOUNS)} lines (distinct keys), "
                 f"got {units} lines"
             )
         line = int(rng.random() * units)

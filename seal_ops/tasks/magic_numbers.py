@@ -46,7 +46,7 @@ class MagicNumbers(Haystack):
         self.name = name
         for option, value, most in (("keys", keys, 5000), ("values", values, 1000)):
             if not isinstance(value, int) or not 1 <= value <= most:
-                raise ValueError(f"tasks.{name}: {option} must be an integer from 1 to {most}, got {value!r}")
+                raise ValueError(f"seal_ops.tasks.{name}: {option} must be an integer from 1 to {most}, got {value!r}")
         super().__init__(filler, depths)
         self.keys, self.values = keys, values
         self.max_new_tokens = 40 + 16 * values

@@ -31,9 +31,9 @@ class Variables(Task):
     def __init__(self, chains: int = 2, hops: int = 4, filler: str = "noise"):
         for option, value in (("chains", chains), ("hops", hops)):
             if not isinstance(value, int) or not 1 <= value <= 100:
-                raise ValueError(f"tasks.variables: {option} must be an integer from 1 to 100, got {value!r}")
+                raise ValueError(f"seal_ops.tasks.variables: {option} must be an integer from 1 to 100, got {value!r}")
         if filler not in FILLERS:
-            raise ValueError(f"tasks.variables: filler must be one of {', '.join(FILLERS)}, got {filler!r}")
+            raise ValueError(f"seal_ops.tasks.variables: filler must be one of {', '.join(FILLERS)}, got {filler!r}")
         self.chains, self.hops, self.filler = chains, hops, filler
         self.max_new_tokens = 40 + 8 * (hops + 1)
 

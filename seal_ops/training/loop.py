@@ -6,6 +6,7 @@ the label positions alone: at 31k tokens and a vocabulary of 32k the full ones w
 The same parameters train inside transformers' ``Trainer``: give it a list of samples, :class:`seal_ops.Collator` and
 ``remove_unused_columns=False``.
 """
+import contextlib
 import functools
 import hashlib
 import json
@@ -20,13 +21,15 @@ import torch.nn.functional as F
 
 from ..huggingface.identity import fingerprint
 from ..huggingface.modes import accepts, prepared
+from ..huggingface.provenance import provenance
 from ..tasks.base import Sample
-from ..utils.files import atomic_write, replacing
+from ..utils.files import atomic_write
 from ..utils.progress import bar
+from .checkpoint import NAME as CHECKPOINT
+from .checkpoint import load_checkpoint, save_checkpoint
 from .collator import Collator
+from .recipe import LEARNING_RATES, NAMES
 
-LEARNING_RATES = {"head": 1e-2, "channel": 2e-2}  # the paper's, line retrieval on 7B models
-CHECKPOINT = "checkpoint.safetensors"
 RESULT = "training.json"
 
 
@@ -40,7 +43,8 @@ class TrainResult:
         parameters: how many numbers were trained.
         seconds: wall time, summed over resumed runs.
         peak_memory: bytes: the most allocated on the GPU during the run; on the CPU the largest size of the process.
-        settings: the recipe, as given and completed.
+        settings: the recipe, as given and completed, with the tasks and lengths that the samples name.
+        provenance: the trained model and versions, for people; empty without ``output_dir``.
     """
 
     losses: list[float]
@@ -49,6 +53,7 @@ class TrainResult:
     seconds: float
     peak_memory: int
     settings: dict = field(default_factory=dict)
+    provenance: dict = field(default_factory=dict)
 
 
 def train(
@@ -120,8 +125,12 @@ def train(
         torch.cuda.reset_peak_memory_stats(run.device)
     with torch.random.fork_rng(devices=[run.device] if cuda else []), prepared(model, gradient_checkpointing):
         torch.manual_seed(seed)
-        if resume and os.path.exists(checkpoint):
-            run.load(checkpoint)
+        if checkpoint and not (resume and os.path.exists(checkpoint)):
+            for name in (RESULT, CHECKPOINT):  # of an earlier run: nothing in the folder may pass for this one's
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(os.path.join(output_dir, name))
+        elif checkpoint:
+            run.losses, run.seconds = load_checkpoint(checkpoint, run.trained, run.optimizer, run.identity)
         earlier, started = run.seconds, time.monotonic()
         with bar(run.steps, f"training {run.describe()}", progress) as advance:
             advance(len(run.losses))
@@ -130,13 +139,14 @@ def train(
                 run.seconds = earlier + time.monotonic() - started
                 done = len(run.losses)
                 if checkpoint and (done % checkpoint_every == 0 or done == run.steps):
-                    run.save(checkpoint)
+                    save_checkpoint(checkpoint, run.trained, run.optimizer, run.losses, run.seconds, run.identity)
                 advance(1, f"loss {loss:.3f}")
                 if on_step is not None:
                     on_step(done, loss)
     peak = torch.cuda.max_memory_allocated(run.device) if cuda else _largest_size()
     count = sum(p.numel() for p in run.trained.values())
-    result = TrainResult(run.losses, run.settings["lr"], count, run.seconds, peak, run.settings)
+    origin = {} if output_dir is None else provenance(model)
+    result = TrainResult(run.losses, run.settings["lr"], count, run.seconds, peak, run.settings, origin)
     if output_dir is not None:
         (model if run.scales is None else run.scales).save_pretrained(output_dir)
         atomic_write(os.path.join(output_dir, RESULT), json.dumps(asdict(result), indent=1) + "\n")
@@ -158,10 +168,12 @@ class _Run:
         if lr is None:
             if self.scales is None:
                 raise ValueError("seal_ops.train: lr must be given for a model without attached scales, got None")
-            lr = LEARNING_RATES[self.scales.config.granularity]
+            lr = LEARNING_RATES[NAMES[self.scales.config.granularity]]
         self.settings = {
             "granularity": None if self.scales is None else self.scales.config.granularity,
             "samples": len(self.samples),
+            "tasks": sorted({str(sample.meta["task"]) for sample in self.samples if "task" in sample.meta}),
+            "tokens": max(map(len, self.samples)),
             "lr": float(lr),
             "epochs": epochs,
             "batch_size": batch_size,
@@ -178,8 +190,7 @@ class _Run:
         self.seconds = 0.0
 
     def describe(self):
-        kind = {"head": "SEAL-H", "channel": "SEAL-C"}.get(self.settings["granularity"], "adapter")
-        return f"{kind}, lr {self.settings['lr']:g}"
+        return f"{NAMES.get(self.settings['granularity'], 'adapter')}, lr {self.settings['lr']:g}"
 
     def step(self) -> float:
         """One optimiser step; returns and records the mean loss of its answer tokens."""
@@ -238,51 +249,6 @@ class _Run:
         for sample in self.samples:
             digest.update(json.dumps([sample.prompt_ids, sample.answer_ids]).encode())
         return digest.hexdigest()
-
-    def save(self, path) -> None:
-        """Replaces the checkpoint: one safetensors file with values, optimiser, random state and losses."""
-        from safetensors.torch import save_file
-
-        tensors = {"losses": torch.tensor(self.losses, dtype=torch.float64), "rng.cpu": torch.get_rng_state()}
-        if self.device.type == "cuda":
-            tensors["rng.cuda"] = torch.cuda.get_rng_state(self.device)
-        for name, parameter in self.trained.items():
-            tensors[f"value.{name}"] = parameter.detach()
-            for key, value in self.optimizer.state[parameter].items():
-                tensors[f"optimizer.{key}.{name}"] = value
-        header = {"identity": self.identity, "seconds": str(self.seconds)}
-        with replacing(path) as temporary:
-            save_file({key: value.cpu().contiguous() for key, value in tensors.items()}, temporary, header)
-
-    def load(self, path) -> None:
-        """Continues from a checkpoint; ``ValueError`` where it is damaged or of another run."""
-        from safetensors import SafetensorError, safe_open
-
-        try:
-            with safe_open(path, "pt") as file:
-                header = file.metadata() or {}
-                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
-        except SafetensorError as error:
-            raise ValueError(f"seal_ops.train: {path} must be a checkpoint, got {error}") from None
-        if header.get("identity") != self.identity:
-            raise ValueError(
-                f"seal_ops.train: {path} must come from the same model, samples and settings to resume, got another run's"
-            )
-        with torch.no_grad():
-            for name, parameter in self.trained.items():
-                parameter.copy_(tensors[f"value.{name}"])
-                state = self.optimizer.state[parameter]
-                for key, value in tensors.items():
-                    kind, _, rest = key.partition(".")
-                    field_name, _, owner = rest.partition(".")
-                    if kind == "optimizer" and owner == name:
-                        # AdamW counts its steps on the CPU.
-                        state[field_name] = value if field_name == "step" else value.to(parameter.device)
-        torch.set_rng_state(tensors["rng.cpu"])
-        if "rng.cuda" in tensors and self.device.type == "cuda":
-            torch.cuda.set_rng_state(tensors["rng.cuda"], self.device)
-        self.losses = tensors["losses"].tolist()
-        self.seconds = float(header["seconds"])
 
 
 def _trained(model, scales) -> dict[str, torch.nn.Parameter]:

@@ -1,9 +1,22 @@
-"""Files that are replaced in one step: a reader sees the old content or the new, never half of it."""
+"""Files that are replaced in one step: a reader sees the old content or the new, never half of it.
+
+What a process leaves that was killed inside a write is removed by the next write of the same machine into the same folder.
+"""
 
 import contextlib
+import csv
+import functools
+import hashlib
+import io
 import os
+import platform
+import re
 import shutil
 import tempfile
+import time
+
+_TEMPORARY = re.compile(r"\..*\.seal-([0-9a-f]{8})-(\d+)-[^.]*\.tmp")
+_OLD = 86_400  # seconds after which no write can still be going on
 
 
 @contextlib.contextmanager
@@ -15,7 +28,8 @@ def replacing(path):
     path = os.fspath(path)
     folder = os.path.dirname(path) or "."
     os.makedirs(folder, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=folder, prefix="." + os.path.basename(path) + ".", suffix=".tmp")
+    _sweep(folder)
+    handle, temporary = tempfile.mkstemp(dir=folder, **_affixes(path))
     os.close(handle)
     try:
         yield temporary
@@ -40,7 +54,8 @@ def replacing_folder(path):
         raise FileExistsError(f"output folder must be new or empty, got {path}")
     parent = os.path.dirname(path) or "."
     os.makedirs(parent, exist_ok=True)
-    temporary = tempfile.mkdtemp(dir=parent, prefix="." + os.path.basename(path) + ".")
+    _sweep(parent)
+    temporary = tempfile.mkdtemp(dir=parent, **_affixes(path))
     try:
         yield temporary
         umask = os.umask(0)
@@ -56,3 +71,51 @@ def atomic_write(path, content) -> None:
     data = content.encode() if isinstance(content, str) else content
     with replacing(path) as temporary, open(temporary, "wb") as file:
         file.write(data)
+
+
+def write_csv(path, columns, rows) -> None:
+    """Writes ``rows`` (dicts, or sequences in the order of ``columns``) as CSV with a heading, in one step."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(columns)
+    writer.writerows([row.get(c, "") for c in columns] if isinstance(row, dict) else row for row in rows)
+    atomic_write(path, text.getvalue())
+
+
+def _affixes(path):
+    return {"prefix": f".{os.path.basename(path)}.seal-{_where()}-{os.getpid()}-", "suffix": ".tmp"}
+
+
+@functools.cache
+def _where():
+    """Tells places apart in which one process number means two processes: machines, boots, containers."""
+    facts = [platform.node()]
+    with contextlib.suppress(OSError):  # Linux only
+        facts.append(os.readlink("/proc/self/ns/pid"))
+        with open("/proc/sys/kernel/random/boot_id") as file:
+            facts.append(file.read())
+    return hashlib.sha256("".join(facts).encode()).hexdigest()[:8]
+
+
+def _sweep(folder):
+    """Removes what killed processes left of their writes: those of this place, and any that is a day old."""
+    for name in os.listdir(folder):
+        found = _TEMPORARY.fullmatch(name)
+        if found is None:
+            continue
+        path = os.path.join(folder, name)
+        with contextlib.suppress(OSError):  # gone meanwhile, or another user's
+            if (found[1] == _where() and not _lives(int(found[2]))) or time.time() - os.stat(path).st_mtime > _OLD:
+                shutil.rmtree(path) if os.path.isdir(path) else os.unlink(path)
+
+
+def _lives(process):
+    if os.name != "posix":  # elsewhere asking for a process by `kill` may end it
+        return True
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # another user's
+        pass
+    return True

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from seal_ops import bench
-from seal_ops.ops.backends import reference
 from seal_ops.bench import contestants, gate, report, run, shapes, timing
+from seal_ops.ops.backends import reference
 
 
 @pytest.mark.parametrize("window", [None, 37])

@@ -13,11 +13,12 @@ import torch
 from command_line import TINY, folder, seal  # noqa: F401
 from retrieval_fixtures import model, one_thread, tokenizer  # noqa: F401
 
+from seal_ops import tasks
 from seal_ops.cli import main as cli
 from seal_ops.cli.options import Command
-from seal_ops.experiments import demo
-from seal_ops import tasks
 from seal_ops.evaluation.results import Evaluation
+from seal_ops.experiments import demo
+
 
 @pytest.mark.parametrize("name", cli.COMMANDS)
 def test_help_has_an_example(capsys, name):
@@ -81,7 +82,7 @@ def test_demo(capsys, folder, tmp_path, monkeypatch):
     assert [cell["length"] for cell in results["accuracy"]["SEAL-C"]] == [190, 230]
     assert [cell["length"] for cell in results["accuracy"]["SEAL-C merged"]] == [230]
     assert results["merged_against_unmerged"]["SEAL-C"] == {"cases": 3, "differ": 0}
-    assert results["training"]["SEAL-H"]["parameters"] == 8 and results["environment"]["torch"]
+    assert results["training"]["SEAL-H"]["parameters"] == 8 and results["provenance"]["versions"]["torch"]
     for name in ("accuracy.png", "scales.png"):
         assert (output / name).read_bytes()[1:4] == b"PNG" and name in out
     assert "SEAL-H merged" in out and "230" in out

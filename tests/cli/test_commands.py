@@ -5,8 +5,8 @@ import os
 import re
 
 import pytest
-from retrieval_fixtures import model, one_thread, tokenizer  # noqa: F401
 from command_line import TINY, folder, seal  # noqa: F401
+from retrieval_fixtures import model, one_thread, tokenizer  # noqa: F401
 
 from seal_ops.cli.main import _parser
 from seal_ops.evaluation import lm_eval as harness
@@ -69,7 +69,7 @@ def test_study(capsys, folder, tmp_path):  # noqa: F811
     comparison = json.loads((output / "comparison.json").read_text())
     assert set(comparison["training"]["LoRA"]["tried"]) == {"0.001", "0.02"}
     report = (output / "report.html").read_text()
-    for word in ("Comparison of methods", "Transfer", "Head influence", "Quadrant experiment", "environment"):
+    for word in ("Comparison of methods", "Transfer", "Head influence", "Quadrant experiment", "model and versions"):
         assert word in report
     before = (output / "comparison.json").read_text()
     code, _, err = seal(capsys, "study", "--config", config, "--output", output)

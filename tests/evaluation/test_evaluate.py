@@ -9,13 +9,13 @@ from own_tasks import Colours
 from retrieval_fixtures import model, one_thread, tokenizer  # noqa: F401
 
 import seal_ops
-from seal_ops.evaluation import runner
 from seal_ops import tasks
+from seal_ops.evaluation import runner
+from seal_ops.evaluation.decoding import generate
 from seal_ops.evaluation.results import Evaluation
 from seal_ops.evaluation.runner import _batches, evaluate
-from seal_ops.huggingface.identity import fingerprint
-from seal_ops.evaluation.decoding import generate
 from seal_ops.evaluation.statistics import wilson
+from seal_ops.huggingface.identity import fingerprint
 
 
 class Oracle(torch.nn.Module):

@@ -7,8 +7,8 @@ import torch
 from retrieval_fixtures import model, one_thread, tokenizer  # noqa: F401
 
 import seal_ops
-from seal_ops.evaluation import lm_eval as harness
 from seal_ops import tasks
+from seal_ops.evaluation import lm_eval as harness
 
 pytest.importorskip("lm_eval", reason="lm_eval is not installed (extra 'harness')")
 LENGTH = 190

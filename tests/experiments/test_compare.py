@@ -10,11 +10,11 @@ import torch
 from own_tasks import Colours
 from retrieval_fixtures import model, one_thread, tokenizer  # noqa: F401
 
+from seal_ops.evaluation.results import Evaluation
+from seal_ops.evaluation.statistics import holm, mcnemar, paired, spearman
 from seal_ops.experiments import comparison as comparing
 from seal_ops.experiments.comparison import Comparison, adapted, compare
 from seal_ops.experiments.transfer_matrix import transfer
-from seal_ops.evaluation.results import Evaluation
-from seal_ops.evaluation.statistics import holm, mcnemar, paired, spearman
 
 LENGTH = 190
 

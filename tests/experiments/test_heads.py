@@ -10,9 +10,9 @@ from retrieval_fixtures import model, one_thread, tokenizer  # noqa: F401
 
 import seal_ops
 from seal_ops import tasks
-from seal_ops.huggingface.identity import fingerprint
 from seal_ops.experiments.head_importance import HeadImportance, measure_head_importance
 from seal_ops.experiments.quadrants import group_by_sign, quadrant_experiment
+from seal_ops.huggingface.identity import fingerprint
 
 LENGTH = 190
 

@@ -18,9 +18,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests/fixtures")]
 
-import seal_ops  # noqa: E402
 from cases import Case  # noqa: E402
 from decode_cases import assert_every_row, inputs_of  # noqa: E402
+
+import seal_ops  # noqa: E402
 from gpu.decode_kit import build, decode, prepare  # noqa: E402
 from seal_ops.bench.timing import Clock, in_turn  # noqa: E402
 

@@ -5,10 +5,11 @@ import shutil
 
 import pytest
 import torch
-
-import seal_ops
 from cases import Case
 from decode_cases import CASES, assert_every_row, exact, in_cache, inputs_of
+
+import seal_ops
+
 from .decode_kit import build, decode
 
 needs_kit = pytest.mark.skipif(not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0) or shutil.which("nvcc") is None,

@@ -1,10 +1,10 @@
 """Attention of few queries over many keys, on every backend."""
 import pytest
 import torch
-
-import seal_ops
 from cases import Case
 from decode_cases import CASES, assert_every_row, exact, in_cache, inputs_of
+
+import seal_ops
 
 
 def half(backend: str, device: torch.device) -> torch.dtype:

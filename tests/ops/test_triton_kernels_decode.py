@@ -1,11 +1,11 @@
 """The Triton kernels that split the keys, with any number of splits."""
 import pytest
 import torch
-
-import seal_ops
 from cases import Case
 from conftest import device_of
 from decode_cases import CASES, assert_every_row, inputs_of
+
+import seal_ops
 from seal_ops.ops.dispatch import why_not
 
 if (_reason := why_not("triton", "attention", device_of("triton"), torch.float16, 64)) is not None:

@@ -12,12 +12,11 @@ from html.parser import HTMLParser
 import pytest
 from influences import made
 
-from seal_ops.report import plots
-from seal_ops.experiments.quadrants import group_by_sign
-from seal_ops.report import writers
-from seal_ops.experiments.comparison import Comparison
-from seal_ops.experiments.transfer_matrix import Transfer
 from seal_ops.evaluation.results import Evaluation
+from seal_ops.experiments.comparison import Comparison
+from seal_ops.experiments.quadrants import group_by_sign
+from seal_ops.experiments.transfer_matrix import Transfer
+from seal_ops.report import plots, writers
 from seal_ops.report.html import write_report
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)

@@ -145,5 +145,5 @@ def test_tokenizer_that_drops_digits_is_refused():
 
     tok = tokenizer.__wrapped__()
     tok.backend_tokenizer.normalizer = normalizers.Replace(Regex(r"\d"), "")
-    with pytest.raises(ValueError, match="must give the answer .* back"):
+    with pytest.raises(ValueError, match="in the tokens of .* must score 1, got 0 for"):
         tasks.lines(tok, length=200)

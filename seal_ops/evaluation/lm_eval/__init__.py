@@ -20,7 +20,7 @@ def require() -> None:
     try:
         import lm_eval  # noqa: F401
     except ImportError as error:
-        raise ImportError(f"harness: needs the package lm_eval (pip install 'seal_ops[harness]'): {error}") from error
+        raise ImportError(f"seal_ops.lm_eval: needs the package lm_eval (pip install 'seal_ops[harness]'): {error}") from error
 
 
 def evaluate(
@@ -64,7 +64,7 @@ def evaluate(
         manager = TaskManager(include_path=FOLDER, include_defaults=not ours, metadata=metadata)
         for name in tasks:
             if not manager.match_tasks([name]):
-                raise ValueError(f"harness.evaluate: tasks must be known to lm_eval or 'longeval_lines', got {name!r}")
+                raise ValueError(f"seal_ops.lm_eval.evaluate: tasks must be known to lm_eval or 'longeval_lines', got {name!r}")
         training = model.training
         try:
             return lm_eval.simple_evaluate(

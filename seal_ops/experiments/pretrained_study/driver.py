@@ -49,9 +49,9 @@ def run(
         done = list(work(queue, bench, budget, log))
     finally:
         bench.samples.close()
-    from ...ops.environment import facts
-
     import torch
+
+    from ...ops.environment import facts
 
     gpu = torch.cuda.get_device_name(bench.model.device) if bench.cuda else None
     environment = {**facts(), "device": str(bench.model.device), "dtype": str(bench.model.dtype), "gpu": gpu}

@@ -15,7 +15,7 @@ def dataset(**kwargs):
 
     name = kwargs.get("tokenizer") or kwargs.get("pretrained")
     if not name:
-        raise ValueError("longeval_lines: metadata must name a tokenizer, got none")
+        raise ValueError("seal_ops.lm_eval.longeval_lines: metadata must name a tokenizer, got none")
     tokenizer = AutoTokenizer.from_pretrained(name)
     rows = []
     for length in kwargs.get("max_seq_lengths", [4096]):

@@ -1,0 +1,80 @@
+"""The checkpoint of a training run: one safetensors file with values, optimiser, random state and losses."""
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+from ..utils.files import replacing
+
+NAME = "checkpoint.safetensors"
+
+
+def save_checkpoint(
+    path: str | os.PathLike,
+    trained: Mapping[str, nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    losses: list[float],
+    seconds: float,
+    identity: str,
+) -> None:
+    """Replaces the checkpoint in one step; a process killed meanwhile leaves the one before.
+
+    Args:
+        trained: the trained parameters by name.
+        identity: of everything else that decides the outcome; :func:`load_checkpoint` compares it.
+    """
+    from safetensors.torch import save_file
+
+    tensors = {"losses": torch.tensor(losses, dtype=torch.float64), "rng.cpu": torch.get_rng_state()}
+    for device in _gpus(trained):
+        tensors[f"rng.{device}"] = torch.cuda.get_rng_state(device)
+    for name, parameter in trained.items():
+        tensors[f"value.{name}"] = parameter.detach()
+        for key, value in optimizer.state[parameter].items():
+            tensors[f"optimizer.{key}.{name}"] = value
+    header = {"identity": identity, "seconds": str(seconds)}
+    with replacing(path) as temporary:
+        save_file({key: value.cpu().contiguous() for key, value in tensors.items()}, temporary, header)
+
+
+def load_checkpoint(
+    path: str | os.PathLike, trained: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer, identity: str
+) -> tuple[list[float], float]:
+    """Puts values, optimiser and random state back; returns ``(losses, seconds)``.
+
+    Raises:
+        ValueError: the file is damaged, or of a run with another ``identity``; nothing is changed then.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            header = file.metadata() or {}
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
+    except SafetensorError as error:
+        raise ValueError(f"seal_ops.train: {path} must be a checkpoint, got {error}") from None
+    if header.get("identity") != identity:
+        raise ValueError(
+            f"seal_ops.train: {path} must come from the same model, samples and settings to resume, got another run's"
+        )
+    with torch.no_grad():
+        for name, parameter in trained.items():
+            parameter.copy_(tensors[f"value.{name}"])
+        for key, value in tensors.items():
+            if key.startswith("optimizer."):
+                _, field, owner = key.split(".", 2)
+                # AdamW counts its steps on the CPU.
+                state = optimizer.state[trained[owner]]
+                state[field] = value if field == "step" else value.to(trained[owner].device)
+    torch.set_rng_state(tensors["rng.cpu"])
+    for device in _gpus(trained):
+        if f"rng.{device}" in tensors:
+            torch.cuda.set_rng_state(tensors[f"rng.{device}"], device)
+    return tensors["losses"].tolist(), float(header["seconds"])
+
+
+def _gpus(trained) -> list[torch.device]:
+    return sorted({p.device for p in trained.values() if p.device.type == "cuda"}, key=str)
