@@ -80,11 +80,9 @@ def attach_to(model: nn.Module, sites: list[AttentionLayer], granularity: str, l
               backend: str | None) -> Scales:
     """`attach`, for sites that are already found."""
     config = describe(model, sites, granularity, layers)
-    parameters = [next(s.o_proj.parameters()) for s in sites]
     if backend not in (None, "auto"):
-        dtype = next((p.dtype for p in parameters if p.is_floating_point()), torch.bfloat16)
-        choose(backend, "attention", parameters[0].device, dtype, sites[0].head_dim)
-    scales = Scales(config, [None if parameters[i].is_meta else parameters[i].device for i in config.layers])
+        choose(backend, "attention", sites[0].device, sites[0].dtype, sites[0].head_dim)
+    scales = Scales(config, [sites[i].device for i in config.layers])
     for index, site in enumerate(sites):
         site.backend = backend
         site.scaling = scales.layers[str(index)] if index in config.layers else None
