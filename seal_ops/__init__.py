@@ -16,6 +16,7 @@ from .version import __version__
 _LAZY = {
     "attach": "adapters.attachment", "detach": "adapters.attachment", "disabled": "adapters.attachment",
     "load": "adapters.attachment", "merge": "adapters.merging", "Scales": "adapters.scales",
+    "SealCallback": "adapters.trainer_callback",
     "ia3": "adapters.ia3", "tasks": "tasks", "train": "training.loop", "Collator": "training.collator",
     "evaluate": "evaluation.runner", "Evaluation": "evaluation.results", "statistics": "evaluation.statistics",
     "measure_head_importance": "experiments.head_importance", "quadrant_experiment": "experiments.quadrants",

@@ -1,6 +1,6 @@
 """Attach, detach, disable and load the scales of one model.
 
-SEAL (arXiv 2501.15225) multiplies the attention output, before ``o_proj``, by one learned factor per query head
+SEAL (arXiv 2501.15225) multiplies the attention output, before its projection, by one learned factor per query head
 ("head", SEAL-H) or per channel ("channel", SEAL-C) in every layer; the model itself is frozen.
 """
 from __future__ import annotations
@@ -8,48 +8,81 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
+import sys
 from collections.abc import Sequence
 
-import torch
 from torch import nn
 
 from ..huggingface.discovery import find_attention_layers
 from ..huggingface.patch import AttentionLayer, Patch
 from ..ops.dispatch import choose
-from .files import GRANULARITIES, ScalesConfig, read
-from .scales import Scales
+from . import peft_registry
+from .files import DEFAULT_ADAPTER, GRANULARITIES, ScalesConfig, read, shown, tensor_name
+from .hub import resolve
+from .saving import SaveBoth
+from .scales import Scales, check_new_name
 
 SUBMODULE = "seal_scales"
 
 
 @dataclasses.dataclass(eq=False)
 class Attachment:
-    """How to bring the model back; lives in the scales' ``__dict__`` and is copied with the model."""
+    """How to bring the model back; lives in the scales' ``__dict__`` and is copied with the model.
+
+    ``owner`` is the module that holds the scales: the transformers model itself, inside whatever wraps it.
+    ``requires_grad``: its parameters' flags before `attach`, or None where `attach` left them alone.  ``savers``: what
+    stands in for ``save_pretrained``.
+    """
+    owner: nn.Module
     seam: Patch
-    trainable: set[str]
-    keys_to_ignore_on_save: object
+    requires_grad: dict[str, bool] | None
+    savers: list[SaveBoth]
 
 
 def attached(model: nn.Module, call: str) -> tuple[Scales, Attachment]:
-    """The scales on ``model``; ValueError in the name of ``call`` where there are none."""
-    scales = getattr(model, SUBMODULE, None)
-    attachment = getattr(scales, "attachment", None)
-    if not isinstance(scales, Scales) or attachment is None:
-        raise ValueError(f"seal_ops.{call}: model must have scales attached, this {type(model).__name__} has none")
-    return scales, attachment
+    """The scales on ``model``, wherever in it they are; ValueError in the name of ``call`` where there are none."""
+    found = [m for m in model.modules() if isinstance(m, Scales) and m.attachment is not None]
+    if len(found) != 1:
+        raise ValueError(f"seal_ops.{call}: model must have scales attached, this {type(model).__name__} has "
+                         f"{'none' if not found else f'{len(found)} models with scales in it; pass one of them'}")
+    return found[0], found[0].attachment
+
+
+def owner_of(scales: Scales, call: str) -> nn.Module:
+    """The model that ``scales`` are on; ValueError in the name of ``call`` where they were taken off."""
+    if scales.attachment is None:
+        raise ValueError(f"seal_ops.{call}: the scales must be attached to a model, got scales that were taken off")
+    return scales.attachment.owner
+
+
+def unwrapped(model: nn.Module, call: str) -> nn.Module:
+    """The transformers model inside PEFT's and torch.compile's wrappers, which is what its own verbs give back."""
+    if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+        raise ValueError(f"seal_ops.{call}: model must be given before it is wrapped for several devices, got "
+                         f"{type(model).__name__}")
+    model = getattr(model, "_orig_mod", model)
+    return model.get_base_model() if callable(getattr(model, "get_base_model", None)) else model
+
+
+def _has_peft_layers(model: nn.Module) -> bool:
+    tuners = sys.modules.get("peft.tuners.tuners_utils")  # where PEFT is not imported, there are none
+    return tuners is not None and any(isinstance(m, tuners.BaseTunerLayer) for m in model.modules())
 
 
 def _base_config(model: nn.Module):
     return getattr(model, "config", None)
 
 
-def _select(sites: list[AttentionLayer], layers: Sequence[int] | None) -> list[int]:
+def _select(sites: list[AttentionLayer], layers: Sequence[int] | None, call: str) -> list[AttentionLayer]:
     if layers is None:
-        return list(range(len(sites)))
+        return list(sites)
+    known = {site.index: site for site in sites}
     chosen = sorted(set(layers))
-    if not chosen or chosen[0] < 0 or chosen[-1] >= len(sites):
-        raise ValueError(f"seal_ops.attach: layers must be indices from 0 to {len(sites) - 1}, got {list(layers)}")
-    return chosen
+    if not chosen or not all(type(i) is int and i in known for i in chosen):
+        numbers = list(known)
+        expected = f"from {numbers[0]} to {numbers[-1]}" if numbers == list(range(len(numbers))) else f"among {numbers}"
+        raise ValueError(f"seal_ops.{call}: layers must be indices {expected}, got {list(layers)}")
+    return [known[i] for i in chosen]
 
 
 def refuse_second(model: nn.Module, call: str) -> None:
@@ -62,112 +95,163 @@ def attach(model: nn.Module, granularity: str = "head", layers: Sequence[int] | 
            backend: str | None = None) -> Scales:
     """Freezes ``model`` and gives its self-attention layers scales, all 1, that are its only trainable parameters.
 
-    ``model``: a transformers model with loaded weights that calls attention through the attention registry.
-    ``granularity``: "head" ([Hq] a layer) or "channel" ([Hq, D]).  ``layers``: indices of the layers that get scales
-    (default: all); every layer runs the fused attention.  ``backend``: see `seal_ops.attention`.
+    ``model``: a transformers model with loaded weights that calls attention through the attention registry, also inside
+    a PEFT model.  Where PEFT's layers are in it, PEFT has frozen the base already, and what it lets train goes on
+    training beside the scales.  ``granularity``: "head" ([Hq] a layer) or "channel" ([Hq, D]).  ``layers``: the layers
+    that get scales, by the model's own numbers (default: all with attention); every layer runs the fused attention.
+    ``backend``: see `seal_ops.attention`.
 
     The model is run once on two tokens to observe sizes and structure.  Returns the `Scales`, also found as
     ``model.seal_scales``.  Raises ValueError, one sentence, for a model without a known seam or with terms that the
     scaled attention does not have, for scales already attached, and for a backend that cannot run.
     """
-    if granularity not in GRANULARITIES:
-        raise ValueError(f"seal_ops.attach: granularity must be 'head' or 'channel', got {granularity!r}")
+    _check_granularity(granularity, "attach")
     refuse_second(model, "attach")
-    return attach_to(model, find_attention_layers(model), granularity, layers, backend)
+    return attach_to(model, find_attention_layers(unwrapped(model, "attach")), granularity, layers, backend)
+
+
+def _check_granularity(granularity, call: str) -> None:
+    if granularity not in GRANULARITIES:
+        raise ValueError(f"seal_ops.{call}: granularity must be 'head' or 'channel', got {granularity!r}")
 
 
 def attach_to(model: nn.Module, sites: list[AttentionLayer], granularity: str, layers: Sequence[int] | None,
-              backend: str | None) -> Scales:
+              backend: str | None, adapter_name: str = DEFAULT_ADAPTER) -> Scales:
     """`attach`, for sites that are already found."""
-    config = describe(model, sites, granularity, layers)
+    owner = unwrapped(model, "attach")
+    config = describe(owner, sites, granularity, layers)
     if backend not in (None, "auto"):
         choose(backend, "attention", sites[0].device, sites[0].dtype, sites[0].head_dim)
-    scales = Scales(config, [sites[i].device for i in config.layers])
-    for index, site in enumerate(sites):
+    scales = Scales(config, {site.index: site.device for site in sites}, adapter_name)
+    scales.bind(sites)
+    for site in sites:
         site.backend = backend
-        site.scaling = scales.layers[str(index)] if index in config.layers else None
-    trainable = {name for name, p in model.named_parameters() if p.requires_grad}
-    for p in model.parameters():
-        p.requires_grad_(False)
-    setattr(model, SUBMODULE, scales)
-    ignored = getattr(model, "_keys_to_ignore_on_save", None)
-    scales.attachment = Attachment(Patch(sites), trainable, ignored)
-    # transformers matches these names exactly
-    model._keys_to_ignore_on_save = {*(ignored or ()), *(f"{SUBMODULE}.{n}" for n in scales.state_dict())}
+    flags = None
+    if not _has_peft_layers(owner):
+        flags = {name: p.requires_grad for name, p in owner.named_parameters()}
+        owner.requires_grad_(False)
+    setattr(owner, SUBMODULE, scales)
+    savers = [SaveBoth(m, scales) for m in dict.fromkeys((getattr(model, "_orig_mod", model), owner))
+              if callable(getattr(type(m), "save_pretrained", None))]
+    scales.attachment = Attachment(owner, Patch(sites), flags, savers)
     scales.attachment.seam.install()
+    for saver in savers:
+        saver.install()
+    peft_registry.register()
     return scales
 
 
-def describe(model: nn.Module, sites: list[AttentionLayer], granularity: str, layers: Sequence[int] | None = None) -> ScalesConfig:
+def describe(model: nn.Module, sites: list[AttentionLayer], granularity: str, layers: Sequence[int] | None = None,
+             call: str = "attach") -> ScalesConfig:
     """The config that scales of this granularity would have on ``model``."""
-    chosen = _select(sites, layers)
+    chosen = _select(sites, layers, call)
     base = _base_config(model)
-    return ScalesConfig(granularity, tuple(chosen), tuple(sites[i].num_heads for i in chosen),
-                        tuple(sites[i].head_dim for i in chosen), getattr(base, "model_type", None),
+    return ScalesConfig(granularity, tuple(s.index for s in chosen), tuple(s.num_heads for s in chosen),
+                        tuple(s.head_dim for s in chosen), getattr(base, "model_type", None),
                         getattr(base, "_name_or_path", None) or None)
+
+
+def new_config(scales: Scales, granularity: str, layers: Sequence[int] | None) -> ScalesConfig:
+    """The config of another adapter for the model that ``scales`` are on."""
+    owner = owner_of(scales, "Scales.add_adapter")
+    _check_granularity(granularity, "Scales.add_adapter")
+    return describe(owner, scales.attachment.seam.sites, granularity, layers, "Scales.add_adapter")
 
 
 def detach(model: nn.Module) -> nn.Module:
     """Takes the scales off; the model is bit for bit what it was before `attach`, ``requires_grad`` flags included.
 
+    Parameters that the model has got since keep their flags, and where PEFT's layers are in it, PEFT's flags stay.
     The `Scales` object keeps its values and can still be saved.  Returns the model.
     """
     scales, attachment = attached(model, "detach")
     attachment.seam.remove()
-    delattr(model, SUBMODULE)
+    delattr(attachment.owner, SUBMODULE)
+    for saver in attachment.savers:
+        saver.remove()
     scales.attachment = None
-    for name, p in model.named_parameters():
-        p.requires_grad_(name in attachment.trainable)
-    if attachment.keys_to_ignore_on_save is None:
-        model.__dict__.pop("_keys_to_ignore_on_save", None)
-    else:
-        model._keys_to_ignore_on_save = attachment.keys_to_ignore_on_save
+    if attachment.requires_grad is not None and not _has_peft_layers(attachment.owner):
+        for name, p in attachment.owner.named_parameters():
+            if name in attachment.requires_grad:
+                p.requires_grad_(attachment.requires_grad[name])
     return model
 
 
 @contextlib.contextmanager
 def disabled(model: nn.Module):
     """Inside the block ``model`` computes exactly what it did before `attach`, with its own attention implementation."""
-    _, attachment = attached(model, "disabled")
+    scales, attachment = attached(model, "disabled")
     seam, was_installed = attachment.seam, attachment.seam.installed
     seam.remove()
     try:
         yield model
     finally:
         # Not where the block detached or merged the model.
-        if was_installed and getattr(getattr(model, SUBMODULE, None), "attachment", None) is attachment:
+        if was_installed and scales.attachment is attachment:
             seam.install()
 
 
-def load(model: nn.Module, save_directory: str | os.PathLike, backend: str | None = None) -> Scales:
-    """Attaches the scales saved in ``save_directory`` to ``model``; the reverse of `Scales.save_pretrained`.
+def load(model: nn.Module, save_directory: str | os.PathLike, backend: str | None = None, *,
+         adapter_name: str | None = None, revision: str | None = None, token: str | bool | None = None,
+         subfolder: str | None = None) -> Scales:
+    """Puts saved scales on ``model``; the reverse of `Scales.save_pretrained`.
 
-    Everything is checked before the model is touched.  Returns the `Scales`.  Raises FileNotFoundError for a missing
-    file and ValueError, one sentence, for a damaged file, an adapter made for another model, or tensors of another
-    shape or dtype than the config says.
+    A model without scales gets them attached.  On a model with scales, those of the active adapter are replaced, or,
+    under an ``adapter_name`` that is new, a second adapter is added beside them (`Scales.set_adapter` activates it).
+
+    ``save_directory``: a folder, or a repository on the Hugging Face hub (``revision``, ``token`` and ``subfolder`` as
+    there); either may also be a whole model's that was saved with its scales.  ``backend``: as in `attach`.
+
+    Everything is checked before the model is touched.  Returns the `Scales`.  Raises FileNotFoundError where there is
+    nothing under the name, and ValueError, one sentence, for a damaged file, an adapter made for another model, or
+    tensors of another shape or dtype than the config says.
     """
-    refuse_second(model, "load")
-    config, tensors = read(save_directory)
-    sites = find_attention_layers(model)
-    check_fits(config, model, sites, os.fspath(save_directory))
-    scales = attach_to(model, sites, config.granularity, config.layers, backend)
-    with torch.no_grad():
-        for layer, scale in scales.items():
-            scale.copy_(tensors[f"layers.{layer}.scale"])
+    source = resolve(save_directory, revision=revision, token=token, subfolder=subfolder)
+    saved, tensors, version = read(source)
+    on_it = any(isinstance(m, Scales) for m in model.modules())
+    scales = attached(model, "load")[0] if on_it else None
+    if adapter_name is not None and (scales is None or adapter_name not in scales.adapter_names):
+        check_new_name(adapter_name, "load", scales)
+    if scales is not None and backend is not None:
+        raise ValueError(f"seal_ops.load: backend must be given when scales are attached first, got {backend!r} for a "
+                         f"model with scales; call seal_ops.detach(model) first")
+    owner = unwrapped(model, "load")
+    sites = find_attention_layers(owner) if scales is None else scales.attachment.seam.sites
+    config = _numbered(saved, version, sites, source)
+    _check_fits(config, owner, sites, source)
+    values = {layer: tensors[tensor_name(number)] for layer, number in zip(config.layers, saved.layers)}
+    if scales is None:
+        scales = attach_to(model, sites, config.granularity, config.layers, backend, adapter_name or DEFAULT_ADAPTER)
+    if adapter_name in (None, scales.active_adapter):
+        scales.set_values(config, values)
+    else:
+        scales.inactive[adapter_name] = config, values
     return scales
 
 
-def check_fits(config: ScalesConfig, model: nn.Module, sites: list[AttentionLayer], source: str) -> None:
+def _numbered(config: ScalesConfig, version: int, sites: list[AttentionLayer], source: str) -> ScalesConfig:
+    """``config`` with the model's own layer numbers, which files of version 1 do not have: they counted attention layers."""
+    if version > 1:
+        return config
+    if max(config.layers) >= len(sites):
+        raise ValueError(f"seal_ops.load: {source!r} must be an adapter for {len(sites)} layers, got one with layer "
+                         f"{shown(max(config.layers))}")
+    return dataclasses.replace(config, layers=tuple(sites[number].index for number in config.layers))
+
+
+def _check_fits(config: ScalesConfig, model: nn.Module, sites: list[AttentionLayer], source: str) -> None:
     """ValueError where an adapter with this config was made for another model."""
     model_type = getattr(_base_config(model), "model_type", None)
     if config.model_type and model_type and config.model_type != model_type:
         raise ValueError(f"seal_ops.load: {source!r} must be an adapter for model type {model_type!r}, got one for "
-                         f"{config.model_type!r}")
-    if max(config.layers) >= len(sites):
-        raise ValueError(f"seal_ops.load: {source!r} must be an adapter for {len(sites)} layers, got one with layer "
-                         f"{max(config.layers)}")
+                         f"{shown(config.model_type)}")
+    known = {site.index: site for site in sites}
     for layer, heads, head_dim in zip(config.layers, config.num_heads, config.head_dim):
-        site = sites[layer]
+        if layer not in known:
+            raise ValueError(f"seal_ops.load: {source!r} must be an adapter for the {len(sites)} attention layers "
+                             f"{shown(list(known))}, got one with layer {shown(layer)}")
+        site = known[layer]
         if (heads, head_dim) != (site.num_heads, site.head_dim):
             raise ValueError(f"seal_ops.load: {source!r} must be an adapter for {site.num_heads} heads of "
-                             f"{site.head_dim} channels in layer {layer}, got one for {heads} heads of {head_dim}")
+                             f"{site.head_dim} channels in layer {layer}, got one for {shown(heads)} heads of "
+                             f"{shown(head_dim)}")

@@ -1,8 +1,9 @@
 """(IA)^3 adapter files of PEFT, in and out.
 
-(IA)^3 (arXiv 2205.05638) with ``target_modules=["o_proj"], feedforward_modules=["o_proj"]`` multiplies the input of every
-``o_proj`` by a learned vector, which is SEAL-C exactly.  PEFT itself is not needed here: the files are safetensors and
-json, with the tensors named ``base_model.model.<module>.ia3_l`` of shape [1, in_features].
+(IA)^3 (arXiv 2205.05638) with ``target_modules=["o_proj"], feedforward_modules=["o_proj"]`` (or whatever a model calls its
+output projection) multiplies what every ``o_proj`` reads by a learned vector, which is SEAL-C exactly.  PEFT itself is not
+needed here: the files are safetensors and json, with the tensors named ``base_model.model.<module>.ia3_l`` of shape
+[1, in_features].
 """
 from __future__ import annotations
 
@@ -12,27 +13,29 @@ import os
 import safetensors.torch
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from ..huggingface.discovery import find_attention_layers
 from ..huggingface.patch import AttentionLayer
 from ..utils.files import atomic_write, replacing
-from .attachment import attach_to, attached, refuse_second
-from .files import CONFIG_FILE, WEIGHTS_FILE, read_json, read_tensors
+from .attachment import attach_to, attached, refuse_second, unwrapped
+from .files import CONFIG_FILE, WEIGHTS_FILE, read_json, read_tensors, shown
+from .hub import resolve
 from .scales import Scales
 
 _PREFIX, _SUFFIX = "base_model.model.", ".ia3_l"
 
 
 def _key(site: AttentionLayer) -> str:
-    return f"{_PREFIX}{site.name}.o_proj{_SUFFIX}"
+    return f"{_PREFIX}{site.projection_name}{_SUFFIX}"
 
 
 def _check_direct(call: str, sites: list[AttentionLayer]) -> None:
-    """(IA)^3 scales what ``o_proj`` reads; SEAL what attention gives."""
+    """(IA)^3 scales what the output projection reads; SEAL what attention gives."""
     for site in sites:
-        if not site.direct:
-            raise ValueError(f"seal_ops.ia3.{call}: {site.name}.o_proj must read the attention output directly, got a "
-                             f"module with another step in between ({type(site.module).__name__})")
+        if site.output_projection is None or "channel" not in site.commutes:
+            raise ValueError(f"seal_ops.ia3.{call}: {site.projection_name or site.name} must read the attention output "
+                             f"directly, got a module with another step in between ({type(site.module).__name__})")
 
 
 def import_ia3(model: nn.Module, save_directory: str | os.PathLike, backend: str | None = None) -> Scales:
@@ -42,33 +45,38 @@ def import_ia3(model: nn.Module, save_directory: str | os.PathLike, backend: str
     ``o_proj`` of ``model``'s self-attention, or whose vectors have another length.
     """
     refuse_second(model, "ia3.import_ia3")
-    folder = os.fspath(save_directory)
+    folder = resolve(save_directory, call="ia3.import_ia3")
     config = read_json(folder, call="ia3.import_ia3")
     if config.get("peft_type") != "IA3":
         raise ValueError(f"seal_ops.ia3.import_ia3: {os.path.join(folder, CONFIG_FILE)} must have peft_type 'IA3', got "
                          f"{config.get('peft_type')!r}")
     tensors = read_tensors(folder, call="ia3.import_ia3")
-    sites = find_attention_layers(model)
-    by_key = {_key(site): layer for layer, site in enumerate(sites)}
+    sites = find_attention_layers(unwrapped(model, "ia3.import_ia3"))
+    by_key = {_key(site): site for site in sites}
     found: dict[int, Tensor] = {}
     for name, tensor in tensors.items():
         if name not in by_key:
-            raise ValueError(f"seal_ops.ia3.import_ia3: {folder!r} must scale only the o_proj of self-attention in "
-                             f"{type(model).__name__}, got {name!r}")
-        site = sites[by_key[name]]
+            raise ValueError(f"seal_ops.ia3.import_ia3: {folder!r} must scale only the output projection "
+                             f"({_names(sites)}) of self-attention in {type(model).__name__}, got {shown(name)}")
+        site = by_key[name]
         if tuple(tensor.shape) != (1, site.num_heads * site.head_dim) or not tensor.is_floating_point():
             raise ValueError(f"seal_ops.ia3.import_ia3: {name} must be a floating tensor of shape "
-                             f"[1, {site.num_heads * site.head_dim}] (the input of o_proj: feedforward_modules must name "
-                             f"it), got {tensor.dtype} of shape {list(tensor.shape)}")
-        found[by_key[name]] = tensor.reshape(site.num_heads, site.head_dim).float()
+                             f"[1, {site.num_heads * site.head_dim}] (what the projection reads: feedforward_modules must "
+                             f"name it), got {tensor.dtype} of shape {list(tensor.shape)}")
+        if not bool(torch.isfinite(tensor).all()):
+            raise ValueError(f"seal_ops.ia3.import_ia3: {name} must be finite, got NaN or infinity")
+        found[site.index] = tensor.reshape(site.num_heads, site.head_dim).float()
     if not found:
         raise ValueError(f"seal_ops.ia3.import_ia3: {folder!r} must hold at least one vector, got none")
-    _check_direct("import_ia3", [sites[layer] for layer in found])
+    _check_direct("import_ia3", [site for site in sites if site.index in found])
     scales = attach_to(model, sites, "channel", sorted(found), backend)
-    with torch.no_grad():
-        for layer, scale in scales.items():
-            scale.copy_(found[layer])
+    scales.set_values(scales.config, found)
     return scales
+
+
+def _names(sites: list[AttentionLayer]) -> str:
+    """The last parts of the names of the output projections."""
+    return ", ".join(sorted({(site.projection_name or "none").rpartition(".")[2] for site in sites}))
 
 
 def export_ia3(model: nn.Module, save_directory: str | os.PathLike) -> None:
@@ -80,18 +88,19 @@ def export_ia3(model: nn.Module, save_directory: str | os.PathLike) -> None:
     scales, attachment = attached(model, "ia3.export_ia3")
     sites = attachment.seam.sites
     _check_direct("export_ia3", sites)
-    learned = dict(scales.items())
-    tensors = {}
-    for layer, site in enumerate(sites):
-        scale = learned[layer].detach().cpu() if layer in learned else torch.ones(site.num_heads)
+    learned, tensors = scales.values(), {}
+    for site in sites:
+        scale = learned.get(site.index, torch.ones(site.num_heads))
         scale = scale.reshape(site.num_heads, -1).expand(-1, site.head_dim)
         tensors[_key(site)] = scale.reshape(1, -1).contiguous()
-    # PEFT matches names by their ending; where "o_proj" would also hit other modules, each is named in full.
-    modules = [f"{site.name}.o_proj" for site in sites]
-    others = [n for n, _ in model.named_modules() if n.split(".")[-1] == "o_proj" and n not in modules]
-    targets = sorted(modules) if others else ["o_proj"]
+    # PEFT matches names by their ending; where that would also hit other modules, each is named in full.
+    modules = [site.projection_name for site in sites]
+    endings = sorted({name.rpartition(".")[2] for name in modules})
+    others = [n for n, _ in attachment.owner.named_modules() if n.rpartition(".")[2] in endings and n not in modules]
+    targets = sorted(modules) if others else endings
     config = {
-        "peft_type": "IA3", "task_type": "CAUSAL_LM", "inference_mode": True, "fan_in_fan_out": False,
+        "peft_type": "IA3", "task_type": "CAUSAL_LM", "inference_mode": True,
+        "fan_in_fan_out": any(isinstance(site.output_projection, Conv1D) for site in sites),
         "base_model_name_or_path": scales.config.base_model_name_or_path, "revision": None,
         "target_modules": targets, "feedforward_modules": targets, "modules_to_save": None, "init_ia3_weights": True,
     }

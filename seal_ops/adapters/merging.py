@@ -1,59 +1,80 @@
-"""Merging: the scales become part of plain ``o_proj`` weights."""
+"""Merging: the scales become part of plain output projections."""
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from ..huggingface.patch import AttentionLayer
 from .attachment import attached, detach
 
 
+@torch.no_grad()
 def merge(model: nn.Module) -> nn.Module:
-    """Multiplies the scales into the columns of ``o_proj.weight`` and detaches: plain weights, no cost at inference.
+    """Multiplies the scales into the weights that read the attention output and detaches: no cost at inference.
 
-    Computed in fp32 and rounded once; biases stay.  All layers are checked before the first is written.  Returns the
-    model.  Raises ValueError for a step between attention and ``o_proj`` (BitNet's norm, a gate), for quantised or
-    adapted projections (serve those unmerged), and where a merged weight would overflow.
+    Computed in fp32 and rounded once, so the weights keep their dtype; biases stay.  All layers are checked before the
+    first is written.  ``model`` may be the model, or a PEFT or compiled model round it.  Returns it.  Raises ValueError
+    for a step between attention and its projection that scales do not pass (BitNet's norm), for quantised or adapted
+    projections and for weights that are computed anew in each call (serve those unmerged), and where a merged weight
+    would overflow.  With several adapters, the active one is merged.
     """
     scales, attachment = attached(model, "merge")
-    sites = attachment.seam.sites
-    work = [(sites[layer], scale.detach().expand(sites[layer].num_heads, -1) if scale.dim() == 2 else
-             scale.detach()[:, None]) for layer, scale in scales.items()]
+    sites = {site.index: site for site in attachment.seam.sites}
+    learned = scales.values()
+    work = [(sites[layer], value if value.dim() == 2 else value[:, None]) for layer, value in learned.items()]
     seen: set[int] = set()
     for site, scale in work:
-        _check_mergeable(site, scale, seen)
-    with torch.no_grad():
-        for site, scale in work:
-            weight = site.o_proj.weight
-            weight.copy_(_merged(weight, scale, site))
-    return detach(model)
+        _check_mergeable(site, scale, scales.config.granularity, seen)
+    for site, scale in work:
+        weight = site.output_projection.weight
+        weight.copy_(_merged(weight, scale, site))
+        # A merge that is interrupted leaves a model that computes the same, and that can be merged again.
+        scales.layers[str(site.index)].scale.fill_(1)
+    detach(model)
+    scales.set_values(scales.config, learned)
+    return model
 
 
 def _merged(weight: Tensor, scale: Tensor, site: AttentionLayer) -> Tensor:
-    """fp32 (fp64) weight [hidden, Hq * D] times the scale [Hq, 1 or D]."""
+    """fp32 (fp64) weight [hidden, Hq * D], of Conv1D [Hq * D, hidden], times the scale [Hq, 1 or D] of what it reads."""
     compute = torch.promote_types(weight.dtype, torch.float32)
-    return weight.to(compute) * scale.to(weight.device, compute).expand(-1, site.head_dim).reshape(1, -1)
+    factor = scale.to(weight.device, compute).expand(-1, site.head_dim).reshape(-1)
+    return weight.to(compute) * (factor[:, None] if _reads_rows(site) else factor)
 
 
-def _check_mergeable(site: AttentionLayer, scale: Tensor, seen: set[int]) -> None:
+def _reads_rows(site: AttentionLayer) -> bool:
+    """Whether the weight's rows are the channels that are read: GPT-2's Conv1D is the transpose of a Linear."""
+    return type(site.output_projection) is Conv1D
+
+
+def _check_mergeable(site: AttentionLayer, scale: Tensor, granularity: str, seen: set[int]) -> None:
     def refuse(expected: str, got: str):
-        raise ValueError(f"seal_ops.merge: {site.name}.o_proj must {expected}, got {got}")
+        raise ValueError(f"seal_ops.merge: {site.projection_name or site.name} must {expected}, got {got}")
 
-    o_proj = site.o_proj
-    if not site.direct:
+    projection, unmerged = site.output_projection, "keep the scales attached instead"
+    if projection is None or granularity not in site.commutes:
         refuse("read the attention output directly", f"a module with another step in between "
-               f"({type(site.module).__name__}); keep the scales attached instead")
-    # An exact type: quantised and adapted layers are subclasses or wrappers with weights of another meaning.
-    if type(o_proj) is not nn.Linear or not o_proj.weight.is_floating_point() or o_proj.weight.element_size() < 2:
-        refuse("be a plain torch.nn.Linear in 16 or more bits", f"{type(o_proj).__name__} with "
-               f"{getattr(getattr(o_proj, 'weight', None), 'dtype', 'no')} weight; keep the scales attached instead")
-    if o_proj.weight.is_meta or o_proj.weight.shape[1] != site.num_heads * site.head_dim:
-        refuse(f"hold its whole weight with {site.num_heads * site.head_dim} columns",
-               f"{list(o_proj.weight.shape)} on {o_proj.weight.device}")
-    if id(o_proj.weight) in seen:
+               f"({type(site.module).__name__}); {unmerged}")
+    if hasattr(projection, "base_layer"):
+        refuse("be a plain torch.nn.Linear in 16 or more bits", f"{type(projection).__name__} of an adapter; merge that "
+               f"first (PEFT's merge_and_unload), or {unmerged}")
+    weight = getattr(projection, "weight", None)
+    # An exact type: quantised layers are subclasses or wrappers with weights of another meaning.
+    if type(projection) not in (nn.Linear, Conv1D) or not isinstance(weight, Tensor) or (
+            not weight.is_floating_point() or weight.element_size() < 2):
+        refuse("be a plain torch.nn.Linear in 16 or more bits", f"{type(projection).__name__} with "
+               f"{getattr(weight, 'dtype', 'no')} weight; {unmerged}")
+    if "weight" not in projection._parameters:
+        refuse("have its weight as a parameter", "one that is computed anew in each call (pruned, or with weight_norm); "
+               "make that permanent first (torch.nn.utils.prune.remove, remove_weight_norm)")
+    width = site.num_heads * site.head_dim
+    if weight.is_meta or hasattr(weight, "full_tensor") or weight.shape[0 if _reads_rows(site) else 1] != width:
+        refuse(f"hold its whole weight with {width} columns", f"{list(weight.shape)} on {weight.device}")
+    if id(weight) in seen:
         refuse("have a weight of its own", "a weight that two layers share")
-    seen.add(id(o_proj.weight))
-    # Largest magnitude a column would get, without a second copy of the weight.
-    columns = o_proj.weight.detach().abs().amax(0, keepdim=True)
-    if not bool((_merged(columns, scale, site).abs() <= torch.finfo(o_proj.weight.dtype).max).all()):
-        refuse(f"stay finite in {o_proj.weight.dtype}", "scales that overflow it")
+    seen.add(id(weight))
+    # Largest magnitude a channel would get, without a second copy of the weight.
+    largest = weight.detach().abs().amax(1 if _reads_rows(site) else 0, keepdim=True)
+    if not bool((_merged(largest, scale, site).abs() <= torch.finfo(weight.dtype).max).all()):
+        refuse(f"stay finite in {weight.dtype}", "scales that overflow it")

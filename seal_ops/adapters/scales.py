@@ -2,17 +2,17 @@
 from __future__ import annotations
 
 import contextlib
-import json
+import itertools
 import os
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 
-import safetensors
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from ..utils.files import atomic_write, replacing
-from .files import CONFIG_FILE, WEIGHTS_FILE, ScalesConfig
+from . import files, model_card
+from .files import DEFAULT_ADAPTER, ScalesConfig
+from .gathering import is_main_process, whole
 
 
 class LayerScale(nn.Module):
@@ -21,10 +21,22 @@ class LayerScale(nn.Module):
     def __init__(self, shape: tuple[int, ...], device=None):
         super().__init__()
         self.scale = nn.Parameter(torch.ones(shape, dtype=torch.float32, device=device))
-        self.rows: Tensor | None = None  # [B, Hq, 1 or D], in the place of `scale`; see `Scales.rows`
+        self.per_row: Tensor | None = None  # [B, Hq, 1 or D], in the place of `scale`; see `Scales.rows`
+        self.may_be_frozen = False
 
-    def forward(self) -> Tensor:  # a call, so that hooks of offloading bring the parameter here
-        return self.scale if self.rows is None else self.rows
+    def forward(self, learned: bool = False) -> Tensor:
+        """What attention multiplies by: the scale, or one a row inside `Scales.rows`; with ``learned`` always the scale.
+
+        A call, so that the hooks of offloading and of sharding bring the parameter here first.
+        """
+        if self.per_row is not None and not learned:
+            return self.per_row
+        if (self.training and not self.scale.requires_grad and not self.may_be_frozen and torch.is_grad_enabled()
+                and not torch.compiler.is_compiling()):
+            warnings.warn("seal_ops: the model is trained while its scales are frozen; peft.get_peft_model freezes all "
+                          "that is not its own. Call scales.requires_grad_(True) to train them too, or "
+                          "scales.requires_grad_(False) to say that they are to stay", stacklevel=2)
+        return self.scale
 
     def _apply(self, fn, recurse=True):
         # `model.to(torch.bfloat16)` reaches here too. Near 1 bf16 moves in steps of 2^-7, larger than an optimiser's.
@@ -34,82 +46,303 @@ class LayerScale(nn.Module):
             self.scale.data = before.to(self.scale.device)
         return self
 
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, *args):
+        # A strict load of the base model's weights leaves the scales as they are; see `Scales._load_from_state_dict`.
+        if strict and not _holds_scales(state_dict, prefix.rpartition("layers.")[0]):
+            return
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *args)
+
     def extra_repr(self) -> str:
         return ", ".join(map(str, self.scale.shape))
+
+
+def _holds_scales(state_dict: Mapping, prefix: str) -> bool:
+    return any(name.startswith(f"{prefix}layers.") for name in state_dict)
 
 
 class Scales(nn.Module):
     """The learned scales of one model, made by `attach` or `load`; a submodule of the model named ``seal_scales``.
 
-    Parameters: ``layers.N.scale``, fp32 (kept so when the model is cast), ``[Hq]`` or ``[Hq, D]``.  They are part of
-    ``model.state_dict()``, so that optimisers, DDP and checkpoints of training frameworks see them, and are left out of
-    ``model.save_pretrained``, whose checkpoints stay plain.  ``config`` is a `ScalesConfig`.
+    Parameters: ``layers.N.scale``, fp32 (kept so when the model is cast), ``[Hq]`` or ``[Hq, D]``, N the model's own
+    number of the layer.  They are part of ``model.state_dict()``, so that optimisers, DDP and checkpoints of training
+    frameworks see them.  ``model.save_pretrained`` writes them beside the weights, which stay plain.  ``config`` is a
+    `ScalesConfig`.  The verbs of PEFT (``from_pretrained``, ``set_adapter``, ``disable_adapter``, ``merge_and_unload``
+    and others) mean here what they mean there; see docs/adapters.md.
     """
 
-    def __init__(self, config: ScalesConfig, devices: Sequence | None = None):
+    def __init__(self, config: ScalesConfig, devices: Mapping | None = None, adapter_name: str = DEFAULT_ADAPTER):
         super().__init__()
-        self.config = config
-        devices = devices or [None] * len(config.layers)
-        self.layers = nn.ModuleDict({str(layer): LayerScale(config.shape(i), device)
-                                     for i, (layer, device) in enumerate(zip(config.layers, devices))})
         self.attachment = None  # set by `attachment.attach_to`: how to bring the model back
+        self.active_adapter = adapter_name
+        self.inactive: dict[str, tuple[ScalesConfig, dict[int, Tensor]]] = {}  # name -> config, values on the CPU
+        self.training_settings: Mapping | None = None  # for the model card
+        self.checkpoints = None  # `trainer_callback.Checkpoints`, while a Trainer saves with `SealCallback`
+        self.loaded = False  # whether a state dict with scales has been loaded
+        self._set_layers(config, devices or {})
+
+    # -- parameters --------------------------------------------------------------------------------------------------
+    def _set_layers(self, config: ScalesConfig, devices: Mapping) -> None:
+        self.config = config
+        self.layers = nn.ModuleDict({str(layer): LayerScale(shape, devices.get(layer))
+                                     for layer, shape in config.shapes().items()})
 
     def items(self) -> Iterator[tuple[int, nn.Parameter]]:
-        """(layer index, scale) in the order of the layers."""
+        """(layer, scale) in the order of the layers."""
         return ((layer, self.layers[str(layer)].scale) for layer in self.config.layers)
 
+    def requires_grad_(self, requires_grad: bool = True) -> Scales:
+        """As in PyTorch; with False also said to be meant, so that nothing warns of training around frozen scales."""
+        for holder in self.layers.values():
+            holder.may_be_frozen = not requires_grad
+        return super().requires_grad_(requires_grad)
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        if _holds_scales(state_dict, prefix):
+            self.loaded = True
+        elif self.checkpoints is None and not any(n.startswith(prefix) for n in state_dict):
+            warnings.warn("seal_ops: the state dict that is loaded holds no scales, so they keep their present values; "
+                          "saved ones are read by seal_ops.load, and with transformers' Trainer by "
+                          "seal_ops.SealCallback", stacklevel=2)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def values(self) -> dict[int, Tensor]:
+        """Layer -> a copy of its whole scale on the CPU; where scales are sharded, all processes must call this."""
+        found = whole({layer: holder for layer, holder in zip(self.config.layers, self.layers.values())})
+        for layer, shape in self.config.shapes().items():
+            if tuple(found[layer].shape) != shape:
+                raise ValueError(f"seal_ops.Scales: the scale of layer {layer} must have shape {list(shape)}, got "
+                                 f"{list(found[layer].shape)}: gather the sharded model first")
+        return found
+
+    @torch.no_grad()
+    def set_values(self, config: ScalesConfig, values: Mapping[int, Tensor], sites=None) -> None:
+        """Takes over a config and values; parameters stay the same objects where the shapes allow it."""
+        if config.shapes() != self.config.shapes():
+            sites = self.attachment.seam.sites if sites is None and self.attachment is not None else sites or []
+            trainable = any(p.requires_grad for p in self.parameters())
+            self._set_layers(config, devices(sites))
+            self.requires_grad_(trainable)
+            self.bind(sites)
+        self.config = config
+        for layer, scale in self.items():
+            scale.copy_(values[layer])
+
+    def bind(self, sites) -> None:
+        """Makes the attention layers read these scales."""
+        for site in sites:
+            site.scaling = self.layers[str(site.index)] if site.index in self.config.layers else None
+
+    # -- rows --------------------------------------------------------------------------------------------------------
     @contextlib.contextmanager
     def rows(self, rows: Tensor | Sequence[Tensor] | Mapping[int, Tensor]):
         """Inside the block every row b of a batch runs with its own scales, in the place of the learned ones.
 
         ``rows``: one tensor ``[layers, B, Hq]`` or ``[layers, B, Hq, D]`` (the layers of ``config.layers``, in order),
-        a sequence of one tensor a layer, or a mapping from layer index to ``[B, Hq]`` or ``[B, Hq, D]`` (layers that
+        a sequence of one tensor a layer, or a mapping from layer to ``[B, Hq]`` or ``[B, Hq, D]`` (layers that
         are not named keep their scale).  B is the batch size of the calls inside.  To ablate heads of trained scales,
         multiply: ``rows = keep[layer] * scale``.  Converted to fp32; gradients flow into ``rows``.
         Raises ValueError for an unknown layer or a wrong shape.
         """
         if not isinstance(rows, Mapping):
             if len(rows) != len(self.config.layers):
-                raise ValueError(f"Scales.rows: rows must have {len(self.config.layers)} entries, one a layer, "
+                raise ValueError(f"seal_ops.Scales.rows: rows must have {len(self.config.layers)} entries, one a layer, "
                                  f"got {len(rows)}")
             rows = dict(zip(self.config.layers, rows))
         prepared = {}
         for layer, tensor in rows.items():
             if layer not in self.config.layers:
-                raise ValueError(f"Scales.rows: layers must be among {list(self.config.layers)}, got {layer}")
+                raise ValueError(f"seal_ops.Scales.rows: layers must be among {list(self.config.layers)}, got {layer}")
             index = self.config.layers.index(layer)
             heads, head_dim = self.config.num_heads[index], self.config.head_dim[index]
             if tensor.dim() == 2:
                 tensor = tensor[..., None]
             if tensor.dim() != 3 or tensor.shape[1] != heads or tensor.shape[2] not in (1, head_dim):
-                raise ValueError(f"Scales.rows: rows of layer {layer} must have shape [B, {heads}] or [B, {heads}, "
-                                 f"{head_dim}], got {list(tensor.shape)}")
+                raise ValueError(f"seal_ops.Scales.rows: rows of layer {layer} must have shape [B, {heads}] or "
+                                 f"[B, {heads}, {head_dim}], got {list(tensor.shape)}")
             holder = self.layers[str(layer)]
             prepared[holder] = tensor.to(holder.scale.device, torch.float32)
-        previous = {holder: holder.rows for holder in prepared}
+        previous = {holder: holder.per_row for holder in prepared}
         try:
             for holder, tensor in prepared.items():
-                holder.rows = tensor
+                holder.per_row = tensor
             yield self
         finally:
             for holder, tensor in previous.items():
-                holder.rows = tensor
+                holder.per_row = tensor
 
-    def save_pretrained(self, save_directory: str | os.PathLike) -> None:
-        """Writes ``adapter_config.json`` and ``adapter_model.safetensors``, each replaced in one step.
+    # -- files -------------------------------------------------------------------------------------------------------
+    def save_pretrained(self, save_directory: str | os.PathLike, selected_adapters: Sequence[str] | None = None,
+                        is_main_process: bool | None = None) -> None:
+        """Writes ``adapter_config.json``, ``adapter_model.safetensors`` and a model card.
 
-        Raises OSError, naming the folder, where it cannot be written.
+        The adapter "default", or the only one, goes into the folder itself, others into subfolders of their names, as
+        with PEFT.  A README that somebody wrote is left alone.  At every moment the folder holds an adapter that can be
+        read, the old or the new.
+
+        ``selected_adapters``: names (default: all).  ``is_main_process``: whether this process writes (default: the
+        first of a distributed run).  Where the scales are sharded, all processes must call.  Raises ValueError for an
+        unknown name, and OSError, naming the folder, where it cannot be written.
         """
+        names = self.adapter_names if selected_adapters is None else list(selected_adapters)
+        self._check_names("save_pretrained", "selected_adapters", names)
+        root = DEFAULT_ADAPTER if DEFAULT_ADAPTER in names or len(names) != 1 else names[0]
         folder = os.fspath(save_directory)
-        tensors = {f"layers.{layer}.scale": scale.detach().to("cpu", copy=True) for layer, scale in self.items()}
+        self.save_to({name: folder if name == root else os.path.join(folder, name) for name in names}, is_main_process)
+
+    def save_to(self, folders: Mapping[str, str], main: bool | None = None, values: Mapping | None = None) -> None:
+        """`save_pretrained` with a folder for each adapter; ``values``: the active one's, where they are at hand."""
+        if values is None and self.active_adapter in folders:
+            values = self.values()
+        if not (is_main_process() if main is None else main):
+            return
+        for name, folder in folders.items():
+            active = name == self.active_adapter
+            config, tensors = (self.config, values) if active else self.inactive[name]
+            try:
+                card = model_card.text(config, self.training_settings if active else None)
+                files.write(folder, config, dict(tensors), card if model_card.replaceable(folder) else None)
+            except OSError as error:
+                raise type(error)(f"seal_ops.Scales.save_pretrained: save_directory must be a writable folder, got "
+                                  f"{folder!r} ({error.strerror or error})") from error
+
+    @classmethod
+    def from_pretrained(cls, model: nn.Module, name_or_path: str | os.PathLike, **options) -> Scales:
+        """`seal_ops.load` under PEFT's name, with the same arguments."""
+        from .attachment import load
+        return load(model, name_or_path, **options)
+
+    def push_to_hub(self, repo_id: str, **options):
+        """Uploads the adapters; arguments as in `seal_ops.adapters.hub.push`. Returns the hub's commit info."""
+        from .hub import push
+        return push(self, repo_id, **options)
+
+    # -- named adapters ----------------------------------------------------------------------------------------------
+    @property
+    def adapter_names(self) -> list[str]:
+        """The active adapter, then the others."""
+        return [self.active_adapter, *self.inactive]
+
+    def _check_names(self, call: str, argument: str, names: Sequence[str], also: Sequence[str] = ()) -> None:
+        for name in names:
+            if name not in self.adapter_names and name not in also:
+                raise ValueError(f"seal_ops.Scales.{call}: {argument} must be among {[*self.adapter_names, *also]}, got "
+                                 f"{files.shown(name)}")
+
+    def set_adapter(self, adapter_name: str) -> None:
+        """Makes another adapter the one that computes and learns. An optimiser made before keeps its own state of it."""
+        self._check_names("set_adapter", "adapter_name", [adapter_name])
+        if adapter_name == self.active_adapter:
+            return
+        before = (self.config, self.values())
+        config, values = self.inactive[adapter_name]
+        self.set_values(config, values)
+        del self.inactive[adapter_name]
+        self.inactive[self.active_adapter] = before
+        self.active_adapter = adapter_name
+
+    def add_adapter(self, adapter_name: str, granularity: str | None = None, layers: Sequence[int] | None = None) -> None:
+        """Adds an adapter of ones, which `set_adapter` activates; granularity and layers default to the active one's."""
+        from .attachment import new_config
+        check_new_name(adapter_name, "Scales.add_adapter", self)
+        config = new_config(self, granularity or self.config.granularity, self.config.layers if layers is None else layers)
+        self.inactive[adapter_name] = config, {layer: torch.ones(shape) for layer, shape in config.shapes().items()}
+
+    def load_adapter(self, name_or_path: str | os.PathLike, adapter_name: str, **options) -> None:
+        """Adds a saved adapter under a new name, which `set_adapter` activates; other arguments as in `seal_ops.load`."""
+        from .attachment import load, owner_of
+        check_new_name(adapter_name, "Scales.load_adapter", self)
+        load(owner_of(self, "Scales.load_adapter"), name_or_path, adapter_name=adapter_name, **options)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Forgets an adapter. The active one is refused."""
+        self._check_names("delete_adapter", "adapter_name", [adapter_name])
+        if adapter_name == self.active_adapter:
+            raise ValueError(f"seal_ops.Scales.delete_adapter: adapter_name must not be the active adapter, got "
+                             f"{adapter_name!r}; call set_adapter with another first")
+        del self.inactive[adapter_name]
+
+    @contextlib.contextmanager
+    def adapters_per_row(self, adapter_names: Sequence[str]):
+        """Inside the block row b of a batch runs with the adapter ``adapter_names[b]``; "base" is the model without.
+
+        Gradients flow into the active adapter only.  Raises ValueError for an unknown name, and where the scales are not
+        attached.
+        """
+        from .attachment import owner_of
+        owner_of(self, "Scales.adapters_per_row")
+        self._check_names("adapters_per_row", "adapter_names", adapter_names, _BASE)
+        scale_of = {self.active_adapter: dict(self.items()), **{name: values for name, (_, values) in self.inactive.items()}}
+        replaced = []
         try:
-            # The config last: an interrupted first save has no config and is refused as a whole.
-            with replacing(os.path.join(folder, WEIGHTS_FILE)) as temporary:
-                safetensors.torch.save_file(tensors, temporary, metadata={"format": "pt"})
-            atomic_write(os.path.join(folder, CONFIG_FILE), json.dumps(self.config.to_dict(), indent=2) + "\n")
-        except OSError as error:
-            raise type(error)(f"Scales.save_pretrained: save_directory must be a writable folder, got {folder!r} "
-                              f"({error.strerror or error})") from error
+            for site in self.attachment.seam.sites:
+                scales = [scale_of.get(name, {}).get(site.index) for name in adapter_names]
+                if all(s is None for s in scales) and site.scaling is None:
+                    continue
+                device = next((s.device for s in scales if s is not None), None)
+                if site.index in self.config.layers:
+                    device = self.layers[str(site.index)].scale.device
+                wide = any(s is not None and s.dim() == 2 for s in scales)
+                shape = (site.num_heads, site.head_dim if wide else 1)
+                full = [torch.ones(shape, device=device) if s is None else
+                        s.to(device).reshape(site.num_heads, -1).expand(shape) for s in scales]
+                holder = LayerScale((site.num_heads,), device)
+                holder.per_row = torch.stack(full)
+                replaced.append((site, site.scaling))
+                site.scaling = holder
+            yield self
+        finally:
+            for site, scaling in replaced:
+                site.scaling = scaling
+
+    # -- the model ---------------------------------------------------------------------------------------------------
+    def disable_adapter(self):
+        """A context in which the model runs without scales; `seal_ops.disabled` under PEFT's name."""
+        from .attachment import disabled, owner_of
+        return disabled(owner_of(self, "Scales.disable_adapter"))
+
+    def merge_and_unload(self) -> nn.Module:
+        """`seal_ops.merge` under PEFT's name; returns the plain model."""
+        from .attachment import owner_of
+        from .merging import merge
+        return merge(owner_of(self, "Scales.merge_and_unload"))
+
+    def unload(self) -> nn.Module:
+        """`seal_ops.detach` under PEFT's name; returns the model without scales."""
+        from .attachment import detach, owner_of
+        return detach(owner_of(self, "Scales.unload"))
+
+    def get_nb_trainable_parameters(self) -> tuple[int, int]:
+        """(trainable, all) numbers of the model, as PEFT counts them."""
+        from .attachment import owner_of
+        sizes = [(p.numel(), p.requires_grad) for p in owner_of(self, "Scales.get_nb_trainable_parameters").parameters()]
+        return sum(n for n, trains in sizes if trains), sum(n for n, _ in sizes)
+
+    def print_trainable_parameters(self) -> None:
+        """Prints them in PEFT's words."""
+        trainable, total = self.get_nb_trainable_parameters()
+        print(f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {100 * trainable / total:.4f}")
 
     def extra_repr(self) -> str:
-        return f"granularity={self.config.granularity!r}, layers={len(self.config.layers)}"
+        adapters = f", adapter={self.active_adapter!r} of {self.adapter_names}" if self.inactive else ""
+        return f"granularity={self.config.granularity!r}, layers={len(self.config.layers)}{adapters}"
+
+
+_BASE = ("base", "__base__")  # the second is PEFT's word
+
+
+def check_new_name(name, call: str, scales: Scales | None = None) -> None:
+    """ValueError in the name of ``call`` where an adapter cannot be called ``name``."""
+    taken = (*_BASE, *(scales.adapter_names if scales is not None else ()))
+    if not isinstance(name, str) or not name or name in taken or set(name) & set("/\\."):
+        raise ValueError(f"seal_ops.{call}: adapter_name must be a new name without '/', '\\' and '.', got "
+                         f"{files.shown(name)}")
+
+
+def devices(sites) -> dict:
+    """Layer -> where its scale lives: beside the output projection, whatever that is made of."""
+    found = {}
+    for site in sites:
+        projection = site.output_projection or site.module
+        tensors = itertools.chain(projection.parameters(), projection.buffers())  # a quantised one may have buffers only
+        found[site.index] = next((t.device for t in tensors if not t.is_meta), None)
+    return found

@@ -127,7 +127,7 @@ def test_save_and_load_round_trip(family, granularity, tmp_path):
     scales = seal_ops.attach(model, granularity)
     randomise(scales)
     scales.save_pretrained(tmp_path / "adapter")
-    assert sorted(p.name for p in (tmp_path / "adapter").iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+    assert sorted(p.name for p in (tmp_path / "adapter").iterdir()) == ["README.md", "adapter_config.json", "adapter_model.safetensors"]
     loaded = seal_ops.load(other, tmp_path / "adapter")
     assert loaded.config == scales.config
     assert all(torch.equal(a, b) for (_, a), (_, b) in zip(loaded.items(), scales.items()))

@@ -1,0 +1,90 @@
+"""``save_pretrained`` of a model with scales: plain weights, and the scales beside them."""
+from __future__ import annotations
+
+import contextlib
+import inspect
+import os
+import re
+
+import torch
+from torch import nn
+
+from .files import SUBFOLDER
+
+_SCALE = re.compile(r"(?:^|\.)seal_scales\.layers\.(\d+)\.scale$")
+
+
+class SaveBoth:
+    """Stands in for ``save_pretrained`` of one model while its scales are attached; copied and pickled with it.
+
+    The weights are saved as without scales, and every adapter in the folder ``seal_scales/<its name>``, where
+    `seal_ops.load` finds it.  While a Trainer saves with `SealCallback`, the model's file holds the scales as well: that
+    is where a Trainer looks when it resumes.
+    """
+
+    def __init__(self, model: nn.Module, scales: nn.Module):
+        self.model, self.scales = model, scales
+
+    def install(self) -> None:
+        self.model.__dict__["save_pretrained"] = self
+
+    def remove(self) -> None:
+        if self.model.__dict__.get("save_pretrained") is self:
+            del self.model.__dict__["save_pretrained"]
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(type(self.model).save_pretrained.__get__(self.model))
+
+    def __call__(self, *args, **kwargs):
+        given = self.__signature__.bind(*args, **kwargs).arguments
+        if given.get("push_to_hub"):
+            return self._save_and_push(given)
+        folder, values = os.fspath(given["save_directory"]), self._gathered(given.get("state_dict"))
+        with self._without_scales():
+            result = type(self.model).save_pretrained(self.model, *args, **kwargs)
+        if not os.path.isfile(folder):  # which transformers refuses by logging an error
+            names = self.scales.adapter_names
+            self.scales.save_to({name: os.path.join(folder, SUBFOLDER, name) for name in names},
+                                given.get("is_main_process"), values)
+        return result
+
+    def _save_and_push(self, given: dict):
+        """The folder first and the repository after it; transformers' own way would upload before the scales are there."""
+        options = {**given, **given.get("kwargs", {})}
+        options.pop("kwargs", None)
+        push = type(self.model).push_to_hub
+        hub = {n: options.pop(n) for n in list(options) if n in inspect.signature(push).parameters and n not in
+               ("self", "max_shard_size", "token")}
+        repo_id = hub.pop("repo_id", None) or os.path.basename(os.path.normpath(os.fspath(given["save_directory"])))
+        options.pop("push_to_hub")
+        self(**options)
+        if options.get("is_main_process", True):
+            push(self.model, repo_id, token=options.get("token"), **hub)
+
+    def _gathered(self, state_dict) -> dict | None:
+        """The scales in a state dict that a sharded run has gathered; None where the modules themselves hold them."""
+        found = {}
+        for name, tensor in (state_dict or {}).items():
+            match = _SCALE.search(name)
+            if match and not hasattr(tensor, "full_tensor"):
+                found[int(match[1])] = tensor.detach().to("cpu", torch.float32, copy=True)
+        return found if set(found) == set(self.scales.config.layers) else None
+
+    @contextlib.contextmanager
+    def _without_scales(self):
+        """Inside the block transformers leaves the scales out of the weights, or, if a checkpoint asks so, all else."""
+        model, mode = self.model, self.scales.checkpoints
+        if mode is not None:
+            yield
+            return
+        present, before = "_keys_to_ignore_on_save" in model.__dict__, getattr(model, "_keys_to_ignore_on_save", None)
+        names = (name for name, _ in model.named_parameters() if _SCALE.search(name))
+        model._keys_to_ignore_on_save = {*(before or ()), *names}
+        try:
+            yield
+        finally:
+            if present:
+                model._keys_to_ignore_on_save = before
+            else:
+                del model.__dict__["_keys_to_ignore_on_save"]

@@ -1,0 +1,118 @@
+"""The scales in the checkpoints of transformers' Trainer: saved, resumed, and the best ones brought back."""
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+
+from torch import nn
+from transformers import TrainerCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from .attachment import attached, load
+from .files import SUBFOLDER
+from .gathering import is_main_process
+
+_STATE_FILE = "trainer_state.json"
+
+
+@dataclasses.dataclass
+class Checkpoints:
+    """What a run's checkpoints hold beside the scales; on the scales while the run lasts."""
+    base_model: bool
+    ignored_before: object = None
+
+
+class SealCallback(TrainerCallback):
+    """Makes a Trainer's checkpoints hold the scales, resume from them, and ``load_best_model_at_end`` restore them.
+
+    ``Trainer(model, args, callbacks=[seal_ops.SealCallback()])``, with scales attached before.  Each checkpoint gets the
+    folder ``seal_scales/<adapter>``, which `seal_ops.load(model, checkpoint)` finds, and its weights file holds the
+    scales too: that is where the Trainer looks when it resumes.  Under FSDP and DeepSpeed all processes gather, and the
+    first one writes.
+
+    ``save_base_model=False``: checkpoints hold the scales and the optimiser's state but not the frozen base model, so
+    kilobytes for a model of any size; a Trainer resumes from them, ``from_pretrained`` refuses them.  ``resume_from``:
+    the checkpoint that ``Trainer.train(resume_from_checkpoint=...)`` is given, needed only where it lies outside
+    ``output_dir`` and its weights file has no scales (PEFT's checkpoints, and those saved without this callback).
+    """
+
+    def __init__(self, save_base_model: bool = True, resume_from: str | os.PathLike | None = None):
+        self.save_base_model = save_base_model
+        self.resume_from = None if resume_from is None else os.fspath(resume_from)
+
+    def on_init_end(self, args, state, control, model: nn.Module | None = None, **kwargs):
+        self._prepare(model)
+
+    def on_train_begin(self, args, state, control, model: nn.Module | None = None, **kwargs):
+        scales, _ = self._prepare(model)
+        if state.global_step > 0 and not scales.loaded:
+            self._load(model, self._resumed(args, state))
+        scales.loaded = False
+
+    def on_save(self, args, state, control, model: nn.Module | None = None, **kwargs):
+        scales, _ = attached(model, "SealCallback")
+        folder = _checkpoint(args, state.global_step)
+        names = scales.adapter_names
+        scales.save_to({name: os.path.join(folder, SUBFOLDER, name) for name in names},
+                       True if args.should_save and not is_main_process() else None)
+        if not self.save_base_model and args.should_save:
+            # Without them nobody takes the checkpoint for a whole model; the Trainer does not need them.
+            for name in ("config.json", "generation_config.json"):
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(os.path.join(folder, name))
+
+    def on_train_end(self, args, state, control, model: nn.Module | None = None, **kwargs):
+        scales, attachment = attached(model, "SealCallback")
+        if args.load_best_model_at_end and state.best_model_checkpoint is not None:
+            self._load(model, state.best_model_checkpoint)
+        if scales.checkpoints is not None and not scales.checkpoints.base_model:
+            attachment.owner._keys_to_ignore_on_save = scales.checkpoints.ignored_before
+        scales.checkpoints = None
+
+    def _prepare(self, model: nn.Module):
+        """Marks the scales, so that the Trainer's checkpoints have them in the place where it looks for them."""
+        scales, attachment = attached(model, "SealCallback")
+        if scales.checkpoints is None:
+            owner = attachment.owner
+            scales.checkpoints = Checkpoints(self.save_base_model, getattr(owner, "_keys_to_ignore_on_save", None))
+            if not self.save_base_model:
+                # transformers leaves these out of the file, and is silent when exactly they are missing in one it loads.
+                owner._keys_to_ignore_on_save = {n for n in owner.state_dict() if not n.startswith("seal_scales.")}
+        return scales, attachment
+
+    @staticmethod
+    def _load(model: nn.Module, folder: str) -> None:
+        scales, attachment = attached(model, "SealCallback")
+        path = os.path.join(folder, SUBFOLDER, scales.active_adapter)
+        if not os.path.isdir(path):
+            raise ValueError(f"seal_ops.SealCallback: the checkpoint must hold {SUBFOLDER}/{scales.active_adapter}, got "
+                             f"{folder!r} without it: it was saved without seal_ops.SealCallback")
+        if any(hasattr(scale, "full_tensor") for _, scale in scales.items()):
+            return  # sharded: FSDP's own checkpoint has brought them
+        load(attachment.owner, path)
+
+    def _resumed(self, args, state) -> str:
+        """The checkpoint that the Trainer resumed from, which it does not tell its callbacks."""
+        given = args.resume_from_checkpoint
+        for folder in (self.resume_from, given if isinstance(given, str) else None,
+                       _checkpoint(args, state.global_step)):
+            if folder is not None and (folder == self.resume_from or _is_of(folder, state)):
+                return folder
+        raise ValueError(f"seal_ops.SealCallback: resume_from must name the checkpoint that the Trainer resumes from, got "
+                         f"None, and {_checkpoint(args, state.global_step)!r} is not it")
+
+
+def _checkpoint(args, step: int) -> str:
+    return os.path.join(args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{step}")
+
+
+def _is_of(folder: str, state) -> bool:
+    """Whether a checkpoint is the one that ``state`` was read from: it tells the same history."""
+    try:
+        with open(os.path.join(folder, _STATE_FILE), encoding="utf-8") as file:
+            saved = json.load(file)
+    except (OSError, ValueError):
+        return False
+    return saved.get("global_step") == state.global_step and saved.get("log_history") == state.log_history
