@@ -14,10 +14,11 @@ from collections.abc import Sequence
 from torch import nn
 
 from ..huggingface.discovery import find_attention_layers
-from ..huggingface.patch import AttentionLayer, Patch
+from ..huggingface.layers import GRANULARITIES, AttentionLayer
+from ..huggingface.patch import Patch
 from ..ops.dispatch import choose
 from . import peft_registry
-from .files import DEFAULT_ADAPTER, GRANULARITIES, ScalesConfig, read, shown, tensor_name
+from .files import DEFAULT_ADAPTER, ScalesConfig, read, shown, tensor_name
 from .hub import resolve
 from .saving import SaveBoth
 from .scales import Scales, check_new_name

@@ -12,9 +12,9 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from ..huggingface.layers import GRANULARITIES
 from ..utils.files import atomic_write, replacing
 
-GRANULARITIES = ("head", "channel")
 CONFIG_FILE, WEIGHTS_FILE, CARD_FILE = "adapter_config.json", "adapter_model.safetensors", "README.md"
 # The config of a save under way. It is complete before the weights are replaced and takes its place after them, so that
 # whatever a killed save leaves behind can be read: the old adapter, or the new one.

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..huggingface.discovery import find_attention_layers
-from ..huggingface.patch import AttentionLayer
+from ..huggingface.layers import AttentionLayer
 from ..utils.files import atomic_write, replacing
 from .attachment import attach_to, attached, refuse_second, unwrapped
 from .files import CONFIG_FILE, WEIGHTS_FILE, read_json, read_tensors, shown

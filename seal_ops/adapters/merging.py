@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ..huggingface.patch import AttentionLayer
+from ..huggingface.layers import AttentionLayer
 from .attachment import attached, detach
 
 
