@@ -23,6 +23,7 @@ class LayerScale(nn.Module):
         self.scale = nn.Parameter(torch.ones(shape, dtype=torch.float32, device=device))
         self.per_row: Tensor | None = None  # [B, Hq, 1 or D], in the place of `scale`; see `Scales.rows`
         self.may_be_frozen = False
+        self.left_alone = False  # by the state dict that is being loaded
 
     def forward(self, learned: bool = False) -> Tensor:
         """What attention multiplies by: the scale, or one a row inside `Scales.rows`; with ``learned`` always the scale.
@@ -46,18 +47,13 @@ class LayerScale(nn.Module):
             self.scale.data = before.to(self.scale.device)
         return self
 
-    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, *args):
-        # A strict load of the base model's weights leaves the scales as they are; see `Scales._load_from_state_dict`.
-        if strict and not _holds_scales(state_dict, prefix.rpartition("layers.")[0]):
-            return
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *args)
+    def _load_from_state_dict(self, *args):
+        # The base model's weights leave the scales as they are, also in a strict load; `Scales` warns then.
+        if not self.left_alone:
+            super()._load_from_state_dict(*args)
 
     def extra_repr(self) -> str:
         return ", ".join(map(str, self.scale.shape))
-
-
-def _holds_scales(state_dict: Mapping, prefix: str) -> bool:
-    return any(name.startswith(f"{prefix}layers.") for name in state_dict)
 
 
 class Scales(nn.Module):
@@ -97,9 +93,12 @@ class Scales(nn.Module):
         return super().requires_grad_(requires_grad)
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
-        if _holds_scales(state_dict, prefix):
+        found = any(name.startswith(f"{prefix}layers.") for name in state_dict)
+        for holder in self.layers.values():
+            holder.left_alone = not found
+        if found:
             self.loaded = True
-        elif self.checkpoints is None and not any(n.startswith(prefix) for n in state_dict):
+        elif self.checkpoints is None:
             warnings.warn("seal_ops: the state dict that is loaded holds no scales, so they keep their present values; "
                           "saved ones are read by seal_ops.load, and with transformers' Trainer by "
                           "seal_ops.SealCallback", stacklevel=2)
