@@ -6,6 +6,7 @@ from .options import Command, load, model_options
 
 def options(parser):
     model_options(parser)
+    parser.set_defaults(dtype="auto")  # the merged checkpoint keeps the precision of the one it came from
     parser.add_argument("--scales", required=True, metavar="DIR", help="trained scales")
     parser.add_argument("--output", required=True, metavar="DIR", help="new folder for the merged checkpoint")
 

@@ -85,11 +85,14 @@ def _numbers(value):
 
 def model_options(parser, required=True):
     """--model, --device, --dtype: what :func:`seal_ops.huggingface.loading.load_model` takes."""
-    from ..huggingface.loading import DTYPES
+    from ..huggingface.loading import DTYPE_CHOICES
 
     parser.add_argument("--model", required=required, metavar="NAME", help="model folder, or name on the hub")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    parser.add_argument("--dtype", default="auto", choices=["auto", *DTYPES], help="auto: bfloat16 on a GPU, else float32")
+    parser.add_argument(
+        "--dtype", default="default", choices=DTYPE_CHOICES,
+        help="default: bfloat16 on a GPU, else float32; auto: the checkpoint's own",
+    )  # fmt: skip
 
 
 def task_options(parser, required=True):

@@ -50,7 +50,7 @@ class Settings:
     lr_channel: float = 2e-2
     seed: int = 0
     device: str = "auto"
-    dtype: str = "auto"
+    dtype: str = "default"
 
 
 def run(settings: Settings, output: str, *, progress: bool | None = None, log=print) -> dict:

@@ -59,7 +59,7 @@ class Settings:
     factor: float = 0.9
     seed: int = 0
     device: str = "auto"
-    dtype: str = "auto"
+    dtype: str = "default"
 
 
 def run(settings: Settings, output: str, *, progress: bool | None = None, log: Callable[[str], None] = print) -> dict:

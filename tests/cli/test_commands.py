@@ -97,7 +97,7 @@ def test_config_files(capsys, folder, tmp_path):  # noqa: F811
         ("lenghts: [190]", "key must be one of .*lengths.*, got 'lenghts'"),
         ("lengths: [190, none]", "value of lengths must have the option's type, got"),
         ("lengths: [0]", "value of lengths must be at least 1, got 0"),
-        ("dtype: float8", "value of dtype must be one of auto, float32.*, got 'float8'"),
+        ("dtype: float8", "value of dtype must be one of default, auto, float32.*, got 'float8'"),
         ("resume: yes please", "value of resume must be true or false, got 'yes please'"),
         ("seed: [1, 2]", r"value of seed must be a single value, got \[1, 2\]"),
         ("- a\n- b", "must map options to values, got list"),
