@@ -11,7 +11,6 @@ import os
 import sys
 from collections.abc import Sequence
 
-import torch
 from torch import nn
 
 from ..huggingface.discovery import find_attention_layers
@@ -22,7 +21,7 @@ from . import peft_registry
 from .files import DEFAULT_ADAPTER, ScalesConfig, read, shown, tensor_name
 from .hub import resolve
 from .saving import SaveBoth
-from .scales import Scales, check_new_name, devices
+from .scales import Scales, check_new_name
 
 SUBMODULE = "seal_scales"
 
@@ -122,11 +121,9 @@ def attach_to(model: nn.Module, sites: list[AttentionLayer], granularity: str, l
     """`attach`, for sites that are already found."""
     owner = unwrapped(model, "attach")
     config = describe(owner, sites, granularity, layers)
-    where = devices(sites)
     if backend not in (None, "auto"):
-        dtype = next((p.dtype for p in sites[0].module.parameters() if p.is_floating_point()), torch.bfloat16)
-        choose(backend, "attention", where[sites[0].index] or torch.device("cpu"), dtype, sites[0].head_dim)
-    scales = Scales(config, where, adapter_name)
+        choose(backend, "attention", sites[0].device, sites[0].dtype, sites[0].head_dim)
+    scales = Scales(config, {site.index: site.device for site in sites}, adapter_name)
     scales.bind(sites)
     for site in sites:
         site.backend = backend

@@ -22,13 +22,13 @@ def merge(model: nn.Module) -> nn.Module:
     scales, attachment = attached(model, "merge")
     sites = {site.index: site for site in attachment.seam.sites}
     learned = scales.values()
-    work = [(sites[layer], value if value.dim() == 2 else value[:, None]) for layer, value in learned.items()]
+    work = [(sites[layer], _present_projection(attachment.owner, sites[layer]),
+             value if value.dim() == 2 else value[:, None]) for layer, value in learned.items()]
     seen: set[int] = set()
-    for site, scale in work:
-        _check_mergeable(site, scale, scales.config.granularity, seen)
-    for site, scale in work:
-        weight = site.output_projection.weight
-        weight.copy_(_merged(weight, scale, site))
+    for site, projection, scale in work:
+        _check_mergeable(site, projection, scale, scales.config.granularity, seen)
+    for site, projection, scale in work:
+        projection.weight.copy_(_merged(projection, projection.weight, scale, site))
         # A merge that is interrupted leaves a model that computes the same, and that can be merged again.
         scales.layers[str(site.index)].scale.fill_(1)
     detach(model)
@@ -36,23 +36,34 @@ def merge(model: nn.Module) -> nn.Module:
     return model
 
 
-def _merged(weight: Tensor, scale: Tensor, site: AttentionLayer) -> Tensor:
+def _present_projection(owner: nn.Module, site: AttentionLayer) -> nn.Module | None:
+    """The module under the projection's name now: since `attach`, an adapter may have been put round it or taken off."""
+    if site.output_projection is None:
+        return None
+    try:
+        return owner.get_submodule(site.projection_name)
+    except AttributeError:
+        return None
+
+
+def _reads_rows(projection: nn.Module) -> bool:
+    """Whether the weight's rows are the channels that are read: GPT-2's Conv1D is the transpose of a Linear."""
+    return type(projection) is Conv1D
+
+
+def _merged(projection: nn.Module, weight: Tensor, scale: Tensor, site: AttentionLayer) -> Tensor:
     """fp32 (fp64) weight [hidden, Hq * D], of Conv1D [Hq * D, hidden], times the scale [Hq, 1 or D] of what it reads."""
     compute = torch.promote_types(weight.dtype, torch.float32)
     factor = scale.to(weight.device, compute).expand(-1, site.head_dim).reshape(-1)
-    return weight.to(compute) * (factor[:, None] if _reads_rows(site) else factor)
+    return weight.to(compute) * (factor[:, None] if _reads_rows(projection) else factor)
 
 
-def _reads_rows(site: AttentionLayer) -> bool:
-    """Whether the weight's rows are the channels that are read: GPT-2's Conv1D is the transpose of a Linear."""
-    return type(site.output_projection) is Conv1D
-
-
-def _check_mergeable(site: AttentionLayer, scale: Tensor, granularity: str, seen: set[int]) -> None:
+def _check_mergeable(site: AttentionLayer, projection: nn.Module | None, scale: Tensor, granularity: str,
+                     seen: set[int]) -> None:
     def refuse(expected: str, got: str):
         raise ValueError(f"seal_ops.merge: {site.projection_name or site.name} must {expected}, got {got}")
 
-    projection, unmerged = site.output_projection, "keep the scales attached instead"
+    unmerged = "keep the scales attached instead"
     if projection is None or granularity not in site.commutes:
         refuse("read the attention output directly", f"a module with another step in between "
                f"({type(site.module).__name__}); {unmerged}")
@@ -69,12 +80,12 @@ def _check_mergeable(site: AttentionLayer, scale: Tensor, granularity: str, seen
         refuse("have its weight as a parameter", "one that is computed anew in each call (pruned, or with weight_norm); "
                "make that permanent first (torch.nn.utils.prune.remove, remove_weight_norm)")
     width = site.num_heads * site.head_dim
-    if weight.is_meta or hasattr(weight, "full_tensor") or weight.shape[0 if _reads_rows(site) else 1] != width:
+    if weight.is_meta or hasattr(weight, "full_tensor") or weight.shape[0 if _reads_rows(projection) else 1] != width:
         refuse(f"hold its whole weight with {width} columns", f"{list(weight.shape)} on {weight.device}")
     if id(weight) in seen:
         refuse("have a weight of its own", "a weight that two layers share")
     seen.add(id(weight))
     # Largest magnitude a channel would get, without a second copy of the weight.
-    largest = weight.detach().abs().amax(1 if _reads_rows(site) else 0, keepdim=True)
-    if not bool((_merged(largest, scale, site).abs() <= torch.finfo(weight.dtype).max).all()):
+    largest = weight.detach().abs().amax(1 if _reads_rows(projection) else 0, keepdim=True)
+    if not bool((_merged(projection, largest, scale, site).abs() <= torch.finfo(weight.dtype).max).all()):
         refuse(f"stay finite in {weight.dtype}", "scales that overflow it")

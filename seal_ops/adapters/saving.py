@@ -41,8 +41,12 @@ class SaveBoth:
         if given.get("push_to_hub"):
             return self._save_and_push(given)
         folder, values = os.fspath(given["save_directory"]), self._gathered(given.get("state_dict"))
-        with self._without_scales():
-            result = type(self.model).save_pretrained(self.model, *args, **kwargs)
+        self.scales.saved_beside = True
+        try:
+            with self._without_scales():
+                result = type(self.model).save_pretrained(self.model, *args, **kwargs)
+        finally:
+            self.scales.saved_beside = False
         if not os.path.isfile(folder):  # which transformers refuses by logging an error
             names = self.scales.adapter_names
             self.scales.save_to({name: os.path.join(folder, SUBFOLDER, name) for name in names},

@@ -73,6 +73,7 @@ class Scales(nn.Module):
         self.inactive: dict[str, tuple[ScalesConfig, dict[int, Tensor]]] = {}  # name -> config, values on the CPU
         self.training_settings: Mapping | None = None  # for the model card
         self.checkpoints = None  # `trainer_callback.Checkpoints`, while a Trainer saves with `SealCallback`
+        self.saved_beside = False  # while `saving.SaveBoth` saves the model that the scales are on
         self.loaded = False  # whether a state dict with scales has been loaded
         self._set_layers(config, devices or {})
 
@@ -103,6 +104,13 @@ class Scales(nn.Module):
                           "saved ones are read by seal_ops.load, and with transformers' Trainer by "
                           "seal_ops.SealCallback", stacklevel=2)
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        # PEFT wraps a model after `attach` without a trace but the prefix of its names.
+        if "base_model.model." in prefix and self.checkpoints is None and not self.saved_beside:
+            warnings.warn("seal_ops: PEFT saves only its own adapter; save the scales with scales.save_pretrained, or "
+                          "with transformers' Trainer by seal_ops.SealCallback", stacklevel=2)
+        super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def values(self) -> dict[int, Tensor]:
         """Layer -> a copy of its whole scale on the CPU; where scales are sharded, all processes must call this."""

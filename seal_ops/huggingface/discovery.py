@@ -44,7 +44,7 @@ class _Probe:
     def observe(self, query: Tensor, key: Tensor, value: Tensor, rotation: Rotation | None, composed: str | None) -> Tensor:
         site = self.site
         site.num_heads, site.num_kv_heads, site.head_dim = query.shape[1], key.shape[1], value.shape[-1]
-        site.device, site.composed = query.device, composed
+        site.device, site.dtype, site.composed = query.device, value.dtype, composed
         self.turned = _what_turned(site, rotation, query, key) if self.entered else None
         out = attention_output(query, site.head_dim, self.active)
         if self.active is None:

@@ -37,7 +37,8 @@ class AttentionLayer:
     num_heads: int = 0
     num_kv_heads: int = 0
     head_dim: int = 0
-    device: torch.device | None = None
+    device: torch.device | None = None  # of the attention call
+    dtype: torch.dtype | None = None
     output_projection: nn.Module | None = None
     projection_name: str | None = None
     commutes: tuple[str, ...] = ()

@@ -1,6 +1,7 @@
 """PEFT's (IA)^3 files, in and out."""
 import pytest
 import torch
+import transformers
 from attached import assert_untouched
 from families import FAMILIES, close, logits, randomise, tokens
 from torch import nn
@@ -84,3 +85,30 @@ def test_load_points_to_the_importer(peft, tmp_path):
     ia3(peft, LLAMA.build()).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="got 'IA3' .*seal_ops.ia3.import_ia3 reads those"):
         seal_ops.load(LLAMA.build(), tmp_path)
+
+
+@pytest.mark.parametrize("granularity", ["head", "channel"])
+def test_ia3_of_projections_of_other_names(peft, granularity, tmp_path):
+    """GPT-2's c_proj: a Conv1D whose name the MLP's has too."""
+    def build():
+        torch.manual_seed(0)
+        config = transformers.GPT2Config(vocab_size=97, n_embd=64, n_layer=2, n_head=4, n_positions=64, initializer_range=0.2)
+        return transformers.GPT2LMHeadModel(config).eval()
+
+    model = build()
+    randomise(seal_ops.attach(model, granularity))
+    export_ia3(model, tmp_path)
+    adapted = peft.PeftModel.from_pretrained(build(), tmp_path).eval()
+    assert close(logits(adapted, tokens()), logits(model, tokens()))
+    again = build()
+    import_ia3(again, tmp_path)
+    assert close(logits(again, tokens()), logits(model, tokens()))
+
+
+def test_ia3_on_a_model_with_lora(peft, tmp_path):
+    ia3(peft, LLAMA.build()).save_pretrained(tmp_path)
+    plain = LLAMA.build()
+    import_ia3(plain, tmp_path)
+    both = peft.get_peft_model(LLAMA.build(), peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")).eval()
+    import_ia3(both, tmp_path)
+    assert close(logits(both, tokens()), logits(plain, tokens()))
