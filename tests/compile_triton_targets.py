@@ -154,7 +154,7 @@ def compile_for(arch: int, dtype: str, head_dim: int, variant: str, forward_only
     backward.attention_backward(q, grad_lse, q, k, v, out, lse, scale, offset, needs=needs, **arguments)
     table = torch.zeros(512, head_dim // 2)
     rotary.rope(q, k, table, table)
-    for tokens, splits in ((1, 1), (1, 4), (8, 4), (16, 4)):  # times four heads of a group: 16, 32 and 64 rows
+    for tokens, splits in ((1, 4), (8, 4), (16, 4)):  # times four heads of a group: 16, 32 and 64 rows
         q, k, v = tensors(tokens)
         out, lse = torch.empty_like(q), torch.empty(q.shape[:-1])
         geometry = Geometry.of(q, k, None, True, window, lengths(tokens), lengths(256))
