@@ -1,10 +1,10 @@
-"""Compiles every Triton kernel and every tile of configs.py for GPUs that are not here, and checks what they need against what those
-have: shared memory of a block, registers, tensor memory. No device is needed.
+"""Compiles every Triton kernel and every tile of configs.py for GPUs that are not here, and checks what they need
+against what those have: shared memory of a block, registers, tensor memory. No device is needed.
 
 usage: compile_triton_targets.py [--arch 80 86 ...] [--quick] [--jobs N] [--markdown FILE]
 
-The kernels' own host code makes the launches, with CPU tensors and a driver that only names a target: what is compiled is what a call
-would compile. Exit code 1 where a kernel fits no tile of its list, or where its first tile neither fits nor is followed by one that does.
+The kernels' own host code makes the launches, with CPU tensors and a driver that only names a target: what is compiled
+is what a call would compile. Exit code 1 where none of a kernel's tiles fits.
 """
 
 from __future__ import annotations
@@ -12,17 +12,20 @@ from __future__ import annotations
 import argparse
 import concurrent.futures
 import dataclasses
+import functools
 import os
 import re
 import subprocess
 import sys
 import tempfile
 
-# Shared memory that a block may ask for (CUDA programming guide, "Technical specifications per compute capability"), in bytes.
+# Bytes of shared memory that a block may ask for (CUDA programming guide, technical specifications by compute
+# capability).
 SHARED = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
 NAMES = {80: "A100", 86: "RTX 30", 89: "RTX 40, L4", 90: "H100, H200", 100: "B200", 120: "RTX 50"}
 REGISTERS = 64 << 10  # of a multiprocessor: a block that needs more does not start
 HEAD_DIMS = (32, 64, 128, 256)
+TILED = ("_forward", "_dkdv", "_dq", "_split")  # kernels whose tiles configs.py lists
 
 
 @dataclasses.dataclass
@@ -76,7 +79,8 @@ class Recorder:
         self.found: list[Use] = []
         self.where = dict(kernel="", dtype="", head_dim=0, variant="", tile=None, number=0)
         driver.set_active(self)
-        JITFunction.__getitem__ = lambda kernel, grid: lambda *a, **k: self.record(kernel, kernel.run(*a, grid=grid, warmup=True, **k))
+        compiled = lambda kernel, grid, *a, **k: self.record(kernel, kernel.run(*a, grid=grid, warmup=True, **k))
+        JITFunction.__getitem__ = lambda kernel, grid: functools.partial(compiled, kernel, grid)
         os.environ["SEAL_TRITON_TMA"] = "1" if arch >= 90 else "0"
 
     def get_current_target(self):
@@ -91,8 +95,7 @@ class Recorder:
     def record(self, kernel, compiled):
         metadata = compiled.metadata
         name = kernel.fn.__name__
-        helper = name not in ("_forward", "_dkdv", "_dq")
-        where = {**self.where, **(dict(kernel=name, tile=None, number=0) if helper else {})}
+        where = {**self.where, **({} if name in TILED else dict(kernel=name, tile=None, number=0))}
         use = Use(self.arch, **where, shared=metadata.shared, warps=metadata.num_warps)
         use.registers, use.stack = resources(compiled.asm["cubin"])
         if metadata.shared > SHARED[self.arch]:
@@ -114,37 +117,48 @@ class Recorder:
         return every[0]
 
 
-VARIANTS = {
-    "plain": dict(scale=False, packed=False),
-    "scaled, dense": dict(scale=True, packed=False),
-    "scaled, packed, window": dict(scale=True, packed=True, window=100),
+VARIANTS = {  # name: scale, packed (with a per-row offset and a gradient into the log-sum-exp), window
+    "plain": (False, False, None),
+    "scaled": (True, False, None),
+    "packed": (True, True, 100),
 }
 
 
-def compile_for(arch: int, dtype: str, head_dim: int, variant: str, only: tuple | None = None) -> list[Use]:
-    """All kernels of one forward and backward with rotary embedding, every tile."""
+def compile_for(arch: int, dtype: str, head_dim: int, variant: str, forward_only: bool = False) -> list[Use]:
+    """All kernels of a forward, a backward with rotary embedding and of decoding, every tile."""
     os.environ.pop("TRITON_INTERPRET", None)
     import torch
 
-    from seal_ops.ops.backends.triton import backward, forward, rotary
+    from seal_ops.ops.backends.triton import backward, decode, forward, rotary
+    from seal_ops.ops.backends.triton.host import Geometry
 
     recorder = Recorder(arch)
-    forward.choose = backward.choose = recorder.choose
+    forward.choose = backward.choose = decode.choose = recorder.choose
     recorder.where |= dict(dtype=dtype, head_dim=head_dim, variant=variant)
-    options = VARIANTS[variant]
-    shape = (lambda h: (512, h, head_dim)) if options["packed"] else (lambda h: (2, 256, h, head_dim))
-    q, k, v = (torch.zeros(shape(h), dtype=getattr(torch, dtype)) for h in (4, 2, 2))
-    scale = torch.zeros(4, head_dim) if options["scale"] else None
-    offset = torch.zeros(2, 4, head_dim) if options["packed"] else None
-    arguments = dict(window=options.get("window"))
-    if options["packed"]:
-        arguments["cu_seqlens"] = torch.tensor([0, 200, 512], dtype=torch.int32)
+    scaled, packed, window = VARIANTS[variant]
+
+    def tensors(tokens, keys=256):
+        shape = lambda s, h: (2 * s, h, head_dim) if packed else (2, s, h, head_dim)
+        return [torch.zeros(shape(*size), dtype=getattr(torch, dtype)) for size in ((tokens, 8), (keys, 2), (keys, 2))]
+
+    lengths = lambda n: torch.tensor([0, n, 2 * n], dtype=torch.int32) if packed else None
+    scale = torch.zeros(8, head_dim) if scaled else None
+    offset = torch.zeros(2, 8, head_dim) if packed else None
+    q, k, v = tensors(256)
+    arguments = dict(window=window, cu_seqlens=lengths(256))
     out, lse = forward.attention(q, k, v, scale, offset, **arguments)
+    if forward_only:
+        return recorder.found
+    grad_lse = None if offset is None else lse
     needs = (True, True, True, scale is not None, offset is not None)
-    if only is None:
-        backward.attention_backward(q, lse.clone() if offset is not None else None, q, k, v, out, lse, scale, offset, needs=needs, **arguments)
-        table = torch.zeros(512, head_dim // 2)
-        rotary.rope(q, k, table, table)
+    backward.attention_backward(q, grad_lse, q, k, v, out, lse, scale, offset, needs=needs, **arguments)
+    table = torch.zeros(512, head_dim // 2)
+    rotary.rope(q, k, table, table)
+    for tokens, splits in ((1, 4), (8, 4), (16, 4)):  # times four heads of a group: 16, 32 and 64 rows
+        q, k, v = tensors(tokens)
+        out, lse = torch.empty_like(q), torch.empty(q.shape[:-1])
+        geometry = Geometry.of(q, k, None, True, window, lengths(tokens), lengths(256))
+        decode.attention(q, k, v, scale, offset, out, lse, geometry, tokens, splits)
     return recorder.found
 
 
@@ -167,9 +181,11 @@ def chosen(found: list[Use]) -> list[Use]:
 
 
 def markdown(found: list[Use]) -> str:
-    """The table of docs/kernel_notes_triton.md: the chosen tile by kernel and target, its largest need over the variants."""
+    """The table of docs/kernel_notes_triton.md: the chosen tile by kernel and target, its largest need over the
+    variants."""
     archs = sorted({use.arch for use in found})
-    lines = ["| kernel, dtype, head_dim | " + " | ".join(f"sm_{a} ({NAMES[a]})" for a in archs) + " |", "|---" * (len(archs) + 1) + "|"]
+    heads = ["kernel, dtype, head_dim", *(f"sm_{a} ({NAMES[a]})" for a in archs)]
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     rows: dict[tuple, dict[int, list[Use]]] = {}
     for use in chosen(found):
         if use.tile is not None:
@@ -183,8 +199,9 @@ def markdown(found: list[Use]) -> str:
                 continue
             tiles = sorted({use.tile[:4] for use in uses})
             needs = f"{max(u.shared for u in uses) / 1024:.0f} KB, {max(u.registers for u in uses)} r"
-            stack = max(u.stack for u in uses)
-            line.append(" / ".join("{}×{} w{} s{}".format(*t) for t in tiles) + f": {needs}" + (f", {stack} B stack" if stack else ""))
+            if stack := max(u.stack for u in uses):
+                needs += f", {stack} B stack"
+            line.append(f"{' / '.join('{}×{} w{} s{}'.format(*t) for t in tiles)}: {needs}")
         lines.append("| " + " | ".join(line) + " |")
     return "\n".join(lines) + "\n"
 
@@ -195,31 +212,37 @@ def main(argv=None) -> int:
     parser.add_argument("--dtype", nargs="+", default=["bfloat16", "float32"])
     parser.add_argument("--head-dim", type=int, nargs="+", default=HEAD_DIMS)
     parser.add_argument("--variant", nargs="+", default=list(VARIANTS), choices=list(VARIANTS))
-    parser.add_argument("--quick", action="store_true", help="the forward kernel alone, bf16, head_dim 64, on sm_80 and sm_120: seconds")
+    parser.add_argument(
+        "--quick", action="store_true", help="the forward alone, bf16, head_dim 64, sm_80 and sm_120: seconds"
+    )
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--markdown", help="writes the table of what is chosen")
     parser.add_argument("--all", action="store_true", help="prints every tile, not only what does not fit or spills")
     options = parser.parse_args(argv)
+    work = [
+        (arch, dtype, head_dim, variant, False)
+        for dtype in options.dtype
+        for variant in (options.variant if dtype != "float32" else options.variant[:1])
+        for head_dim in options.head_dim
+        for arch in options.arch
+    ]
     if options.quick:
-        work = [(arch, "bfloat16", 64, "scaled, packed, window", ("forward",)) for arch in (80, 120)]
-    else:
-        work = [
-            (arch, dtype, head_dim, variant)
-            for arch in options.arch
-            for dtype in options.dtype
-            for head_dim in options.head_dim
-            for variant in (options.variant if dtype != "float32" else options.variant[1:2])
-        ]
+        work = [(arch, "bfloat16", 64, "packed", True) for arch in (80, 120)]
     found: list[Use] = []
-    with concurrent.futures.ProcessPoolExecutor(options.jobs, max_tasks_per_child=8) as pool:
-        for part in pool.map(compile_for, *zip(*(item + (None,) * (5 - len(item)) for item in work))):
-            found += part
-            for use in part:
+    with concurrent.futures.ProcessPoolExecutor(options.jobs) as pool:
+        for part in concurrent.futures.as_completed([pool.submit(compile_for, *item) for item in work]):
+            found += part.result()
+            for use in part.result():
                 if options.all or use.problem or use.stack:
                     print(use, flush=True)
     wrong = failures(found)
-    print(f"{len(found)} kernels compiled for {', '.join(f'sm_{a}' for a in sorted({u.arch for u in found}))}; "
-          f"{sum(bool(u.problem) for u in found)} tiles do not fit and give way to the next, {sum(u.stack > 0 for u in chosen(found))} of those chosen use stack")
+    spilling = sum(use.stack > 0 for use in chosen(found))
+    targets = ", ".join(f"sm_{arch}" for arch in sorted({use.arch for use in found}))
+    too_big = sum(bool(use.problem) for use in found)
+    print(
+        f"{len(found)} kernels compiled for {targets}; {too_big} do not fit and give way to the next tile; "
+        f"{spilling} of those chosen use stack"
+    )
     print(*wrong, sep="\n")
     if options.markdown:
         with open(options.markdown, "w", encoding="utf-8") as file:

@@ -1,7 +1,8 @@
 """Shared by all tests: backends as a parameter, devices, and Triton's interpreter where there is no GPU."""
 import os
 
-if "SEAL_GPUS" in os.environ and "PYTEST_XDIST_WORKER" in os.environ:  # before CUDA counts devices: every worker's first GPU is another
+# Before CUDA counts its devices: every worker's first GPU is another.
+if "SEAL_GPUS" in os.environ and "PYTEST_XDIST_WORKER" in os.environ:
     gpus = os.environ["SEAL_GPUS"].split(",")
     turn = int(os.environ["PYTEST_XDIST_WORKER"].removeprefix("gw")) % len(gpus)
     os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(gpus[turn:] + gpus[:turn])

@@ -15,8 +15,9 @@ def bounds(causal: bool, window: int | None) -> tuple[int, int]:
     return left, right
 
 
-def allowed(sq: int, sk: int, left: int, right: int, device: torch.device | str = "cpu", first: int | None = None) -> torch.Tensor:
-    """Boolean [Sq, Sk]: which keys each query may see; `first` is the position of the first query (aligned to the end without it)."""
+def allowed(sq: int, sk: int, left: int, right: int, device: torch.device | str = "cpu",
+            first: int | None = None) -> torch.Tensor:
+    """Boolean [Sq, Sk]: which keys each query may see; `first`: position of the first query (None: aligned to the end)."""
     first = sk - sq if first is None else first
     distance = torch.arange(sk, device=device)[None, :] - (torch.arange(sq, device=device)[:, None] + first)
     seen = torch.ones(sq, sk, dtype=torch.bool, device=device)

@@ -1,4 +1,5 @@
-"""Tests that need a GPU; run_all.sh runs them together with the shared suite. Without one they are skipped, not passed."""
+"""Tests that need a GPU; run_all.sh runs them together with the shared suite. Without one they are skipped, not
+passed."""
 import fcntl
 import os
 import tempfile
@@ -14,9 +15,9 @@ def pytest_configure(config):
 
 
 class DeviceSurvives:
-    """A kernel's fault shows in the test that launched it, also in the shared tests. The process is of no use afterwards: a
-    worker of pytest-xdist ends here, is reported with the test's name and replaced; without workers the session ends. One
-    fault must not fail every test after it."""
+    """A kernel's fault shows in the test that launched it, also in the shared tests. The process is of no use
+    afterwards: a worker of pytest-xdist ends here, is reported with the test's name and replaced; without workers the
+    session ends. One fault must not fail every test after it."""
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_teardown(self, item):

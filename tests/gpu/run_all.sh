@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The whole GPU suite on a machine with a Hopper GPU, nvcc and a CUDA torch: builds the extension, runs the shared tests and
-# the GPU tests on the cuda and triton backends, and compute-sanitizer. About 8 minutes with one GPU and 16 cores; a table of the
-# stages comes last, with the slowest tests at the end of each log.
+# the GPU tests on the cuda and triton backends, and compute-sanitizer. Meant for one GPU and 16 cores in 8 to 9 minutes; a table of
+# the stages comes last, and each log ends with its slowest tests.
 #
 # usage: tests/gpu/run_all.sh [WORKDIR]     logs and JUnit files stay in WORKDIR (default: a new temporary folder)
 #        SEAL_STAGES="build cuda ..."       only these of: build cuda triton memcheck racecheck synccheck
@@ -10,7 +10,7 @@
 #        SEAL_PART=2/3                      only the second third of the tests of the cuda and triton stages
 #        SEAL_WORKERS=6                     processes of each suite, with pytest-xdist (default: by cores and GPUs)
 # Several GPUs: the same command. It takes all that are visible (CUDA_VISIBLE_DEVICES=0,1,2,3 names some): the workers take turns on
-# them, each sanitizer has another, and the two suites run at a time. About 4 minutes with four GPUs and 64 cores, the build included.
+# them, each sanitizer has another, and the two suites run at a time.
 set -uo pipefail
 root=$(cd "$(dirname "$0")/../.." && pwd)
 work=${1:-$(mktemp -d)}

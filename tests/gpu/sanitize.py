@@ -2,10 +2,10 @@
 
 usage: sanitize.py [forward] [decode] [backward] [rope] [paths] [grid]     (default: all but the grid)
 
-`paths` leads small shapes where large ones go (_C.set_launch_overrides): several tiles to a thread block, whole groups of
-query heads in one, several heads whose scale holds zeros, more packed sequences than a warp has lanes. `grid` is the packed
-half of test_gpu_grid.py, forward and backward, without an oracle: every mask, factor and dtype on sequences that end inside
-a tile.
+`paths` leads small shapes where large ones go (_C.set_launch_overrides): several tiles to a thread block, whole groups
+of query heads in one, several heads whose scale holds zeros, more packed sequences than a warp has lanes. `grid` is
+the packed half of test_gpu_grid.py, forward and backward, without an oracle: every mask, factor and dtype on sequences
+that end inside a tile.
 """
 
 import itertools
@@ -42,7 +42,8 @@ def forward():
 
 
 def decode():
-    """Few queries: 1, 2 and 4 row tiles, one split and several, a window, packed sequences with more queries than promised."""
+    """Few queries: 1, 2 and 4 row tiles, one split and several, a window, packed sequences with more queries than
+    promised."""
     for head_dim in (64, 128, 192, 256):
         for queries, group in ((1, 4), (8, 4), (8, 8)):
             q, k, v = tensors(1300, heads=(2 * group, 2), head_dim=head_dim, batch=2)
@@ -108,7 +109,8 @@ def grid():
     from test_gpu_grid import PACKED, covering
 
     for case, dtype in covering(PACKED, (64, 128, 256)):
-        got = run(lambda **arguments: seal_ops.attention(**arguments, return_lse=True, **BACKEND), case, make(case, dtype, "cuda"))
+        function = lambda **arguments: seal_ops.attention(**arguments, return_lse=True, **BACKEND)
+        got = run(function, case, make(case, dtype, "cuda"))
         del got["lse"]  # -inf where a row sees no key
         yield from got.values()
 

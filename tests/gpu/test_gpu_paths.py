@@ -1,7 +1,9 @@
-"""The paths of real training, which short shapes do not take: whole GQA groups in a thread block of the backward, several heads
-there whose scale holds zeros, several tiles to a thread block of the forward, more packed sequences than a warp has lanes.
+"""The paths of real training, which short shapes do not take: whole GQA groups in a thread block of the backward,
+several heads there whose scale holds zeros, several tiles to a thread block of the forward, more packed sequences than
+a warp has lanes.
 
-Large shapes take them by themselves (132 multiprocessors). Small ones are led there by `_C.set_launch_overrides`, both ways.
+Large shapes take them by themselves (132 multiprocessors). Small ones are led there by `_C.set_launch_overrides`, both
+ways.
 """
 
 import itertools

@@ -1,4 +1,5 @@
-"""The measure itself: what a kernel could get wrong in one head, channel, slab or sequence has to fail, in every result.
+"""The measure itself: what a kernel could get wrong in one head, channel, slab or sequence has to fail, in every
+result.
 
 Right results come from the cpu backend; each test spoils one of them and expects `assert_close` to name it.
 """
@@ -60,8 +61,8 @@ def rows_of(name: str, tensor: torch.Tensor, case: Case) -> list:
 
 
 def drowned(case: Case, name: str, head: int) -> bool:
-    """A factor of 1e-3 for the whole head under an offset of ordinary size: delta is formed from the rounded `out`, and its error is
-    larger than what a channel of grad_q and grad_k holds."""
+    """A factor of 1e-3 for the whole head under an offset of ordinary size: delta is formed from the rounded `out`,
+    and its error is larger than what a channel of grad_q and grad_k holds."""
     return name in ("grad_q", "grad_k") and case.offset and (case.scale or "").endswith("head") and case.heads[0] > 4
 
 

@@ -100,7 +100,8 @@ MASKS = [dict(), dict(causal=False), dict(window=7), dict(window=5, causal=False
 @pytest.mark.parametrize("masked", MASKS, ids=str)
 @pytest.mark.parametrize("softmax_scale", [0.0, -0.3, 0.7])
 def test_any_softmax_scale(backend, device, softmax_scale, masked):
-    """With 0 every allowed key counts alike; below 0 the least similar counts most. The mask comes after the multiplication."""
+    """With 0 every allowed key counts alike; below 0 the least similar counts most. The mask comes after the
+    multiplication."""
     if device.type == "cuda" and backend == "cuda" and softmax_scale <= 0:
         pytest.skip("the cuda kernels take positive softmax scales")
     for sq, sk in ((21, 21), (21, 30), (30, 21)):

@@ -18,14 +18,16 @@ _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
-_CHUNK = 256  # queries that share one call of ATen, and one additive mask, where ATen's own causal flag does not say the mask
+# Queries that share one call of ATen, and one additive mask, where ATen's own causal flag does not say the mask.
+_CHUNK = 256
 
 
 def _pieces(sq: int, sk: int, left: int, right: int):
-    """(queries, keys, causal, mask) of the calls of ATen that make up one attention: mask is None or (rows, columns, first position).
+    """(queries, keys, causal, mask) of the calls of ATen that make up one attention: mask is None or (rows, columns,
+    first position).
 
-    Rows of a softmax are independent. So a window or a rectangular causal mask goes in chunks of queries, each with only the keys
-    that one of them sees: time goes by the pairs that count, and memory by chunk times keys.
+    Rows of a softmax are independent. So a window or a rectangular causal mask goes in chunks of queries, each with
+    only the keys that one of them sees: time goes by the pairs that count, and memory by chunk times keys.
     """
     left = -1 if left >= sk - 1 else left
     right = -1 if right >= sq - 1 else right
@@ -38,14 +40,16 @@ def _pieces(sq: int, sk: int, left: int, right: int):
         first, last = start + sk - sq, stop - 1 + sk - sq  # positions of the chunk's queries
         keys = slice(max(0, first - left) if left >= 0 else 0, min(sk, last + right + 1) if right >= 0 else sk)
         whole = (left < 0 or last - left <= keys.start) and (right < 0 or first + right >= keys.stop - 1)
-        yield slice(start, stop), keys, False, None if whole else (stop - start, keys.stop - keys.start, first - keys.start)
+        seen = None if whole else (stop - start, keys.stop - keys.start, first - keys.start)
+        yield slice(start, stop), keys, False, seen
 
 
 class _Batch:
-    """q, k, v of one batch (or one packed sequence) as ATen wants them: [B, H, S, D], without the leading queries that see no key.
+    """q, k, v of one batch (or one packed sequence) as ATen wants them: [B, H, S, D], without the leading queries that
+    see no key.
 
-    ATen applies its causal flag before the multiplication with the softmax scale, so that 0 and less would give NaN: the sign goes
-    into q.
+    ATen applies its causal flag before the multiplication with the softmax scale, so that 0 and less would give NaN:
+    the sign goes into q.
     """
 
     def __init__(self, q: Tensor, k: Tensor, v: Tensor, sigma: float, left: int, right: int):
@@ -66,7 +70,8 @@ class _Batch:
                 if seen is not None:
                     rows, columns, first = seen
                     hidden = ~mask.allowed(rows, columns, self.left, self.right, first=first)
-                    bias = torch.zeros(rows, columns, dtype=like.dtype).masked_fill_(hidden, -math.inf).expand(*like.shape[:2], -1, -1)
+                    bias = torch.zeros(rows, columns, dtype=like.dtype).masked_fill_(hidden, -math.inf)
+                    bias = bias.expand(*like.shape[:2], -1, -1)
             yield queries, keys, dict(is_causal=causal, attn_mask=bias, scale=self.sigma)
 
     def forward(self, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
@@ -76,28 +81,32 @@ class _Batch:
         if q.numel() == 0:
             return out, lse
         for queries, keys, arguments in self._calls(q):
-            out[:, :, queries], lse[:, :, queries] = _flash(q[:, :, queries], k[:, :, keys], v[:, :, keys], 0.0, **arguments)
+            found = _flash(q[:, :, queries], k[:, :, keys], v[:, :, keys], 0.0, **arguments)
+            out[:, :, queries], lse[:, :, queries] = found
         return out, lse
 
     def backward(self, g: Tensor, out: Tensor, lse: Tensor, grad_lse: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """grad_q, grad_k, grad_v [B, H, S, D] for g = scale * grad_out and the unscaled output, both in fp32 (fp64 for fp64).
+        """grad_q, grad_k, grad_v [B, H, S, D] for g = scale * grad_out and the unscaled output, both in fp32 (fp64 for
+        fp64).
 
-        bf16 and fp16 go through ATen as fp32: its sums of grad_k and grad_v over query blocks and heads are in the dtype of k.
+        bf16 and fp16 go through ATen as fp32: its sums of grad_k and grad_v over query blocks and heads are in the
+        dtype of k.
         """
         q, k, v = (t.to(g.dtype) for t in (self.q, self.k, self.v))
         if q.numel() == 0:
             return q, torch.zeros_like(k), torch.zeros_like(v)
         head_dim = q.shape[-1]
         if grad_lse is not None:
-            # ATen forms delta = sum_d g * out. One more channel, 1 in g and -grad_lse in out, 0 in q, k and v, turns that
-            # into delta - grad_lse (the gradient into the log-sum-exp) and leaves every product as it was.
+            # ATen forms delta = sum_d g * out. One more channel, 1 in g and -grad_lse in out, 0 in q, k and v, turns
+            # that into delta - grad_lse (the gradient into the log-sum-exp) and leaves every product as it was.
             q, k, v = (torch.nn.functional.pad(t, (0, 1)) for t in (q, k, v))
             g = torch.nn.functional.pad(g, (0, 1), value=1.0)
             out = torch.cat((out, -grad_lse[..., None].to(out.dtype)), -1)
         grad_q, grad_k, grad_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
         for queries, keys, arguments in self._calls(q):
-            of_rows = lambda t: t[:, :, queries]
-            grads = _flash_backward(of_rows(g), of_rows(q), k[:, :, keys], v[:, :, keys], of_rows(out), of_rows(lse), 0.0, **arguments)
+            g_rows, q_rows, out_rows, lse_rows = (t[:, :, queries] for t in (g, q, out, lse))
+            kept = k[:, :, keys], v[:, :, keys]
+            grads = _flash_backward(g_rows, q_rows, *kept, out_rows, lse_rows, 0.0, **arguments)
             grad_q[:, :, queries] = grads[0]
             grad_k[:, :, keys] += grads[1]
             grad_v[:, :, keys] += grads[2]
@@ -127,8 +136,8 @@ def _rows(factor: Tensor | None, rows: slice, q: Tensor) -> Tensor | None:
 def _unscaled(out: Tensor, scale: Tensor | None, offset: Tensor | None) -> Tensor | None:
     """The attention output before scale and offset, in fp32 (fp64), or None where it has to be computed once more.
 
-    Division gives it back to within its own rounding while no factor is near 0 (grad_scale has to be exact there) and none
-    so large or small that `out` may have over- or underflowed; an offset may have swallowed it.
+    Division gives it back to within its own rounding while no factor is near 0 (grad_scale has to be exact there) and
+    none so large or small that `out` may have over- or underflowed; an offset may have swallowed it.
     """
     if offset is not None:
         return None
