@@ -205,7 +205,7 @@ def test_fixed_cache_and_transformers_generate_agree(monkeypatch):
     texts = ["line 1 2 3 4 5 6 7 8 9 0 " * n + "Tell me the number.\n" for n in (1, 9, 2, 4, 1)]
     prompts = [tok(text)["input_ids"] for text in texts]
     stop = "number"
-    monkeypatch.setattr(static_decoding, "PREFILL_TOKENS", (128, 128))  # several groups
+    monkeypatch.setattr(static_decoding, "PREFILL_TOKENS", (700, 700))  # several groups, of unequal rows
     found = generate(lm, tok, prompts, max_new_tokens=12, stop=stop)
     monkeypatch.setattr(static_decoding, "supports", lambda lm: False)
     assert generate(lm, tok, prompts, max_new_tokens=12, stop=stop) == found
