@@ -10,8 +10,8 @@ from retrieval_fixtures import model, one_thread, tokenizer  # noqa: F401
 
 import seal_ops
 from seal_ops import tasks
-from seal_ops.evaluation import runner
-from seal_ops.evaluation.decoding import generate
+from seal_ops.evaluation import runner, static_decoding
+from seal_ops.evaluation.decoding import _Outputs, generate
 from seal_ops.evaluation.results import Evaluation
 from seal_ops.evaluation.runner import _batches, evaluate
 from seal_ops.evaluation.statistics import wilson
@@ -196,3 +196,61 @@ def test_train_and_test_cases_differ():
     result = evaluate(Oracle(), tokenizer(), "lines", [250], 20)
     trained = {s.meta["key"] + str(s.meta["number"]) for s in tasks.lines(tokenizer(), length=250, samples=20)}
     assert not trained & {r["key"] + str(r["number"]) for r in result.records}
+
+
+def test_fixed_cache_and_transformers_generate_agree(monkeypatch):
+    """Rows of very different lengths, an end and a stop text at different steps, both ways of decoding."""
+    lm, tok = model(seed=3).eval(), tokenizer()
+    assert static_decoding.supports(lm)
+    texts = ["line 1 2 3 4 5 6 7 8 9 0 " * n + "Tell me the number.\n" for n in (1, 9, 2, 4, 1)]
+    prompts = [tok(text)["input_ids"] for text in texts]
+    stop = "number"
+    monkeypatch.setattr(static_decoding, "PREFILL_TOKENS", (700, 700))  # several groups, of unequal rows
+    found = generate(lm, tok, prompts, max_new_tokens=12, stop=stop)
+    monkeypatch.setattr(static_decoding, "supports", lambda lm: False)
+    assert generate(lm, tok, prompts, max_new_tokens=12, stop=stop) == found
+    assert [generate(lm, tok, [p], max_new_tokens=12, stop=stop)[0] for p in prompts] == found
+    assert len(set(found)) > 1
+
+
+def test_fixed_cache_is_left_to_models_that_it_fits():
+    assert static_decoding.supports(model())
+    for change in ({"sliding_window": 8}, {"_attn_implementation_internal": "eager"}, {"layer_types": ["sliding_attention"]}):
+        lm = model()
+        for name, value in change.items():
+            setattr(lm.config, name, value)
+        assert not static_decoding.supports(lm), change
+    lm = model()
+    lm.config.rope_parameters = {**lm.config.rope_parameters, "rope_type": "dynamic"}
+    assert not static_decoding.supports(lm)
+
+
+def test_attention_implementation_is_given_back(monkeypatch):
+    lm, tok = model().eval(), tokenizer()
+    before, head = lm.config._attn_implementation, lm.lm_head.forward
+    calls = []
+
+    def breaks(hidden):  # in the second step, when the prompt has been read
+        calls.append(lm.config._attn_implementation)
+        if len(calls) == 2:
+            raise RuntimeError("broken")
+        return head(hidden)
+
+    monkeypatch.setattr(lm.lm_head, "forward", breaks)
+    with pytest.raises(RuntimeError, match="broken"):
+        generate(lm, tok, [tok("Tell me\n")["input_ids"]], max_new_tokens=4)
+    assert lm.config._attn_implementation == before == calls[0] != calls[1]
+
+
+def test_text_is_decoded_only_where_a_stop_can_end(monkeypatch):
+    lm, tok = model().eval(), tokenizer()
+    decoded = []
+    outputs = _Outputs(tok, {tok.eos_token_id}, 1, 50, "\n")
+    text = outputs._text
+    monkeypatch.setattr(outputs, "_text", lambda row: decoded.append(row) or text(row))
+    ids = tok("\nThe 5.\n 7", add_special_tokens=False)["input_ids"]
+    steps = [outputs.add([token]) for token in ids]
+    newlines = [i for i, token in enumerate(ids) if "\n" in tok.decode([token])]
+    assert len(decoded) == len(newlines) == 2
+    assert steps.index(True) == newlines[1], "leading white space is no end"
+    assert outputs.texts() == ["The 5."]
