@@ -40,6 +40,10 @@ GROUPS = {
     "rows64": ((1, 64, 1, 128), [(1, 128 * K), (32, 32 * K)],
                [(128, 64, 6, 4, 2, 1), (128, 128, 3, 4, 2, 1), (128, 64, 3, 4, 1, 2), (128, 64, 6, 2, 4, 1)]),
 }
+# Keys of a block, warps, stages, programs at work on a multiprocessor (which decides the number of splits).
+TRITON = {64: [(128, 4, 3, 2), (128, 4, 4, 2), (64, 4, 4, 4), (128, 4, 3, 4), (128, 8, 3, 2)],
+          128: [(64, 4, 3, 2), (64, 4, 4, 2), (128, 4, 3, 1), (128, 8, 3, 1), (64, 4, 2, 3), (32, 2, 4, 4), (64, 4, 3, 4)],
+          256: [(32, 4, 3, 2), (64, 4, 2, 1), (64, 8, 3, 1), (32, 4, 4, 2), (32, 4, 2, 3)]}
 SDPA = {"sdpa-flash": SDPBackend.FLASH_ATTENTION, "sdpa-cudnn": SDPBackend.CUDNN_ATTENTION, "sdpa-efficient": SDPBackend.EFFICIENT_ATTENTION}
 
 
@@ -52,6 +56,20 @@ def sdpa(backend: SDPBackend, q, k, v):
         with sdpa_kernel(backend):
             return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
     return run
+
+
+def triton_call(tile, q, k, v, scale):
+    """The Triton backend with this tile."""
+    from seal_ops.ops.backends.triton import configs, decode as kernels
+
+    n, warps, stages, programs = tile
+    rows = q.shape[1] * q.shape[2] // k.shape[2]
+    chosen = configs.Tile(16 if rows <= 16 else 32 if rows <= 32 else 64, n, warps, stages)
+
+    def call():
+        kernels.choose, kernels._PROGRAMS = lambda kernel, like, launch: launch(chosen), programs
+        return seal_ops.attention(q, k, v, scale, backend="triton")
+    return call
 
 
 def right(library, index: int, variant, geometry) -> bool:
@@ -80,24 +98,22 @@ def timed(library, variants, good, geometry, batch: int, keys: int, clock: Clock
     calls["table"] = call
     for name, splits in (("half", max(1, plan["splits"] // 2)), ("twice", 2 * plan["splits"])):
         calls[f"table, {name} the splits"] = prepare(library, q, k, v, scale, splits=splits)[0]
-    if options.triton:
-        calls["triton"] = lambda: seal_ops.attention(q, k, v, scale, backend="triton")
-    for name, backend in SDPA.items():
-        call = sdpa(backend, q, k, v)
+    for tile in TRITON[head_dim] if options.triton else ():
+        calls[f"triton {tile}"] = triton_call(tile, q, k, v, scale)
+    calls |= {name: sdpa(backend, q, k, v) for name, backend in SDPA.items()}
+    for name, call in list(calls.items()):
         try:
             call()
-        except RuntimeError:  # not this backend, not here
-            continue
-        calls[name] = call
-    for call in calls.values():
-        call()
+        except Exception as reason:  # a backend of SDPA that cannot, a tile that does not fit
+            print(f"  {name}: {type(reason).__name__}: {str(reason).splitlines()[0][:100]}")
+            del calls[name]
     return in_turn(calls, clock, options.ms, warm_ms=10), plan["splits"]
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=GROUPS)
-    parser.add_argument("--triton", action="store_true", help="time the Triton backend too")
+    parser.add_argument("--triton", action="store_true", help="time the Triton backend too, tile by tile")
     parser.add_argument("--ms", type=float, default=60, help="device time for each figure")
     options = parser.parse_args()
     names = [options.only] if options.only else list(GROUPS)
