@@ -38,7 +38,7 @@ class Evaluation:
         records: one dict a case: ``length``, ``index``, ``prompt_tokens``, ``answer``, ``output``, ``score`` and the
             sample's ``meta``.
         seconds: time spent on generating and decoding, summed over resumed runs.
-        provenance: model and versions that wrote it, for people (:mod:`seal_ops.huggingface.provenance`).
+        provenance: model and versions that wrote it, for people (:mod:`seal_ops.huggingface.origin`).
     """
 
     task: str

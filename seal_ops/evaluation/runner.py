@@ -8,7 +8,7 @@ from collections.abc import Iterable
 
 from .. import tasks
 from ..huggingface.modes import mode
-from ..huggingface.provenance import provenance
+from ..huggingface.origin import provenance
 from ..tasks.description import describe
 from ..tasks.reading import final_answer, opens_reasoning
 from ..utils.progress import bar

@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers.cache_utils import Cache
 
 from ..huggingface import attention  # noqa: F401 (registers NAME with transformers)
-from ..huggingface.masks import NAME
+from ..huggingface.masks import NAME, PLAIN
 from ..huggingface.modes import accepts
 
 PREFILL_TOKENS = (8_192, 65_536)  # prompt tokens in one forward pass: on a CPU, on a GPU
@@ -180,7 +180,8 @@ def _decoding_attention(model):
     """Attention that reads a group's keys once: transformers' SDPA copies them for every query head where there is a mask."""
     config = model.config
     before = config._attn_implementation
-    config._attn_implementation_internal = NAME
+    if before != NAME:  # no scales on it
+        config._attn_implementation_internal = PLAIN
     # Not cuDNN's: it plans anew for every shape, which cannot be recorded.
     kernels = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
     try:

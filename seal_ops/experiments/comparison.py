@@ -18,7 +18,7 @@ from ..evaluation.logprobs import answer_logprobs
 from ..evaluation.results import Evaluation
 from ..evaluation.runner import evaluate
 from ..evaluation.statistics import holm, paired
-from ..huggingface.provenance import provenance
+from ..huggingface.origin import provenance
 from ..tasks.description import describe
 from ..training.loop import RESULT, train
 from ..training.recipe import GRANULARITIES, LEARNING_RATES

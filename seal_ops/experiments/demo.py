@@ -21,7 +21,7 @@ from ..evaluation.runner import evaluate
 from ..huggingface.identity import fingerprint
 from ..huggingface.loading import load_model
 from ..huggingface.model_packages import PACKAGES, resolve
-from ..huggingface.provenance import provenance
+from ..huggingface.origin import provenance
 from ..report import plots
 from ..report.html import NAME as REPORT
 from ..tasks.description import describe

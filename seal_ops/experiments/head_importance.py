@@ -25,7 +25,7 @@ from ..adapters.scales import Scales
 from ..evaluation.logprobs import answer_logprobs
 from ..evaluation.statistics import spearman
 from ..huggingface.modes import mode, prepared
-from ..huggingface.provenance import provenance
+from ..huggingface.origin import provenance
 from ..tasks.description import describe
 from ..utils.files import atomic_write, write_csv
 from ..utils.progress import bar

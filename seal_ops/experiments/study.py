@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 
 from ..huggingface.loading import load_model
-from ..huggingface.provenance import provenance
+from ..huggingface.origin import provenance
 from ..report.html import write_report
 from ..report.writers import (
     describe_agreement,

@@ -8,7 +8,7 @@ from .. import tasks
 from ..evaluation.results import Evaluation
 from ..evaluation.runner import evaluate
 from ..evaluation.statistics import paired
-from ..huggingface.provenance import provenance
+from ..huggingface.origin import provenance
 from ..tasks.description import describe_options, describe_prompts
 from ..training.recipe import LEARNING_RATES
 from ..utils.files import atomic_write, write_csv

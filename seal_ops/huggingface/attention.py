@@ -8,7 +8,7 @@ from transformers.modeling_utils import AttentionInterface
 
 from ..ops.factors import full_view
 from ..ops.functional import attention, rope, rope_attention
-from .masks import NAME, CallMask, as_tensor, read_mask, with_documents
+from .masks import NAME, PLAIN, CallMask, as_tensor, read_mask, with_documents
 from .rotation import MAX_HEAD_DIM, Rotation
 
 _UNSUPPORTED = {"s_aux": "attention sinks", "position_bias": "a position bias", "cache": "a paged cache",
@@ -39,16 +39,30 @@ def attention_forward(module: nn.Module, query: Tensor, key: Tensor, value: Tens
     additive mask [B, 1, Sq, Sk].  Returns ([B, Sq, Hq, D], None), scaled by the module's scales.  Raises
     UnsupportedAttention for attention sinks and other terms that the op does not have.
     """
+    site = getattr(module, "_seal_site", None)
+    if site is None and not getattr(module, "_seal_bystander", False):
+        raise UnknownCaller(module)
+    return _attend(site, module, query, key, value, attention_mask, scaling, dropout, sliding_window, softcap, is_causal,
+                   seal_rotation, **kwargs)
+
+
+def plain_attention_forward(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
+                            scaling: float | None = None, dropout: float = 0.0, sliding_window: int | None = None,
+                            softcap: float | None = None, is_causal: bool | None = None, **kwargs) -> tuple[Tensor, None]:
+    """`attention_forward` for a model without scales, under the name ``PLAIN``."""
+    return _attend(None, module, query, key, value, attention_mask, scaling, dropout, sliding_window, softcap, is_causal,
+                   None, **kwargs)
+
+
+def _attend(site, module, query, key, value, attention_mask, scaling, dropout, sliding_window, softcap, is_causal,
+            seal_rotation, **kwargs):
     for name, what in _UNSUPPORTED.items():
         if kwargs.get(name) is not None:
             raise UnsupportedAttention(f"seal_ops.attach: model must have attention without {what}, "
                                        f"{type(module).__name__} passes {name}")
     composed = _why_composed(query, key, value, softcap)
-    site = getattr(module, "_seal_site", None)
     if site is not None and site.probe is not None:
         return site.probe.observe(query, key, value, seal_rotation, composed), None
-    if site is None and not getattr(module, "_seal_bystander", False):
-        raise UnknownCaller(module)
     scale = None if site is None else site.current()
     backend = None if site is None else site.backend
     q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
@@ -135,3 +149,4 @@ def _composed(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: Tenso
 
 
 AttentionInterface.register(NAME, attention_forward)
+AttentionInterface.register(PLAIN, plain_attention_forward)

@@ -21,6 +21,7 @@ from transformers.masking_utils import (
 from ..ops import masks
 
 NAME = "seal"  # in both registries; transformers reserves "/" and "|"
+PLAIN = "seal_plain"  # the same attention for a model without scales
 _CAUSAL, _FULL = 1, 2
 
 
@@ -184,3 +185,4 @@ def as_tensor(mask: CallMask, q: Tensor) -> Tensor | None:
 
 
 AttentionMaskInterface.register(NAME, attention_mask)
+AttentionMaskInterface.register(PLAIN, attention_mask)

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 
 from ..huggingface.identity import fingerprint
 from ..huggingface.modes import accepts, prepared
-from ..huggingface.provenance import provenance
+from ..huggingface.origin import provenance
 from ..tasks.base import Sample
 from ..utils.files import atomic_write
 from ..utils.progress import bar

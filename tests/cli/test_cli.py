@@ -120,7 +120,7 @@ def test_full_demo_measures_200_cases(monkeypatch, capsys):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["eval", "--model", "{tmp}/none", "--lengths", "200"], "seal eval: model must be a folder .* which does not exist"),
+        (["eval", "--model", "{tmp}/none", "--lengths", "200"], "seal eval: model must be a folder.* which does not exist"),
         (["eval", "--model", "{tmp}", "--lengths", "200"], "seal eval: .* could not be loaded"),
         (["eval", "--model", "{model}", "--lengths", "50"], "tasks.lines: length must be at least 1.. tokens"),
         (["eval", "--model", "{model}", "--lengths", "200", "--task", "liens"], "task must be one of"),
