@@ -10,6 +10,7 @@ import importlib.util
 import os
 import pathlib
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -71,22 +72,57 @@ def missing_for_cuda() -> str | None:
     return None
 
 
+def dynamic_runtime() -> list[str]:
+    """Linker input that makes the extension use the process's libstdc++, whatever the compiler's default: a compiler that links
+    it statically would give the extension stream classes of its own, which crash on the process's locale objects.
+
+    The library's file, named before the compiler's own `-lstdc++`, resolves every symbol; nothing is left for an archive.
+    The compiler is asked for it first; where it has only an archive, the libstdc++ that torch has loaded serves.
+    """
+    if sys.platform != "linux":
+        return []
+    from torch.utils.cpp_extension import get_cxx_compiler
+
+    asked = subprocess.run([*shlex.split(get_cxx_compiler()), "-print-file-name=libstdc++.so.6"], capture_output=True, text=True)
+    loaded = [line.split()[-1] for line in pathlib.Path("/proc/self/maps").read_text().splitlines() if "libstdc++.so" in line]
+    return [path for path in (asked.stdout.strip(), *loaded) if os.path.isabs(path) and os.path.exists(path)][:1]
+
+
+def runtime_fault(path: str) -> str | None:
+    """Why a built extension would not share the process's C++ runtime, in one sentence (seal_ops/utils/elf.py, by its path: the
+    package itself is not to be imported here)."""
+    if sys.platform != "linux":
+        return None
+    spec = importlib.util.spec_from_file_location("elf", ROOT / "seal_ops" / "utils" / "elf.py")
+    sys.modules["elf"] = elf = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(elf)
+    return elf.read(path).fault
+
+
 def extension() -> dict:
     """Arguments of setup() that build the extension, or none."""
     if not wanted("SEAL_BUILD_EXT", missing_for_extension()):
         return {}
     from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
 
+    class Build(BuildExtension):
+        def build_extensions(self):
+            super().build_extensions()
+            for built in self.extensions:
+                fault = runtime_fault(self.get_ext_fullpath(built.name))
+                if fault:
+                    sys.exit(f"seal_ops build: {fault}; use a compiler with a shared libstdc++, or SEAL_BUILD_EXT=0")
+
     cxx = ["-O2", "-std=c++20", "-Wall", "-Wno-unknown-pragmas"]
+    common = dict(include_dirs=[str(ROOT / "csrc")], extra_link_args=dynamic_runtime())
     if wanted("SEAL_BUILD_CUDA", missing_for_cuda()):
         cxx += ["-DSEAL_WITH_CUDA", f'-DSEAL_CUDA_ARCHITECTURES="{",".join("sm_" + a for a in ARCHITECTURES)}"']
         # torch adds -gencode flags of its own for the visible GPU unless a list is given; ours say everything.
         os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "9.0a")
-        module = CUDAExtension("seal_ops._C", sources("cpp", "cuda"), include_dirs=[str(ROOT / "csrc")],
-                               extra_compile_args={"cxx": cxx, "nvcc": NVCC_FLAGS})
+        module = CUDAExtension("seal_ops._C", sources("cpp", "cuda"), extra_compile_args={"cxx": cxx, "nvcc": NVCC_FLAGS}, **common)
     else:
-        module = CppExtension("seal_ops._C", sources("cpp"), include_dirs=[str(ROOT / "csrc")], extra_compile_args=cxx)
-    return {"ext_modules": [module], "cmdclass": {"build_ext": BuildExtension}}
+        module = CppExtension("seal_ops._C", sources("cpp"), extra_compile_args=cxx, **common)
+    return {"ext_modules": [module], "cmdclass": {"build_ext": Build}}
 
 
 class BuildPython(build_py):

@@ -7,9 +7,11 @@ import platform
 import re
 import shutil
 import subprocess
+import sys
 
 import torch
 
+from ..utils import elf
 from ..version import __version__
 from .dispatch import NAMES, OPS, backends, extension
 
@@ -44,6 +46,9 @@ def facts() -> dict:
         found["gpu"] = "none visible"
     built = extension()
     found["extension"] = built if isinstance(built, str) else json.dumps(built.build_facts())
+    if not isinstance(built, str) and sys.platform == "linux":
+        library = elf.read(built.__file__)
+        found["C++ runtime"] = library.fault or str(library)
     return found
 
 
