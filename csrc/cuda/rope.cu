@@ -232,6 +232,7 @@ cudaError_t launch(const RopeParams& p, cudaStream_t stream) {
   t.items = t.rotated_items + static_cast<int>(ceil_div((p.head_dim - p.rotary_dim) / VEC, 2));
   t.item_lanes = std::min(t.items, kThreads);
   const int heads = p.joint ? p.q.heads + p.k.heads : std::max(p.q.heads, p.k.heads);
+  if (heads == 0) return cudaSuccess;
   t.head_lanes = std::clamp(32 / t.item_lanes, 1, heads);
   t.token_lanes = std::max(1, kThreads / (t.item_lanes * t.head_lanes));
 

@@ -1,9 +1,11 @@
 """Argument checks of the ops: one sentence each, naming op, argument, expectation and what was received.
 
-They run before every Python-registered body and in the fake kernels (so a wrong call already fails while it is traced);
-the C++ boundary repeats those that guard memory (csrc/ops/checks.h).
+They run in the fake kernels (so a wrong call already fails while it is traced) and, in a build without the C++ extension,
+before every body. csrc/ops/checks.cpp says the same sentences for real tensors; one table of tests holds both to it.
 """
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor
@@ -15,14 +17,67 @@ def fail(op: str, argument: str, expected: str, received) -> None:
     raise ValueError(f"seal::{op}: {argument} must {expected}, got {received}")
 
 
+def statistics(q: Tensor) -> torch.dtype:
+    """dtype of scale, offset, lse and their gradients."""
+    return torch.float64 if q.dtype == torch.float64 else torch.float32
+
+
+def check(op: str, a: dict) -> None:
+    """Raises ValueError for a call outside the contract (docs/ops.md). `a`: the op's arguments by name."""
+    packed = _qkv(op, a)
+    if "v" in a:
+        rows = _packing(op, a, packed)
+        _mask(op, a)
+        _factor(op, "scale", a["scale"], a["q"], rows, per_head=True)
+        _factor(op, "offset", a["offset"], a["q"], rows, per_head=False)
+    if "cos" in a:
+        _rotation(op, a, packed)
+    if "grad_out" in a:
+        _backward(op, a)
+
+
+def differentiable(op: str, a: dict) -> bool:
+    """Whether a gradient is to be recorded; raises where there is none, or where a tensor is none of the ordinary kind."""
+    recording, wanted = torch.is_grad_enabled(), False
+    for name, t in a.items():
+        if not isinstance(t, Tensor):
+            continue
+        if t.layout != torch.strided or t.is_nested:
+            fail(op, name, "be a dense tensor", "a nested tensor" if t.is_nested else t.layout)
+        if torch.autograd.forward_ad.unpack_dual(t).tangent is not None:
+            raise NotImplementedError(f"seal::{op}: forward-mode differentiation is not implemented, and {name} has a tangent; "
+                                      "use reverse mode (backward, torch.func.vjp)")
+        if recording and t.requires_grad:
+            if name in ("cos", "sin"):
+                fail(op, name, "be without a gradient (none flows into the angles; detach it)", "requires_grad=True")
+            wanted = True
+    return wanted
+
+
 def _shape(t: Tensor) -> str:
     return str([int(n) if isinstance(n, int) else n for n in t.shape])
 
 
-def qkv(op: str, q: Tensor, k: Tensor, v: Tensor | None, packed: bool) -> None:
-    layout = "packed [T, H, D] with cu_seqlens" if packed else "[B, S, H, D] (or [T, H, D] with cu_seqlens)"
-    named = [("q", q), ("k", k)] + ([] if v is None else [("v", v)])
-    for name, t in named:
+def _kind(t: Tensor) -> str:
+    return f"{_shape(t)} {t.dtype} on {t.device}"
+
+
+def _readable(t: Tensor) -> bool:
+    """Whether the contents can be read without a transfer from a device, and are there."""
+    return t.device.type == "cpu" and not isinstance(t, torch._subclasses.FakeTensor)
+
+
+def _qkv(op: str, a: dict) -> bool:
+    """Returns whether the tensors are packed; `rope` takes no cu_seqlens and knows that by their rank."""
+    q, k, v = a["q"], a["k"], a.get("v")
+    packed = q.dim() == 3 if op == "rope" else a["cu_seqlens"] is not None
+    if op == "rope":
+        layout = "[B, S, H, D] or packed [T, H, D], as q"
+    else:
+        layout = "packed [T, H, D] with cu_seqlens" if packed else "[B, S, H, D] (or [T, H, D] with cu_seqlens)"
+    for name, t in (("q", q), ("k", k), ("v", v)):
+        if t is None:
+            continue
         if t.dim() != (3 if packed else 4):
             fail(op, name, f"have the layout {layout}", f"{t.dim()} dimensions {_shape(t)}")
         if t.dtype not in FLOATS:
@@ -35,19 +90,68 @@ def qkv(op: str, q: Tensor, k: Tensor, v: Tensor | None, packed: bool) -> None:
             fail(op, name, f"have q's head_dim {q.shape[-1]}", t.shape[-1])
         if not packed and t.shape[0] != q.shape[0]:
             fail(op, name, f"have q's batch size {q.shape[0]}", t.shape[0])
+        batch, tokens, heads = 1 if packed else t.shape[0], t.shape[-3], t.shape[-2]
+        if all(isinstance(n, int) for n in t.shape) and not (  # a size that is still a symbol gets no guard for this
+                tokens < 2**30 and heads < 2**16 and batch < 2**31 // max(1, tokens)):
+            fail(op, name, "have fewer than 2^30 tokens a row, 2^31 tokens in all and 2^16 heads", _shape(t))
     if q.shape[-1] < 1 or q.shape[-1] > 256:
         fail(op, "q", "have a head_dim from 1 to 256", q.shape[-1])
-    if v is not None and v.shape != k.shape:
-        fail(op, "v", f"have k's shape {_shape(k)}", _shape(v))
-    if k.shape[-2] < 1 or q.shape[-2] % k.shape[-2] != 0:
-        fail(op, "q", f"have a number of heads that is a multiple of k's {k.shape[-2]}", q.shape[-2])
+    if v is not None:
+        if v.shape != k.shape:
+            fail(op, "v", f"have k's shape {_shape(k)}", _shape(v))
+        if k.shape[-2] < 1 or q.shape[-2] % k.shape[-2] != 0:
+            fail(op, "q", f"have a number of heads that is a multiple of k's {k.shape[-2]}", q.shape[-2])
+    return packed
 
 
-def _factor(op: str, name: str, t: Tensor, q: Tensor, rows, per_head: bool) -> None:
+def _lengths(op: str, name: str, t: Tensor, q: Tensor, total) -> int:
+    """Checks cu_seqlens; returns the longest sequence where the contents can be read, else 0."""
+    if t.dtype != torch.int32 or t.dim() != 1 or t.shape[0] < 1:
+        fail(op, name, "be int32 of shape [sequences + 1]", f"{t.dtype} {_shape(t)}")
+    if t.device != q.device:
+        fail(op, name, f"be on q's device {q.device}", t.device)
+    if not _readable(t):
+        return 0
+    values = t.tolist()
+    if values[0] != 0 or values[-1] != total or any(a > b for a, b in zip(values, values[1:])):
+        fail(op, name, f"start at 0, never fall and end at {total} (the packed tokens)", values)
+    return max((b - a for a, b in zip(values, values[1:])), default=0)
+
+
+def _packing(op: str, a: dict, packed: bool):
+    """Returns the number of batch rows or packed sequences."""
+    q, k, cu, cu_k = a["q"], a["k"], a["cu_seqlens"], a["cu_seqlens_k"]
+    if not packed:
+        if cu_k is not None or a["max_seqlen"] is not None or a["max_seqlen_k"] is not None:
+            fail(op, "cu_seqlens_k, max_seqlen and max_seqlen_k", "come with cu_seqlens", "cu_seqlens=None")
+        return q.shape[0]
+    longest = longest_k = _lengths(op, "cu_seqlens", cu, q, q.shape[0])
+    if cu_k is not None:
+        longest_k = _lengths(op, "cu_seqlens_k", cu_k, q, k.shape[0])
+        if cu_k.shape != cu.shape:
+            fail(op, "cu_seqlens_k", f"have cu_seqlens' shape {_shape(cu)}", _shape(cu_k))
+    elif q.shape[0] != k.shape[0]:
+        fail(op, "cu_seqlens_k", f"be given where k ({k.shape[0]} tokens) and q ({q.shape[0]}) differ", None)
+    for name, least in (("max_seqlen", longest), ("max_seqlen_k", longest_k)):
+        if a[name] is not None and a[name] < least:
+            fail(op, name, f"be at least {least} (the longest sequence)", a[name])
+    return cu.shape[0] - 1
+
+
+def _mask(op: str, a: dict) -> None:
+    sigma, window = a["softmax_scale"], a["window"]
+    if sigma is not None and not math.isfinite(sigma):
+        fail(op, "softmax_scale", "be finite", f"{sigma:g}")
+    if window is not None and window < 1:
+        fail(op, "window", "be at least 1 (the keys a query sees, its own included)", window)
+
+
+def _factor(op: str, name: str, t: Tensor | None, q: Tensor, rows, per_head: bool) -> None:
+    if t is None:
+        return
     heads, head_dim = q.shape[-2:]
-    expected = torch.float64 if q.dtype == torch.float64 else torch.float32
-    if t.dtype != expected:
-        fail(op, name, f"be {expected} (with {q.dtype} q)", t.dtype)
+    if t.dtype != statistics(q):
+        fail(op, name, f"be {statistics(q)} (with {q.dtype} q)", t.dtype)
     if t.device != q.device:
         fail(op, name, f"be on q's device {q.device}", t.device)
     shapes = [(heads, head_dim), (rows, heads, head_dim)]
@@ -60,48 +164,17 @@ def _factor(op: str, name: str, t: Tensor, q: Tensor, rows, per_head: bool) -> N
         fail(op, name, f"have shape {kinds} or, per batch row, {rowed}", _shape(t))
 
 
-def _cu_seqlens(op: str, name: str, t: Tensor, q: Tensor, total) -> None:
-    if t.dtype != torch.int32 or t.dim() != 1 or t.shape[0] < 1:
-        fail(op, name, "be int32 of shape [sequences + 1]", f"{t.dtype} {_shape(t)}")
-    if t.device != q.device:
-        fail(op, name, f"be on q's device {q.device}", t.device)
-    if t.device.type == "cpu" and not isinstance(t, torch._subclasses.FakeTensor):
-        values = t.tolist()
-        if values[0] != 0 or values[-1] != total or any(a > b for a, b in zip(values, values[1:])):
-            fail(op, name, f"start at 0, never fall and end at {total} (the packed tokens)", values)
-
-
-def attention(op: str, q: Tensor, k: Tensor, v: Tensor, scale, offset, softmax_scale, window, cu_seqlens, cu_seqlens_k,
-              max_seqlen, max_seqlen_k) -> None:
-    packed = cu_seqlens is not None
-    qkv(op, q, k, v, packed)
-    rows = q.shape[0]
-    if packed:
-        _cu_seqlens(op, "cu_seqlens", cu_seqlens, q, q.shape[0])
-        if cu_seqlens_k is not None:
-            _cu_seqlens(op, "cu_seqlens_k", cu_seqlens_k, q, k.shape[0])
-            if cu_seqlens_k.shape != cu_seqlens.shape:
-                fail(op, "cu_seqlens_k", f"have cu_seqlens' shape {_shape(cu_seqlens)}", _shape(cu_seqlens_k))
-        elif q.shape[0] != k.shape[0]:
-            fail(op, "cu_seqlens_k", f"be given where k ({k.shape[0]} tokens) and q ({q.shape[0]}) differ", None)
-        rows = cu_seqlens.shape[0] - 1
-    elif cu_seqlens_k is not None or max_seqlen is not None or max_seqlen_k is not None:
-        fail(op, "cu_seqlens_k, max_seqlen and max_seqlen_k", "come with cu_seqlens", "cu_seqlens=None")
-    if window is not None and window < 1:
-        fail(op, "window", "be at least 1 (the keys a query sees, its own included)", window)
-    if softmax_scale is not None and not softmax_scale == softmax_scale:
-        fail(op, "softmax_scale", "be a number", softmax_scale)
-    if scale is not None:
-        _factor(op, "scale", scale, q, rows, per_head=True)
-    if offset is not None:
-        _factor(op, "offset", offset, q, rows, per_head=False)
-
-
-def rotation(op: str, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions, positions_k, packed: bool) -> None:
-    qkv(op, q, k, None, packed)
+def _rotation(op: str, a: dict, packed: bool) -> None:
+    q, cos, sin, positions, positions_k = a["q"], a["cos"], a["sin"], a["positions"], a["positions_k"]
+    if cos is None:
+        if sin is not None or positions is not None or positions_k is not None:
+            fail(op, "cos", "be given where sin or positions are", None)
+        return
+    if sin is None:
+        fail(op, "sin", "be given where cos is", None)
     for name, t in (("cos", cos), ("sin", sin)):
         if t.dtype not in FLOATS:
-            fail(op, name, "be of a floating dtype", t.dtype)
+            fail(op, name, "be bfloat16, float16, float32 or float64", t.dtype)
         if t.device != q.device:
             fail(op, name, f"be on q's device {q.device}", t.device)
         if t.dim() not in (2, 3) or (t.dim() == 3 and packed):
@@ -111,7 +184,7 @@ def rotation(op: str, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions,
     if 2 * cos.shape[-1] > q.shape[-1] or cos.shape[-1] < 1:
         fail(op, "cos", f"turn at most head_dim {q.shape[-1]} channels (last size R/2 from 1 to {q.shape[-1] // 2})",
              cos.shape[-1])
-    sq, sk = q.shape[-3], k.shape[-3]
+    sq, sk = q.shape[-3], a["k"].shape[-3]
     if cos.dim() == 3:
         if positions is not None or positions_k is not None:
             fail(op, "positions", "be None with cos and sin already gathered per token [B, S, R/2]", "positions")
@@ -138,22 +211,22 @@ def rotation(op: str, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions,
         shapes = [(s,)] if packed else [(s,), (q.shape[0], s), (1, s)]
         if tuple(t.shape) not in shapes:
             fail(op, name, f"have shape [{s}]" + ("" if packed else f" or [{q.shape[0]}, {s}]"), _shape(t))
-        if t.device.type == "cpu" and t.numel() and not isinstance(t, torch._subclasses.FakeTensor):
+        if _readable(t) and t.numel():
             low, high = int(t.min()), int(t.max())
             if low < 0 or high >= cos.shape[0]:
                 fail(op, name, f"lie from 0 to {cos.shape[0] - 1} (the rows of cos)", f"{low} to {high}")
 
 
-def backward(q: Tensor, k: Tensor, grad_out: Tensor, grad_lse, out: Tensor, lse: Tensor, scale, offset, needs) -> None:
-    op = "attention_backward"
-    for name, t in (("grad_out", grad_out), ("out", out)):
+def _backward(op: str, a: dict) -> None:
+    q = a["q"]
+    for name in ("grad_out", "out"):
+        t = a[name]
         if t.shape != q.shape or t.dtype != q.dtype or t.device != q.device:
-            fail(op, name, f"be like q ({_shape(q)} {q.dtype} on {q.device})", f"{_shape(t)} {t.dtype} on {t.device}")
-    statistics = torch.float64 if q.dtype == torch.float64 else torch.float32
+            fail(op, name, f"be like q ({_kind(q)})", _kind(t))
     shape = (*q.shape[:-3], q.shape[-2], q.shape[-3])
-    for name, t in (("lse", lse), ("grad_lse", grad_lse)):
-        if t is not None and (tuple(t.shape) != shape or t.dtype != statistics or t.device != q.device):
-            fail(op, name, f"have shape {list(shape)}, {statistics}, on {q.device}", f"{_shape(t)} {t.dtype} on {t.device}")
-    for name, t, want in (("scale", scale, needs[3]), ("offset", offset, needs[4])):
-        if want and t is None:
-            fail(op, f"needs[{name}]", f"be False where {name} is None", True)
+    for name in ("lse", "grad_lse"):
+        t = a[name]
+        if t is not None and (tuple(t.shape) != shape or t.dtype != statistics(q) or t.device != q.device):
+            fail(op, name, f"be {list(shape)} {statistics(q)} on {q.device}", _kind(t))
+    if len(a["needs"]) != 5:
+        fail(op, "needs", "have 5 flags (q, k, v, scale, offset)", len(a["needs"]))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import warnings
 
 import torch
 
@@ -59,14 +60,29 @@ def candidates(device: torch.device) -> tuple[str, ...]:
     return ("cpu", "reference") if device.type == "cpu" else ("cuda", "triton", "reference")
 
 
+def _best(op: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
+    return next(name for name in candidates(device) if why_not(name, op, device, dtype, head_dim) is None)
+
+
+@functools.cache
+def _warn_of_the_oracle(op: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> None:
+    """Once for each kind of call: the oracle is right, but slow, and holds whole score matrices in fp64."""
+    reasons = "; ".join(why_not(name, op, device, dtype, head_dim) for name in candidates(device)[:-1])
+    warnings.warn(f"seal::{op}: the slow reference runs this call, in fp64 and with whole score matrices ({reasons}); "
+                  "backend='reference' says that this is meant", stacklevel=2)
+
+
 def choose(backend: str, op: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
-    """The backend that runs; raises with `why_not`'s sentence where a forced one cannot."""
+    """The backend that runs; raises with `why_not`'s sentence where a forced one cannot, warns where only the oracle is left."""
     if backend != "auto":
         reason = why_not(backend, op, device, dtype, head_dim)
         if reason is not None:
             raise ValueError(f"seal::{op}: {reason}")
         return backend
-    return next(name for name in candidates(device) if why_not(name, op, device, dtype, head_dim) is None)
+    best = _best(op, device, dtype, head_dim)
+    if best == "reference":
+        _warn_of_the_oracle(op, device, dtype, head_dim)
+    return best
 
 
 def backends(device: torch.device | str | None = None, dtype: torch.dtype = torch.bfloat16,
@@ -80,7 +96,7 @@ def backends(device: torch.device | str | None = None, dtype: torch.dtype = torc
         device = torch.device("cuda", torch.cuda.current_device())
     found = {}
     for op in OPS:
-        chosen = choose("auto", op, device, dtype, head_dim)
+        chosen = _best(op, device, dtype, head_dim)
         found[op] = {"chosen": chosen}
         for name in NAMES:
             if name != chosen:

@@ -4,9 +4,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .registration import _seal
+from . import checks, registration  # noqa: F401  registration defines the ops
 
-# What users call.
+_attention = torch.ops.seal.attention.default
+_rope = torch.ops.seal.rope.default
+_rope_attention = torch.ops.seal.rope_attention.default
+
 
 def attention(q: Tensor, k: Tensor, v: Tensor, scale: Tensor | None = None, offset: Tensor | None = None, *,
               softmax_scale: float | None = None, causal: bool = True, window: int | None = None,
@@ -28,11 +31,9 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: Tensor | None = None, offs
     Raises ValueError, one sentence, for arguments outside this contract or a forced backend that cannot run.
     Source: SEAL (arXiv 2501.15225) section 4 for the scales; FlashAttention for the algorithm.
     """
-    if deterministic is None:
-        deterministic = torch.are_deterministic_algorithms_enabled()
-    out, lse = _seal.attention(q, k, v, scale, offset, cu_seqlens, cu_seqlens_k, softmax_scale=softmax_scale,
-                               causal=causal, window=window, max_seqlen=max_seqlen, max_seqlen_k=max_seqlen_k,
-                               deterministic=deterministic, backend=backend or "auto")
+    out, lse = _attention(q, k, v, scale, offset, cu_seqlens, cu_seqlens_k, softmax_scale=softmax_scale, causal=causal,
+                          window=window, max_seqlen=max_seqlen, max_seqlen_k=max_seqlen_k, deterministic=bool(deterministic),
+                          backend=backend or "auto")
     return (out, lse) if return_lse else out
 
 
@@ -46,8 +47,7 @@ def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | Non
     `inverse` turns back. Returns the rotated q and k; differentiable. Raises ValueError outside this contract.
     Source: RoFormer (arXiv 2104.09864), eq. 34. `seal_ops.rope_tables` makes cos and sin.
     """
-    return _seal.rope(q, k, cos, sin, positions, positions_k, interleaved=interleaved, inverse=inverse,
-                      backend=backend or "auto")
+    return _rope(q, k, cos, sin, positions, positions_k, interleaved=interleaved, inverse=inverse, backend=backend or "auto")
 
 
 def rope_attention(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None = None,
@@ -59,26 +59,34 @@ def rope_attention(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, po
     """`attention(*rope(q, k, ...), v, ...)` as one op that keeps only the rotated q and k for its backward, where the
     inverse rotation is applied as grad_q and grad_k are written. Arguments as in `rope` and `attention`; for packed
     input without positions they restart at 0 in every sequence."""
-    if deterministic is None:
-        deterministic = torch.are_deterministic_algorithms_enabled()
-    if cu_seqlens is not None and positions is None:
-        positions = packed_positions(cu_seqlens, q.shape[0], None if cu_seqlens_k is None else cu_seqlens_k)
+    if cu_seqlens is not None and positions is None and positions_k is None:
+        positions = packed_positions(cu_seqlens, q.shape[0], cu_seqlens_k)
         if cu_seqlens_k is not None:
             positions_k = packed_positions(cu_seqlens_k, k.shape[0])
-    out, lse, _, _ = _seal.rope_attention(
+    out, lse, _, _ = _rope_attention(
         q, k, v, cos, sin, positions, positions_k, scale, offset, cu_seqlens, cu_seqlens_k, interleaved=interleaved,
         softmax_scale=softmax_scale, causal=causal, window=window, max_seqlen=max_seqlen, max_seqlen_k=max_seqlen_k,
-        deterministic=deterministic, backend=backend or "auto")
+        deterministic=bool(deterministic), backend=backend or "auto")
     return (out, lse) if return_lse else out
 
 
 def packed_positions(cu_seqlens: Tensor, tokens: int, cu_seqlens_k: Tensor | None = None) -> Tensor:
     """Positions int64 [tokens] that restart at 0 in every packed sequence, without a host sync; with `cu_seqlens_k` the
-    queries are the last of each sequence's keys (position 0 where a query lies before its first key)."""
+    queries are the last of each sequence's keys (position 0 where a query lies before its first key). Tokens beyond the last
+    sequence (padding) count from 0 once more. Raises ValueError for lengths that are not int32 or int64
+    [sequences + 1], or differ in shape."""
+    for name, t in (("cu_seqlens", cu_seqlens), ("cu_seqlens_k", cu_seqlens_k)):
+        if t is None:
+            continue
+        if t.dtype not in (torch.int32, torch.int64) or t.dim() != 1 or t.shape[0] < 1:
+            checks.fail("packed_positions", name, "be int32 or int64 of shape [sequences + 1]", f"{t.dtype} {list(t.shape)}")
+        if t.shape != cu_seqlens.shape or t.device != cu_seqlens.device:
+            checks.fail("packed_positions", name, f"have cu_seqlens' shape {list(cu_seqlens.shape)} and device {cu_seqlens.device}",
+                        f"{list(t.shape)} on {t.device}")
     token = torch.arange(tokens, device=cu_seqlens.device)
     which = torch.searchsorted(cu_seqlens[1:].contiguous(), token, right=True, out_int32=True).long()
     at = token - cu_seqlens[which]
     if cu_seqlens_k is not None:
-        lengths, lengths_k = cu_seqlens.diff(), cu_seqlens_k.diff()
-        at = (at + (lengths_k - lengths)[which]).clamp_min(0)
+        longer = torch.nn.functional.pad(cu_seqlens_k.diff() - cu_seqlens.diff(), (0, 1))  # 0 for padding
+        at = (at + longer[which]).clamp_min(0)
     return at

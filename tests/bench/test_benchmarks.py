@@ -8,6 +8,7 @@ import torch
 
 from seal_ops import bench
 from seal_ops.bench import contestants, gate, report, run, shapes, timing
+from seal_ops.bench.host_time import host_times, sentence
 from seal_ops.ops.backends import reference
 
 
@@ -165,3 +166,10 @@ def test_times_are_the_median_and_every_call_is_taken_at_least_twice():
 
 def test_a_plot_of_nothing_is_no_plot(tmp_path):
     assert report.plot([], [], str(tmp_path / "x.png"), "", {}) is False and not list(tmp_path.iterdir())
+
+
+def test_host_time_of_a_call_with_and_without_gradients():
+    times = host_times(torch.device("cpu"), torch.float32, calls=1, rounds=1)
+    assert list(times) == ["seal_ops, without", "SDPA, without", "seal_ops, with gradients", "SDPA, with gradients"]
+    assert all(value > 1 for value in times.values())
+    assert sentence(dict.fromkeys(times, 12.34)).count(" 12 µs") == 4

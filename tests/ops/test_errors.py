@@ -1,120 +1,168 @@
-"""Bad input gets one sentence: op, argument, what was expected, what came."""
+"""Bad input gets one sentence: op, argument, what was expected, what came. The calls stand in fixtures/wrong_calls.py."""
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import warnings
+
 import pytest
 import torch
 
 import seal_ops
-from seal_ops.ops.dispatch import choose, why_not
+from seal_ops.ops import autograd, checks
+from seal_ops.ops.dispatch import choose, extension, why_not
+from wrong_calls import SECOND_DERIVATIVE, WRONG_CALLS, WrongCall, lengths, provoke, right_call, sentences_in_sources, unprovoked
 
-D = 16
-
-
-def good(**changes):
-    torch.manual_seed(0)
-    arguments = dict(q=torch.randn(2, 6, 4, D), k=torch.randn(2, 6, 2, D), v=torch.randn(2, 6, 2, D))
-    return {**arguments, **changes}
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+HERE = [wrong for wrong in WRONG_CALLS if wrong.on != "cuda"]
 
 
-def packed(**changes):
-    arguments = dict(q=torch.randn(6, 4, D), k=torch.randn(6, 2, D), v=torch.randn(6, 2, D),
-                     cu_seqlens=torch.tensor([0, 2, 6], dtype=torch.int32))
-    return {**arguments, **changes}
+@pytest.mark.parametrize("wrong", HERE, ids=lambda wrong: wrong.name)
+def test_the_op_says_the_sentence(wrong):
+    """Whatever checks here: the C++ boundary where the extension is built, else Python's. (A meta tensor goes to Python's.)"""
+    assert provoke(wrong, "cpu") == (wrong.error, wrong.expected("cpu"))
 
 
-def cu(*values, dtype=torch.int32):
-    return torch.tensor(values, dtype=dtype)
+@pytest.mark.parametrize("wrong", [wrong for wrong in HERE if wrong.on != "autograd"], ids=lambda wrong: wrong.name)
+def test_python_checks_say_the_sentence(wrong):
+    op = wrong.torch_op._schema.name.removeprefix("seal::")
+    with pytest.raises(ValueError) as e:
+        checks.check(op, autograd.bind(op, (), wrong.arguments("cpu")))
+    assert str(e.value) == wrong.expected("cpu")
 
 
-ATTENTION = {
-    "rank": (good(q=torch.randn(6, 4, D)), r"q must have the layout \[B, S, H, D\] .* got 3 dimensions \[6, 4, 16\]"),
-    "packed rank": (packed(q=torch.randn(1, 6, 4, D)), r"q must have the layout packed \[T, H, D\] .* got 4 dimensions"),
-    "heads": (good(q=torch.randn(2, 6, 3, D)), "q must have a number of heads that is a multiple of k's 2, got 3"),
-    "no heads": (good(k=torch.randn(2, 6, 0, D), v=torch.randn(2, 6, 0, D)), "multiple of k's 0, got 4"),
-    "head_dim": (good(k=torch.randn(2, 6, 2, 8), v=torch.randn(2, 6, 2, 8)), "k must have q's head_dim 16, got 8"),
-    "head_dim range": (dict(zip("qkv", torch.randn(3, 1, 2, 1, 257))), "head_dim from 1 to 256, got 257"),
-    "batch": (good(k=torch.randn(1, 6, 2, D)), "k must have q's batch size 2, got 1"),
-    "v shape": (good(v=torch.randn(2, 5, 2, D)), r"v must have k's shape \[2, 6, 2, 16\], got \[2, 5, 2, 16\]"),
-    "dtypes differ": (good(k=torch.randn(2, 6, 2, D).half()), "k must have q's dtype torch.float32, got torch.float16"),
-    "integer": (good(q=torch.ones(2, 6, 4, D, dtype=torch.int32)), "q must be bfloat16, float16, float32 or float64, got"),
-    "device": (good(v=torch.randn(2, 6, 2, D, device="meta")), "v must be on q's device cpu, got meta"),
-    "scale shape": (good(scale=torch.ones(3)), r"scale must have shape \[4\] \(per head\), \[4, 16\] \(per channel\).* got \[3\]"),
-    "scale dtype": (good(scale=torch.ones(4).bfloat16()), "scale must be torch.float32 .* got torch.bfloat16"),
-    "scale device": (good(scale=torch.ones(4, device="meta")), "scale must be on q's device cpu, got meta"),
-    "offset shape": (good(offset=torch.ones(4)), r"offset must have shape \[4, 16\] or, per batch row, .* got \[4\]"),
-    "window": (good(window=0), "window must be at least 1 .* got 0"),
-    "softmax_scale": (good(softmax_scale=float("nan")), "softmax_scale must be a number, got nan"),
-    "max_seqlen alone": (good(max_seqlen=6), "come with cu_seqlens"),
-    "cu start": (packed(cu_seqlens=cu(1, 2, 6)), "cu_seqlens must start at 0, never fall and end at 6"),
-    "cu falls": (packed(cu_seqlens=cu(0, 4, 2, 6)), r"never fall .* got \[0, 4, 2, 6\]"),
-    "cu end": (packed(cu_seqlens=cu(0, 2, 5)), r"end at 6 .* got \[0, 2, 5\]"),
-    "cu dtype": (packed(cu_seqlens=cu(0, 2, 6, dtype=torch.int64)), "cu_seqlens must be int32"),
-    "cu_k missing": (packed(k=torch.randn(5, 2, D), v=torch.randn(5, 2, D)), "cu_seqlens_k must be given where k"),
-    "cu_k shape": (packed(cu_seqlens_k=cu(0, 6)), "cu_seqlens_k must have cu_seqlens' shape"),
-    "backend name": (good(backend="cudnn"), "backend must be one of auto, cuda, triton, cpu, reference, got 'cudnn'"),
-    "backend cuda": (good(backend="cuda"), "seal::attention: backend cuda"),
-}
+@pytest.mark.parametrize("wrong", [wrong for wrong in HERE if wrong.on == "autograd"], ids=lambda wrong: wrong.name)
+def test_python_autograd_says_the_sentence(wrong):
+    op = wrong.torch_op._schema.name.removeprefix("seal::")
+    with pytest.raises(wrong.error) as e, torch.autograd.forward_ad.dual_level():
+        checks.differentiable(op, autograd.bind(op, (), wrong.arguments("cpu")))
+    assert str(e.value) == wrong.expected("cpu")
 
 
-@pytest.mark.parametrize("name", ATTENTION)
-def test_attention(name):
-    arguments, sentence = ATTENTION[name]
-    with pytest.raises(ValueError, match=f"seal::attention: .*{sentence}" if "seal::" not in sentence else sentence) as e:
-        seal_ops.attention(**arguments)
-    assert "\n" not in str(e.value)
+@pytest.mark.parametrize("op", ["attention", "attention packed", "attention_backward", "rope", "rope packed", "rope_attention",
+                                "rope_attention packed"])
+def test_right_calls_are_right(op):
+    """What the table spoils is inside the contract before."""
+    WrongCall("", op, lambda a, other: None, "").torch_op(**right_call(op.removesuffix(" packed"), "cpu", op.endswith(" packed")))
 
 
-def turning(**changes):
-    arguments = good(cos=torch.ones(8, D // 2), sin=torch.zeros(8, D // 2))
-    return {**arguments, **changes}
+def test_every_python_check_is_provoked():
+    """By the line of its `fail(`: a check without a call in the table is a failure here."""
+    lines = (ROOT / "seal_ops/ops/checks.py").read_text().splitlines()
+    written = {n for n, line in enumerate(lines, 1) if "fail(" in line and not line.startswith("def ")}
+    written |= {n for n, line in enumerate(lines, 1) if line.strip().startswith("raise NotImplementedError")}
+    spoke = set()
+    for wrong in HERE:
+        op = wrong.torch_op._schema.name.removeprefix("seal::")
+        check = checks.differentiable if wrong.on == "autograd" else checks.check
+        try:
+            with torch.autograd.forward_ad.dual_level():
+                check(op, autograd.bind(op, (), wrong.arguments("cpu")))
+        except (ValueError, NotImplementedError) as error:
+            trace, own = error.__traceback__, []
+            while trace:
+                if trace.tb_frame.f_code.co_filename.endswith("checks.py") and trace.tb_frame.f_code.co_name != "fail":
+                    own.append(trace.tb_lineno)
+                trace = trace.tb_next
+            spoke.add(own[-1])
+    assert written <= spoke, f"never provoked: {[lines[n - 1].strip() for n in sorted(written - spoke)]}"
 
 
-ROPE = {
-    "too wide": (turning(cos=torch.ones(8, D), sin=torch.ones(8, D)), "cos must turn at most head_dim 16 channels .* got 16"),
-    "sin": (turning(sin=torch.zeros(7, D // 2)), r"sin must have cos' shape \[8, 8\], got \[7, 8\]"),
-    "short table": (turning(cos=torch.ones(5, 8), sin=torch.ones(5, 8)), "cos must have a row for each of 6 positions"),
-    "gathered": (turning(cos=torch.ones(2, 5, 8), sin=torch.ones(2, 5, 8)), r"cos must have shape \[2 or 1, 6, R/2\]"),
-    "gathered and positions": (turning(cos=torch.ones(2, 6, 8), sin=torch.ones(2, 6, 8), positions=torch.arange(6)),
-                               "positions must be None with cos and sin already gathered"),
-    "position range": (turning(positions=torch.arange(3, 9)), r"positions must lie from 0 to 7 .* got 3 to 8"),
-    "position dtype": (turning(positions=torch.ones(6)), "positions must be int32 or int64"),
-    "position shape": (turning(positions=torch.arange(5)), r"positions must have shape \[6\] or \[2, 6\], got \[5\]"),
-    "integer table": (turning(cos=torch.ones(8, 8, dtype=torch.int32)), "cos must be of a floating dtype"),
-    "positions_k alone": (turning(positions_k=torch.arange(6)), "positions must be given where positions_k is"),
-    "lengths differ": (turning(q=torch.randn(2, 3, 4, D), positions=torch.arange(3)), "positions_k must be given where"),
-}
+@pytest.mark.skipif(isinstance(extension(), str), reason="the C++ extension is not built")
+def test_every_sentence_of_the_extension_is_provoked():
+    """By file and line, in a process that keeps them in the message. What only CUDA tensors can provoke, tests/gpu does."""
+    code = ("import json, sys; from wrong_calls import WRONG_CALLS, origin, provoke;"
+            "print(json.dumps([origin(provoke(w, 'cpu')[1]) for w in (*WRONG_CALLS, None) if w is None or w.on != 'cuda']))")
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests/fixtures"), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
+                          env={**os.environ, "TORCH_SHOW_CPP_STACKTRACES": "1", "PYTHONPATH": paths})
+    assert done.returncode == 0, done.stderr
+    origins = {tuple(found) for found in json.loads(done.stdout.splitlines()[-1]) if found}
+    silent = unprovoked(ROOT / "csrc/ops", origins)
+    assert len(sentences_in_sources(ROOT / "csrc/ops")) > 40
+    assert all("be on q's device" in text or "SEAL_HERE, join(\"seal::\", name_, \": \", reason)" in text for text in silent), silent
 
 
-@pytest.mark.parametrize("op", ["rope", "rope_attention"])
-@pytest.mark.parametrize("name", ROPE)
-def test_rope(op, name):
-    arguments, sentence = ROPE[name]
-    if op == "rope":
-        arguments = {n: t for n, t in arguments.items() if n != "v"}
-    with pytest.raises(ValueError, match=f"seal::{op}: .*{sentence}"):
-        getattr(seal_ops, op)(**arguments)
+@pytest.mark.parametrize("wrong", [wrong for wrong in HERE if wrong.on != "autograd"], ids=lambda wrong: wrong.name)
+def test_nothing_is_written_by_a_call_that_fails(wrong):
+    a = wrong.arguments("cpu")
+    tensors = {n: t for n, t in a.items() if isinstance(t, torch.Tensor) and t.device.type == "cpu" and t.layout == torch.strided
+               and t.numel() < 10_000}
+    before = {n: t.detach().clone() for n, t in tensors.items()}
+    provoke(wrong, "cpu")
+    assert all(torch.equal(before[n], t.detach()) for n, t in tensors.items())
 
 
-def test_packed_rope_needs_positions():
-    with pytest.raises(ValueError, match="seal::rope: positions must be given for packed q and k"):
-        seal_ops.rope(torch.randn(6, 4, D), torch.randn(6, 2, D), torch.ones(8, 8), torch.zeros(8, 8))
+def test_second_derivatives():
+    assert provoke(None, "cpu") == (NotImplementedError, SECOND_DERIVATIVE)
 
 
-def test_backward():
-    a = good()
-    out, lse = torch.ops.seal.attention(**a)
-    call = lambda grad_out, grad_lse=None, needs=(True, True, True, False, False): torch.ops.seal.attention_backward(
-        grad_out, grad_lse, a["q"], a["k"], a["v"], out, lse, needs=needs)
-    with pytest.raises(ValueError, match=r"seal::attention_backward: grad_out must be like q \(\[2, 6, 4, 16\]"):
-        call(out[:, :5])
-    with pytest.raises(ValueError, match=r"grad_lse must have shape \[2, 4, 6\]"):
-        call(out, lse[:, :3])
-    with pytest.raises(ValueError, match=r"needs\[scale\] must be False where scale is None, got True"):
-        call(out, needs=(True,) * 5)
+@pytest.mark.parametrize("op", ["attention", "rope", "rope_attention"])
+def test_jvp_is_refused_in_torch_func_too(op):
+    a = right_call(op, "cpu")
+    q = a.pop("q")
+    with pytest.raises(NotImplementedError, match=f"seal::{op}: forward-mode differentiation is not implemented, and q has"):
+        torch.func.jvp(lambda q: getattr(seal_ops, op)(q, **a), (q,), (torch.ones_like(q),))
 
 
 def test_a_wrong_call_fails_while_it_is_traced():
     compiled = torch.compile(lambda **a: seal_ops.attention(**a), backend="eager", fullgraph=True)
     with pytest.raises(Exception, match="multiple of k's 2, got 3"):
-        compiled(**good(q=torch.randn(2, 6, 3, D)))
+        compiled(**right_call("attention", "cpu") | dict(q=torch.randn(2, 6, 3, 16)))
+
+
+def test_meta_tensors_give_shapes_and_sentences():
+    a = right_call("attention", "meta")
+    out, lse = torch.ops.seal.attention(**a)
+    assert out.is_meta and out.shape == a["q"].shape and lse.shape == (2, 4, 6)
+    with pytest.raises(ValueError, match="seal::attention: window must be at least 1"):
+        torch.ops.seal.attention(**a, window=0)
+
+
+@pytest.mark.parametrize("shape", [(0, 6, 4, 16), (2, 0, 4, 16), (2, 6, 0, 16)])
+def test_tensors_without_an_element(shape):
+    q = torch.randn(shape, requires_grad=True)
+    k, v = (torch.randn(shape[0], 6, 2, 16, requires_grad=True) for _ in range(2))
+    out = seal_ops.attention(q, k, v)
+    out.sum().backward()
+    assert out.shape == shape and all(t.grad.shape == t.shape and not t.grad.any() for t in (q, k, v))
+
+
+def test_rope_of_nothing():
+    """Zero heads, on either side, are rotated to zero heads."""
+    cos, sin = torch.ones(6, 8), torch.zeros(6, 8)
+    q, k = torch.randn(2, 6, 4, 16), torch.randn(2, 6, 2, 16)
+    none = torch.randn(2, 6, 0, 16)
+    for a, b in ((none, k), (q, none), (none, none)):
+        x, y = seal_ops.rope(a, b, cos, sin)
+        assert torch.equal(x, a) and torch.equal(y, b)
+
+
+def test_packed_positions():
+    cu, cu_k = lengths(0, 2, 2, 5), lengths(0, 4, 5, 6)
+    assert seal_ops.packed_positions(cu, 7).tolist() == [0, 1, 0, 1, 2, 0, 1]  # two tokens of padding
+    assert seal_ops.packed_positions(cu, 7, cu_k).tolist() == [2, 3, 0, 0, 0, 0, 1]
+    assert seal_ops.packed_positions(lengths(0), 2, lengths(0)).tolist() == [0, 1]
+    with pytest.raises(ValueError, match=r"seal::packed_positions: cu_seqlens must be int32 or int64 .* got torch.float32 \[2\]"):
+        seal_ops.packed_positions(torch.ones(2), 3)
+    with pytest.raises(ValueError, match=r"seal::packed_positions: cu_seqlens_k must have cu_seqlens' shape \[4\]"):
+        seal_ops.packed_positions(cu, 5, lengths(0, 5))
+
+
+def test_positions_k_is_never_dropped():
+    a = right_call("rope_attention", "cpu", packed=True) | dict(positions=None, positions_k=torch.arange(6) % 4)
+    with pytest.raises(ValueError, match="seal::rope_attention: positions must be given where positions_k is, got None"):
+        seal_ops.rope_attention(**a)
+
+
+def test_an_absent_factor_asked_for_is_empty(backend, device):
+    """`needs` may ask for what is not there (its default asks for everything)."""
+    a = right_call("attention_backward", str(device))
+    a["grad_lse"] = None
+    a = {n: t.half() if n in ("q", "k", "v", "out", "grad_out") else t for n, t in a.items()}
+    grads = torch.ops.seal.attention_backward(**a, backend=backend)
+    assert [g.shape[0] for g in grads] == [2, 2, 2, 0, 0]
 
 
 def test_forced_backend_raises_the_sentence_that_backends_prints():
@@ -124,3 +172,30 @@ def test_forced_backend_raises_the_sentence_that_backends_prints():
     with pytest.raises(ValueError) as e:
         choose("cuda", "attention", torch.device("cpu"), torch.bfloat16, 128)
     assert str(e.value) == f"seal::attention: {reason}"
+    with pytest.raises(ValueError, match="seal::attention: backend must be one of auto, cuda, triton, cpu, reference, got 'cudnn'"):
+        seal_ops.attention(*torch.randn(3, 1, 2, 1, 16), backend="cudnn")
+
+
+@pytest.mark.skipif(isinstance(extension(), str), reason="the C++ extension is not built")
+def test_why_not_cuda():
+    ask = extension().why_not_cuda
+    assert ask("attention", torch.bfloat16, 128, 90) == "" == ask("rope", torch.float32, 100, 90)
+    assert ask("attention", torch.float16, 64, 80) == "backend cuda needs a Hopper GPU (compute capability 9.0), got 8.0"
+    assert ask("attention", torch.float32, 64, 90) == "backend cuda takes bfloat16 and float16, got torch.float32"
+    assert ask("rope", torch.float64, 64, 90) == "backend cuda rotates bfloat16, float16 and float32, got torch.float64"
+    for head_dim in (4, 100, 264):
+        assert ask("attention", torch.float16, head_dim, 90) == f"backend cuda takes a head_dim that is a multiple of 8 up to 256, got {head_dim}"
+
+
+def test_the_oracle_is_never_silent(monkeypatch):
+    """Where no other backend runs a call of "auto", one warning for each kind of call says so."""
+    from seal_ops.ops import dispatch
+    monkeypatch.setattr(dispatch, "candidates", lambda device: ("triton", "reference"))
+    dispatch._warn_of_the_oracle.cache_clear()
+    q = torch.randn(1, 3, 1, 16, dtype=torch.float64)
+    with pytest.warns(UserWarning, match="seal::attention: the slow reference runs this call, in fp64 .*backend triton"):
+        seal_ops.attention(q, q, q)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        seal_ops.attention(q, q, q)
+        seal_ops.backends("cpu", torch.float64)  # asking is no call

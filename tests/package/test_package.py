@@ -2,6 +2,8 @@
 import os
 import pathlib
 import re
+import runpy
+import shutil
 import subprocess
 import sys
 
@@ -9,6 +11,7 @@ import pytest
 import torch
 
 import seal_ops
+from seal_ops.utils import elf
 from seal_ops.ops.dispatch import OPS, extension
 from seal_ops.ops.environment import facts, report
 from seal_ops.ops.registration import schemas
@@ -81,3 +84,48 @@ def test_a_wrong_build_variable_is_one_sentence(name, value, sentence):
     done = subprocess.run([sys.executable, "setup.py", "--version"], capture_output=True, text=True, cwd=ROOT,
                           env={**os.environ, name: value, "SEAL_BUILD_EXT": "1"})
     assert done.returncode != 0 and f"seal_ops build: {sentence}" in done.stderr
+
+
+COMPILER = shutil.which(os.environ.get("CXX", "g++"))
+PROBE = """
+#include <sstream>
+#include <stdexcept>
+extern "C" void probe(int n) { std::ostringstream s; s << n; throw std::runtime_error(s.str()); }
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux" or COMPILER is None, reason="needs Linux and a C++ compiler")
+def test_a_static_libstdcxx_is_undone_and_found(tmp_path, monkeypatch):
+    """The build's linker input makes a compiler with a static libstdc++ by default use the shared one; without it the reader says so."""
+    wrapper = tmp_path / "static-g++"
+    wrapper.write_text(f'#!/bin/sh\nexec {COMPILER} -static-libstdc++ "$@"\n')
+    wrapper.chmod(0o755)
+    (tmp_path / "probe.cpp").write_text(PROBE)
+    monkeypatch.setenv("CXX", str(wrapper))
+    monkeypatch.setattr("setuptools.setup", lambda **_: None)  # setup.py defines the build, and starts nothing
+    monkeypatch.setenv("SEAL_BUILD_EXT", "0")
+    build = runpy.run_path(str(ROOT / "setup.py"))
+    for inputs, count in (([], 100), (build["dynamic_runtime"](), 0)):
+        library = tmp_path / f"{count}.so"
+        subprocess.run([str(wrapper), "-shared", "-fPIC", "-o", str(library), str(tmp_path / "probe.cpp"), *inputs], check=True)
+        found = elf.read(library)
+        assert len(found.own_std) >= count and (found.fault is None) == (count == 0) == (not found.own_std), found
+        assert build["runtime_fault"](str(library)) == found.fault
+        assert (f"{len(found.own_std)} std:: symbols of its own" in str(found))
+    with pytest.raises(ValueError, match="must be a 64-bit little-endian ELF file"):
+        elf.read(tmp_path / "probe.cpp")
+
+
+@pytest.mark.skipif(sys.platform != "linux" or isinstance(extension(), str), reason="needs the C++ extension on Linux")
+def test_the_extension_shares_the_runtime_of_the_process():
+    found = elf.read(extension().__file__)
+    assert found.fault is None and found.own_std == ()
+    assert facts()["C++ runtime"] == f"{found}" and "libstdc++.so.6, 0 std:: symbols of its own" in report()
+
+
+def test_no_source_of_the_ops_uses_a_stream():
+    """Messages are appended to strings (csrc/ops/text.h says why); TORCH_CHECK and c10::str format through a stream."""
+    for path in (ROOT / "csrc").rglob("*"):
+        if path.suffix in (".cpp", ".h", ".cu", ".cuh"):
+            code = re.sub(r"//.*", "", path.read_text())
+            assert not re.search(r"TORCH_CHECK|TORCH_INTERNAL_ASSERT|c10::str\(|stringstream|<iostream>|std::cout|std::cerr", code), path

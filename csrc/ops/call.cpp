@@ -1,0 +1,67 @@
+#include "call.h"
+
+#include <optional>
+#include <type_traits>
+#include <utility>
+
+#include "text.h"
+
+namespace seal {
+namespace {
+
+using Field = void (*)(Call&, const c10::IValue&);
+
+template <auto member>
+void tensor(Call& call, const c10::IValue& value) {
+  if (value.isTensor() && value.toTensor().defined()) call.*member = &value.toTensor();
+}
+
+template <auto member>
+void number(Call& call, const c10::IValue& value) {
+  if (value.isNone()) return;
+  if constexpr (std::is_same_v<std::remove_cvref_t<decltype(call.*member)>, std::optional<double>>) call.*member = value.toDouble();
+  else call.*member = value.toInt();
+}
+
+template <auto member>
+void flag(Call& call, const c10::IValue& value) {
+  call.*member = value.toBool();
+}
+
+void needs(Call& call, const c10::IValue& value) {
+  for (const bool wanted : value.toBoolList()) call.needs.push_back(wanted);
+}
+
+void backend(Call& call, const c10::IValue& value) { call.backend = value.toStringRef(); }
+
+const std::pair<const char*, Field> kFields[] = {
+    {"q", tensor<&Call::q>}, {"k", tensor<&Call::k>}, {"v", tensor<&Call::v>}, {"out", tensor<&Call::out>}, {"lse", tensor<&Call::lse>},
+    {"grad_out", tensor<&Call::grad_out>}, {"grad_lse", tensor<&Call::grad_lse>}, {"scale", tensor<&Call::scale>},
+    {"offset", tensor<&Call::offset>}, {"cos", tensor<&Call::cos>}, {"sin", tensor<&Call::sin>}, {"positions", tensor<&Call::positions>},
+    {"positions_k", tensor<&Call::positions_k>}, {"cu_seqlens", tensor<&Call::cu_seqlens>}, {"cu_seqlens_k", tensor<&Call::cu_seqlens_k>},
+    {"softmax_scale", number<&Call::softmax_scale>}, {"window", number<&Call::window>}, {"max_seqlen", number<&Call::max_seqlen>},
+    {"max_seqlen_k", number<&Call::max_seqlen_k>}, {"causal", flag<&Call::causal>}, {"deterministic", flag<&Call::deterministic>},
+    {"interleaved", flag<&Call::interleaved>}, {"inverse", flag<&Call::inverse>}, {"needs", needs}, {"backend", backend}};
+
+}  // namespace
+
+CallReader::CallReader(const c10::FunctionSchema& schema) : op_(schema.operator_name().name) {
+  op_.erase(0, op_.find("::") + 2);
+  for (const auto& argument : schema.arguments()) {
+    Field found = nullptr;
+    for (const auto& [name, field] : kFields)
+      if (argument.name() == name) found = field;
+    // An argument that only a portable body knows is no business of the kernels.
+    fields_.push_back(found ? found : [](Call&, const c10::IValue&) {});
+  }
+}
+
+Call CallReader::read(const torch::jit::Stack& stack) const {
+  Call call;
+  call.op = op_;
+  const size_t first = stack.size() - fields_.size();
+  for (size_t n = 0; n < fields_.size(); ++n) fields_[n](call, stack[first + n]);
+  return call;
+}
+
+}  // namespace seal

@@ -1,0 +1,57 @@
+// One call of an op, by name: the arguments as the dispatcher hands them over, and what check() derives from them. A new
+// argument is a field here, a line in call.cpp and its schema; bodies and checks then read it by name.
+#pragma once
+
+#include <ATen/ATen.h>
+#include <ATen/core/function_schema.h>
+#include <ATen/core/stack.h>
+#include <c10/util/SmallVector.h>
+
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <string_view>
+#include <vector>
+
+namespace seal {
+
+using at::Tensor;
+
+struct Call {
+  std::string_view op;  // as backend: text that outlives the call
+
+  // The caller's tensors, null where the op has no such argument or it is None. They belong to the dispatcher's stack.
+  const Tensor *q = nullptr, *k = nullptr, *v = nullptr, *out = nullptr, *lse = nullptr, *grad_out = nullptr, *grad_lse = nullptr;
+  const Tensor *scale = nullptr, *offset = nullptr, *cos = nullptr, *sin = nullptr, *positions = nullptr, *positions_k = nullptr;
+  const Tensor *cu_seqlens = nullptr, *cu_seqlens_k = nullptr;
+  std::optional<double> softmax_scale;
+  std::optional<int64_t> window, max_seqlen, max_seqlen_k;
+  bool causal = true, deterministic = false, interleaved = false, inverse = false;
+  c10::SmallVector<bool, 5> needs;  // of attention_backward: q, k, v, scale, offset
+  std::string_view backend = "auto";
+
+  // Derived by check().
+  bool packed = false;             // q [Tq, Hq, D], k and v [Tk, Hkv, D]; else [B, S, H, D]
+  int64_t rows = 0;                // batch rows, or packed sequences
+  int64_t seqlen_q = 0, seqlen_k = 0, heads_q = 0, heads_k = 0, head_dim = 0;  // packed: lengths are totals of tokens
+  double sigma = 0;                // the softmax scale in force
+  int32_t window_left = -1, window_right = -1;  // keys to the left and right of a query's own position; -1: unbounded
+  bool needs_scale = false, needs_offset = false;  // asked for, and there
+
+  bool needs_input(size_t n) const { return n < needs.size() && needs[n]; }
+};
+
+// Where an op's arguments lie on the stack, looked up once an op.
+class CallReader {
+ public:
+  explicit CallReader(const c10::FunctionSchema& schema);
+  Call read(const torch::jit::Stack& stack) const;
+  size_t arguments() const { return fields_.size(); }
+
+ private:
+  using Field = void (*)(Call&, const c10::IValue&);
+  std::string op_;
+  std::vector<Field> fields_;  // one an argument, in the schema's order
+};
+
+}  // namespace seal
