@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..ops.backends import reference
-from . import gate, report, timing
+from . import gate, host_time, report, timing
 from .contestants import FORWARD_ONLY, OPERATIONS, Contestant, DecodeProblem, Problem, Run, all_contestants
 from .shapes import MODELS, SUITES, Shape, parse_shape, part_of
 
@@ -275,6 +275,9 @@ def bench(options: argparse.Namespace) -> int:
     if limits:
         print(f"{facts['gpu']}, driver {facts['driver']}, torch {facts['torch']}: matrix product {limits.matmul_tflops:.0f} TFLOP/s, "
               f"copy {limits.copy_gbps:.0f} GB/s", flush=True)
+    if on_gpu:  # on a CPU a call ends when its work ends
+        facts["host_us"] = facts.get("host_us") or host_time.sentence(host_time.host_times(device, dtype))
+        print(facts["host_us"], flush=True)
     session = Session(device, dtype, clock, limits, options.row_ms)
 
     left_out = 0
