@@ -15,7 +15,7 @@ from torch import Tensor
 from seal_ops.ops import factors, masks
 
 HERE = pathlib.Path(__file__).parent
-Variant = tuple[int, int, int, int, int, int]  # head_dim, keys of a block, stages, row tiles, key warps, thread blocks an SM
+Variant = tuple[int | bool, ...]  # the template arguments of DecodeConfig after the type (csrc/cuda/sm90/decode_kernel.cuh)
 
 
 @functools.cache
@@ -23,7 +23,7 @@ def build(variants: tuple[Variant, ...] = ()) -> ctypes.CDLL:
     """About 20 seconds, and half a second a variant."""
     library = pathlib.Path(tempfile.mkdtemp()) / "decode_kit.so"
     header = library.with_suffix(".h")  # nvcc would take the commas of a -D for its own
-    header.write_text("#define KIT_VARIANTS " + " ".join(f"V({', '.join(map(str, v))})" for v in variants) + "\n")
+    header.write_text("#define KIT_VARIANTS " + " ".join(f"V({', '.join(str(n).lower() for n in v)})" for v in variants) + "\n")
     subprocess.run(["nvcc", "-std=c++17", "-gencode=arch=compute_90a,code=sm_90a", "-O3", "-DNDEBUG", "-lineinfo",
                     "--expt-relaxed-constexpr", "-Xcompiler", "-fPIC", "-shared", f"-I{HERE.parents[1] / 'csrc'}",
                     "-include", header, "-o", library, HERE / "decode_kit.cu"], check=True)

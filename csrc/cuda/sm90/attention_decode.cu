@@ -9,16 +9,17 @@ namespace {
 // The one table of what is launched. Thread blocks a multiprocessor: what shared memory allows.
 template <class T, class Call>
 cudaError_t with_config(int head_dim, int row_tiles, Call call) {
-  //                                                             head_dim, keys, stages, row tiles, key warps, blocks an SM
+  //                                                      head_dim, keys, stages, row tiles, key warps, blocks an SM
   if (head_dim <= 64) {
     if (row_tiles == 1) return call(DecodeConfig<T, 64, 128, 3, 1, 4, 2>{});
     if (row_tiles == 2) return call(DecodeConfig<T, 64, 128, 6, 2, 4, 1>{});
-    return call(DecodeConfig<T, 64, 128, 6, 4, 2, 1>{});
+    if (row_tiles == 4) return call(DecodeConfig<T, 64, 128, 6, 4, 2, 1>{});
+    return call(DecodeConfig<T, 64, 128, 6, 5, 2, 1>{});
   }
   if (head_dim <= 128) {
     if (row_tiles == 1) return call(DecodeConfig<T, 128, 64, 3, 1, 4, 2>{});
-    if (row_tiles == 2) return call(DecodeConfig<T, 128, 64, 6, 2, 4, 1>{});
-    return call(DecodeConfig<T, 128, 64, 6, 4, 2, 1>{});
+    if (row_tiles == 2) return call(DecodeConfig<T, 128, 128, 3, 2, 4, 1>{});
+    return call(DecodeConfig<T, 128, 128, 3, 4, 2, 1>{});
   }
   if (row_tiles == 1) return call(DecodeConfig<T, 256, 64, 3, 1, 4, 1>{});
   if (row_tiles == 2) return call(DecodeConfig<T, 256, 64, 3, 2, 4, 1>{});

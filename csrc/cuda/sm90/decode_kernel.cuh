@@ -14,7 +14,8 @@
 
 namespace seal::sm90 {
 
-template <class T_, int kHeadDim_, int kBlockN_, int kStages_, int kRowTiles_, int kKeyWarps_, int kBlocksPerSM_>
+template <class T_, int kHeadDim_, int kBlockN_, int kStages_, int kRowTiles_, int kKeyWarps_, int kBlocksPerSM_, bool kEvictFirst_ = false,
+          int kPromotion_ = 128>
 struct DecodeConfig {
   using T = T_;
   static constexpr int kHeadDim = kHeadDim_;      // of the shared-memory tiles; the tensors' may be smaller
@@ -23,11 +24,13 @@ struct DecodeConfig {
   static constexpr int kRowTiles = kRowTiles_;    // of 16 rows
   static constexpr int kKeyWarps = kKeyWarps_;    // warps that share the keys of a block, for each row tile
   static constexpr int kBlocksPerSM = kBlocksPerSM_;
+  static constexpr bool kEvictFirst = kEvictFirst_;  // keys and values leave the L2 cache first
+  static constexpr int kPromotion = kPromotion_;     // bytes that a miss of the L2 cache fetches
   static constexpr int kRows = 16 * kRowTiles, kWarps = kRowTiles * kKeyWarps, kThreads = 32 * kWarps;
   static constexpr int kWarpKeys = kBlockN / kKeyWarps;
   static constexpr int kTileBytes = tile_bytes(kBlockN, kHeadDim);
-  // Q as register operand; at head_dim 256 it is read again from shared memory.
-  static constexpr bool kQueriesInRegisters = kHeadDim <= 128;
+  // Q as register operand; at head_dim 256 and with ten warps it is read again from shared memory.
+  static constexpr bool kQueriesInRegisters = kHeadDim <= 128 && kWarps <= 8;
   // Rows of partial results while they are merged: 8 floats more than needed, so that a warp's stores meet 32 banks.
   static constexpr int kMergeStride = kHeadDim + 8;
   static_assert(kBlockN % (16 * kKeyWarps) == 0);
@@ -158,7 +161,7 @@ class DecodeTile {
  private:
   SEAL_DEVICE void load(const DecodeKeys& keys, int block) {
     const RowCoordinates at(a_.sequences.packed(), kBlockN, keys.begin + block * kBlockN, sequence_.length_k, sequence_.first_k);
-    const uint64_t policy = a_.row_blocks == 1 ? policy_evict_first() : policy_evict_last();
+    const uint64_t policy = Config::kEvictFirst ? policy_evict_first() : policy_evict_normal();
     const auto fill = [&](uint8_t* to, const CUtensorMap* map, uint64_t* full, uint64_t* empty) {
       barrier_wait(empty, supply_.phase ^ 1);
       barrier_expect_bytes(full, present_ * kBlockN * kSlabRowBytes);

@@ -58,6 +58,11 @@ SEAL_DEVICE uint64_t policy_evict_last() {
   asm volatile("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(policy));
   return policy;
 }
+SEAL_DEVICE uint64_t policy_evict_normal() {
+  uint64_t policy;
+  asm volatile("createpolicy.fractional.L2::evict_normal.b64 %0, 1.0;" : "=l"(policy));
+  return policy;
+}
 
 // One slab into shared memory; completes on `barrier`, which counts box_rows * 128 bytes. From one thread.
 SEAL_DEVICE void tma_load(void* shared, const CUtensorMap* map, uint64_t* barrier, int column, int head, RowCoordinates at,
@@ -114,9 +119,11 @@ inline bool tma_ready(const TileSource& t) {
          aligned(t.head_stride, t.heads) && aligned(t.batch_stride, t.batch);
 }
 
-// Fills `map` for boxes of box_rows rows x 64 columns (bf16, or fp16 if `half`). The driver's function is looked up at
+// Fills `map` for boxes of box_rows rows x 64 columns (bf16, or fp16 if `half`); what misses the L2 cache is fetched in pieces of
+// `promotion`. The driver's function is looked up at
 // run time, so that nothing links against libcuda.
-inline cudaError_t make_tile_map(CUtensorMap* map, const TileSource& t, bool half, bool packed, int box_rows) {
+inline cudaError_t make_tile_map(CUtensorMap* map, const TileSource& t, bool half, bool packed, int box_rows,
+                                 CUtensorMapL2promotion promotion = CU_TENSOR_MAP_L2_PROMOTION_L2_256B) {
   using Encode = CUresult (*)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*, const cuuint64_t*, const cuuint64_t*,
                               const cuuint32_t*, const cuuint32_t*, CUtensorMapInterleave, CUtensorMapSwizzle,
                               CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
@@ -140,7 +147,7 @@ inline cudaError_t make_tile_map(CUtensorMap* map, const TileSource& t, bool hal
   const CUresult result =
       encode(map, half ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 4, reinterpret_cast<void*>(base), sizes,
              strides, box, element_strides, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-             CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+             promotion, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
 }
 

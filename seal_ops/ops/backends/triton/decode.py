@@ -176,9 +176,14 @@ def _multiprocessors(device: torch.device) -> int:
 def splits_for(tiles: int, keys: int, multiprocessors: int) -> int:
     """Splits that fill the GPU best: of those within 5 % of the best filled last wave the fewest. A function of shapes and device."""
     slots = multiprocessors * _PROGRAMS
-    most = max(1, min(keys // _LEAST_KEYS, _MOST_SPLITS, max(1, 4 * slots // tiles)))
+    return _best_filled(tiles, slots, max(1, min(keys // _LEAST_KEYS, _MOST_SPLITS, 4 * slots // tiles)))
+
+
+@functools.lru_cache(maxsize=1024)  # every layer of a model asks the same, thousands of times a second
+def _best_filled(tiles: int, slots: int, most: int) -> int:
     filled = [tiles * n / (-(-tiles * n // slots) * slots) for n in range(1, most + 1)]
-    return next(n for n, share in enumerate(filled, 1) if share >= 0.95 * max(filled))
+    enough = 0.95 * max(filled)
+    return next(n for n, share in enumerate(filled, 1) if share >= enough)
 
 
 def attention(q, k, v, scale, offset, out, lse, geometry: Geometry, longest: int, splits: int | None = None) -> None:
