@@ -108,9 +108,10 @@ class Recorder:
 
     def choose(self, kernel: str, like, launch):
         """What configs.choose does, with every tile."""
-        from seal_ops.ops.backends.triton import configs
+        from seal_ops.ops.backends.triton import configs, host
 
-        every = configs.tiles(kernel, like.element_size(), like.shape[-1], self.arch >= 90)
+        large = host.products_from_shared_memory(self.arch // 10)
+        every = configs.tiles(kernel, like.element_size(), like.shape[-1], large)
         for number, tile in enumerate(every):
             self.where |= dict(kernel=kernel, tile=dataclasses.astuple(tile), number=number)
             launch(tile)
