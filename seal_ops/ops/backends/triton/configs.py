@@ -13,7 +13,7 @@ from torch import Tensor
 from triton.runtime.errors import OutOfResources
 from triton.testing import do_bench
 
-from .host import padded_head_dim, uses_large_tiles
+from .host import padded_head_dim, uses_tma
 
 
 @dataclass(frozen=True)
@@ -62,8 +62,8 @@ _DECODE = {f"decode{m}": {
     256: [Tile(m, 32, 4, 3), Tile(m, 32, 4, 2), Tile(m, 16, 4, 2)],
 } for m in (16, 32, 64)}
 _HOPPER |= _DECODE
-# GPUs whose matrix products take their operands from registers (sm_8x; sm_120, which has TMA): chosen by what compiles with few
-# or no spills (tests/compile_triton_targets.py), not measured.
+# GPUs whose matrix products take their operands from registers (sm_8x, sm_120): chosen by what compiles with few or no spills
+# (tests/compile_triton_targets.py), not measured.
 _OPERANDS_IN_REGISTERS = {
     "forward": {
         64: [Tile(64, 64, 4, 2), Tile(32, 32, 4, 2)],
@@ -91,15 +91,15 @@ _INTERPRETED = [Tile(32, 32, 4, 1)]  # the interpreter's time goes by the number
 _chosen: dict[tuple, Tile] = {}
 
 
-def tiles(kernel: str, element_size: int, head_dim: int, large: bool) -> list[Tile]:
-    """Tiles for a kernel, best first; `large`: products take their operands from shared memory, and TMA brings them."""
-    table = _FULL if element_size == 4 else (_HOPPER if large else _OPERANDS_IN_REGISTERS)[kernel]
+def tiles(kernel: str, element_size: int, head_dim: int, tma: bool) -> list[Tile]:
+    """Tiles for a kernel, best first; `tma`: what host.uses_tma says of the GPU."""
+    table = _FULL if element_size == 4 else (_HOPPER if tma else _OPERANDS_IN_REGISTERS)[kernel]
     return table[min(max(min(table), padded_head_dim(head_dim)), max(table))]
 
 
 def candidates(kernel: str, like: Tensor) -> list[Tile]:
     """Tiles for a kernel on q of this element type, head_dim and device, best first."""
-    return tiles(kernel, like.element_size(), like.shape[-1], uses_large_tiles(like)) if like.is_cuda else _INTERPRETED
+    return tiles(kernel, like.element_size(), like.shape[-1], uses_tma(like)) if like.is_cuda else _INTERPRETED
 
 
 def split(like: Tensor) -> bool:
