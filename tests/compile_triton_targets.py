@@ -75,13 +75,15 @@ class Recorder:
         from triton.runtime import driver
         from triton.runtime.jit import JITFunction
 
+        from seal_ops.ops.backends.triton.host import products_from_shared_memory
+
         self.target, self.arch = GPUTarget("cuda", arch, 32), arch
         self.found: list[Use] = []
         self.where = dict(kernel="", dtype="", head_dim=0, variant="", tile=None, number=0)
         driver.set_active(self)
         compiled = lambda kernel, grid, *a, **k: self.record(kernel, kernel.run(*a, grid=grid, warmup=True, **k))
         JITFunction.__getitem__ = lambda kernel, grid: functools.partial(compiled, kernel, grid)
-        os.environ["SEAL_TRITON_TMA"] = "1" if arch >= 90 else "0"
+        os.environ["SEAL_TRITON_TMA"] = "1" if products_from_shared_memory(arch // 10) else "0"
 
     def get_current_target(self):
         return self.target
@@ -108,9 +110,9 @@ class Recorder:
 
     def choose(self, kernel: str, like, launch):
         """What configs.choose does, with every tile."""
-        from seal_ops.ops.backends.triton import configs
+        from seal_ops.ops.backends.triton import configs, host
 
-        every = configs.tiles(kernel, like.element_size(), like.shape[-1], self.arch >= 90)
+        every = configs.tiles(kernel, like.element_size(), like.shape[-1], host.uses_tma(like))
         for number, tile in enumerate(every):
             self.where |= dict(kernel=kernel, tile=dataclasses.astuple(tile), number=number)
             launch(tile)

@@ -5,6 +5,7 @@ import os
 import pathlib
 import subprocess
 import sys
+import types
 
 import pytest
 
@@ -48,3 +49,14 @@ def test_a_kernel_without_a_tile_that_fits_is_a_failure():
 def test_the_table_shows_what_is_chosen():
     spilling = [dataclasses.replace(use, stack=48) for use in uses(30)]
     assert "| dq bfloat16 64 | 64×64 w4 s0: 30 KB, 128 r, 48 B stack |" in markdown(spilling)
+
+
+@pytest.mark.parametrize("major, hopper", [(8, False), (9, True), (10, True), (12, False)])
+def test_tiles_go_by_where_products_take_their_operands(monkeypatch, major, hopper):
+    """Graphics cards of Blackwell (12) have TMA, but Hopper's way of reading and its tiles spill kilobytes there."""
+    from seal_ops.ops.backends.triton import configs, host
+
+    monkeypatch.setattr(host, "_capability", lambda device: major)
+    like = types.SimpleNamespace(is_cuda=True, shape=(1, 8, 2, 128), device="cuda:0", element_size=lambda: 2)
+    assert host.uses_tma(like) == hopper
+    assert (configs.candidates("dkdv", like) == configs._HOPPER["dkdv"][128]) == hopper

@@ -62,8 +62,9 @@ _DECODE = {f"decode{m}": {
     256: [Tile(m, 32, 4, 3), Tile(m, 32, 4, 2), Tile(m, 16, 4, 2)],
 } for m in (16, 32, 64)}
 _HOPPER |= _DECODE
-# GPUs without TMA: chosen by what compiles with few or no spills, not measured.
-_OLDER = {
+# GPUs whose matrix products take their operands from registers (sm_8x, sm_120): chosen by what compiles with few or no spills
+# (tests/compile_triton_targets.py), not measured.
+_OPERANDS_IN_REGISTERS = {
     "forward": {
         64: [Tile(64, 64, 4, 2), Tile(32, 32, 4, 2)],
         128: [Tile(128, 64, 8, 2), Tile(64, 32, 4, 2), Tile(32, 32, 4, 1)],
@@ -81,8 +82,8 @@ _OLDER = {
         256: [Tile(64, 32, 8, 1), Tile(32, 16, 4, 1)],
     },
 }
-_OLDER["dq_scaled"] = _OLDER["dq"]
-_OLDER |= _DECODE
+_OPERANDS_IN_REGISTERS["dq_scaled"] = _OPERANDS_IN_REGISTERS["dq"]
+_OPERANDS_IN_REGISTERS |= _DECODE
 # fp32 has no exact tensor-core product: fused multiply-adds, whose unrolled code limits the tile (compile time, registers).
 _FULL = {64: [Tile(32, 32, 8, 1), Tile(16, 16, 4, 1)], 128: [Tile(16, 16, 8, 1)]}
 _INTERPRETED = [Tile(32, 32, 4, 1)]  # the interpreter's time goes by the number of operations, not their size
@@ -91,8 +92,8 @@ _chosen: dict[tuple, Tile] = {}
 
 
 def tiles(kernel: str, element_size: int, head_dim: int, tma: bool) -> list[Tile]:
-    """Tiles for a kernel on GPUs with or without TMA, best first."""
-    table = _FULL if element_size == 4 else (_HOPPER if tma else _OLDER)[kernel]
+    """Tiles for a kernel, best first; `tma`: what host.uses_tma says of the GPU."""
+    table = _FULL if element_size == 4 else (_HOPPER if tma else _OPERANDS_IN_REGISTERS)[kernel]
     return table[min(max(min(table), padded_head_dim(head_dim)), max(table))]
 
 

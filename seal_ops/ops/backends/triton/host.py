@@ -32,15 +32,25 @@ def padded_head_dim(head_dim: int) -> int:
     return max(16, triton.next_power_of_2(head_dim))
 
 
+def products_from_shared_memory(major: int) -> bool:
+    """Whether matrix products of this major compute capability read their operands from shared memory (wgmma, tcgen05):
+    Hopper and the Blackwell of data centres, not the Blackwell of graphics cards (12). Elsewhere operands take registers."""
+    return 9 <= major < 12
+
+
 @functools.cache
-def _has_tma(device: torch.device) -> bool:
-    return torch.version.hip is None and torch.cuda.get_device_capability(device)[0] >= 9
+def _capability(device: torch.device) -> int:
+    """The major number of an NVIDIA GPU's compute capability; 0 for others."""
+    return 0 if torch.version.hip is not None else torch.cuda.get_device_capability(device)[0]
 
 
 def uses_tma(tensor: Tensor) -> bool:
-    """Whether tiles come through tensor descriptors: on Hopper and later, and in the interpreter. Elsewhere Triton would turn
-    descriptors into loads of single elements, so pointers serve. SEAL_TRITON_TMA=0 asks for pointers everywhere."""
-    return os.environ.get("SEAL_TRITON_TMA", "1") != "0" and (not tensor.is_cuda or _has_tma(tensor.device))
+    """Whether tiles come through tensor descriptors: where products read shared memory, and in the interpreter. Before Hopper
+    Triton would turn descriptors into loads of single elements; sm_120 has TMA, but tiles that come through it spill there. So
+    pointers serve elsewhere. SEAL_TRITON_TMA=0 asks for them everywhere."""
+    if os.environ.get("SEAL_TRITON_TMA", "1") == "0":
+        return False
+    return not tensor.is_cuda or products_from_shared_memory(_capability(tensor.device))
 
 
 @dataclass(frozen=True)
