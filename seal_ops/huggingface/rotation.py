@@ -204,8 +204,9 @@ def unreplaced(cls: type) -> str | None:
     be tried (Liger's kernels on a CPU).  Other rotations are not the seam's.
     """
     try:
-        words = set(re.findall(r"\w+", inspect.getsource(cls)))
-    except (OSError, TypeError):
+        source = inspect.getsource(cls)
+        words = set(re.findall(r"\w+", source[source.index("class "):]))  # a decorator of the class may name it unused
+    except (OSError, TypeError, ValueError):
         words = set()
     scope = getattr(sys.modules.get(cls.__module__), "__dict__", {})
     for name in sorted(words | names_used(cls.forward)):
