@@ -127,7 +127,7 @@ class Scales(nn.Module):
         if config.shapes() != self.config.shapes():
             sites = self.attachment.seam.sites if sites is None and self.attachment is not None else sites or []
             trainable = any(p.requires_grad for p in self.parameters())
-            self._set_layers(config, devices(sites))
+            self._set_layers(config, _present_devices(sites))
             self.requires_grad_(trainable)
             self.bind(sites)
         self.config = config
@@ -345,11 +345,10 @@ def check_new_name(name, call: str, scales: Scales | None = None) -> None:
                          f"{files.shown(name)}")
 
 
-def devices(sites) -> dict:
-    """Layer -> where its scale lives: beside the output projection, whatever that is made of."""
+def _present_devices(sites) -> dict:
+    """Layer -> where its module is now; a quantised one may have buffers only."""
     found = {}
     for site in sites:
-        projection = site.output_projection or site.module
-        tensors = itertools.chain(projection.parameters(), projection.buffers())  # a quantised one may have buffers only
-        found[site.index] = next((t.device for t in tensors if not t.is_meta), None)
+        tensors = itertools.chain(site.module.parameters(), site.module.buffers())
+        found[site.index] = next((t.device for t in tensors if not t.is_meta), site.device)
     return found

@@ -97,3 +97,165 @@ def test_a_failing_save_keeps_the_old_files(saved, monkeypatch):
     with pytest.raises(OSError, match="No space left on device"):
         scales.save_pretrained(saved)
     assert {p.name: p.read_bytes() for p in saved.iterdir()} == before
+
+
+# -- every field, every kind of wrong value --------------------------------------------------------------------------
+
+FIELDS = ("peft_type", "format_version", "seal_ops_version", "granularity", "layers", "num_heads", "head_dim", "model_type",
+          "base_model_name_or_path")
+MISSING = object()
+NESTED = "[" * 100_000
+VALUES = {
+    "missing": MISSING, "null": None, "true": True, "false": False, "text": "x", "empty text": "", "number": 1.5, "integer": 7,
+    "nan": float("nan"), "infinity": float("inf"), "huge": 10**30, "negative": -1, "list": [], "object": {}, "list of one": [0],
+    "of text": ["0", "1"], "of bools": [False, True], "of floats": [0.0, 1.0], "of nan": [float("nan")] * 2, "of null": [None] * 2,
+    "negatives": [-1, 0], "twice": [0, 0], "huge layer": [0, 10**30], "huge numbers": [10**30] * 2, "zeros": [0, 0],
+    "lists": [[0], [1]], "long": list(range(5000)), "long text": "y" * 100_000,
+}
+# What a field may well hold; the rest is refused.
+ALLOWED = {("seal_ops_version", "text"), ("seal_ops_version", "empty text"), ("seal_ops_version", "long text"),
+           ("base_model_name_or_path", "null"), ("base_model_name_or_path", "text"), ("base_model_name_or_path", "empty text"),
+           ("base_model_name_or_path", "long text"), ("model_type", "null"), ("model_type", "empty text"),
+           ("layers", "of one")}
+
+
+def refused(model, folder):
+    """Whether `load` refuses in one short sentence, with the model left as it was."""
+    with pytest.raises((ValueError, FileNotFoundError)) as caught:
+        seal_ops.load(model, folder)
+    text = str(caught.value)
+    assert text.startswith("seal_ops.load: ") and "\n" not in text and len(text) < 700, text
+    assert_untouched(model)
+
+
+@pytest.fixture(scope="module")
+def untouched_model():
+    return LLAMA.build()
+
+
+@pytest.mark.parametrize("kind", VALUES)
+@pytest.mark.parametrize("field", FIELDS)
+def test_every_field_with_a_wrong_value(saved, untouched_model, field, kind):
+    content = json.loads((saved / CONFIG_FILE).read_text())
+    if VALUES[kind] is MISSING:
+        del content[field]
+    else:
+        content[field] = VALUES[kind]
+    (saved / CONFIG_FILE).write_text(json.dumps(content))
+    if (field, kind) in ALLOWED:
+        seal_ops.load(untouched_model, saved)
+        seal_ops.detach(untouched_model)
+    else:
+        refused(untouched_model, saved)
+
+
+@pytest.mark.parametrize("field", FIELDS)
+@pytest.mark.parametrize("text", [NESTED, '{"a": ' * 100_000, "9" * 5000, "1e999999", "\ud800".encode("utf-8", "surrogatepass"),
+                                  b"\xff\xfe", "'x'", "//", ""], ids=lambda text: repr(text)[:12])
+def test_every_field_with_what_is_no_json(saved, untouched_model, field, text):
+    content = json.loads((saved / CONFIG_FILE).read_text())
+    content[field] = "HERE"
+    raw = json.dumps(content).encode().replace(b'"HERE"', text if isinstance(text, bytes) else text.encode())
+    (saved / CONFIG_FILE).write_bytes(raw)
+    refused(untouched_model, saved)
+
+
+@pytest.mark.parametrize("field", FIELDS)
+def test_every_field_twice(saved, untouched_model, field):
+    text = (saved / CONFIG_FILE).read_text()
+    value = json.dumps(json.loads(text)[field])
+    (saved / CONFIG_FILE).write_text(text.replace("{", "{" + f'"{field}": {value}, ', 1))
+    refused(untouched_model, saved)
+
+
+@pytest.mark.parametrize("change", [
+    lambda t, n: t.pop(n), lambda t, n: t.update({n: t[n].half()}), lambda t, n: t.update({n: t[n].double()}),
+    lambda t, n: t.update({n: t[n].int()}), lambda t, n: t.update({n: t[n] > 0}), lambda t, n: t.update({n: t[n].T.contiguous()}),
+    lambda t, n: t.update({n: t[n][:, 0].contiguous()}), lambda t, n: t.update({n: t[n][None]}),
+    lambda t, n: t.update({n: torch.zeros(0)}), lambda t, n: t.update({n: torch.tensor(1.0)}),
+    lambda t, n: t[n].view(-1)[-1:].fill_(float("inf")), lambda t, n: t[n].view(-1)[3:4].fill_(float("nan")),
+    lambda t, n: t.update({n + "x": t.pop(n)}), lambda t, n: t.update({"layers.7.scale": t[n].clone()}),
+])
+@pytest.mark.parametrize("name", ["layers.0.scale", "layers.1.scale"])
+def test_every_tensor_with_a_wrong_value(saved, untouched_model, name, change):
+    tamper(saved, lambda tensors: change(tensors, name))
+    refused(untouched_model, saved)
+
+
+@pytest.mark.parametrize("part", [0, 1, 7, 8, 9, 50, 200, -1])
+def test_every_cut_of_the_weights(saved, untouched_model, part):
+    path = saved / WEIGHTS_FILE
+    os.truncate(path, part % path.stat().st_size)
+    refused(untouched_model, saved)
+
+
+def test_a_folder_in_the_place_of_a_file(saved, untouched_model):
+    for name in (CONFIG_FILE, WEIGHTS_FILE):
+        (saved / name).rename(saved / "kept")
+        (saved / name).mkdir()
+        refused(untouched_model, saved)
+        (saved / name).rmdir()
+        (saved / "kept").rename(saved / name)
+    seal_ops.load(untouched_model, saved)
+    seal_ops.detach(untouched_model)
+
+
+# -- saves that are killed -------------------------------------------------------------------------------------------
+
+def killed_after(number, function):
+    """Runs ``function`` in a child that dies, without clean-up, at its ``number``-th step on disk; False if it ends first."""
+    child = os.fork()
+    if child == 0:
+        import builtins
+        import tempfile
+        left = [number]
+
+        def dying(real):
+            def step(*args, **kwargs):
+                left[0] -= 1
+                if left[0] == 0:
+                    os._exit(9)
+                return real(*args, **kwargs)
+            return step
+
+        builtins.open, tempfile.mkstemp = dying(open), dying(tempfile.mkstemp)
+        os.replace, os.chmod, os.unlink, os.makedirs = map(dying, (os.replace, os.chmod, os.unlink, os.makedirs))
+        real_save = safetensors.torch.save_file
+
+        def half(tensors, path, **options):  # dies with half a file on disk, too
+            real_save(tensors, path, **options)
+            left[0] -= 1
+            if left[0] == 0:
+                os.truncate(path, 40)
+                os._exit(9)
+
+        safetensors.torch.save_file = half
+        try:
+            function()
+        finally:
+            os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.parametrize("granularity", ["head", "channel"])
+def test_a_killed_save_leaves_the_old_adapter_or_the_new(saved, granularity):
+    """At each step on disk, onto an adapter of the same and of another granularity."""
+    scales = seal_ops.attach(LLAMA.build(), granularity)
+    old = seal_ops.load(LLAMA.build(), saved).values()
+    kept = {p.name: p.read_bytes() for p in saved.iterdir()}
+    seen, number = set(), 1
+    while killed_after(number, lambda: scales.save_pretrained(saved)):
+        found = seal_ops.load(LLAMA.build(), saved).values()
+        which = [all(torch.equal(found[n], v[n]) for n in found) if all(found[n].shape == v[n].shape for n in found) else False
+                 for v in (old, scales.values())]
+        assert which.count(True) == 1, f"neither old nor new after step {number}"
+        seen.add("new" if which[1] else "old")
+        for p in saved.iterdir():
+            p.unlink()
+        for name, data in kept.items():
+            (saved / name).write_bytes(data)
+        number += 1
+    assert seen == {"old", "new"} and number > 10
+    assert all(torch.equal(a, b) for a, b in zip(seal_ops.load(LLAMA.build(), saved).values().values(),
+                                                  scales.values().values()))
