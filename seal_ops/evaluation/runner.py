@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from .. import tasks
 from ..huggingface.modes import mode
 from ..huggingface.origin import provenance
+from ..huggingface.window import warn_beyond_window
 from ..tasks.description import describe
 from ..tasks.reading import final_answer, opens_reasoning
 from ..utils.progress import bar
@@ -68,6 +69,7 @@ def evaluate(
         raise ValueError(f"seal_ops.evaluate: cases must be at least 1, got {cases}")
     if batch_size is not None and batch_size < 1:
         raise ValueError(f"seal_ops.evaluate: batch_size must be at least 1 or None, got {batch_size}")
+    warn_beyond_window(model, lengths[-1], "seal_ops.evaluate")
     origin = provenance(model)
     settings = {
         **describe(task, tokenizer, chat_template, chat_template_kwargs),
