@@ -23,7 +23,7 @@ from ..huggingface.identity import fingerprint
 from ..huggingface.logits import logits_at
 from ..huggingface.modes import prepared
 from ..huggingface.origin import provenance
-from ..huggingface.window import warn_beyond_window
+from ..huggingface.context_window import warn_beyond_window
 from ..tasks.base import IGNORE_INDEX
 from ..utils.files import atomic_write
 from ..utils.progress import bar

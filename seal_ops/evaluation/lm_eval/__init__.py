@@ -14,8 +14,8 @@ import tempfile
 from collections.abc import Mapping, Sequence
 
 from ...huggingface.modes import mode
-from ...huggingface.provenance import provenance
-from ...huggingface.window import warn_beyond_window, window
+from ...huggingface.origin import provenance
+from ...huggingface.context_window import warn_beyond_window, window
 from ...utils.files import atomic_write
 
 FOLDER = os.path.join(os.path.dirname(os.path.abspath(__file__)), "longeval")
