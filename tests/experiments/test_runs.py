@@ -118,7 +118,7 @@ def test_demo_refuses_another_model_of_the_same_name_and_a_strange_merged_folder
     def again():
         return demo.run(settings, str(output), progress=False, log=lambda line: None)
 
-    results = again()
+    results = again()["lines"]
     assert results["provenance"]["model"]["name"] == settings.model
     training = json.loads((output / "head" / "training.json").read_text())
     assert training["settings"]["tasks"] == ["lines"] and training["settings"]["tokens"] <= 190
