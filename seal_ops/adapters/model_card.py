@@ -9,7 +9,8 @@ from collections.abc import Mapping
 from .files import CARD_FILE, ScalesConfig
 
 _MARK = "<!-- Written by seal_ops. A card without this line is left as it is. -->"
-_METHODS = {"head": ("SEAL-H", "one factor per query head"), "channel": ("SEAL-C", "one factor per channel of every head")}
+# What the paper calls scales of a granularity, and what they are.
+METHODS = {"head": ("SEAL-H", "one factor per query head"), "channel": ("SEAL-C", "one factor per channel of every head")}
 
 
 def replaceable(folder: str) -> bool:
@@ -26,7 +27,7 @@ def text(config: ScalesConfig, training: Mapping | None = None) -> str:
     base = config.base_model_name_or_path
     # The hub accepts only names of its own here; a local folder would make the card invalid.
     on_hub = base is not None and not os.path.exists(base) and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", base) is not None
-    method, what = _METHODS[config.granularity]
+    method, what = METHODS[config.granularity]
     count = sum(heads * (1 if config.granularity == "head" else channels)
                 for heads, channels in zip(config.num_heads, config.head_dim))
     lines = [

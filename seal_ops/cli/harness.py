@@ -29,7 +29,8 @@ def run(args):
     results = {}
     for length in args.lengths:
         results[length] = harness.evaluate(
-            model, tokenizer, args.tasks, length=length, limit=args.limit, batch_size=args.batch_size, chat=args.chat
+            model, tokenizer, args.tasks, length=length, cases=args.limit, batch_size=args.batch_size,
+            chat_template=args.chat,
         )
         print(f"{length} tokens\n{harness.table(results[length])}")
     if args.output:

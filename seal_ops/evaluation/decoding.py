@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 import torch
 
+from ..huggingface.logits import learns_prompt, prompt_cache
 from . import static_decoding
 
 BATCH_TOKENS = (8_192, 16_384)  # prompt tokens in a batch without a cache of fixed size on a GPU: on a CPU, on a GPU
@@ -32,17 +33,21 @@ def generate(
     """
     base = _without_peft(model)
     outputs = _Outputs(tokenizer, _end_ids(model, tokenizer), len(prompts), max_new_tokens, stop)
-    if static_decoding.supports(base):
+    cache = {}
+    if learns_prompt(model):
+        cache, width = prompt_cache(model, len(prompts))
+        prompts = [[0] * width + list(prompt) for prompt in prompts]  # places only: the cache holds what is there
+    if static_decoding.supports(base) and not cache:
         static_decoding.decode(base, prompts, max_new_tokens, outputs.add)
     else:
-        _generate(base, tokenizer, prompts, outputs)
+        _generate(base, tokenizer, prompts, outputs, cache)
     return outputs.texts()
 
 
 def rows_at_once(model, length: int) -> int:
     """How many prompts of ``length`` tokens (room for the outputs included) :func:`generate` should be given at once."""
     base = _without_peft(model)
-    if model.device.type == "cuda" and static_decoding.supports(base):
+    if model.device.type == "cuda" and static_decoding.supports(base) and not learns_prompt(model):
         return static_decoding.rows_that_fit(base, length)
     return max(1, BATCH_TOKENS[model.device.type == "cuda"] // length)
 
@@ -88,8 +93,8 @@ class _Outputs:
         return self.may_stop[token]
 
 
-def _generate(base, tokenizer, prompts, outputs):
-    """Decodes by transformers' ``generate``; every token by which prompts differ in length costs a step."""
+def _generate(base, tokenizer, prompts, outputs, cache):
+    """Decodes by transformers' ``generate`` (with its argument ``cache``, of what lies before); every token by which prompts differ in length costs a step."""
     from transformers import (
         GenerationConfig,
         LogitsProcessor,
@@ -134,6 +139,7 @@ def _generate(base, tokenizer, prompts, outputs):
             generation_config=config,
             logits_processor=LogitsProcessorList([_Feed()] if longest > shortest else []),
             stopping_criteria=StoppingCriteriaList([_Stop()]),
+            **cache,
         )
 
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from ..huggingface.modes import accepts
+from ..huggingface.logits import logits_at
 
 
 def answer_logprobs(model, input_ids: torch.Tensor, sample) -> tuple[torch.Tensor, torch.Tensor]:
@@ -15,10 +15,7 @@ def answer_logprobs(model, input_ids: torch.Tensor, sample) -> tuple[torch.Tenso
         ``(logprob [B] in nats, exact [B] bool)``.
     """
     keep = torch.arange(len(sample.prompt_ids) - 1, len(sample) - 1, device=input_ids.device)
-    if accepts(model, "logits_to_keep"):
-        logits = model(input_ids=input_ids, use_cache=False, logits_to_keep=keep).logits
-    else:
-        logits = model(input_ids=input_ids, use_cache=False).logits[:, keep]
+    logits = logits_at(model, keep, input_ids=input_ids, use_cache=False)
     logits = logits if logits.dtype == torch.float64 else logits.float()
     targets = torch.tensor(sample.answer_ids, device=logits.device)
     logprob = logits.log_softmax(-1).gather(-1, targets.expand(logits.shape[0], -1)[..., None])[..., 0].sum(1)

@@ -7,10 +7,12 @@ import time
 from collections.abc import Iterable
 
 from .. import tasks
+from ..huggingface.context_window import warn_beyond_window
 from ..huggingface.modes import mode
 from ..huggingface.origin import provenance
 from ..tasks.description import describe
 from ..tasks.reading import final_answer, opens_reasoning
+from ..utils.memory import Pieces
 from ..utils.progress import bar
 from ..utils.runs import resume as resume_run
 from .decoding import generate, rows_at_once
@@ -45,7 +47,9 @@ def evaluate(
         task: a :class:`seal_ops.tasks.Task`, a task's name, or ``"module:Class"``.
         lengths: prompt lengths in tokens (answer and room included), one or more.
         cases: samples at each length.
-        batch_size: prompts in a batch at most; None takes as many as :func:`.decoding.rows_at_once` says.
+        batch_size: prompts in a batch at most; None takes as many as :func:`.decoding.rows_at_once` says.  Where they do not
+            fit into the GPU's memory half as many are taken, with a warning.  An output does not depend on what else is in
+            its batch, up to rounding.
         seed: draws the test samples; equal seeds give equal cases, for every model with this tokenizer.
         max_new_tokens: longest output; None for the task's own.
         chat_template: None, True, False or a string: see :class:`seal_ops.tasks.Encoder`.
@@ -68,6 +72,7 @@ def evaluate(
         raise ValueError(f"seal_ops.evaluate: cases must be at least 1, got {cases}")
     if batch_size is not None and batch_size < 1:
         raise ValueError(f"seal_ops.evaluate: batch_size must be at least 1 or None, got {batch_size}")
+    warn_beyond_window(model, lengths[-1], "seal_ops.evaluate")
     origin = provenance(model)
     settings = {
         **describe(task, tokenizer, chat_template, chat_template_kwargs),
@@ -96,15 +101,19 @@ def evaluate(
             if max_new_tokens is None:
                 _check_room(task, samples)
             open_cases = [i for i in range(cases) if (length, i) not in done]
-            size = batch_size or rows_at_once(model, length + settings["max_new_tokens"])
-            for batch in _batches(open_cases, samples, size):
-                outputs = generate(
+            pieces = Pieces(batch_size or rows_at_once(model, length + settings["max_new_tokens"]), "seal_ops.evaluate")
+
+            def write(batch, samples=samples):
+                return generate(
                     model,
                     tokenizer,
                     [samples[i].prompt_ids for i in batch],
                     max_new_tokens=settings["max_new_tokens"],
                     stop=None if thinks else task.stop,  # which may occur in the reasoning
                 )
+
+            together = _batches(open_cases, samples, pieces.size)
+            for batch, outputs in (found for near in together for found in pieces.run(near, write)):
                 for i, text in zip(batch, outputs, strict=True):
                     opened = thinks and opens_reasoning(tokenizer.decode(samples[i].prompt_ids[-16:]))
                     answer = final_answer(text, task.stop, opened)

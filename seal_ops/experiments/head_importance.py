@@ -28,6 +28,7 @@ from ..huggingface.modes import mode, prepared
 from ..huggingface.origin import provenance
 from ..tasks.description import describe
 from ..utils.files import atomic_write, write_csv
+from ..utils.memory import Pieces
 from ..utils.progress import bar
 from ..utils.runs import resume as resume_run
 
@@ -235,6 +236,7 @@ def measure_head_importance(
             for length in lengths:
                 if all((length, index) in done for index in range(cases)):
                     continue
+                pieces = Pieces(batch_size or max(1, BATCH_TOKENS // length), "seal_ops.measure_head_importance")
                 for index, sample in enumerate(task.generate(tokenizer, length, cases, seed, **prompts)):
                     if (length, index) in done:
                         continue
@@ -246,8 +248,7 @@ def measure_head_importance(
                         advance(1)
                     if "ablation" in methods:
                         started = time.monotonic()
-                        size = batch_size or max(1, BATCH_TOKENS // len(sample))
-                        record |= _ablation(model, scales, sample, [units[i] for i in ablated], factor, size, advance)
+                        record |= _ablation(model, scales, sample, [units[i] for i in ablated], factor, pieces, advance)
                         result.seconds["ablation"] += time.monotonic() - started
                     result.records.append(record)
                     if output is not None and time.monotonic() - saved > SAVE_EVERY:
@@ -310,22 +311,24 @@ def _times_scale(scales, keep):
 
 
 @torch.no_grad()
-def _ablation(model, scales, sample, units, factor, batch_size, advance):
+def _ablation(model, scales, sample, units, factor, pieces, advance):
     input_ids = torch.tensor([sample.input_ids], device=model.device)
     per_channel = any(len(unit) == 3 for unit in units)
     logprobs, exact = [], []
-    variants = [None, *units]  # None: the whole model, in the company of the first variants
-    for start in range(0, len(variants), batch_size):
-        chunk = variants[start : start + batch_size]
+
+    def measure(chunk):
         keep = ones_to_keep(scales, len(chunk), per_channel)
         for row, unit in enumerate(chunk):
             if unit is not None:
                 keep[unit[0]][row, unit[1], unit[2] if per_channel else 0] = factor
         with scales.rows(_times_scale(scales, keep)):
-            logprob, right = answer_logprobs(model, input_ids.expand(len(chunk), -1), sample)
+            return answer_logprobs(model, input_ids.expand(len(chunk), -1), sample)
+
+    variants = [None, *units]  # None: the whole model, which runs in the first batch
+    for chunk, (logprob, right) in pieces.run(variants, measure):
         logprobs += logprob.tolist()
         exact += right.tolist()
-        advance(len(chunk) - (start == 0))
+        advance(len(chunk) - (chunk[0] is None))
     return {
         "logprob": _short(logprobs[0]),
         "exact": exact[0],

@@ -11,18 +11,24 @@ from ..evaluation.results import Evaluation
 from ..evaluation.runner import evaluate
 from .head_importance import HeadImportance, ones_to_keep, with_scales
 
-# ------------------------------------------------------------------------------------------------------- quadrants
-
-
-def group_by_sign(found: HeadImportance, measure: str = "accuracy") -> dict[str, list[int]]:
+def group_by_sign(found: HeadImportance, measure: str = "accuracy", noise: float = 2.0) -> dict[str, list[int]]:
     """Units by the sign of what their removal does at every measured length.
+
+    Args:
+        found: changes case by case.
+        measure: see :meth:`HeadImportance.change`.
+        noise: a change counts only where it is more than so many standard errors (over the cases of its length) away
+            from 0; 0 counts every change. With one case a length there is no standard error, and every change counts.
 
     Returns:
         ``{"harmful": ..., "helpful": ..., "mixed": ...}``, indices into ``found.units``: removal helps at every length,
         hurts at every length, or neither.
     """
+    if not noise >= 0:
+        raise ValueError(f"seal_ops.group_by_sign: noise must be at least 0, got {noise!r}")
     changes = torch.stack([found.change(measure, length) for length in found.lengths])
-    harmful, helpful = (changes > 0).all(0), (changes < 0).all(0)
+    errors = torch.stack([found.standard_error(measure, length) for length in found.lengths]).nan_to_num(0.0)
+    harmful, helpful = (changes > noise * errors).all(0), (changes < -noise * errors).all(0)
     return {
         "harmful": harmful.nonzero().flatten().tolist(),
         "helpful": helpful.nonzero().flatten().tolist(),
@@ -39,6 +45,7 @@ def quadrant_experiment(
     cases: int = 50,
     *,
     measure: str = "accuracy",
+    noise: float = 2.0,
     down: float = 0.9,
     up: float = 1.1,
     output: str | os.PathLike | None = None,
@@ -50,13 +57,13 @@ def quadrant_experiment(
     Measured by :func:`seal_ops.evaluate` (whose ``options`` it takes) on test samples, which the influence never saw.
 
     Args:
-        measure: what decides harmful and helpful: see :meth:`HeadImportance.change`.
+        measure, noise: what decides harmful and helpful: see :func:`group_by_sign`.
         output: a folder for one JSON an evaluation.
 
     Returns:
         ``{"base", "harmful x0.9", "helpful x1.1", "both": Evaluation}``.
     """
-    groups = group_by_sign(found, measure)
+    groups = group_by_sign(found, measure, noise)
     shown = {"harmful": f"harmful x{down:g}", "helpful": f"helpful x{up:g}"}
     variants = {"base": {}, shown["harmful"]: {"harmful": down}, shown["helpful"]: {"helpful": up}}
     variants["both"] = {"harmful": down, "helpful": up}

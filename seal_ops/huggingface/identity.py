@@ -15,6 +15,8 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch import Tensor, nn
 
+from .logits import learns_prompt
+
 BLOCK = 1 << 22  # words of 8 bytes in a block
 _ODD = (-4658895280553007687, -7723592293110705685)  # any odd 64-bit numbers with about half of their bits set
 # Of a config: where it came from and how it was saved, not what it computes. Weights carry their dtype themselves.
@@ -41,6 +43,7 @@ def fingerprint(model: nn.Module, trainable: bool = True) -> str:
 
     add(type(model).__name__, _settings(getattr(model, "config", None)))
     add({name: _settings(c) for name, c in (getattr(model, "peft_config", None) or {}).items()})
+    add(learns_prompt(model))
     scales = getattr(model, "seal_scales", None)
     inside = set() if scales is None else {id(p) for p in scales.parameters()}
     for name, parameter in sorted(model.named_parameters(), key=lambda item: item[0]):

@@ -151,6 +151,47 @@ class Encoder:
         separator = "" if (before + closing)[-1:].isspace() else " "
         return before, closing + separator + answer + (getattr(self.tokenizer, "eos_token", None) or "")
 
+    def text(self, text: str) -> list[int]:
+        """Token ids of a text, with the special tokens that the tokenizer puts around one."""
+        return self._encode(text, special=True) + self._end()
+
+    def conversation(self, messages, where: str) -> tuple[list[int], list[int]]:
+        """Token ids and labels of a conversation: what the assistant says, with the token that ends its turn.
+
+        Args:
+            messages: dicts with ``role`` and ``content``, and whatever else the template reads.
+            where: how an error names the conversation.
+        """
+        if self.template is None:
+            raise ValueError(f"{where}: messages need a chat template, {_name(self.tokenizer)} has none")
+        text = self.tokenizer.apply_chat_template(
+            list(messages), **self.variables, chat_template=self.template, tokenize=False
+        )
+        try:
+            encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        except NotImplementedError:
+            raise ValueError(f"{where}: messages need a fast tokenizer, got {type(self.tokenizer).__name__}") from None
+        ids, places = list(encoded["input_ids"]), encoded["offset_mapping"]
+        marks = {*self.tokenizer.all_special_ids, *self.tokenizer.get_added_vocab().values()}
+        labels, end = [IGNORE_INDEX] * len(ids), 0
+        for message in messages:
+            said = str(message.get("content") or "").strip()
+            start = text.find(said, end)
+            if start < 0:
+                if message.get("role") != "assistant":
+                    continue  # templates leave out or rewrite what they please of the others
+                raise ValueError(f"{where}: the chat template must keep what the assistant says, got {said[:60]!r} without it")
+            end = start + len(said)
+            if message.get("role") == "assistant" and said:
+                inside = [i for i, (a, b) in enumerate(places) if a < end and b > start]
+                last = behind = inside[-1]
+                while behind + 1 < len(ids) and ids[behind] not in marks and not text[end : places[behind + 1][0]].strip():
+                    behind += 1
+                if ids[behind] in marks:
+                    last = behind
+                labels[inside[0] : last + 1] = ids[inside[0] : last + 1]
+        return ids, labels
+
     @property
     def thinks(self) -> bool:
         """Whether an output may begin with reasoning."""

@@ -1,9 +1,11 @@
 """Batches of samples, for our loop and for transformers' ``Trainer``."""
+import os
 from collections.abc import Sequence
 
 import torch
 
-from ..tasks.base import IGNORE_INDEX, Sample
+from ..tasks.base import IGNORE_INDEX
+from .samples import to_rows
 
 
 class Collator:
@@ -12,28 +14,42 @@ class Collator:
     Args:
         pad_token_id: what fills the padding; masked, so that any id will do.
         label_positions_only: also pass ``logits_to_keep`` and ``shift_labels``, so that the model computes logits where
-            there are labels and nowhere else.
+            there are labels and nowhere else.  None for true, except where ``Trainer`` would spread a batch over several
+            GPUs by ``nn.DataParallel``, which cuts every tensor along its first dimension.
+        tokenizer, chat_template, chat_template_kwargs: for samples that are text: see :func:`.samples.to_rows`.
 
-    Returns tensors ``input_ids``, ``attention_mask``, ``labels`` ``[B, S]`` (int64), and with ``label_positions_only``
+    Samples are those of :func:`.samples.to_rows`: of a task, token ids with labels, texts or conversations. Returns tensors
+    ``input_ids``, ``attention_mask``, ``labels`` ``[B, S]`` (int64), and with ``label_positions_only``
     ``logits_to_keep`` ``[K]`` (positions whose next token is a label in some row) and ``shift_labels`` ``[B, K]``.
+    ``Trainer`` needs ``remove_unused_columns=False``.
     """
 
-    def __init__(self, pad_token_id: int = 0, label_positions_only: bool = True):
+    def __init__(
+        self, pad_token_id: int = 0, label_positions_only: bool | None = None, tokenizer=None, chat_template=None,
+        chat_template_kwargs: dict | None = None,
+    ):  # fmt: skip
         self.pad_token_id, self.label_positions_only = pad_token_id, label_positions_only
+        self.tokenizer, self.chat_template, self.chat_template_kwargs = tokenizer, chat_template, chat_template_kwargs
 
-    def __call__(self, samples: Sequence[Sample]) -> dict[str, torch.Tensor]:
-        width = max(map(len, samples))
+    def __call__(self, samples: Sequence) -> dict[str, torch.Tensor]:
+        rows = to_rows(samples, self.tokenizer, self.chat_template, self.chat_template_kwargs, "seal_ops.Collator")
+        width = max(map(len, rows))
 
-        def stack(rows, fill):
-            return torch.tensor([row + [fill] * (width - len(row)) for row in rows])
+        def stack(values, fill):
+            return torch.tensor([row + [fill] * (width - len(row)) for row in values])
 
-        labels = stack([s.labels for s in samples], IGNORE_INDEX)
+        labels = stack([row.labels for row in rows], IGNORE_INDEX)
         batch = {
-            "input_ids": stack([s.input_ids for s in samples], self.pad_token_id),
-            "attention_mask": stack([[1] * len(s) for s in samples], 0),
+            "input_ids": stack([row.input_ids for row in rows], self.pad_token_id),
+            "attention_mask": stack([[1] * len(row) for row in rows], 0),
             "labels": labels,
         }
-        if self.label_positions_only:
+        if not _in_data_parallel() if self.label_positions_only is None else self.label_positions_only:
             keep = (labels[:, 1:] != IGNORE_INDEX).any(0).nonzero().squeeze(1)
             batch |= {"logits_to_keep": keep, "shift_labels": labels[:, keep + 1]}
         return batch
+
+
+def _in_data_parallel():
+    """Whether ``Trainer`` would use ``nn.DataParallel``: several GPUs and no launcher of one process each."""
+    return torch.cuda.device_count() > 1 and "LOCAL_RANK" not in os.environ

@@ -13,22 +13,25 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 
 import torch
 import torch.nn.functional as F
 
 from ..huggingface.identity import fingerprint
-from ..huggingface.modes import accepts, prepared
+from ..huggingface.logits import logits_at
+from ..huggingface.modes import prepared
 from ..huggingface.origin import provenance
-from ..tasks.base import Sample
+from ..huggingface.context_window import warn_beyond_window
+from ..tasks.base import IGNORE_INDEX
 from ..utils.files import atomic_write
 from ..utils.progress import bar
 from .checkpoint import NAME as CHECKPOINT
 from .checkpoint import load_checkpoint, save_checkpoint
 from .collator import Collator
 from .recipe import LEARNING_RATES, NAMES
+from .samples import to_rows
 
 RESULT = "training.json"
 
@@ -58,8 +61,11 @@ class TrainResult:
 
 def train(
     model,
-    samples: Sequence[Sample],
+    samples: Iterable,
     *,
+    tokenizer=None,
+    chat_template=None,
+    chat_template_kwargs: dict | None = None,
     lr: float | None = None,
     epochs: int = 1,
     batch_size: int = 1,
@@ -80,7 +86,9 @@ def train(
     Args:
         model: a causal language model with scales attached (:func:`seal_ops.attach`), or a frozen one with another
             adapter (PEFT), which then needs ``lr``.
-        samples: training samples (:mod:`seal_ops.tasks`).
+        samples: samples of a task (:mod:`seal_ops.tasks`), or dicts, in a list or a ``datasets.Dataset``: token ids with
+            labels, prompt and answer, conversations or texts; see :func:`seal_ops.training.samples.to_rows`.
+        tokenizer, chat_template, chat_template_kwargs: for samples that are text.
         lr: constant learning rate; None for the paper's: 1e-2 (head) or 2e-2 (channel).  It is worth a search: see
             docs/training.md.
         epochs: passes over the samples, each in an order of its own drawn from ``seed``.
@@ -107,6 +115,7 @@ def train(
         RuntimeError: a trained parameter without a finite gradient at the first step (it is named), or a loss that is
             not finite.
     """
+    samples = to_rows(samples, tokenizer, chat_template, chat_template_kwargs)
     run = _Run(model, samples, lr, epochs, batch_size, accumulate, weight_decay, betas, max_grad_norm, seed)
     if gradient_checkpointing not in (False, True, "selective"):
         raise ValueError(
@@ -157,11 +166,11 @@ class _Run:
     """The state of one training run: what a checkpoint holds, and one optimiser step."""
 
     def __init__(self, model, samples, lr, epochs, batch_size, accumulate, weight_decay, betas, max_grad_norm, seed):
-        self.model, self.samples = model, list(samples)
+        self.model, self.samples = model, samples
         self.scales = getattr(model, "seal_scales", None)
         self.trained = _trained(model, self.scales)
         self.device = next(iter(self.trained.values())).device
-        _check_samples(self.samples)
+        warn_beyond_window(model, max(map(len, samples)), "seal_ops.train")
         for name, value in {"epochs": epochs, "batch_size": batch_size, "accumulate": accumulate}.items():
             if value < 1:
                 raise ValueError(f"seal_ops.train: {name} must be at least 1, got {value}")
@@ -172,7 +181,7 @@ class _Run:
         self.settings = {
             "granularity": None if self.scales is None else self.scales.config.granularity,
             "samples": len(self.samples),
-            "tasks": sorted({str(sample.meta["task"]) for sample in self.samples if "task" in sample.meta}),
+            "tasks": sorted({sample.meta["task"] for sample in samples if "task" in getattr(sample, "meta", ())}),
             "tokens": max(map(len, self.samples)),
             "lr": float(lr),
             "epochs": epochs,
@@ -185,7 +194,7 @@ class _Run:
         }
         self.steps = epochs * -(-len(self.samples) // (batch_size * accumulate))
         self.optimizer = torch.optim.AdamW(self.trained.values(), lr=lr, betas=betas, weight_decay=weight_decay)
-        self.collate = Collator()
+        self.collate = Collator(label_positions_only=True)
         self.losses: list[float] = []
         self.seconds = 0.0
 
@@ -195,7 +204,8 @@ class _Run:
     def step(self) -> float:
         """One optimiser step; returns and records the mean loss of its answer tokens."""
         micro_batches = list(self._micro_batches(len(self.losses)))
-        tokens = sum(len(sample.answer_ids) for batch in micro_batches for sample in batch)
+        labels = (label for batch in micro_batches for sample in batch for label in sample.labels[1:])
+        tokens = sum(label != IGNORE_INDEX for label in labels)
         self.optimizer.zero_grad(set_to_none=True)
         total = torch.zeros((), device=self.device)
         for batch in micro_batches:
@@ -216,7 +226,7 @@ class _Run:
         self.losses.append(value)
         return value
 
-    def _micro_batches(self, step) -> Iterator[list[Sample]]:
+    def _micro_batches(self, step) -> Iterator[list]:
         size, per_step = self.settings["batch_size"], self.settings["batch_size"] * self.settings["accumulate"]
         epoch, place = divmod(step, self.steps // self.settings["epochs"])
         generator = torch.Generator().manual_seed(self.settings["seed"] * 1_000_003 + epoch)
@@ -232,10 +242,7 @@ class _Run:
         if len({len(sample) for sample in samples}) > 1:
             inputs["attention_mask"] = batch["attention_mask"].to(self.model.device)
         keep = batch["logits_to_keep"]  # on the CPU: it indexes on whichever device the last layer is
-        if accepts(self.model, "logits_to_keep"):
-            logits = self.model(**inputs, logits_to_keep=keep).logits
-        else:
-            logits = self.model(**inputs).logits[:, keep]
+        logits = logits_at(self.model, keep, **inputs)
         targets = batch["shift_labels"].to(logits.device)
         return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="sum")
 
@@ -247,7 +254,7 @@ class _Run:
         for name, parameter in self.trained.items():
             digest.update(f"{name}{list(parameter.shape)}".encode())
         for sample in self.samples:
-            digest.update(json.dumps([sample.prompt_ids, sample.answer_ids]).encode())
+            digest.update(json.dumps([sample.input_ids, sample.labels]).encode())
         return digest.hexdigest()
 
 
@@ -270,15 +277,6 @@ def _trained(model, scales) -> dict[str, torch.nn.Parameter]:
                     f"got {scale.dtype} in layer {layer}"
                 )
     return trained
-
-
-def _check_samples(samples):
-    if not samples:
-        raise ValueError("seal_ops.train: samples must hold at least one sample, got none")
-    for i, sample in enumerate(samples):
-        if not isinstance(sample, Sample) or not sample.prompt_ids or not sample.answer_ids:
-            got = "an empty prompt or answer" if isinstance(sample, Sample) else type(sample).__name__
-            raise ValueError(f"seal_ops.train: samples[{i}] must be a Sample with a prompt and an answer, got {got}")
 
 
 def _check_gradients(trained):

@@ -89,13 +89,30 @@ def test_changes_agreement_and_group_by_sign():
     assert found.grid("gradient", 200) == [[-4, -2, 0], [2, 4, 6]]
     assert found.standard_error("accuracy", 100)[0] == pytest.approx(torch.tensor([0.0, 1, 0, 1]).std().item() / 2)
     assert found.agreement() == {"gradient_ablation": {100: 1.0, 200: 1.0}, "lengths": {"100,200": 1.0}}
-    assert group_by_sign(found) == {"harmful": [3, 4, 5], "helpful": [0, 1, 2], "mixed": []}
-    assert group_by_sign(found, "logprob") == {"harmful": [3, 4, 5], "helpful": [0, 1], "mixed": [2]}
+    assert group_by_sign(found, noise=0.0) == {"harmful": [3, 4, 5], "helpful": [0, 1, 2], "mixed": []}
+    assert group_by_sign(found, "logprob", noise=0.0) == {"harmful": [3, 4, 5], "helpful": [0, 1], "mixed": [2]}
     assert 0 < made(noise=8.0).agreement()["gradient_ablation"][100] < 1
     with pytest.raises(ValueError, match="length must be one of"):
         found.change("logprob", 300)
     with pytest.raises(ValueError, match="measure must be logprob, accuracy or gradient, got 'loss'"):
         found.change("loss")
+
+
+def test_changes_within_their_noise_are_mixed():
+    """A unit one case away from 0 says nothing."""
+    found = made(cases=8)
+    for record in found.records:
+        record["exact"] = True
+        record["ablated_exact"] = [1] * 6
+    found.records[0]["ablated_exact"][0] = found.records[8]["ablated_exact"][0] = 0  # one case of eight at each length
+    for record in found.records:
+        record["ablated_exact"][1] = 0
+    assert group_by_sign(found, noise=0)["helpful"] == [0, 1]
+    assert group_by_sign(found) == {"harmful": [], "helpful": [1], "mixed": [0, 2, 3, 4, 5]}
+    assert group_by_sign(made(cases=1), "logprob")["helpful"] == [0, 1], "without a standard error every change counts"
+    assert group_by_sign(made(noise=8.0), "logprob", noise=0) != group_by_sign(made(noise=8.0), "logprob")
+    with pytest.raises(ValueError, match="seal_ops.group_by_sign: noise must be at least 0, got -1"):
+        group_by_sign(found, noise=-1)
 
 
 def test_small_steps_follow_the_gradient():
@@ -131,7 +148,7 @@ def test_quadrant_experiment_scales_the_named_units(monkeypatch):
         return name
 
     monkeypatch.setattr("seal_ops.experiments.quadrants.evaluate", look)
-    results = quadrant_experiment(lm, tok, found, "lines", LENGTH, 2)
+    results = quadrant_experiment(lm, tok, found, "lines", LENGTH, 2, noise=0)
     assert list(results) == ["base", "harmful x0.9", "helpful x1.1", "both"] and not hasattr(lm, "seal_scales")
     low, high = torch.ones(2, 4), torch.ones(2, 4)
     low[0, 3], low[1] = 0.9, 0.9

@@ -250,3 +250,16 @@ def test_description():
     found = describe_model(lm)
     assert found == {"class": "LlamaForCausalLM", "name": "user/tiny", "dtype": "bfloat16", "device": "cpu",
                      "parameters": lm.num_parameters(), "fingerprint": fingerprint(lm)}  # fmt: skip
+
+
+def test_named_scales_count_by_what_is_active():
+    lm = scaled()
+    before = fingerprint(lm)
+    lm.seal_scales.add_adapter("other")
+    assert fingerprint(lm) == before, "an adapter that is not active computes nothing"
+    lm.seal_scales.set_adapter("other")
+    for _, scale in lm.seal_scales.items():
+        scale.data += 0.5
+    assert fingerprint(lm) != before
+    lm.seal_scales.set_adapter("default")
+    assert fingerprint(lm) == before

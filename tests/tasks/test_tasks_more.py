@@ -3,10 +3,13 @@
 import json
 import os
 import re
+import sys
 
 import pytest
+from retrieval_fixtures import model
 from transformers import AutoTokenizer
 
+import seal_ops
 from seal_ops import tasks
 from seal_ops.tasks.document_qa import DocumentQA, word_f1
 from seal_ops.tasks.needle_in_haystack import Needle
@@ -163,6 +166,36 @@ def test_documents(tmp_path):
     assert {n for n, _ in train} <= {n for n, _ in grown.rows("train")}, "a file that grows keeps its split"
     assert grown.content != task.content
     assert len(tasks.make("documents", path=path, held_out=1).rows("test")) == 60
+
+
+def test_all_questions_about_a_document_are_in_one_split(tmp_path):
+    path = tmp_path / "qa.jsonl"
+    with open(path, "w") as file:
+        for i in range(30):
+            for question in range(3):
+                context = f"Text {i}" + " and so on." * 5 + " " * question  # white space makes no other document
+                file.write(json.dumps({"context": context, "input": f"Question {question}?", "answers": ["It is so."]}) + "\n")
+    task = tasks.get(f"documents:{path}")
+    train, test = ({row["context"].strip() for _, row in task.rows(split)} for split in ("train", "test"))
+    assert len(train) + len(test) == 30 and min(len(train), len(test)) > 5 and not train & test
+
+
+def test_answers_of_several_lines_count_whole(tmp_path):
+    path = tmp_path / "qa.jsonl"
+    path.write_text(json.dumps({"context": "Text.", "input": "Which?", "answers": ["First line.\n\nSecond line."]}) + "\n")
+    task = tasks.make("documents", path=path, held_out=1, max_new_tokens=7)
+    assert task.stop is None and task(TOKENIZER, 200, 1, split="test")
+    with pytest.raises(ValueError, match=r"max_new_tokens must be at least \d+ for the answers of documents .* got the task's 7"):
+        seal_ops.evaluate(model(), TOKENIZER, task, 200, 1)
+    with pytest.raises(ValueError, match="max_new_tokens must be an integer of at least 1, got 0"):
+        tasks.make("documents", path=path, max_new_tokens=0)
+
+
+@pytest.mark.parametrize("progress, terminal, drawn", [(None, True, True), (None, False, False), (True, False, True), (False, True, False)])
+def test_none_draws_a_bar_on_a_terminal(progress, terminal, drawn, monkeypatch, capsys):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal, raising=False)
+    tasks.passkey.generate(TOKENIZER, 200, 2, progress=progress)
+    assert ("writing samples" in capsys.readouterr().err) == drawn
 
 
 def test_long_documents_lose_their_middle(tmp_path):

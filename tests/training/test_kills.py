@@ -33,7 +33,7 @@ def test_killed_at_random_times(tmp_path, job):
 def test_killed_at_every_step_of_every_write(tmp_path, job):
     found = kill(job, tmp_path / "run", "steps")
     assert found["wrong"] == []
-    assert found["kills"] == 4 * (6 if job == "train" else 2), "as many writes as a run has: 3 checkpoints and 3 results"
+    assert found["kills"] == 4 * (7 if job == "train" else 2), "as many writes as a run has: 3 checkpoints, 4 results"
 
 
 @pytest.mark.parametrize("step, fault", [("replaced", "no random state"), ("half written", "in place")])

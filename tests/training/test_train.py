@@ -220,7 +220,7 @@ def _frozen_scale():
         (_bf16_scales, {}, "scales must be torch.float32 .* got torch.bfloat16 in layer 1"),
         (_frozen_scale, {}, "every scale must require gradients, got layer 0's frozen"),
         (with_scales, {"samples": []}, "must hold at least one sample, got none"),
-        (with_scales, {"samples": [SAMPLES[0], "text"]}, r"samples\[1\] must be a Sample .* got str"),
+        (with_scales, {"samples": [SAMPLES[0], "text"]}, r"samples\[1\] must be a Sample, or a dict .* got str"),
         (with_scales, {"epochs": 0}, "epochs must be at least 1, got 0"),
         (with_scales, {"resume": True}, "resume needs output_dir"),
         (with_scales, {"gradient_checkpointing": "all"}, "must be False, True or 'selective', got 'all'"),

@@ -16,13 +16,14 @@ from ...evaluation.language_modeling import perplexity
 from ...huggingface.context_extension import extended
 from ...tasks import wordings
 from ...tasks.base import Task
+from ...training.recipe import GRANULARITIES
 from ..head_importance import measure_head_importance
 from ..quadrants import group_by_sign, quadrant_experiment
 from ..retrieval_heads import needle_span, retrieval_scores
 from .queue import Job
-from .workbench import GRANULARITY, REWORDED, VALIDATION, _Drawn, named
+from .workbench import REWORDED, VALIDATION, _Drawn, named
 
-SCALED = tuple(GRANULARITY)
+SCALED = tuple(GRANULARITIES)
 LOW_RANK = ("LoRA", "DoRA")
 
 

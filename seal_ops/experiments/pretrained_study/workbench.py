@@ -15,10 +15,10 @@ from ...huggingface.loading import load_model, load_tokenizer
 from ...tasks.base import Sample, Task
 from ...tasks.wordings import Reworded
 from ...training.loop import train
+from ...training.recipe import GRANULARITIES
 from ..comparison import TARGETS, VALIDATION, validation_loss
 from ..runs import read_json_file
 
-GRANULARITY = {"SEAL-H": "head", "SEAL-C": "channel"}
 REWORDED = "reworded "
 
 
@@ -124,8 +124,8 @@ class Workbench:
     def adapted(self, method: str, model=None):
         """The model with a method's parameters at their start; afterwards it is as before."""
         model = model or self.model
-        if method in GRANULARITY:
-            attach(model, GRANULARITY[method])
+        if method in GRANULARITIES:
+            attach(model, GRANULARITIES[method])
             try:
                 yield model
             finally:

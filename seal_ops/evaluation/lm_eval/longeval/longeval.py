@@ -1,6 +1,7 @@
 """Prompts and scores of ``longeval_lines``; the harness imports this file beside its YAML."""
 
 from seal_ops.tasks import Sample, lines
+from seal_ops.tasks.reading import final_answer
 
 SEED = 0
 
@@ -27,6 +28,6 @@ def dataset(**kwargs):
 
 
 def process_results(doc, results):
-    """Accuracy of one output: its first line, leading white space apart, as :func:`seal_ops.evaluate` reads it."""
-    first = results[0].lstrip().partition("\n")[0]
-    return {"acc": lines.score(Sample([], [], doc["prompt"], doc["answer"], {"number": doc["number"]}), first)}
+    """Accuracy of one output, read as :func:`seal_ops.evaluate` reads it."""
+    text = final_answer(results[0], lines.stop)
+    return {"acc": lines.score(Sample([], [], doc["prompt"], doc["answer"], {"number": doc["number"]}), text)}
