@@ -1,5 +1,6 @@
 """``seal study``."""
 
+import os
 from dataclasses import fields
 
 from ..huggingface.loading import shipped
@@ -36,6 +37,7 @@ def options(parser):
     group.add_argument("--workers", type=int, default=0, help="processes that draw samples ahead")
     group.add_argument("--text", metavar="FILE", help="English text for the perplexity; without it none is measured")
     group.add_argument("--sections", nargs="+", default=[], metavar="NAME", help="only these, in this order")
+    group.add_argument("--summary", action="store_true", help="run nothing: tables, plots and a report of what is finished")
     group.add_argument("--plan", type=setting, nargs="+", default=[], metavar="KEY=VALUE", help="other settings, like cases=20")
 
 
@@ -55,7 +57,9 @@ def run(args):
 def _preset(args):
     from ..experiments.pretrained_study.driver import run as run_study
     from ..experiments.pretrained_study.sections import Plan
+    from ..experiments.pretrained_study.summary import write_summary
     from ..huggingface.model_packages import resolve
+    from ..report.html import write_report
 
     given = {key: tuple(value) if isinstance(value, list) else value for key, value in args.plan}
     given |= {"text": args.text} | ({"sections": tuple(args.sections)} if args.sections else {})
@@ -63,6 +67,12 @@ def _preset(args):
     for key in given:
         if key not in known:
             raise ValueError(f"seal study: plan must be among {', '.join(sorted(known))}, got {key!r}")
+    if args.summary:
+        names = write_summary(args.output)
+        if not names:
+            raise ValueError(f"seal study: output must hold a finished job of the main table, got none in {args.output}")
+        list_files(args.output, [*names, os.path.basename(write_report(args.output, title=f"SEAL on {args.preset}"))])
+        return
     model = shipped(args.model) if args.model else resolve(args.preset, call="seal study", log=log)
     run_study(
         model, args.output, Plan(**given), device=args.device, dtype=args.dtype, workers=args.workers, budget=args.budget_s, log=log

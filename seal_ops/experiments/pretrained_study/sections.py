@@ -75,14 +75,23 @@ class Plan:
 
 
 def jobs(plan: Plan) -> list[Job]:
-    """All jobs, the most important first."""
-    made = {name: _MAKERS[name](plan) for name in plan.sections}
-    # The first seed of every table, then what needs few jobs, then the other seeds.
-    first = [job for section in made.values() for job in section if not job.name.endswith(tuple(f"-{s}" for s in plan.seeds[1:]))]
-    ordered = first + [job for section in made.values() for job in section if job not in first]
+    """All jobs, the most important first: what every claim needs, then the other seeds and the costlier variants."""
+    made = [job for name in plan.sections for job in _MAKERS[name](plan)]
+    made.sort(key=lambda job: _rank(plan, job.name))
     default = Plan()  # the jobs' times are those of its sizes
     size = 0.5 * plan.cases / default.cases + 0.5 * plan.samples / default.samples
-    return [replace(job, seconds=job.seconds * max(size, 0.1)) for job in ordered]
+    return [replace(job, seconds=job.seconds * max(size, 0.1)) for job in made]
+
+
+def _rank(plan, name):
+    section, _, rest = name.partition("-")
+    if section in ("main", "adapters"):
+        task, _, seed = rest.rpartition("-")
+        first, core = int(seed) == plan.seeds[0], task in plan.adapter_tasks
+        return {"main": 0 if first else 4 if core else 11, "adapters": (2 if core else 10) if first else 13}[section]
+    if section == "beyond":
+        return 1 if rest.endswith("-x2") else 12
+    return {"heads": 3, "elsewhere": 5, "curve": 6, "transfer": 7, "length": 8, "quantised": 9}[section]
 
 
 def _tests(plan, task, lengths, cases, seed=0):

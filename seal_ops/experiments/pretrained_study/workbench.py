@@ -79,7 +79,7 @@ class _Drawn(Task):
         self.name, self.unit, self.max_new_tokens, self.stop = task.name, task.unit, task.max_new_tokens, task.stop
         self._name, self._task, self._samples = name, task, samples
 
-    def generate(self, tokenizer, length, samples=50, seed=0, *, split="train", chat_template=None, progress=False):
+    def generate(self, tokenizer, length, samples=50, seed=0, *, split="train", **options):
         return self._samples.get(self._name, length, samples, seed, split)
 
     def score(self, sample, text):

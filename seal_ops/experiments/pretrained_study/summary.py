@@ -1,0 +1,302 @@
+"""What a study found, from the files of its jobs: tables with intervals and exact paired tests, as JSON, CSV and Markdown."""
+
+import json
+import os
+from collections.abc import Iterable, Sequence
+
+import torch
+
+from ...evaluation.statistics import holm, paired, spearman, wilson
+from ...utils.files import atomic_write, write_csv
+from ..runs import read_json_file
+from . import drawings
+from .sections import LOW_RANK, SCALED
+
+METHODS = ("base", *SCALED, *LOW_RANK)
+SUMMARY, TABLES = "summary.json", "tables.md"
+_SECTIONS = ("main", "adapters", "beyond", "curve", "length", "heads", "transfer", "elsewhere", "quantised")
+
+
+def write_summary(folder: str) -> list[str]:
+    """Writes ``summary.json``, ``tables.md``, CSV files and plots from whatever jobs are finished; returns the files' names."""
+    found = _jobs(folder)
+    main = _main(found)
+    if not main["cells"]:
+        return []
+    content = {
+        "kind": "seal_ops.pretrained_study", "main": main, "training": _training(found), "curve": _curve(found, read_json_file(os.path.join(folder, "plan.json"))["samples"]),
+        "length": _length(found), "transfer": _transfer(found), "beyond": _beyond(found), "heads": _heads(found, folder),
+        "elsewhere": _elsewhere(found), "quantised": _quantised(found),
+        "seconds": {name: job["job_seconds"] for name, job in found.items()},
+    }  # fmt: skip
+    atomic_write(os.path.join(folder, SUMMARY), json.dumps(content, indent=1) + "\n")
+    write_csv(os.path.join(folder, "main.csv"), list(main["cells"][0]), main["cells"])
+    atomic_write(os.path.join(folder, TABLES), _markdown(content))
+    return [SUMMARY, TABLES, "main.csv", *drawings.draw(content, folder)]
+
+
+def cell(scores: Sequence[float]) -> dict:
+    """Mean, 95 % Wilson interval and number of cases."""
+    low, high = wilson(sum(scores), len(scores))
+    return {"accuracy": sum(scores) / len(scores), "low": low, "high": high, "cases": len(scores)}
+
+
+def _jobs(folder):
+    names = sorted(n[: -len(".json")] for n in os.listdir(folder) if n.endswith(".json") and n.startswith(_SECTIONS))
+    return {name: read_json_file(os.path.join(folder, f"{name}.json")) for name in names}
+
+
+def _section(found, name):
+    return [job for key, job in found.items() if key.startswith(f"{name}-")]
+
+
+# --------------------------------------------------------------------------------------------------------- main table
+
+
+def _main(found):
+    """Cells pooled over seeds, and paired tests on the cases that both have, at the longest length."""
+    scores: dict[str, dict[str, dict[int, dict[int, list]]]] = {}  # [task][method][length][seed]
+    for job in _section(found, "main") + _section(found, "adapters"):
+        for method, measured in job["measured"].items():
+            for length, values in measured["scores"].items():
+                scores.setdefault(job["task"], {}).setdefault(method, {}).setdefault(int(length), {})[job["seed"]] = values
+    cells = [
+        {"task": task, "method": method, "length": length, **cell([s for values in by_seed.values() for s in values]),
+         "seeds": len(by_seed), "lowest_seed": min(map(_mean, by_seed.values())), "highest_seed": max(map(_mean, by_seed.values()))}
+        for task, by_method in scores.items() for method in METHODS if method in by_method
+        for length, by_seed in sorted(by_method[method].items())
+    ]  # fmt: skip
+    tests = []
+    for task, by_method in scores.items():
+        pairs = [("base", m) for m in METHODS[1:]] + [("SEAL-H", "SEAL-C"), ("SEAL-C", "LoRA"), ("SEAL-C", "DoRA")]
+        for first, second in pairs:
+            if first in by_method and second in by_method:
+                tests.append({"task": task, "first": first, "second": second, **_paired(by_method[first], by_method[second])})
+    for test, p in zip(tests, holm([test["p"] for test in tests]), strict=True):
+        test["p_adjusted"] = p
+    return {"cells": cells, "tests": tests}
+
+
+def _paired(first, second):
+    length = max(set(first) & set(second))
+    seeds = sorted(set(first[length]) & set(second[length]))
+    values = [[score for seed in seeds for score in side[length][seed]] for side in (first, second)]
+    return {"length": length, **vars(paired(*values))}
+
+
+def _mean(values):
+    return sum(values) / len(values)
+
+
+def _training(found):
+    rows = []
+    for job in _section(found, "main") + _section(found, "adapters"):
+        for method, training in job["training"].items():
+            kept = {k: training[k] for k in ("lr", "parameters", "seconds", "peak_memory", "first_loss")}
+            kept |= {"last_loss": training["last_losses"][-1], "tried": training.get("tried")}
+            evaluation = job["measured"][method]["seconds"]
+            rows.append({"task": job["task"], "seed": job["seed"], "method": method, **kept, "evaluation_seconds": evaluation})
+    return rows
+
+
+# ------------------------------------------------------------------------------------------------------ other sections
+
+
+def _curve(found, plan_samples):
+    """Accuracy at the longest length by samples and by rate; what the main table measured at its own setting is not repeated."""
+    rows = []
+    for job in _section(found, "curve"):
+        for method, measured in job["measured"].items():
+            (values,) = measured["scores"].values()
+            training = job["training"][method]
+            row = {"method": method, "samples": job.get("samples"), "lr": training["lr"], "seconds": training["seconds"]}
+            row |= {"last_loss": training["last_losses"][-1], **cell(values)}
+            rows.append(row)
+            chosen = found.get(f"main-{job['task']}-0", {}).get("training", {}).get(method, {})
+            if row["samples"] is None and chosen.get("lr") == row["lr"]:  # of both curves
+                rows.append({**row, "samples": plan_samples})
+    return rows
+
+
+def _length(found):
+    return [
+        {"method": method, "train_length": job["train_length"], "length": int(length), **cell(values)}
+        for job in _section(found, "length") for method, measured in job["measured"].items()
+        for length, values in measured["scores"].items()
+    ]  # fmt: skip
+
+
+def _transfer(found):
+    base = found.get("transfer-base")
+    rows = []
+    for job in _section(found, "transfer"):
+        for task, measured in job["measured"].items():
+            for length, values in measured["scores"].items():
+                row = {"trained": job["trained"] or "base", "measured": task, "length": int(length), **cell(values)}
+                if base is not None:
+                    row["against_base"] = vars(paired(base["measured"][task]["scores"][length], values))
+                rows.append(row)
+    return rows
+
+
+def _beyond(found):
+    return [
+        {"kind": job["kind"], "factor": job["factor"], "method": method, "length": int(length), **cell(values)}
+        for job in _section(found, "beyond") for method, measured in job["measured"].items()
+        for length, values in measured["scores"].items()
+    ]  # fmt: skip
+
+
+def _heads(found, folder):
+    content = {}
+    influence, retrieval = found.get("heads-influence"), found.get("heads-retrieval")
+    if influence is not None:
+        content["agreement"], content["groups"] = influence["agreement"], influence["groups"]
+        content["quadrants"] = [
+            {"variant": name, "length": int(length), **cell(values), "against_base": vars(paired(influence["quadrants"]["base"][length], values))}
+            for name, lengths in influence["quadrants"].items() for length, values in lengths.items()
+        ]  # fmt: skip
+        logprobs = {key.split()[1]: values for key, values in influence["changes"].items() if key.startswith("logprob")}
+        content["largest"] = {
+            length: [
+                {"layer": influence["units"][i][0], "head": influence["units"][i][1], "change": values[i]}
+                for i in sorted(range(len(values)), key=lambda i: values[i])[:5]
+            ]
+            for length, values in logprobs.items()
+        }
+    if retrieval is not None:
+        scores = torch.tensor(retrieval["scores"]).flatten()
+        content["retrieval"] = {"over_0.1": int((scores > 0.1).sum()), "over_0.5": int((scores > 0.5).sum()), "heads": len(scores)}
+        order = scores.argsort(descending=True)[:10].tolist()
+        width = len(retrieval["scores"][0])
+        content["retrieval"]["best"] = [
+            {"layer": i // width, "head": i % width, "score": round(float(scores[i]), 4)} for i in order
+        ]
+        content["correlations"] = _correlations(scores, influence, folder)
+    return content
+
+
+def _correlations(retrieval, influence, folder):
+    """Spearman's correlations of the retrieval score with influence and with how far learned scales moved, head by head."""
+    rows = {}
+    if influence is not None:
+        for key, values in influence["changes"].items():
+            if not key.startswith("accuracy"):
+                rows[f"influence, {key}"] = spearman(retrieval, -torch.tensor(values))
+    scales = os.path.join(folder, "scales")
+    for name in sorted(os.listdir(scales)) if os.path.isdir(scales) else ():
+        from safetensors.torch import load_file
+
+        (weights,) = (n for n in os.listdir(os.path.join(scales, name)) if n.endswith(".safetensors"))
+        tensors = load_file(os.path.join(scales, name, weights))
+        layers = sorted(tensors, key=lambda key: int("".join(c for c in key if c.isdigit())))
+        moved = torch.cat([(tensors[n] - 1).abs().reshape(tensors[n].shape[0], -1).mean(1) for n in layers])
+        rows[f"moved by {name}"] = spearman(retrieval, moved)
+    return {key: round(value, 3) for key, value in rows.items()}
+
+
+def _elsewhere(found):
+    content = {}
+    if "elsewhere-perplexity" in found:
+        job = found["elsewhere-perplexity"]
+        base = job["perplexity"]["base"]["perplexity"]
+        content["perplexity"] = [
+            {"scales": name, "perplexity": x["perplexity"], "change": x["perplexity"] / base - 1, "tokens": x["tokens"]}
+            for name, x in job["perplexity"].items()
+        ]
+    if "elsewhere-merged" in found:
+        job = found["elsewhere-merged"]
+        main = found[f"main-{job['task']}-0"]
+        content["merged"] = []
+        for name, measured in job["measured"].items():
+            ((length, values),) = measured["scores"].items()
+            before = main["measured"][name.removesuffix(" merged")]["scores"][length]
+            differ = sum(a != b for a, b in zip(before, values, strict=True))
+            content["merged"].append({"method": name, "length": int(length), **cell(values), "unmerged": _mean(before), "differ": differ})
+    return content
+
+
+def _quantised(found):
+    return [
+        {"method": method, "length": int(length), **cell(values)}
+        for job in _section(found, "quantised") for method, measured in job["measured"].items()
+        for length, values in measured["scores"].items()
+    ]  # fmt: skip
+
+
+# ----------------------------------------------------------------------------------------------------------- Markdown
+
+
+def _markdown(content) -> str:
+    parts = ["## Main table", _by_length(content["main"]["cells"], ("task", "method"))]
+    tests = [
+        (t["task"], f"{t['first']} → {t['second']}", t["length"], f"{t['difference']:+.2f} [{t['low']:+.2f}, {t['high']:+.2f}]",
+         f"{t['better']} / {t['worse']}", _p(t["p"]), _p(t["p_adjusted"]))
+        for t in content["main"]["tests"]
+    ]  # fmt: skip
+    parts += ["### Paired tests", _table(("task", "", "tokens", "difference", "better / worse", "p", "Holm"), tests)]
+    rows = [
+        (r["task"], r["seed"], r["method"], f"{r['lr']:g}", r["parameters"], f"{r['seconds']:.1f}", f"{r['peak_memory'] / 2**30:.1f}",
+         ", ".join(f"{k}: {_loss(v)}" for k, v in (r["tried"] or {}).items()), f"{r['evaluation_seconds']:.1f}")
+        for r in content["training"]
+    ]  # fmt: skip
+    head = ("task", "seed", "method", "lr", "numbers", "seconds", "peak GiB", "validation loss by rate", "evaluation s")
+    parts += ["## Training", _table(head, rows)]
+    if content["curve"]:
+        rows = [(r["method"], r["samples"] or "", f"{r['lr']:g}", _shown(r), f"{r['seconds']:.1f}") for r in content["curve"]]
+        parts += ["## Samples and rate", _table(("method", "samples", "lr", "accuracy", "seconds"), rows)]
+    for key, names in (("length", ("method", "train_length")), ("beyond", ("kind", "factor", "method")), ("quantised", ("method",))):
+        if content[key]:
+            parts += [f"## {key}", _by_length(content[key], names)]
+    if content["transfer"]:
+        for length in sorted({r["length"] for r in content["transfer"]}):
+            parts += [f"## Transfer at {length} tokens", _matrix([r for r in content["transfer"] if r["length"] == length])]
+    if content["heads"]:
+        parts += ["## Heads", "```json\n" + json.dumps(content["heads"], indent=1) + "\n```"]
+    if content["elsewhere"]:
+        rows = [(r["scales"], f"{r['perplexity']:.3f}", f"{100 * r['change']:+.2f} %") for r in content["elsewhere"].get("perplexity", [])]
+        parts += ["## Elsewhere", _table(("scales", "perplexity", "change"), rows)]
+        rows = [(r["method"], r["length"], _shown(r), f"{r['unmerged']:.2f}", f"{r['differ']} of {r['cases']}")
+                for r in content["elsewhere"].get("merged", [])]  # fmt: skip
+        parts += [_table(("", "tokens", "merged", "unmerged", "differ"), rows)]
+    total = sum(content["seconds"].values())
+    parts += [f"{len(content['seconds'])} jobs, {total:.0f} s of one GPU in all."]
+    return "\n\n".join(parts) + "\n"
+
+
+def _by_length(rows, names):
+    """Rows by ``names``, a column a length; intervals at the longest."""
+    lengths = sorted({row["length"] for row in rows})
+    grouped: dict[tuple, dict[int, dict]] = {}
+    for row in rows:
+        grouped.setdefault(tuple(row[name] for name in names), {})[row["length"]] = row
+    lines = []
+    for key, cells in grouped.items():
+        last = cells[max(cells)]
+        accuracies = (f"{cells[n]['accuracy']:.2f}".lstrip("0") if n in cells else "" for n in lengths)
+        lines.append((*key, *accuracies, f"{last['low']:.2f} to {last['high']:.2f}", last["cases"]))
+    return _table((*names, *lengths, "95 % at the longest", "cases"), lines)
+
+
+def _matrix(rows):
+    columns = list(dict.fromkeys(row["measured"] for row in rows))
+    cells = {(row["trained"], row["measured"]): row["accuracy"] for row in rows}
+    trained = sorted(dict.fromkeys(row["trained"] for row in rows), key=lambda name: (name != "base", columns.index(name) if name in columns else 99))
+    return _table(("trained on", *columns), [(name, *(f"{cells[name, c]:.2f}" if (name, c) in cells else "" for c in columns)) for name in trained])
+
+
+def _shown(row):
+    return f"{row['accuracy']:.2f} [{row['low']:.2f}, {row['high']:.2f}]"
+
+
+def _p(value):
+    return f"{value:.1e}" if value < 0.001 else f"{value:.3f}"
+
+
+def _loss(value):
+    return "not finite" if value is None else f"{value:.3f}"
+
+
+def _table(columns: Sequence, rows: Iterable[Sequence]) -> str:
+    lines = ["| " + " | ".join(map(str, columns)) + " |", "|" + "---|" * len(columns)]
+    return "\n".join(lines + ["| " + " | ".join(map(str, row)) + " |" for row in rows])
