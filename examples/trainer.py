@@ -10,7 +10,7 @@ import argparse
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 
 import seal_ops
-from seal_ops.training.loop import LEARNING_RATES
+from seal_ops.training.recipe import LEARNING_RATES, NAMES
 from seal_ops.training.collator import Collator
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -31,7 +31,7 @@ trainer = Trainer(
         output_dir=args.output,
         num_train_epochs=1,
         per_device_train_batch_size=1,
-        learning_rate=LEARNING_RATES[args.granularity],
+        learning_rate=LEARNING_RATES[NAMES[args.granularity]],
         lr_scheduler_type="constant",
         weight_decay=0.0,
         max_grad_norm=0.0,  # off

@@ -17,7 +17,7 @@ from seal_ops import tasks
 from seal_ops.cli import main as cli
 from seal_ops.cli.options import Command
 from seal_ops.evaluation.results import Evaluation
-from seal_ops.experiments import demo
+from seal_ops.experiments import comparison, demo
 
 
 @pytest.mark.parametrize("name", cli.COMMANDS)
@@ -93,7 +93,7 @@ def test_demo(capsys, folder, tmp_path, monkeypatch):
     measured = []
     real = demo.evaluate
     monkeypatch.setattr(demo, "evaluate", lambda *a, **k: measured.append(k["name"]) or real(*a, **k))
-    monkeypatch.setattr(demo, "train", lambda *a, **k: pytest.fail("trained again"))
+    monkeypatch.setattr(comparison, "train", lambda *a, **k: pytest.fail("trained again"))
     assert seal(capsys, *arguments)[0] == 0
     again = json.loads((output / "results.json").read_text())
     assert again["accuracy"] == results["accuracy"] and "SEAL-C" in measured
