@@ -14,6 +14,29 @@ from .files import SUBFOLDER
 _SCALE = re.compile(r"(?:^|\.)seal_scales\.layers\.(\d+)\.scale$")
 
 
+def save_trained(model: nn.Module, scales: nn.Module | None, folder: str | os.PathLike) -> None:
+    """Writes what a run has trained: the scales, or, where other parameters were trained too, the model and the scales.
+
+    `seal_ops.load` finds the scales in ``folder`` either way.
+    """
+    if scales is None:
+        model.save_pretrained(folder)
+    elif all(_SCALE.search(name) for name, p in model.named_parameters() if p.requires_grad):
+        scales.save_pretrained(folder)
+    else:
+        scales.saved_beside = True
+        try:
+            model.save_pretrained(folder)
+        finally:
+            scales.saved_beside = False
+        scales.save_to(folders_beside(scales, folder))
+
+
+def folders_beside(scales: nn.Module, folder: str | os.PathLike) -> dict[str, str]:
+    """Adapter -> its folder in that of a whole model."""
+    return {name: os.path.join(os.fspath(folder), SUBFOLDER, name) for name in scales.adapter_names}
+
+
 class SaveBoth:
     """Stands in for ``save_pretrained`` of one model while its scales are attached; copied and pickled with it.
 
@@ -48,9 +71,7 @@ class SaveBoth:
         finally:
             self.scales.saved_beside = False
         if not os.path.isfile(folder):  # which transformers refuses by logging an error
-            names = self.scales.adapter_names
-            self.scales.save_to({name: os.path.join(folder, SUBFOLDER, name) for name in names},
-                                given.get("is_main_process"), values)
+            self.scales.save_to(folders_beside(self.scales, folder), given.get("is_main_process"), values)
         return result
 
     def _save_and_push(self, given: dict):

@@ -4,6 +4,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
+import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -106,8 +107,8 @@ class Scales(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
-        # PEFT wraps a model after `attach` without a trace but the prefix of its names.
-        if "base_model.model." in prefix and self.checkpoints is None and not self.saved_beside:
+        # A PEFT model made after `attach` leaves no other trace of its save_pretrained than this call.
+        if self.checkpoints is None and not self.saved_beside and _called_by("get_peft_model_state_dict"):
             warnings.warn("seal_ops: PEFT saves only its own adapter; save the scales with scales.save_pretrained, or "
                           "with transformers' Trainer by seal_ops.SealCallback", stacklevel=2)
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -343,6 +344,13 @@ def check_new_name(name, call: str, scales: Scales | None = None) -> None:
     if not isinstance(name, str) or not name or name in taken or set(name) & set("/\\."):
         raise ValueError(f"seal_ops.{call}: adapter_name must be a new name without '/', '\\' and '.', got "
                          f"{files.shown(name)}")
+
+
+def _called_by(function: str) -> bool:
+    frame = sys._getframe(1)
+    while frame is not None and frame.f_code.co_name != function:
+        frame = frame.f_back
+    return frame is not None
 
 
 def _present_devices(sites) -> dict:

@@ -13,6 +13,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from .attachment import attached, load
 from .files import SUBFOLDER
 from .gathering import is_main_process
+from .saving import folders_beside
 
 _STATE_FILE = "trainer_state.json"
 
@@ -54,9 +55,8 @@ class SealCallback(TrainerCallback):
     def on_save(self, args, state, control, model: nn.Module | None = None, **kwargs):
         scales, _ = attached(model, "SealCallback")
         folder = _checkpoint(args, state.global_step)
-        names = scales.adapter_names
-        scales.save_to({name: os.path.join(folder, SUBFOLDER, name) for name in names},
-                       True if args.should_save and not is_main_process() else None)
+        # With save_on_each_node, more than one process writes.
+        scales.save_to(folders_beside(scales, folder), args.should_save or is_main_process())
         if not self.save_base_model and args.should_save:
             # Without them nobody takes the checkpoint for a whole model; the Trainer does not need them.
             for name in ("config.json", "generation_config.json"):

@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass, field
 import torch
 import torch.nn.functional as F
 
+from ..adapters.saving import save_trained
 from ..huggingface.identity import fingerprint
 from ..huggingface.logits import logits_at
 from ..huggingface.modes import prepared
@@ -157,7 +158,9 @@ def train(
     origin = {} if output_dir is None else provenance(model)
     result = TrainResult(run.losses, run.settings["lr"], count, run.seconds, peak, run.settings, origin)
     if output_dir is not None:
-        (model if run.scales is None else run.scales).save_pretrained(output_dir)
+        if run.scales is not None:
+            run.scales.training_settings = result.settings
+        save_trained(model, run.scales, output_dir)
         atomic_write(os.path.join(output_dir, RESULT), json.dumps(asdict(result), indent=1) + "\n")
     return result
 

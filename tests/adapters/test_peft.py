@@ -163,3 +163,23 @@ def test_prompt_tuning(peft):
     expected = logits(prompted, tokens())
     assert prompted.prompt_encoder.default.embedding.weight.requires_grad
     assert close(logits(seal_ops.merge(prompted), tokens()), expected)
+
+
+@pytest.mark.parametrize("order", ["attach first", "LoRA first"])
+def test_a_run_that_trains_both_saves_both(peft, order, tmp_path):
+    from seal_ops.tasks.base import Sample
+    model = LLAMA.build()
+    if order == "attach first":
+        scales = seal_ops.attach(model, "channel")
+        both = lora(peft, model, "q_proj")
+        scales.requires_grad_(True)
+    else:
+        both = lora(peft, model, "q_proj")
+        scales = seal_ops.attach(both, "channel")
+    samples = [Sample(row[:15].tolist(), row[15:].tolist()) for row in tokens(3)]
+    seal_ops.train(both, samples, lr=0.05, output_dir=tmp_path, progress=False)
+    assert all((p - 1).abs().max() > 0.01 for p in scales.parameters())
+    again = peft.PeftModel.from_pretrained(LLAMA.build(), tmp_path).eval()
+    seal_ops.load(again, tmp_path)
+    assert close(logits(again, tokens()), logits(both.eval(), tokens()))
+    assert "| lr | 0.05 |" in (tmp_path / "seal_scales" / "default" / "README.md").read_text()
