@@ -207,7 +207,7 @@ void Differentiator::operator()(const c10::OperatorHandle& op, c10::DispatchKeyS
     SEAL_CHECK(t.layout() == at::kStrided && !t.is_nested(), name_, name, "be a dense tensor", layout_of(t));
     if (t._fw_grad(0).defined())
       throw c10::NotImplementedError(SEAL_HERE, join("seal::", name_, ": forward-mode differentiation is not implemented, and ", name,
-                                                     " has a tangent; use reverse mode (backward, torch.func.vjp)"));
+                                                     " has a tangent; use reverse mode (backward, torch.autograd.grad)"));
     if (!recording || !t.requires_grad()) continue;
     SEAL_CHECK(name != "cos" && name != "sin", name_, name, "be without a gradient (none flows into the angles; detach it)",
                "requires_grad=True");

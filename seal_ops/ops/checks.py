@@ -46,7 +46,7 @@ def differentiable(op: str, a: dict) -> bool:
             fail(op, name, "be a dense tensor", "a nested tensor" if t.is_nested else t.layout)
         if torch.autograd.forward_ad.unpack_dual(t).tangent is not None:
             raise NotImplementedError(f"seal::{op}: forward-mode differentiation is not implemented, and {name} has a tangent; "
-                                      "use reverse mode (backward, torch.func.vjp)")
+                                      "use reverse mode (backward, torch.autograd.grad)")
         if recording and t.requires_grad:
             if name in ("cos", "sin"):
                 fail(op, name, "be without a gradient (none flows into the angles; detach it)", "requires_grad=True")

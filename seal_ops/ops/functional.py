@@ -81,8 +81,8 @@ def packed_positions(cu_seqlens: Tensor, tokens: int, cu_seqlens_k: Tensor | Non
         if t.dtype not in (torch.int32, torch.int64) or t.dim() != 1 or t.shape[0] < 1:
             checks.fail("packed_positions", name, "be int32 or int64 of shape [sequences + 1]", f"{t.dtype} {list(t.shape)}")
         if t.shape != cu_seqlens.shape or t.device != cu_seqlens.device:
-            checks.fail("packed_positions", name, f"have cu_seqlens' shape {list(cu_seqlens.shape)} and device {cu_seqlens.device}",
-                        f"{list(t.shape)} on {t.device}")
+            expected = f"have cu_seqlens' shape {list(cu_seqlens.shape)} and device {cu_seqlens.device}"
+            checks.fail("packed_positions", name, expected, f"{list(t.shape)} on {t.device}")
     token = torch.arange(tokens, device=cu_seqlens.device)
     which = torch.searchsorted(cu_seqlens[1:].contiguous(), token, right=True, out_int32=True).long()
     at = token - cu_seqlens[which]

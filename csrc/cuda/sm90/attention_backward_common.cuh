@@ -14,7 +14,6 @@
 namespace seal::sm90 {
 
 constexpr int kTileRows = 128;
-constexpr float kLog2e = 1.4426950408889634f;
 
 struct BackwardKernelParams : AttentionBackwardParams {
   int32_t key_rows;            // keys of a tile

@@ -63,7 +63,7 @@ __global__ void __launch_bounds__(kCombineThreads) attention_decode_combine(cons
   float total = 0.f;
 #pragma unroll
   for (int i = 0; i < kMaxDecodeSplits / kCombineThreads; ++i) {
-    const float weight = exp2_approx((lse[i] - base) * (1.f / kLn2));
+    const float weight = exp2_approx((lse[i] - base) * kLog2e);
     weights[threadIdx.x + i * kCombineThreads] = weight;
     total += weight;
   }

@@ -386,7 +386,8 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSM)
   extern __shared__ __align__(1024) uint8_t memory[];
   auto& shared = *reinterpret_cast<DecodeShared<Config>*>(memory);
   launch_dependents();  // the combining kernel may take its place now; it waits for our results
-  if (DecodeTile<Config>::supplies()) {  // it alone uses them before the first __syncthreads
+  if (DecodeTile<Config>::supplies()) {  // it alone uses the barriers before the first __syncthreads
+    if (smem_address(memory) % 1024 != 0) __trap();  // the copy engine's swizzle counts from there
     for (int i = 0; i < Config::kStages; ++i) {
       barrier_init(shared.k_full + i, 1);
       barrier_init(shared.v_full + i, 1);

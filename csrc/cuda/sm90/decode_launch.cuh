@@ -85,7 +85,7 @@ cudaError_t launch_decode(const AttentionForwardParams& p, const AttentionDecode
   a.head_dim = p.head_dim;
   a.row_blocks = plan.row_blocks;
   a.splits = plan.splits;
-  a.scale_log2 = p.softmax_scale / kLn2;
+  a.scale_log2 = p.softmax_scale * kLog2e;
   a.lse = p.lse;
   a.lse_head_stride = p.q.rows;
   a.lse_sequence_stride = p.q.heads * p.q.rows;

@@ -139,6 +139,10 @@ SEAL_DEVICE void bulk_wait() {
 
 // ---- arithmetic and conversion
 
+// Softmax works to the base 2: every kernel multiplies its softmax scale by the one, and a logarithm by the other. A quotient by kLn2
+// would round otherwise, and the backward's probabilities would not be the forward's.
+constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.69314718055994531f;
+
 SEAL_DEVICE float exp2_approx(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));

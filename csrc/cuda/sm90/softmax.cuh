@@ -6,8 +6,6 @@
 
 namespace seal::sm90 {
 
-constexpr float kLn2 = 0.69314718055994531f;
-
 // Sets scores outside [left, right) to -inf. left and right count from the thread's first column of the block.
 template <int kAcc>
 SEAL_DEVICE void mask_scores(float (&scores)[kAcc], const int (&left)[2], const int (&right)[2]) {
