@@ -60,12 +60,13 @@ extern "C" int kit_decode(void* const* pointers, const int64_t* numbers, float s
 }
 
 // Whether the op would take these kernels for the call: n as above.
-extern "C" int kit_prefers(int64_t heads, int64_t kv_heads, int64_t keys, int64_t window_left, int64_t window_right, int64_t max_length_q) {
+extern "C" int kit_prefers(int64_t sequences, int64_t heads, int64_t kv_heads, int64_t keys, int64_t window_left, int64_t window_right,
+                           int64_t max_length_q) {
   AttentionForwardParams p = {};
   p.q.heads = heads;
   p.k.heads = kv_heads;
   p.k.rows = keys;
-  p.sequences = 1;
+  p.sequences = static_cast<int32_t>(sequences);
   p.window_left = static_cast<int32_t>(window_left);
   p.window_right = static_cast<int32_t>(window_right);
   return prefers_attention_decode(p, max_length_q);

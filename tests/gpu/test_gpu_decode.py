@@ -138,7 +138,7 @@ def test_split_kernels_repeat_a_thousand_times_bit_for_bit():
 @needs_kit
 def test_split_kernels_serve_decoding_and_not_training():
     """Decoding goes through these kernels, training shapes do not."""
-    prefers = lambda heads, kv, sq, sk, left=-1, right=0: bool(build().kit_prefers(*map(ctypes.c_int64, (heads, kv, sk, left, right, sq))))
+    prefers = lambda heads, kv, sq, sk, left=-1, right=0, batch=1: bool(build().kit_prefers(*map(ctypes.c_int64, (batch, heads, kv, sk, left, right, sq))))
     assert prefers(32, 8, 1, 32768) and prefers(32, 8, 8, 32768) and prefers(32, 32, 64, 32768) and prefers(71, 1, 1, 100)
     assert not prefers(32, 8, 2048, 2048) and not prefers(32, 8, 17, 32768) and not prefers(32, 32, 64, 64) and not prefers(4, 4, 1, 3)
-    assert not prefers(32, 8, 8, 32768, left=9)
+    assert not prefers(32, 8, 8, 32768, left=9) and not prefers(32, 32, 64, 512, batch=32)

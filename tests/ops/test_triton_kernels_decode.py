@@ -42,3 +42,16 @@ def test_splits_fill_the_gpu():
                     slots = 2 * multiprocessors
                     waves = tiles * splits / slots
                     assert waves / -(-waves // 1) > 0.9 or tiles * 4 > 3 * slots, (tiles, splits)
+
+
+def test_decoding_goes_through_these_kernels_and_training_does_not():
+    """The same calls as in tests/gpu/test_gpu_decode.py, where the CUDA kernels are asked."""
+    from seal_ops.ops.backends.triton.host import Geometry
+
+    def preferred(heads, kv_heads, queries, keys, window=None, batch=1):
+        q, k = (torch.empty(batch, n, h, 64, device="meta") for n, h in ((queries, heads), (keys, kv_heads)))
+        return decode.preferred(Geometry.of(q, k, None, True, window, None, None), queries)
+
+    assert preferred(32, 8, 1, 32768) and preferred(32, 8, 8, 32768) and preferred(32, 32, 64, 32768) and preferred(71, 1, 1, 100)
+    assert not preferred(32, 8, 2048, 2048) and not preferred(32, 8, 17, 32768) and not preferred(32, 32, 64, 64) and not preferred(4, 4, 1, 3)
+    assert not preferred(32, 8, 8, 32768, window=10) and not preferred(32, 32, 64, 512, batch=32)

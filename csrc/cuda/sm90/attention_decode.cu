@@ -32,7 +32,9 @@ cudaError_t with_config(int head_dim, int row_tiles, Call call) {
 namespace seal {
 
 bool prefers_attention_decode(const AttentionForwardParams& p, int64_t max_length_q) {
-  const bool few = max_length_q <= 8 || max_length_q * (p.q.heads / p.k.heads) <= 64;
+  // With one head a KV head and enough of them the ordinary kernel reads every key once and keeps the GPU as busy.
+  const int64_t group = p.q.heads / p.k.heads;
+  const bool few = max_length_q <= 8 || (max_length_q * group <= 64 && (group > 1 || p.sequences * p.q.heads < 128));
   return few && 4 * max_length_q <= sm90::decode_keys(p, max_length_q);
 }
 

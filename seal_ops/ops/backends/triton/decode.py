@@ -157,8 +157,11 @@ def _combine(partial_ptr, partial_lse_ptr, out_ptr, lse_ptr, cu_q_ptr, scale, of
 
 
 def preferred(geometry: Geometry, longest: int) -> bool:
-    """Whether this kernel is the better one: at most `longest` queries a sequence, few, and several times as many keys."""
-    return (longest <= 8 or longest * geometry.group <= 64) and 4 * longest <= visible_keys(geometry, longest)
+    """Whether this kernel is the better one: at most `longest` queries a sequence, few, and several times as many keys. With one head a
+    KV head and enough of them the ordinary kernel reads every key once and keeps the GPU as busy."""
+    idle = geometry.group > 1 or geometry.num_seqs * geometry.heads < 128
+    few = longest <= 8 or (longest * geometry.group <= 64 and idle)
+    return few and 4 * longest <= visible_keys(geometry, longest)
 
 
 def visible_keys(geometry: Geometry, longest: int) -> int:
