@@ -19,11 +19,11 @@ from dataclasses import asdict, dataclass, field
 import torch
 import torch.nn.functional as F
 
+from ..huggingface.context_window import warn_beyond_window
 from ..huggingface.identity import fingerprint
 from ..huggingface.logits import logits_at
 from ..huggingface.modes import prepared
 from ..huggingface.origin import provenance
-from ..huggingface.context_window import warn_beyond_window
 from ..tasks.base import IGNORE_INDEX
 from ..utils.files import atomic_write
 from ..utils.progress import bar
