@@ -185,7 +185,7 @@ def compare(
 
 
 def trained(load_model_fn, method, folder, draw, *, lr, seed=0, progress=None, **form):
-    """``(model, tokenizer, training)`` of a method: as ``folder`` holds it, else trained there on the samples of ``draw()``."""
+    """``(model, tokenizer, training)`` of a method: as ``folder`` holds it, else trained there on what ``draw()`` gives."""
     model, tokenizer, training = adapted(load_model_fn, method, folder, **form)
     if training is None:
         train(model, draw(), lr=lr, seed=seed, output_dir=folder, resume=True, progress=progress)
