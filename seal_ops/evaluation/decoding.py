@@ -94,7 +94,10 @@ class _Outputs:
 
 
 def _generate(base, tokenizer, prompts, outputs, cache):
-    """Decodes by transformers' ``generate`` (with its argument ``cache``, of what lies before); every token by which prompts differ in length costs a step."""
+    """Decodes by transformers' ``generate``, with its argument ``cache`` of what lies before the input.
+
+    Every token by which prompts differ in length costs a step.
+    """
     from transformers import (
         GenerationConfig,
         LogitsProcessor,

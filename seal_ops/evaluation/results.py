@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 
 from ..utils.files import atomic_write, write_csv
+from ..utils.runs import load_result
 from .statistics import wilson
 
 
@@ -92,13 +93,7 @@ class Evaluation:
     @classmethod
     def load(cls, path) -> "Evaluation":
         """Reads what :meth:`save` wrote; ``ValueError`` where the file is something else."""
-        with open(path, encoding="utf-8") as file:
-            try:
-                content = json.load(file)
-                kept = {key: content[key] for key in ("task", "name", "settings", "records", "seconds")}
-                return cls(**kept, provenance=content.get("provenance", {}))
-            except (KeyError, TypeError, ValueError) as error:
-                raise ValueError(f"seal_ops.Evaluation.load: {path} must be a saved evaluation, got {error!r}") from None
+        return load_result(cls, path, "evaluation")
 
     def save_csv(self, path) -> None:
         """Writes one row a case as CSV; the file is replaced in one step."""

@@ -10,10 +10,11 @@ from .. import tasks
 from ..huggingface.context_window import warn_beyond_window
 from ..huggingface.modes import mode
 from ..huggingface.origin import provenance
-from ..tasks.description import describe
+from ..tasks.description import describe, prompt_options
 from ..tasks.reading import final_answer, opens_reasoning
 from ..utils.memory import Pieces
 from ..utils.progress import bar
+from ..utils.runs import Growing
 from ..utils.runs import resume as resume_run
 from .decoding import generate, rows_at_once
 from .results import Evaluation
@@ -86,21 +87,19 @@ def evaluate(
     if resume and output is not None and os.path.exists(output):
         found = resume_run(Evaluation.load, output, settings, "seal_ops.evaluate")
         result.records, result.seconds = found.records, found.seconds
-    options = {"chat_template": chat_template, "chat_template_kwargs": chat_template_kwargs}
+    options = prompt_options(chat_template, chat_template_kwargs)
     thinks = tasks.Encoder(tokenizer, chat_template, "seal_ops.evaluate", chat_template_kwargs).thinks
 
-    done = {(record["length"], record["index"]) for record in result.records}
-    saved = started = time.monotonic()
-    spent = result.seconds
+    growing = Growing(result, output, SAVE_EVERY)
+    started, spent = time.monotonic(), result.seconds
     with mode(model, False), bar(len(lengths) * cases, name or task.name, progress) as advance:
-        advance(len(done))
+        advance(len(result.records))
         for length in lengths:
-            if all((length, index) in done for index in range(cases)):
+            if not (missing := growing.missing(length, cases)):
                 continue
             samples = task.generate(tokenizer, length, cases, seed, split="test", **options)
             if max_new_tokens is None:
                 _check_room(task, samples)
-            open_cases = [i for i in range(cases) if (length, i) not in done]
             pieces = Pieces(batch_size or rows_at_once(model, length + settings["max_new_tokens"]), "seal_ops.evaluate")
 
             def write(batch, samples=samples):
@@ -112,22 +111,18 @@ def evaluate(
                     stop=None if thinks else task.stop,  # which may occur in the reasoning
                 )
 
-            together = _batches(open_cases, samples, pieces.size)
-            for batch, outputs in (found for near in together for found in pieces.run(near, write)):
+            together = _batches(missing, samples, pieces.size)
+            for batch, outputs in (piece for near in together for piece in pieces.run(near, write)):
+                found = []
                 for i, text in zip(batch, outputs, strict=True):
                     opened = thinks and opens_reasoning(tokenizer.decode(samples[i].prompt_ids[-16:]))
                     answer = final_answer(text, task.stop, opened)
-                    result.records.append(_record(task, samples[i], length, i, text, answer))
+                    found.append(_record(task, samples[i], length, i, text, answer))
                 result.seconds = spent + time.monotonic() - started
+                growing.add(found)
                 here = [record["score"] for record in result.records if record["length"] == length]
                 advance(len(batch), f"{length} tokens: {sum(here) / len(here):.2f}")
-                if output is not None and time.monotonic() - saved > SAVE_EVERY:
-                    result.save(output)
-                    saved = time.monotonic()
-    result.records.sort(key=lambda record: (record["length"], record["index"]))
-    if output is not None:
-        result.save(output)
-    return result
+    return growing.finish()
 
 
 def _lengths(lengths):

@@ -44,7 +44,8 @@ def paired(first: Sequence[float], second: Sequence[float]) -> Paired:
     paired proportions: half a case is added to each of the four outcomes, which keeps it honest where all cases agree.
     """
     if len(first) != len(second) or not first:
-        raise ValueError(f"seal_ops.statistics.paired: both must hold the same cases, at least one, got {len(first)} and {len(second)}")
+        sizes = f"{len(first)} and {len(second)}"
+        raise ValueError(f"seal_ops.statistics.paired: both must hold the same cases, at least one, got {sizes}")
     changes = [b - a for a, b in zip(first, second, strict=True)]
     better, worse = sum(c > 0 for c in changes), sum(c < 0 for c in changes)
     n = len(changes) + 2
@@ -66,7 +67,8 @@ def holm(p_values: Sequence[float]) -> list[float]:
 def spearman(one: torch.Tensor, other: torch.Tensor) -> float:
     """Spearman's rank correlation of two vectors ``[N]``; ties get the mean of their ranks; NaN where one is constant."""
     if one.shape != other.shape or one.dim() != 1 or len(one) < 2:
-        raise ValueError(f"seal_ops.statistics.spearman: both must be vectors of one length, got {list(one.shape)} and {list(other.shape)}")
+        shapes = f"{list(one.shape)} and {list(other.shape)}"
+        raise ValueError(f"seal_ops.statistics.spearman: both must be vectors of one length, got {shapes}")
     a, b = _ranks(one), _ranks(other)
     a, b = a - a.mean(), b - b.mean()
     norm = a.norm() * b.norm()

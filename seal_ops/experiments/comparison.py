@@ -19,7 +19,7 @@ from ..evaluation.results import Evaluation
 from ..evaluation.runner import evaluate
 from ..evaluation.statistics import holm, paired
 from ..huggingface.origin import provenance
-from ..tasks.description import describe
+from ..tasks.description import describe, prompt_options
 from ..training.loop import RESULT, train
 from ..training.recipe import GRANULARITIES, LEARNING_RATES
 from ..utils.files import atomic_write, write_csv
@@ -143,7 +143,7 @@ def compare(
         if name not in METHODS:
             raise ValueError(f"seal_ops.compare: methods must be among {', '.join(METHODS)}, got {name!r}")
     model, tokenizer = load_model_fn()
-    prompts = {"chat_template": chat_template, "chat_template_kwargs": chat_template_kwargs}
+    prompts = prompt_options(chat_template, chat_template_kwargs)
     origin = provenance(model)
     settings = {
         **describe(task, tokenizer, **prompts), "lengths": lengths, "cases": cases, "train_length": train_length,
@@ -185,7 +185,7 @@ def compare(
 
 
 def trained(load_model_fn, method, folder, draw, *, lr, seed=0, progress=None, **form):
-    """``(model, tokenizer, training)`` of a method: as ``folder`` holds it, else trained there on the samples of ``draw()``."""
+    """``(model, tokenizer, training)`` of a method: as ``folder`` holds it, else trained there on what ``draw()`` gives."""
     model, tokenizer, training = adapted(load_model_fn, method, folder, **form)
     if training is None:
         train(model, draw(), lr=lr, seed=seed, output_dir=folder, resume=True, progress=progress)

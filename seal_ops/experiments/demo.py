@@ -163,7 +163,9 @@ def _run_task(settings, task_name, output, load_model_fn, origin, *, progress, l
                 tokenizer.save_pretrained(temporary)
         model, tokenizer = load_model_fn(folder)
         if fingerprint(model) != wanted:
-            raise ValueError(f"seal demo: {folder} must hold the merged model of this demo, got another; remove it, or --restart")
+            raise ValueError(
+                f"seal demo: {folder} must hold the merged model of this demo, got another; remove it, or --restart"
+            )
         merged = measure(model, tokenizer, f"{name} merged", f"merged-{granularity}.json", [longest])
         found[merged.name] = merged
         agreement[name] = _agreement(found[name], merged)

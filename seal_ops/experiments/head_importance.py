@@ -26,10 +26,11 @@ from ..evaluation.logprobs import answer_logprobs
 from ..evaluation.statistics import spearman
 from ..huggingface.modes import mode, prepared
 from ..huggingface.origin import provenance
-from ..tasks.description import describe
+from ..tasks.description import describe, prompt_options
 from ..utils.files import atomic_write, write_csv
 from ..utils.memory import Pieces
 from ..utils.progress import bar
+from ..utils.runs import Growing, load_result
 from ..utils.runs import resume as resume_run
 
 METHODS = ("ablation", "gradient")
@@ -137,13 +138,7 @@ class HeadImportance:
     @classmethod
     def load(cls, path) -> "HeadImportance":
         """Reads what :meth:`save` wrote; ``ValueError`` where the file is something else."""
-        with open(path, encoding="utf-8") as file:
-            try:
-                content = json.load(file)
-                kept = {key: content[key] for key in ("settings", "units", "ablated", "records", "seconds")}
-                return cls(**kept, provenance=content.get("provenance", {}))
-            except (KeyError, TypeError, ValueError) as error:
-                raise ValueError(f"seal_ops.HeadImportance.load: {path} must be a saved head importance, got {error!r}") from None
+        return load_result(cls, path, "head importance")
 
     def save_csv(self, path) -> None:
         """Writes one row a unit and length: the changes with their standard errors."""
@@ -205,7 +200,7 @@ def measure_head_importance(
     task = tasks.get(task)
     lengths = sorted({lengths} if isinstance(lengths, int) else set(lengths))
     _check(lengths, cases, granularity, methods, limit, batch_size)
-    origin, prompts = provenance(model), {"chat_template": chat_template, "chat_template_kwargs": chat_template_kwargs}
+    origin, prompts = provenance(model), prompt_options(chat_template, chat_template_kwargs)
     with with_scales(model, granularity, backend) as scales, mode(model, False):
         units = _units(scales, granularity)
         ablated = list(range(len(units)))
@@ -228,18 +223,15 @@ def measure_head_importance(
         if resume and output is not None and os.path.exists(output):
             found = resume_run(HeadImportance.load, output, settings, "seal_ops.measure_head_importance")
             result.records, result.seconds = found.records, found.seconds
-        done = {(record["length"], record["index"]) for record in result.records}
-        saved = time.monotonic()
-        per_case = len(ablated) + ("gradient" in methods)
+        growing, per_case = Growing(result, output, SAVE_EVERY), len(ablated) + ("gradient" in methods)
         with bar(len(lengths) * cases * per_case, f"importance of {len(units)} {granularity}s", progress) as advance:
-            advance(len(done) * per_case)
+            advance(len(result.records) * per_case)
             for length in lengths:
-                if all((length, index) in done for index in range(cases)):
+                if not (missing := growing.missing(length, cases)):
                     continue
                 pieces = Pieces(batch_size or max(1, BATCH_TOKENS // length), "seal_ops.measure_head_importance")
-                for index, sample in enumerate(task.generate(tokenizer, length, cases, seed, **prompts)):
-                    if (length, index) in done:
-                        continue
+                samples = task.generate(tokenizer, length, cases, seed, **prompts)
+                for index, sample in ((index, samples[index]) for index in missing):
                     record = {"length": length, "index": index, "answer_tokens": len(sample.answer_ids)}
                     started = time.monotonic()
                     if "gradient" in methods:
@@ -250,14 +242,8 @@ def measure_head_importance(
                         started = time.monotonic()
                         record |= _ablation(model, scales, sample, [units[i] for i in ablated], factor, pieces, advance)
                         result.seconds["ablation"] += time.monotonic() - started
-                    result.records.append(record)
-                    if output is not None and time.monotonic() - saved > SAVE_EVERY:
-                        result.save(output)
-                        saved = time.monotonic()
-    result.records.sort(key=lambda record: (record["length"], record["index"]))
-    if output is not None:
-        result.save(output)
-    return result
+                    growing.add([record])
+    return growing.finish()
 
 
 def _check(lengths, cases, granularity, methods, limit, batch_size):

@@ -11,6 +11,7 @@ from ..evaluation.results import Evaluation
 from ..evaluation.runner import evaluate
 from .head_importance import HeadImportance, ones_to_keep, with_scales
 
+
 def group_by_sign(found: HeadImportance, measure: str = "accuracy", noise: float = 2.0) -> dict[str, list[int]]:
     """Units by the sign of what their removal does at every measured length.
 

@@ -9,7 +9,7 @@ from ..evaluation.results import Evaluation
 from ..evaluation.runner import evaluate
 from ..evaluation.statistics import paired
 from ..huggingface.origin import provenance
-from ..tasks.description import describe_options, describe_prompts
+from ..tasks.description import describe_options, describe_prompts, prompt_options
 from ..training.recipe import LEARNING_RATES
 from ..utils.files import atomic_write, write_csv
 from .comparison import BASE, METHODS
@@ -83,7 +83,7 @@ def transfer(
         if len(set(names)) < len(names) or any(known[task.name] != describe_options(task) for task in chosen):
             raise ValueError(f"seal_ops.transfer: {kind} must hold tasks of different names, got {names}")
     model, tokenizer = load_model_fn()
-    prompts = {"chat_template": chat_template, "chat_template_kwargs": chat_template_kwargs}
+    prompts = prompt_options(chat_template, chat_template_kwargs)
     origin = provenance(model)
     settings = {
         "trained": [task.name for task in trained], "measured": [task.name for task in measured], "task_options": known,

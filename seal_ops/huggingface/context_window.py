@@ -6,7 +6,10 @@ from torch import nn
 
 
 def window(model: nn.Module) -> int | None:
-    """The most positions that the config of ``model`` speaks of, a scaled rotary embedding counted; None where it names none."""
+    """The most positions that the config of ``model`` speaks of; None where it names none.
+
+    A scaled rotary embedding counts.
+    """
     config = getattr(model, "config", None)
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
     found = (getattr(config, name, None) for name in ("max_position_embeddings", "n_positions", "n_ctx"))

@@ -143,7 +143,8 @@ def _value(value) -> Iterable:
         return [fact for item in value for fact in _value(item)]
     if isinstance(value, Mapping):
         return [fact for key, item in value.items() for fact in (str(key), *_value(item))]
-    return [str(value) if isinstance(value, (str, int, float, bool, type(None), torch.dtype, torch.Size)) else type(value).__name__]
+    plain = isinstance(value, (str, int, float, bool, type(None), torch.dtype, torch.Size))
+    return [str(value) if plain else type(value).__name__]
 
 
 def _tensor(tensor: Tensor) -> list:

@@ -4,6 +4,8 @@ import hashlib
 import json
 import re
 
+from .base import Task
+
 
 def describe(task, tokenizer, chat_template=None, chat_template_kwargs: dict | None = None) -> dict:
     """What tells runs on one task apart, for settings that are compared before a run is continued.
@@ -19,6 +21,12 @@ def describe_options(task) -> dict:
     limits = {name: getattr(task, name) for name in ("unit", "room", "stop", "max_new_tokens")}
     options = {**limits, **vars(task), "class": f"{type(task).__module__}.{type(task).__qualname__}"}
     return {name: _stable(value) for name, value in sorted(options.items())}
+
+
+def prompt_options(chat_template=None, chat_template_kwargs: dict | None = None) -> dict:
+    """What :meth:`Task.generate` is passed: a task of one's own need not know of what is not used."""
+    options = {"chat_template": chat_template, "chat_template_kwargs": chat_template_kwargs}
+    return {name: value for name, value in options.items() if name == "chat_template" or value}
 
 
 def describe_prompts(tokenizer, chat_template=None, chat_template_kwargs: dict | None = None) -> dict:
@@ -49,4 +57,6 @@ def _stable(value):
         return value
     if isinstance(value, (set, frozenset)):
         return sorted(map(str, value))
+    if isinstance(value, Task):  # one that another is made from
+        return describe_options(value)
     return re.sub(r" at 0x[0-9a-f]+", "", repr(value))

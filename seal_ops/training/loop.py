@@ -20,11 +20,11 @@ import torch
 import torch.nn.functional as F
 
 from ..adapters.saving import save_trained
+from ..huggingface.context_window import warn_beyond_window
 from ..huggingface.identity import fingerprint
 from ..huggingface.logits import logits_at
 from ..huggingface.modes import prepared
 from ..huggingface.origin import provenance
-from ..huggingface.context_window import warn_beyond_window
 from ..tasks.base import IGNORE_INDEX
 from ..utils.files import atomic_write
 from ..utils.progress import bar

@@ -21,7 +21,11 @@ class Row:
 
 
 def to_rows(
-    samples: Iterable, tokenizer=None, chat_template=None, chat_template_kwargs: Mapping | None = None, call: str = "seal_ops.train"
+    samples: Iterable,
+    tokenizer=None,
+    chat_template=None,
+    chat_template_kwargs: Mapping | None = None,
+    call: str = "seal_ops.train",
 ) -> list[Sample | Row]:
     """Training rows of any iterable: a list, a ``datasets.Dataset``, a generator.
 

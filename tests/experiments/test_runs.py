@@ -14,6 +14,7 @@ from seal_ops.experiments.comparison import compare
 from seal_ops.experiments.head_importance import measure_head_importance
 from seal_ops.experiments.transfer_matrix import transfer
 from seal_ops.tasks.description import describe
+from seal_ops.tasks.wordings import Reworded
 from seal_ops.utils.runs import differing
 
 LENGTH = 60
@@ -85,6 +86,19 @@ def test_description_is_the_same_in_every_process():
 
     one, other = describe(Odd(), tokenizer()), describe(Odd(), tokenizer())
     assert one == other and json.loads(json.dumps(one)) == one
+
+
+def test_a_task_made_from_another_counts_with_its_options():
+    one, other = (Reworded(tasks.make("multikey", keys=n)) for n in (2, 4))
+    assert describe(one, tokenizer()) != describe(other, tokenizer())
+
+
+def test_a_task_of_ones_own_needs_no_new_arguments():
+    class Own(Colours):
+        def generate(self, tokenizer, length, samples=50, seed=0, *, split="train", chat_template=None, progress=False):
+            return Colours().generate(tokenizer, length, samples, seed, split=split)
+
+    assert len(seal_ops.evaluate(model().eval(), tokenizer(), Own(), LENGTH, 1, max_new_tokens=2).records) == 1
 
 
 def test_tokenizers_are_told_apart_and_calls_do_not_count():

@@ -20,7 +20,8 @@ NAMES = [*tasks.names(), "documents"]
 def made(name, tmp_path):
     if name != "documents":
         return tasks.get(name)
-    rows = [{"context": f"Text {i}. " * 20, "input": "Which?", "answers": [f"The text:\nnumber {i}\n\nand the end."]} for i in range(4)]
+    answers = [[f"The text:\nnumber {i}\n\nand the end."] for i in range(4)]
+    rows = [{"context": f"Text {i}. " * 20, "input": "Which?", "answers": answers[i]} for i in range(4)]
     path = tmp_path / "qa.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return tasks.make("documents", path=path, held_out=0)

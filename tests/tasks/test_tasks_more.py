@@ -191,7 +191,10 @@ def test_answers_of_several_lines_count_whole(tmp_path):
         tasks.make("documents", path=path, max_new_tokens=0)
 
 
-@pytest.mark.parametrize("progress, terminal, drawn", [(None, True, True), (None, False, False), (True, False, True), (False, True, False)])
+@pytest.mark.parametrize(
+    "progress, terminal, drawn",
+    [(None, True, True), (None, False, False), (True, False, True), (False, True, False)],
+)
 def test_none_draws_a_bar_on_a_terminal(progress, terminal, drawn, monkeypatch, capsys):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal, raising=False)
     tasks.passkey.generate(TOKENIZER, 200, 2, progress=progress)

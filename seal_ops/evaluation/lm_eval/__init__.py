@@ -13,9 +13,9 @@ import os
 import tempfile
 from collections.abc import Mapping, Sequence
 
+from ...huggingface.context_window import warn_beyond_window, window
 from ...huggingface.modes import mode
 from ...huggingface.origin import provenance
-from ...huggingface.context_window import warn_beyond_window, window
 from ...utils.files import atomic_write
 
 FOLDER = os.path.join(os.path.dirname(os.path.abspath(__file__)), "longeval")
