@@ -48,8 +48,8 @@ def run(args):
         Console().print(demo.table(results))
         seconds = results["seconds"]
         print(f"measuring {seconds['evaluation']:.0f} s, training {seconds['training']:.0f} s")
-    for task, results in found.items():
-        folder = os.path.join(args.output, task) if len(found) > 1 else args.output
+    for results in found.values():
+        folder = os.path.join(args.output, results["task"]) if len(found) > 1 else args.output
         for name in (demo.RESULTS, *results["plots"]):
             print(os.path.join(folder, name))
     print(write_report(args.output, title=f"SEAL on {args.model}"))

@@ -21,6 +21,7 @@ from ..evaluation.runner import evaluate
 from ..huggingface.identity import fingerprint
 from ..huggingface.loading import load_model
 from ..huggingface.model_packages import PACKAGES, resolve
+from ..huggingface.modes import accepts
 from ..huggingface.origin import provenance
 from ..report import plots
 from ..report.html import NAME as REPORT
@@ -116,9 +117,10 @@ def run(settings: Settings, output: str, *, progress: bool | None = None, log=pr
 
 def _folders(settings, output):
     """The folder of each task."""
-    for task in settings.tasks:
-        tasks.get(task)
-    return {task: output if len(settings.tasks) == 1 else os.path.join(output, task) for task in settings.tasks}
+    names = {task: tasks.get(task).name for task in settings.tasks}
+    if not names or len(set(names.values())) < len(settings.tasks):
+        raise ValueError(f"seal demo: tasks must be different ones, at least one, got {', '.join(settings.tasks) or 'none'}")
+    return {task: output if len(names) == 1 else os.path.join(output, name) for task, name in names.items()}
 
 
 def _run_task(settings, task_name, output, load_model_fn, origin, *, progress, log):
@@ -222,7 +224,7 @@ def forget(output: str) -> None:
     folders = [output]
     with contextlib.suppress(FileNotFoundError, ValueError, KeyError):
         with open(os.path.join(output, SETTINGS), encoding="utf-8") as file:
-            folders += [os.path.join(output, task) for task in json.load(file)["tasks"]]
+            folders += [os.path.join(output, described["task"]) for described in json.load(file)["task"].values()]
     for path in (os.path.join(folder, name) for folder in folders for name in names):
         if os.path.isdir(path):
             shutil.rmtree(path)
@@ -237,10 +239,11 @@ def _estimate(model, settings) -> float:
     """Seconds, from one forward pass of the longest length: what is read, and three times that where it is trained."""
     longest = max(settings.lengths)
     ids = torch.zeros(1, longest, dtype=torch.long, device=model.device)
+    options = {"use_cache": False, **({"logits_to_keep": 1} if accepts(model, "logits_to_keep") else {})}
     with torch.inference_mode():
-        model(input_ids=ids[:, :64], use_cache=False, logits_to_keep=1)
+        model(input_ids=ids[:, :64], **options)
         started = time.monotonic()
-        model(input_ids=ids, use_cache=False, logits_to_keep=1).logits.sum().item()
+        model(input_ids=ids, **options).logits[0, -1].sum().item()
         a_token = (time.monotonic() - started) / longest
     read = settings.cases * (3 * sum(settings.lengths) + 2 * longest)
     written = 0.3 * read  # answers, one token after the other

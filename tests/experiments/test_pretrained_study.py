@@ -1,0 +1,149 @@
+"""The study of a pretrained model: its queue, its jobs on a tiny model, and what the summary makes of them."""
+
+import json
+import os
+
+import pytest
+import torch
+from command_line import TINY, folder, seal  # noqa: F401
+from retrieval_fixtures import model, one_thread, tokenizer  # noqa: F401
+
+from seal_ops.experiments.pretrained_study import sections
+from seal_ops.experiments.pretrained_study.queue import Job, Queue, work
+from seal_ops.experiments.pretrained_study.sections import Plan, jobs
+from seal_ops.experiments.pretrained_study.summary import write_summary
+
+
+class Bench:
+    """Stands in for the workbench where no model is needed."""
+
+    class samples:
+        @staticmethod
+        def ahead(wanted):
+            pass
+
+
+def numbered(*names, needs=(), seconds=1):
+    return [Job(name, lambda bench, name=name: {"found": name}, seconds, needs=tuple(needs)) for name in names]
+
+
+def test_two_processes_never_claim_the_same_job(tmp_path):
+    one, other = (Queue(str(tmp_path), numbered("a", "b")) for _ in range(2))
+    assert [one.claim(9).name, other.claim(9).name] == ["a", "b"]
+    assert one.claim(9) is None and other.claim(9) is None
+
+
+def test_jobs_of_a_process_that_is_gone_are_taken_over(tmp_path):
+    queue = Queue(str(tmp_path), numbered("a"))
+    queue.claim(9)
+    assert queue.claim(9) is None, "its owner is alive"
+    (tmp_path / "claims" / "a").write_text("999999999")
+    assert queue.claim(9).name == "a"
+    assert (tmp_path / "claims" / "a").read_text() == str(os.getpid())
+
+
+def test_jobs_wait_for_their_needs_and_fit_in_the_budget(tmp_path):
+    lines = []
+    queue = Queue(str(tmp_path), numbered("late", needs=["early"]) + numbered("long", seconds=100) + numbered("early"))
+    assert list(work(queue, Bench, 50, lines.append)) == ["early", "late"]
+    assert not queue.finished("long")
+    assert json.loads((tmp_path / "late.json").read_text())["found"] == "late"
+    assert list(work(queue, Bench, None, lines.append)) == ["long"], "and nothing runs twice"
+
+
+def test_a_failed_job_stops_no_other_and_is_tried_again(tmp_path):
+    lines, fails = [], [True]
+
+    def run(bench):
+        if fails.pop():
+            raise RuntimeError("no luck")
+        return {}
+
+    queue = Queue(str(tmp_path), [Job("bad", run, 1), *numbered("good")])
+    assert list(work(queue, Bench, None, lines.append)) == ["good"]
+    assert "no luck" in (tmp_path / "bad.failed.txt").read_text() and "bad: failed" in lines[0]
+    os.unlink(tmp_path / "claims" / "bad")  # as if the process had ended
+    fails.append(False)
+    assert list(work(queue, Bench, None, lines.append)) == ["bad"]
+    assert not (tmp_path / "bad.failed.txt").exists()
+
+
+def test_every_job_comes_behind_what_it_needs():
+    plan = Plan(text=__file__)
+    names = [job.name for job in jobs(plan)]
+    assert len(set(names)) == len(names) and names[0] == f"main-{plan.curve_task}-0"
+    for job in jobs(plan):
+        assert all(names.index(need) < names.index(job.name) for need in job.needs), job.name
+    with pytest.raises(ValueError, match="sections must be among main, .*, got 'mian'"):
+        sections.check(Plan(sections=("mian",)))
+
+
+def test_study_and_summary(capsys, folder, tmp_path):  # noqa: F811
+    output = tmp_path / "study"
+    text = tmp_path / "text.txt"
+    text.write_text("Tell me the number in line 1 2 3. I need the number.\n" * 200)
+    arguments = [
+        "study", "--preset", "smollm2", "--model", folder, *TINY, "--output", output, "--text", text,
+        "--sections", "main", "adapters", "beyond", "curve", "length", "elsewhere", "--plan", "tasks=[lines]",
+        "lengths=[190,230]", "cases=2", "samples=2", "seeds=[0,1]", "adapter_tasks=[lines]", "curve_task=lines", "curve_cases=2",
+        "curve_samples=[1]", "curve_rates={SEAL-H: [0.01], SEAL-C: [0.02]}", "train_lengths=[190]", "beyond=[[ntk,2,260]]",
+        "beyond_cases=2", "rates={SEAL-H: [0.01, 0.1], SEAL-C: [0.02], LoRA: [0.001], DoRA: [0.001]}",
+    ]  # fmt: skip
+    code, out, err = seal(capsys, *arguments)
+    assert code == 0, err
+    assert "failed" not in out and "; 0 left" in out
+    first = json.loads((output / "main-lines-0.json").read_text())
+    assert set(first["training"]["SEAL-H"]["tried"]) == {"0.01", "0.1"}
+    assert {n: len(s) for n, s in first["measured"]["SEAL-C"]["scores"].items()} == {"190": 2, "230": 2}
+    second = json.loads((output / "main-lines-1.json").read_text())
+    assert second["training"]["SEAL-H"]["lr"] == first["training"]["SEAL-H"]["lr"], "the rate is chosen once"
+    merged = json.loads((output / "elsewhere-merged.json").read_text())
+    assert merged["measured"]["SEAL-C merged"]["scores"]["230"] == first["measured"]["SEAL-C"]["scores"]["230"]
+
+    code, out, err = seal(capsys, *arguments)
+    assert code == 0 and out.startswith("0 jobs done here; 0 left"), "nothing runs twice"
+    code, _, err = seal(capsys, *arguments, "seed=1")
+    assert code == 1 and "plan must be among" in err
+    code, _, err = seal(capsys, *arguments, "cases=3")
+    assert code == 1 and "got one with another cases" in err
+
+    code, out, err = seal(capsys, "study", "--preset", "smollm2", "--summary", "--output", output)
+    assert code == 0, err
+    content = json.loads((output / "summary.json").read_text())
+    cells = {(c["method"], c["length"]): c for c in content["main"]["cells"]}
+    assert cells["SEAL-C", 230]["cases"] == 4 and cells["LoRA", 190]["seeds"] == 2
+    both = first["measured"]["base"]["scores"]["190"] + second["measured"]["base"]["scores"]["190"]
+    assert cells["base", 190]["accuracy"] == sum(both) / 4
+    assert {(r["samples"], r["lr"]) for r in content["curve"] if r["method"] == "SEAL-C"} == {(None, 0.02), (2, 0.02), (1, 0.02)}
+    names = {r["scales"] for r in content["elsewhere"]["perplexity"]}
+    assert names == {"base", "lines-SEAL-H-0", "lines-SEAL-C-0"} and content["elsewhere"]["perplexity"][0]["change"] == 0
+    tables = (output / "tables.md").read_text()
+    for word in ("| lines | SEAL-C |", "base → SEAL-C", "validation loss by rate", "| ntk | 2 | base |"):
+        assert word in tables
+    for name in ("main.png", "curve.png", "beyond.png", "report.html", "main.csv"):
+        assert (output / name).stat().st_size > 1000 or name == "main.csv"
+
+
+def test_summary_of_nothing(capsys, tmp_path):
+    assert write_summary(str(tmp_path)) == []
+    code, _, err = seal(capsys, "study", "--preset", "smollm2", "--summary", "--output", tmp_path)
+    assert code == 1 and "must hold a finished job of the main table" in err
+
+
+def test_a_search_ends_where_its_best_rate_left_the_model(tmp_path, folder):  # noqa: F811
+    from seal_ops.experiments.pretrained_study.workbench import Workbench
+
+    bench = Workbench(str(folder), str(tmp_path), device="cpu")
+    seen = {}
+
+    def trained_values(model):
+        return torch.cat([p.detach().flatten().clone() for p in model.parameters() if p.requires_grad])
+
+    for rate in (1e-3, 0.3):
+        with bench.adapted("SEAL-H") as lm:
+            bench.train(lm, "lines", 190, 2, rate, 0)
+            seen[f"{rate:g}"] = trained_values(lm)
+    training, found = bench.search("SEAL-H", "lines", 190, 2, (1e-3, 0.3), 0, trained_values)
+    best = min(training["tried"], key=training["tried"].get)
+    assert f"{training['lr']:g}" == best and torch.equal(found, seen[best])
+    assert not torch.equal(seen["0.001"], seen["0.3"]) and not hasattr(bench.model, "seal_scales")
