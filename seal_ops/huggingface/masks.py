@@ -130,7 +130,9 @@ def read_mask(module: nn.Module, mask: Tensor | None, batch: int, queries: int, 
                              f"keys, got None, which does not say which keys they may see")
         return CallMask(causal, sliding_window if causal else None, keys)
     if _is_structure(mask):
-        return CallMask(mask.shape[0] == _CAUSAL, mask.shape[1] or None, mask.shape[3])
+        # A full mask is as good as none: where a model made it without its cache (BERT as a decoder), it counts too few keys.
+        causal = mask.shape[0] == _CAUSAL
+        return CallMask(causal, mask.shape[1] or None, mask.shape[3] if causal else keys)
     if _is_packing(mask, queries):
         row = mask[0, 0, 0]
         window = mask._seal_window if hasattr(mask, "_seal_window") else int(row[-1])
