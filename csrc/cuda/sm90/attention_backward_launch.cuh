@@ -83,7 +83,7 @@ cudaError_t launch_query(const BackwardKernelParams& p, cudaStream_t stream) {
   constexpr int kBytes = sizeof(QueryShared<kD, kN>) + 1024;
   void (*const kernel)(BackwardKernelParams, BackwardMaps) = attention_backward_query<T, kD, kN>;
   SEAL_RETURN_IF_ERROR(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes));
-  return launch_dependent(kernel, dim3(static_cast<unsigned>(p.tile_count_q * p.heads_q)), 384, kBytes, stream, p, maps);
+  return launch_dependent(kernel, dim3(static_cast<unsigned>(p.tile_count_q * p.heads_q)), QueryShared<kD, kN>::kThreads, kBytes, stream, p, maps);
 }
 
 template <class T, int kD, int kRows, bool kSplitRows>
