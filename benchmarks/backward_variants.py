@@ -28,7 +28,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 SWITCHES = {"tail": "TAIL", "pdl": "PDL", "heads": "HEADS_FIRST", "late": "LATE_EXACT", "quad": "QUAD_VECTORS", "persistent": "PERSISTENT",
-            "stores": "PLAIN_STORES"}
+            "stores": "PLAIN_STORES", "ordered": "ORDERED"}
 VARIANTS = {
     "base": "",
     "tail": "tail",
@@ -40,6 +40,7 @@ VARIANTS = {
     "persistent+stores": "persistent stores",
     "small": "tail pdl heads late quad stores",
     "all": "tail pdl heads quad persistent stores",
+    "ordered": "tail pdl heads quad persistent stores ordered",
 }
 
 # name: batch, rows of q, rows of k, heads of q, heads of k, head_dim
@@ -162,7 +163,7 @@ class Call:
             angles = torch.arange(max(rows_q, rows_k), device=DEVICE).double()[:, None] * 10_000.0 ** (-torch.arange(rotary // 2, device=DEVICE).double() / (rotary // 2))
             self.cos, self.sin = angles.cos().float(), angles.sin().float()
         self.softmax_scale = dim**-0.5
-        self.grads = grads
+        self.grads, self.deterministic = grads, deterministic
         sequences = len(cu[0]) - 1 if cu else batch
         left = window - 1 if window > 0 else -1
         self.numbers = (ctypes.c_longlong * 14)(sequences, rows_q, rows_k, heads_q, heads_k, dim, left, 0 if causal else -1, deterministic, rotary,
@@ -303,7 +304,7 @@ def check(library: ctypes.CDLL, call: Call, compared: list[tuple[int, slice, sli
         call.prepare()
         call.bind(library)()
         torch.cuda.synchronize()
-        again = [t for letter, t in call.results.items() if letter != "q" and t is not None]
+        again = [t for letter, t in call.results.items() if (letter != "q" or call.deterministic) and t is not None]
         if first is not None and not all(torch.equal(x.view(torch.uint8), y.view(torch.uint8)) for x, y in zip(first, again)):
             repeat = 1.0
         first = again
@@ -355,6 +356,10 @@ def ugly() -> dict[str, Call]:
             f"hd{dim} values only": Call((2, 300, 300, 4, 2, dim), scale="zeros", grads="vs", enough_ctas=1),
             f"hd{dim} scale only": Call((2, 300, 300, 4, 2, dim), scale="zeros", grads="s", enough_ctas=1),
             f"hd{dim} deterministic": Call((2, 500, 500, 4, 2, dim), deterministic=True),
+            f"hd{dim} deterministic, chained": Call((2, 1100, 1100, 4, 2, dim), deterministic=True, enough_ctas=1, multiprocessors=6),
+            f"hd{dim} deterministic, window": Call((1, 1023, 1300, 4, 2, dim), deterministic=True, window=300, enough_ctas=9),
+            f"hd{dim} deterministic, packed": Call((1, long[-1], long[-1], 4, 2, dim), cu=(long, long), deterministic=True, enough_ctas=1,
+                                                   multiprocessors=7),
         }
     return calls
 

@@ -38,9 +38,6 @@ inline TileSource tile_source(const BackwardKernelParams& p, const BackwardTenso
   return {t.data, p.cu_seqlens_q != nullptr ? 1 : p.batch, rows, heads, p.head_dim, t.batch_stride, t.row_stride, t.head_stride};
 }
 
-// Queries of a step of the main kernel.
-constexpr int step_rows(int padded_head_dim) { return padded_head_dim == 64 ? 128 : 64; }
-
 inline cudaError_t make_maps(BackwardMaps* maps, const BackwardKernelParams& p, int query_rows, int key_rows) {
   const bool packed = p.cu_seqlens_q != nullptr;
   SEAL_RETURN_IF_ERROR(make_tile_map(&maps->q, tile_source(p, p.q, p.seqlen_q, p.heads_q), p.half, packed, query_rows));

@@ -48,7 +48,7 @@ struct PersistentShared {
   char ds[Config::kDsBuffers][Config::kBytesDs];     // [queries][keys]; between the tiles: dK and dV on their way out
   float dq[2][kBlockM * Config::kHeadDim / 2];       // a step's dQ on its way to global memory, each warpgroup's half in accumulator order
   Task task[2];
-  int counts[4];  // of the roles that have no register left for them
+  int counts[6];  // of the roles that have no register left for them
   alignas(16) float lse2[kStages][kBlockM], delta[kStages][kBlockM];  // filled by bulk copies
   uint64_t task_full[2], task_empty[2], task_wanted;
   uint64_t k_full, k_empty, v_full, v_empty;
@@ -167,29 +167,42 @@ template <class Config>
 SEAL_DEVICE void add_queries(PersistentShared<Config>& shared, const BackwardKernelParams& p, int group) {
   constexpr int kM = Config::kBlockM, kD = Config::kHeadDim;
   const uint64_t keep = policy_evict_last();
-  const int64_t head_floats = p.padded_rows_q * kD;
+  volatile int& count = shared.counts[4 + group];
   uint32_t phase = 0;
-  for (int count = 0;; ++count) {
+  for (count = 0;; count = count + 1) {
     const int slot = stage_of<2>(count);
     barrier_wait(&shared.task_full[slot], phase_of<2>(count));
     const auto& task = shared.task[slot];
     if (!task.any) break;
-    float* out = p.dq + task.first_head * head_floats + task.seq.padded_q * kD + group * (kM * kD / 2);
+    int64_t first_tile = (task.first_head * p.padded_rows_q + task.seq.padded_q) / kM;  // of the head, in the padded space
     int m = task.begin;
     for (int i = steps_of<Config>(p, task); i > 0; --i) {
+      const int tile = turn<kD>(task.begin, task.end, m);
+      int32_t* const turns = p.turns + 2 * (first_tile + tile) + group;
+      if (kOrdered && p.turns != nullptr) {
+        // Of the tiles of keys that see these queries, those before this one have added their dQ.
+        const int first = p.window_left < 0 ? 0 : max(0, tile * kM + task.seq.shift() - p.window_left) / Config::kBlockN;
+        wait_for_count(turns, task.first_key / Config::kBlockN - first);
+        fence_proxy_async_global();
+      }
       barrier_wait(&shared.dq_full[group], phase);
       phase ^= 1;
       fence_proxy_async();
-      bulk_reduce_add(out + static_cast<int64_t>(turn<kD>(task.begin, task.end, m)) * (kM * kD), shared.dq[group], kM * kD * 2, keep);
+      bulk_reduce_add(p.dq + (first_tile + tile) * (kM * kD) + group * (kM * kD / 2), shared.dq[group], kM * kD * 2, keep);
       bulk_commit();
       bulk_wait_read();
       barrier_arrive(&shared.dq_empty[group]);
+      if (kOrdered && p.turns != nullptr) {
+        bulk_wait();
+        fence_proxy_async_global();
+        count_up(turns);
+      }
       if (++m == task.end) {
         m = task.begin;
-        out += head_floats;
+        first_tile += p.padded_rows_q / kM;
       }
     }
-    barrier_arrive(&shared.task_empty[slot]);
+    barrier_arrive(&shared.task_empty[stage_of<2>(count)]);
   }
   bulk_wait();
 }

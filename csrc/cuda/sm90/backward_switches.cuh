@@ -22,11 +22,15 @@
 #ifndef SEAL_BACKWARD_PLAIN_STORES  // gradients that are not rotated leave by an unrolled loop of their own
 #define SEAL_BACKWARD_PLAIN_STORES 0
 #endif
+#ifndef SEAL_BACKWARD_ORDERED  // deterministic mode with the persistent kernel: dQ added up in the order of the keys
+#define SEAL_BACKWARD_ORDERED 0
+#endif
 
 namespace seal::sm90 {
 
 constexpr bool kTailSwitch = SEAL_BACKWARD_TAIL, kPdl = SEAL_BACKWARD_PDL, kHeadsFirst = SEAL_BACKWARD_HEADS_FIRST;
 constexpr bool kLateExact = SEAL_BACKWARD_LATE_EXACT, kQuadVectors = SEAL_BACKWARD_QUAD_VECTORS;
 constexpr bool kPersistent = SEAL_BACKWARD_PERSISTENT, kPlainStores = SEAL_BACKWARD_PLAIN_STORES;
+constexpr bool kOrdered = SEAL_BACKWARD_ORDERED && kPersistent;
 
 }  // namespace seal::sm90
