@@ -28,7 +28,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 SWITCHES = {"tail": "TAIL", "pdl": "PDL", "heads": "HEADS_FIRST", "late": "LATE_EXACT", "quad": "QUAD_VECTORS", "persistent": "PERSISTENT",
-            "stores": "PLAIN_STORES", "ordered": "ORDERED"}
+            "stores": "PLAIN_STORES", "ordered": "ORDERED", "light": "LIGHT"}
 VARIANTS = {
     "base": "",
     "tail": "tail",
@@ -37,10 +37,10 @@ VARIANTS = {
     "late": "late",
     "quad": "quad",
     "persistent": "persistent",
-    "persistent+stores": "persistent stores",
+    "persistent+light": "persistent light",
     "small": "tail pdl heads late quad stores",
     "all": "tail pdl heads quad persistent stores",
-    "ordered": "tail pdl heads quad persistent stores ordered",
+    "all+": "tail pdl heads quad persistent stores ordered light",
 }
 
 # name: batch, rows of q, rows of k, heads of q, heads of k, head_dim

@@ -277,6 +277,52 @@ class BackwardConsumer {
   SEAL_DEVICE uint32_t grad_out_at(int stage) const { return base_ + Shared::kOffsetGradOut + stage * Config::kBytesQ; }
   SEAL_DEVICE uint32_t ds_at(int buffer) const { return base_ + Shared::kOffsetDs + buffer * Config::kBytesDs; }
 
+  // dS^T of the warpgroup's keys to shared memory, as [queries][keys].
+  SEAL_DEVICE void give_ds(uint32_t ds, const uint32_t (&ds_rows)[kM / 4], uint32_t thread) const {
+    // The lane's row of matrix lane / 8 of a k16 step is query 16 t + lane / 16 * 8 + lane % 8.
+    const uint32_t query = thread % 32 / 16 * 8 + thread % 8, chunk = thread / 32 % 4 * 2 + thread / 8 % 2;
+#pragma unroll
+    for (int t = 0; t < kM / 16; ++t) {
+      stmatrix_transposed(ds + group_ * (kM * kSlabRowBytes) + swizzled(query, chunk) + t * 16 * kSlabRowBytes, ds_rows[4 * t],
+                          ds_rows[4 * t + 1], ds_rows[4 * t + 2], ds_rows[4 * t + 3]);
+    }
+  }
+
+  // A step's dQ to the warp that adds it, once dq_empty says so.
+  SEAL_DEVICE void give_dq(const float (&dq)[Config::kDqFloats], uint32_t thread) {
+    dq_phase_ ^= 1;
+    float* const to = &shared_.dq[group_][thread % 128 / 32 * (Config::kDqFloats * 32) + thread % 32 * 4];
+#pragma unroll
+    for (int i = 0; i < Config::kDqFloats / 4; ++i) {
+      *reinterpret_cast<float4*>(to + i * 128) = make_float4(dq[4 * i], dq[4 * i + 1], dq[4 * i + 2], dq[4 * i + 3]);
+    }
+    __syncwarp();
+    release(&shared_.dq_full[group_]);
+  }
+
+  // A step in which none of this warpgroup's keys is seen: nothing but its share of dQ, from the other's dS.
+  template <class Columns>
+  SEAL_DEVICE void light_step(Columns k_columns) {
+    const int stage = stage_of<kStages>(step_);
+    const uint32_t phase = phase_of<kStages>(step_), thread = index(), ds = ds_at(step_ % 2);
+    const uint32_t nothing[kM / 4] = {};
+    give_ds(ds, nothing, thread);
+    barrier_wait(&shared_.q_full[stage], phase);
+    release(&shared_.q_empty[stage]);
+    barrier_wait(&shared_.do_full[stage], phase);
+    release(&shared_.do_empty[stage]);
+    fence_proxy_async();
+    meet();
+    float dq[Config::kDqFloats];
+    wgmma_fence();
+    product<T, kN>(dq, Operand<Major::kK, kM>::at_uniform(ds + (Config::kSplitRows ? group_ * 64 * kSlabRowBytes : 0)), k_columns, false);
+    wgmma_commit();
+    wgmma_wait<0>();
+    fence_registers(dq);
+    barrier_wait(&shared_.dq_empty[group_], dq_phase_ ^ 1);
+    give_dq(dq, thread);
+  }
+
   // Steps up to `last` (excluded) as parts of kPart; with kScale those of the exact heads.
   template <BackwardWork kPart>
   SEAL_DEVICE void walk(Part<kPart>, const Task& task, int last) {
@@ -290,12 +336,24 @@ class BackwardConsumer {
     const int begin = uniform_register(task.begin), end = uniform_register(task.end);
     const int full_begin = uniform_register(task.full_begin), full_end = uniform_register(task.full_end);
 
+    // Query tiles before light_end see none of this warpgroup's keys.
+    const int first_key = task.first_key + 64 * static_cast<int>(group_);
+    const int light = p_.window_right < 0 ? 0 : max(0, first_key - task.seq.shift() - p_.window_right) / kM;
+    const int light_end = kLight ? uniform_register(first_key >= task.seq.length_k ? INT32_MAX : light) : 0;
+
     barrier_wait(&shared_.k_full, keys_phase_);
     barrier_wait(&shared_.v_full, keys_phase_);
     bool q_ready = false;  // Q of the step was seen to have arrived
     int m = begin;
     [[maybe_unused]] int head = kPart == BackwardWork::kScale ? task.first_exact_head() : 0;
     for (;; ++step_) {
+      if (kLight && kPart == BackwardWork::kAll && turn<kD>(begin, end, m) < light_end) {
+        light_step(k_columns);
+        q_ready = false;
+        if (++m == end) m = begin;
+        if (step_ == last - 1) break;
+        continue;
+      }
       const int stage = stage_of<kStages>(step_);
       const uint32_t phase = phase_of<kStages>(step_), thread = index();
       const uint32_t q_at = queries_at(stage), grad_at = grad_out_at(stage);
@@ -352,14 +410,8 @@ class BackwardConsumer {
         };
         const auto next_q_ready = [&] { return barrier_peek(&shared_.q_full[stage_of<kStages>(step_ + 1)], phase_of<kStages>(step_ + 1)); };
         if constexpr (kPart == BackwardWork::kAll) {
-          // The lane's row of matrix lane / 8 of a k16 step is query 16 t + lane / 16 * 8 + lane % 8.
           const uint32_t ds = ds_at(step_ % 2);
-          const uint32_t query = thread % 32 / 16 * 8 + thread % 8, chunk = thread / 32 % 4 * 2 + thread / 8 % 2;
-#pragma unroll
-          for (int t = 0; t < kM / 16; ++t) {
-            stmatrix_transposed(ds + group_ * (kM * kSlabRowBytes) + swizzled(query, chunk) + t * 16 * kSlabRowBytes, ds_rows[4 * t],
-                                ds_rows[4 * t + 1], ds_rows[4 * t + 2], ds_rows[4 * t + 3]);
-          }
+          give_ds(ds, ds_rows, thread);
           multiply_dv();
           fence_proxy_async();
           // dQ needs dS of both warpgroups. A buffer of dS is written again two steps on, after the next barrier, which a
@@ -377,14 +429,7 @@ class BackwardConsumer {
           wgmma_wait<1>();  // dQ
           fence_registers(dq);
           if (!dq_free) barrier_wait(&shared_.dq_empty[group_], dq_phase_ ^ 1);
-          dq_phase_ ^= 1;
-          float* const to = &shared_.dq[group_][thread % 128 / 32 * (Config::kDqFloats * 32) + thread % 32 * 4];
-#pragma unroll
-          for (int i = 0; i < Config::kDqFloats / 4; ++i) {
-            *reinterpret_cast<float4*>(to + i * 128) = make_float4(dq[4 * i], dq[4 * i + 1], dq[4 * i + 2], dq[4 * i + 3]);
-          }
-          __syncwarp();
-          release(&shared_.dq_full[group_]);
+          give_dq(dq, thread);
         } else {
           multiply_dv();
           multiply_dk();

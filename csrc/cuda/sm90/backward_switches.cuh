@@ -25,12 +25,16 @@
 #ifndef SEAL_BACKWARD_ORDERED  // deterministic mode with the persistent kernel: dQ added up in the order of the keys
 #define SEAL_BACKWARD_ORDERED 0
 #endif
+#ifndef SEAL_BACKWARD_LIGHT  // persistent kernel: steps in which none of a warpgroup's keys is seen make dQ only
+#define SEAL_BACKWARD_LIGHT 0
+#endif
 
 namespace seal::sm90 {
 
 constexpr bool kTailSwitch = SEAL_BACKWARD_TAIL, kPdl = SEAL_BACKWARD_PDL, kHeadsFirst = SEAL_BACKWARD_HEADS_FIRST;
 constexpr bool kLateExact = SEAL_BACKWARD_LATE_EXACT, kQuadVectors = SEAL_BACKWARD_QUAD_VECTORS;
 constexpr bool kPersistent = SEAL_BACKWARD_PERSISTENT, kPlainStores = SEAL_BACKWARD_PLAIN_STORES;
+constexpr bool kLight = SEAL_BACKWARD_LIGHT;
 constexpr bool kOrdered = SEAL_BACKWARD_ORDERED && kPersistent;
 
 }  // namespace seal::sm90
