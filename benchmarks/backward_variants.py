@@ -27,37 +27,34 @@ DEVICE = "cuda"
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-SWITCHES = {"tail": "TAIL", "pdl": "PDL", "heads": "HEADS_FIRST", "late": "LATE_EXACT", "quad": "QUAD_VECTORS", "persistent": "PERSISTENT",
-            "stores": "PLAIN_STORES", "ordered": "ORDERED", "light": "LIGHT"}
+SWITCHES = {"fill": "FILL", "divisors": "DIVISORS", "pdl": "PDL", "heads": "HEADS_FIRST", "late": "LATE_EXACT", "quad": "QUAD_VECTORS",
+            "persistent": "PERSISTENT", "stores": "PLAIN_STORES", "ordered": "ORDERED", "light": "LIGHT"}
+CORE = "pdl heads quad stores"
 VARIANTS = {
     "base": "",
-    "tail": "tail",
-    "pdl": "pdl",
-    "heads": "heads",
-    "late": "late",
-    "quad": "quad",
-    "persistent": "persistent",
-    "persistent+light": "persistent light",
-    "small": "tail pdl heads late quad stores",
-    "all": "tail pdl heads quad persistent stores",
-    "all+": "tail pdl heads quad persistent stores ordered light",
+    "small": f"{CORE} late fill divisors",
+    "core": f"{CORE} persistent",
+    "fill": f"{CORE} persistent fill",
+    "divisors": f"{CORE} persistent fill divisors",
+    "light": f"{CORE} persistent fill divisors light",
+    "ordered": f"{CORE} persistent fill divisors light ordered",
 }
 
 # name: batch, rows of q, rows of k, heads of q, heads of k, head_dim
 SHAPES = {
+    "hd128-8k": (4, 8192, 8192, 32, 8, 128),
+    "hd128-8k-deterministic": (4, 8192, 8192, 32, 8, 128),
     "hd128-mha-1k": (32, 1024, 1024, 32, 32, 128),
     "hd128-mha-4k": (8, 4096, 4096, 32, 32, 128),
     "hd128-2k": (16, 2048, 2048, 32, 8, 128),
-    "hd128-8k": (4, 8192, 8192, 32, 8, 128),
     "hd128-8k-64": (2, 8192, 8192, 64, 8, 128),
-    "hd128-32k": (1, 32768, 32768, 32, 8, 128),
+    "hd64-4k": (8, 4096, 4096, 64, 64, 64),
+    "hd64-4k-deterministic": (8, 4096, 4096, 64, 64, 64),
     "hd128-8k-b1": (1, 8192, 8192, 32, 8, 128),
     "hd128-2k-b1": (1, 2048, 2048, 32, 8, 128),
-    "hd64-4k": (8, 4096, 4096, 64, 64, 64),
     "hd64-16k": (2, 16384, 16384, 64, 64, 64),
     "hd256-8k": (4, 8192, 8192, 16, 16, 256),
-    "hd128-8k-deterministic": (4, 8192, 8192, 32, 8, 128),
-    "hd64-4k-deterministic": (8, 4096, 4096, 64, 64, 64),
+    "hd128-32k": (1, 32768, 32768, 32, 8, 128),
 }
 
 
@@ -418,7 +415,7 @@ def time_variants(libraries: dict[str, ctypes.CDLL], names: list[str], budget_ms
         for run in calls.values():
             run()
         torch.cuda.synchronize()
-        times = timing.in_turn(calls, clock, budget_ms)
+        times = timing.in_turn(calls, clock, budget_ms, rounds=5)
         batch, rows, _, heads, _, dim = SHAPES[name]
         flops = 2.5 * 4 * batch * heads * dim * rows * rows / 2
         table[name] = {variant: flops / t.median / 1e9 for variant, t in times.items()}

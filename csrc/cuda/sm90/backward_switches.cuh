@@ -1,8 +1,11 @@
 // Changes to the attention backward under measurement (benchmarks/backward_variants.py): each off until it has been measured.
 #pragma once
 
-#ifndef SEAL_BACKWARD_TAIL  // a wide last section of tiles; divisors of the group as heads to a CTA
-#define SEAL_BACKWARD_TAIL 0
+#ifndef SEAL_BACKWARD_FILL  // sections of as many pairs as fill the multiprocessors
+#define SEAL_BACKWARD_FILL 0
+#endif
+#ifndef SEAL_BACKWARD_DIVISORS  // divisors of the group as heads to a CTA
+#define SEAL_BACKWARD_DIVISORS 0
 #endif
 #ifndef SEAL_BACKWARD_PDL  // programmatic dependent launch of all kernels but the first
 #define SEAL_BACKWARD_PDL 0
@@ -31,7 +34,8 @@
 
 namespace seal::sm90 {
 
-constexpr bool kTailSwitch = SEAL_BACKWARD_TAIL, kPdl = SEAL_BACKWARD_PDL, kHeadsFirst = SEAL_BACKWARD_HEADS_FIRST;
+constexpr bool kFill = SEAL_BACKWARD_FILL, kDivisors = SEAL_BACKWARD_DIVISORS;
+constexpr bool kPdl = SEAL_BACKWARD_PDL, kHeadsFirst = SEAL_BACKWARD_HEADS_FIRST;
 constexpr bool kLateExact = SEAL_BACKWARD_LATE_EXACT, kQuadVectors = SEAL_BACKWARD_QUAD_VECTORS;
 constexpr bool kPersistent = SEAL_BACKWARD_PERSISTENT, kPlainStores = SEAL_BACKWARD_PLAIN_STORES;
 constexpr bool kLight = SEAL_BACKWARD_LIGHT;
