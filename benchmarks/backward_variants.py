@@ -28,7 +28,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 SWITCHES = {"fill": "FILL", "divisors": "DIVISORS", "pdl": "PDL", "heads": "HEADS_FIRST", "late": "LATE_EXACT", "quad": "QUAD_VECTORS",
-            "persistent": "PERSISTENT", "stores": "PLAIN_STORES", "ordered": "ORDERED", "light": "LIGHT"}
+            "persistent": "PERSISTENT", "stores": "PLAIN_STORES", "ordered": "ORDERED", "light": "LIGHT", "copy": "COPY_OUT"}
 CORE = "pdl heads quad stores"
 VARIANTS = {
     "base": "",
@@ -37,7 +37,8 @@ VARIANTS = {
     "fill": f"{CORE} persistent fill",
     "divisors": f"{CORE} persistent fill divisors",
     "light": f"{CORE} persistent fill divisors light",
-    "ordered": f"{CORE} persistent fill divisors light ordered",
+    "copy": f"{CORE} persistent fill divisors copy",
+    "ordered": f"{CORE} persistent fill divisors light copy ordered",
 }
 
 # name: batch, rows of q, rows of k, heads of q, heads of k, head_dim

@@ -170,6 +170,7 @@ SEAL_DEVICE void lean_product(float (&acc)[kAcc], Operand<kMajorA, kRowsA> a, Op
 
 struct BackwardMaps {
   CUtensorMap q, k, v, grad_out, unscaled_grad_out;
+  CUtensorMap grad_k, grad_v;  // for boxes of 16 rows
 };
 
 // Stage of a ring and parity of its round in step `step`.

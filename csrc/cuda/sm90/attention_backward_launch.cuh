@@ -47,6 +47,13 @@ inline cudaError_t make_maps(BackwardMaps* maps, const BackwardKernelParams& p, 
   SEAL_RETURN_IF_ERROR(make_tile_map(&maps->grad_out, tile_source(p, grad_out, p.seqlen_q, p.heads_q), p.half, packed, query_rows));
   SEAL_RETURN_IF_ERROR(make_tile_map(&maps->unscaled_grad_out, tile_source(p, p.grad_out, p.seqlen_q, p.heads_q), p.half, packed, query_rows));
   SEAL_RETURN_IF_ERROR(make_tile_map(&maps->k, tile_source(p, p.k, p.seqlen_k, p.heads_k), p.half, packed, key_rows));
+  const int64_t key_row = static_cast<int64_t>(p.heads_k) * p.head_dim;
+  const auto make_output = [&](CUtensorMap* map, void* data) {
+    if (data == nullptr) return cudaSuccess;
+    return make_tile_map(map, tile_source(p, {data, key_row * p.seqlen_k, key_row, p.head_dim}, p.seqlen_k, p.heads_k), p.half, packed, 16);
+  };
+  SEAL_RETURN_IF_ERROR(make_output(&maps->grad_k, p.grad_k));
+  SEAL_RETURN_IF_ERROR(make_output(&maps->grad_v, p.grad_v));
   return make_tile_map(&maps->v, tile_source(p, p.v, p.seqlen_k, p.heads_k), p.half, packed, key_rows);
 }
 

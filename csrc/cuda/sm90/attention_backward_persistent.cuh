@@ -61,6 +61,8 @@ struct PersistentShared {
 
   static constexpr uint32_t kOffsetV = Config::kBytesKv, kOffsetQ = 2 * Config::kBytesKv;
   static constexpr uint32_t kOffsetGradOut = kOffsetQ + kStages * Config::kBytesQ, kOffsetDs = kOffsetGradOut + kStages * Config::kBytesQ;
+  static constexpr uint32_t kOffsetDq = kOffsetDs + Config::kDsBuffers * Config::kBytesDs;
+  static_assert(sizeof(ds) >= Config::kBytesKv && sizeof(dq) >= Config::kBytesKv, "room for dV and dK on their way out");
 };
 
 // Steps of a task: those of all its heads, and those of its exact heads once more.
@@ -219,15 +221,15 @@ class BackwardConsumer {
   using Part = std::integral_constant<BackwardWork, kPart>;
 
  public:
-  SEAL_DEVICE BackwardConsumer(Shared& shared, uint32_t base, const BackwardKernelParams& p)
-      : shared_(shared), p_(p), base_(base), group_(uniform_register(threadIdx.x) / 128 - 1), lane_(threadIdx.x % 32) {}
+  SEAL_DEVICE BackwardConsumer(Shared& shared, uint32_t base, const BackwardKernelParams& p, const BackwardMaps& maps)
+      : shared_(shared), p_(p), maps_(maps), base_(base), group_(uniform_register(threadIdx.x) / 128 - 1), lane_(threadIdx.x % 32) {}
 
   SEAL_DEVICE void run() {
     for (int count = 0;; ++count) {
       const int slot = stage_of<2>(count);
       barrier_wait(&shared_.task_full[slot], phase_of<2>(count));
       const Task& task = shared_.task[slot];
-      if (!task.any) return;
+      if (!task.any) break;
       const int steps = steps_of<Config>(p_, task), exact_steps = task.exact_steps();
       clear(dk_);
       clear(dv_);
@@ -238,6 +240,7 @@ class BackwardConsumer {
         clear(dv_);
       }
       if (exact_steps > 0) {
+        wait_for_leaving();
         walk(Part<BackwardWork::kScale>(), task, step_ + exact_steps);
         release_keys();
       } else {
@@ -246,6 +249,7 @@ class BackwardConsumer {
       __syncwarp();
       release(&shared_.task_empty[slot]);
     }
+    if (kCopyOut && lane_ == 0) bulk_wait();
   }
 
  private:
@@ -306,6 +310,7 @@ class BackwardConsumer {
     const int stage = stage_of<kStages>(step_);
     const uint32_t phase = phase_of<kStages>(step_), thread = index(), ds = ds_at(step_ % 2);
     const uint32_t nothing[kM / 4] = {};
+    wait_for_leaving();
     give_ds(ds, nothing, thread);
     barrier_wait(&shared_.q_full[stage], phase);
     release(&shared_.q_empty[stage]);
@@ -411,6 +416,7 @@ class BackwardConsumer {
         const auto next_q_ready = [&] { return barrier_peek(&shared_.q_full[stage_of<kStages>(step_ + 1)], phase_of<kStages>(step_ + 1)); };
         if constexpr (kPart == BackwardWork::kAll) {
           const uint32_t ds = ds_at(step_ % 2);
+          wait_for_leaving();
           give_ds(ds, ds_rows, thread);
           multiply_dv();
           fence_proxy_async();
@@ -459,15 +465,60 @@ class BackwardConsumer {
   // ---- the results
 
   SEAL_DEVICE void store(const Task& task) {
+    wait_for_leaving();
     meet();  // both warpgroups are done with dS
     if (p_.splits > 1) {
       store_partial(task, dk_, p_.dk_partial);
       store_partial(task, dv_, p_.dv_partial);
       return;
     }
+    if (kCopyOut && p_.cos == nullptr) {
+      if (p_.grad_v != nullptr) copy_out(task, dv_, Shared::kOffsetDs, &maps_.grad_v, 1.f);
+      if (Config::kWork != BackwardWork::kValue && p_.grad_k != nullptr) {
+        // The last dQ has been read.
+        barrier_wait(&shared_.dq_empty[0], dq_phase_ ^ 1);
+        barrier_wait(&shared_.dq_empty[1], dq_phase_ ^ 1);
+        copy_out(task, dk_, Shared::kOffsetDq, &maps_.grad_k, p_.softmax_scale);
+      }
+      leaving_ = true;
+      return;
+    }
     if (p_.grad_v != nullptr) store_rows_of(task, dv_, p_.grad_v, 1.f, false);
     if (Config::kWork != BackwardWork::kValue && p_.grad_k != nullptr) store_rows_of(task, dk_, p_.grad_k, p_.softmax_scale, p_.cos != nullptr);
     meet();  // nobody still reads what the next tile's dS is written over
+  }
+
+  // Sends the warp's 16 rows of an accumulator, times `factor`, on their way through the shared memory at `offset`, which is laid
+  // out as a tile of keys.
+  SEAL_DEVICE void copy_out(const Task& task, const float (&accumulator)[kD / 2], uint32_t offset, const CUtensorMap* map, float factor) const {
+    const uint32_t warp = index() / 32, start = base_ + offset + swizzled(16 * warp + lane_ % 16, lane_ / 16);
+#pragma unroll
+    for (int pair = 0; pair < kD / 16; ++pair) {  // 16 columns: two accumulator groups of 8
+      const auto two = [&](int i) { return pack<T>(accumulator[8 * pair + i] * factor, accumulator[8 * pair + i + 1] * factor); };
+      stmatrix((start ^ (pair % 4 << 5)) + pair / 4 * (kN * kSlabRowBytes), two(0), two(2), two(4), two(6));
+    }
+    fence_proxy_async();
+    __syncwarp();
+    const int row = task.first_key + 16 * warp;
+    if (lane_ != 0) return;
+    if (row < task.seq.length_k) {  // a box must hold a row
+      const bool packed = p_.cu_seqlens_k != nullptr;
+      const RowCoordinates at(packed, 16, row, task.seq.length_k, packed ? task.seq.first_k : task.batch_row);
+#pragma unroll
+      for (int slab = 0; slab < slabs(kD); ++slab) {
+        const uint32_t from = offset + (slab * kN + 16 * warp) * kSlabRowBytes;
+        tma_store(map, reinterpret_cast<const char*>(&shared_) + from, slab * kSlabColumns, task.head_k, at);
+      }
+    }
+    bulk_commit();
+  }
+  // Before ds or dq are written again.
+  SEAL_DEVICE void wait_for_leaving() {
+    if (!kCopyOut || !leaving_) return;
+    if (lane_ == 0) bulk_wait_read();
+    __syncwarp();
+    meet();
+    leaving_ = false;
   }
 
   SEAL_DEVICE void store_partial(const Task& task, const float (&accumulator)[kD / 2], float* partial) const {
@@ -508,11 +559,13 @@ class BackwardConsumer {
 
   Shared& shared_;
   const BackwardKernelParams& p_;
+  const BackwardMaps& maps_;
   const uint32_t base_;   // address of shared_
   const uint32_t group_;  // which 64 keys
   const int lane_;
   int step_ = 0;              // of all tiles
   uint32_t keys_phase_ = 0, dq_phase_ = 0;
+  bool leaving_ = false;  // dK and dV of the tile before may still be on their way out of ds and dq
 
   float dk_[kD / 2], dv_[kD / 2];
 };
@@ -565,7 +618,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
     }
   } else {
     registers_grow<Config::kConsumerRegisters>();
-    BackwardConsumer<Config>(shared, base, p).run();
+    BackwardConsumer<Config>(shared, base, p, maps).run();
   }
 }
 

@@ -31,6 +31,9 @@
 #ifndef SEAL_BACKWARD_LIGHT  // persistent kernel: steps in which none of a warpgroup's keys is seen make dQ only
 #define SEAL_BACKWARD_LIGHT 0
 #endif
+#ifndef SEAL_BACKWARD_COPY_OUT  // persistent kernel: dK and dV that are not rotated leave by the copy engine, under the next tile
+#define SEAL_BACKWARD_COPY_OUT 0
+#endif
 
 namespace seal::sm90 {
 
@@ -38,7 +41,7 @@ constexpr bool kFill = SEAL_BACKWARD_FILL, kDivisors = SEAL_BACKWARD_DIVISORS;
 constexpr bool kPdl = SEAL_BACKWARD_PDL, kHeadsFirst = SEAL_BACKWARD_HEADS_FIRST;
 constexpr bool kLateExact = SEAL_BACKWARD_LATE_EXACT, kQuadVectors = SEAL_BACKWARD_QUAD_VECTORS;
 constexpr bool kPersistent = SEAL_BACKWARD_PERSISTENT, kPlainStores = SEAL_BACKWARD_PLAIN_STORES;
-constexpr bool kLight = SEAL_BACKWARD_LIGHT;
+constexpr bool kLight = SEAL_BACKWARD_LIGHT, kCopyOut = SEAL_BACKWARD_COPY_OUT;
 constexpr bool kOrdered = SEAL_BACKWARD_ORDERED && kPersistent;
 
 }  // namespace seal::sm90
