@@ -27,36 +27,35 @@ DEVICE = "cuda"
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-SWITCHES = {"tail": "TAIL", "pdl": "PDL", "heads": "HEADS_FIRST", "late": "LATE_EXACT", "quad": "QUAD_VECTORS", "persistent": "PERSISTENT",
-            "stores": "PLAIN_STORES"}
+SWITCHES = {"fill": "FILL", "divisors": "DIVISORS", "pdl": "PDL", "heads": "HEADS_FIRST", "late": "LATE_EXACT", "quad": "QUAD_VECTORS",
+            "persistent": "PERSISTENT", "stores": "PLAIN_STORES", "ordered": "ORDERED", "light": "LIGHT", "copy": "COPY_OUT"}
+CORE = "pdl heads quad stores"
 VARIANTS = {
     "base": "",
-    "tail": "tail",
-    "pdl": "pdl",
-    "heads": "heads",
-    "late": "late",
-    "quad": "quad",
-    "persistent": "persistent",
-    "persistent+stores": "persistent stores",
-    "small": "tail pdl heads late quad stores",
-    "all": "tail pdl heads quad persistent stores",
+    "small": f"{CORE} late fill divisors",
+    "core": f"{CORE} persistent",
+    "fill": f"{CORE} persistent fill",
+    "divisors": f"{CORE} persistent fill divisors",
+    "light": f"{CORE} persistent fill divisors light",
+    "copy": f"{CORE} persistent fill divisors copy",
+    "ordered": f"{CORE} persistent fill divisors light copy ordered",
 }
 
 # name: batch, rows of q, rows of k, heads of q, heads of k, head_dim
 SHAPES = {
+    "hd128-8k": (4, 8192, 8192, 32, 8, 128),
+    "hd128-8k-deterministic": (4, 8192, 8192, 32, 8, 128),
     "hd128-mha-1k": (32, 1024, 1024, 32, 32, 128),
     "hd128-mha-4k": (8, 4096, 4096, 32, 32, 128),
     "hd128-2k": (16, 2048, 2048, 32, 8, 128),
-    "hd128-8k": (4, 8192, 8192, 32, 8, 128),
     "hd128-8k-64": (2, 8192, 8192, 64, 8, 128),
-    "hd128-32k": (1, 32768, 32768, 32, 8, 128),
+    "hd64-4k": (8, 4096, 4096, 64, 64, 64),
+    "hd64-4k-deterministic": (8, 4096, 4096, 64, 64, 64),
     "hd128-8k-b1": (1, 8192, 8192, 32, 8, 128),
     "hd128-2k-b1": (1, 2048, 2048, 32, 8, 128),
-    "hd64-4k": (8, 4096, 4096, 64, 64, 64),
     "hd64-16k": (2, 16384, 16384, 64, 64, 64),
     "hd256-8k": (4, 8192, 8192, 16, 16, 256),
-    "hd128-8k-deterministic": (4, 8192, 8192, 32, 8, 128),
-    "hd64-4k-deterministic": (8, 4096, 4096, 64, 64, 64),
+    "hd128-32k": (1, 32768, 32768, 32, 8, 128),
 }
 
 
@@ -162,7 +161,7 @@ class Call:
             angles = torch.arange(max(rows_q, rows_k), device=DEVICE).double()[:, None] * 10_000.0 ** (-torch.arange(rotary // 2, device=DEVICE).double() / (rotary // 2))
             self.cos, self.sin = angles.cos().float(), angles.sin().float()
         self.softmax_scale = dim**-0.5
-        self.grads = grads
+        self.grads, self.deterministic = grads, deterministic
         sequences = len(cu[0]) - 1 if cu else batch
         left = window - 1 if window > 0 else -1
         self.numbers = (ctypes.c_longlong * 14)(sequences, rows_q, rows_k, heads_q, heads_k, dim, left, 0 if causal else -1, deterministic, rotary,
@@ -303,7 +302,7 @@ def check(library: ctypes.CDLL, call: Call, compared: list[tuple[int, slice, sli
         call.prepare()
         call.bind(library)()
         torch.cuda.synchronize()
-        again = [t for letter, t in call.results.items() if letter != "q" and t is not None]
+        again = [t for letter, t in call.results.items() if (letter != "q" or call.deterministic) and t is not None]
         if first is not None and not all(torch.equal(x.view(torch.uint8), y.view(torch.uint8)) for x, y in zip(first, again)):
             repeat = 1.0
         first = again
@@ -355,6 +354,10 @@ def ugly() -> dict[str, Call]:
             f"hd{dim} values only": Call((2, 300, 300, 4, 2, dim), scale="zeros", grads="vs", enough_ctas=1),
             f"hd{dim} scale only": Call((2, 300, 300, 4, 2, dim), scale="zeros", grads="s", enough_ctas=1),
             f"hd{dim} deterministic": Call((2, 500, 500, 4, 2, dim), deterministic=True),
+            f"hd{dim} deterministic, chained": Call((2, 1100, 1100, 4, 2, dim), deterministic=True, enough_ctas=1, multiprocessors=6),
+            f"hd{dim} deterministic, window": Call((1, 1023, 1300, 4, 2, dim), deterministic=True, window=300, enough_ctas=9),
+            f"hd{dim} deterministic, packed": Call((1, long[-1], long[-1], 4, 2, dim), cu=(long, long), deterministic=True, enough_ctas=1,
+                                                   multiprocessors=7),
         }
     return calls
 
@@ -413,7 +416,7 @@ def time_variants(libraries: dict[str, ctypes.CDLL], names: list[str], budget_ms
         for run in calls.values():
             run()
         torch.cuda.synchronize()
-        times = timing.in_turn(calls, clock, budget_ms)
+        times = timing.in_turn(calls, clock, budget_ms, rounds=5)
         batch, rows, _, heads, _, dim = SHAPES[name]
         flops = 2.5 * 4 * batch * heads * dim * rows * rows / 2
         table[name] = {variant: flops / t.median / 1e9 for variant, t in times.items()}

@@ -10,6 +10,9 @@ Known, one by one:
 * `shared.p` of attention_backward_wide: one warpgroup hands P to the other through two mbarriers, p_full and p_empty. Each warp
   ends its accesses with __syncwarp and one lane arrives for all 32; racecheck credits the order to that lane alone.
   Known only where both accesses stand on lines with exactly that expression.
+* The tile (and its scale row) of the forward, the task of the backward's main kernel: the warp that picks them hands them to all
+  others through two mbarriers, full and empty; again each warp ends its accesses with __syncwarp and one lane arrives.
+  Known only where every write is by that warp's own functions, and every other access reads.
 """
 import pathlib
 import re
@@ -19,6 +22,7 @@ BULK = "bulk_load"
 COPIED = re.compile(r"\b(lse2|delta)(_row)?\b")
 READER = "read_columns<"
 HANDED_OVER = "shared_.p[step_ & 1][i][thread_]"
+PICKERS = re.compile(r"^(?:\w+ )*seal::sm90::(?:produce_tiles<|produce_tasks<|BackwardTask<.*>::find)")
 
 
 def hazards(text: str) -> list[str]:
@@ -49,6 +53,9 @@ def known(hazard: str, csrc: pathlib.Path) -> bool:
     others = [line for said, line in found if BULK not in said]
     if len(others) < len(found):
         return len(others) > 0 and all(COPIED.search(line) or READER in said for said, line in found if BULK not in said)
+    writes = [said for said, _ in found if hazard.split(said)[0].endswith("Write access at ")]
+    if writes and len(writes) < len(found) and all(PICKERS.match(said) for said in writes):
+        return not any(PICKERS.match(said) for said, _ in found if said not in writes)
     return "attention_backward_wide" in hazard and len(others) >= 2 and all(HANDED_OVER in line for line in others)
 
 

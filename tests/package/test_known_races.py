@@ -20,8 +20,11 @@ def access(line, kind="Read", kernel="attention_backward_wide"):
 @pytest.mark.parametrize("first, second, known", [
     (COPY, access(1), True), (access(1), COPY, True), (COPY, access(3), False), (COPY, access(99), False),
     (COPY, access(3, kernel="read_columns"), True),
+    (access(1, "Write", "produce_tiles"), access(3, kernel="Consumer"), True),
+    (access(3, "Write", "Consumer"), access(1, kernel="produce_tiles"), False),
+    (access(1, "Write", "produce_tiles"), access(3, kernel="produce_tiles"), False),
     (access(2), access(2, "Write"), True), (access(2), access(3, "Write"), False), (access(2, kernel="rope"), access(2, "Write", "rope"), False),
-], ids=["copied delta", "copied delta, read first", "copied scale", "no such line", "a vector's reader", "P handed over", "P and another", "another kernel"])
+], ids=["copied delta", "copied delta, read first", "copied scale", "no such line", "a vector's reader", "a tile handed over", "written by a reader", "read by the picker", "P handed over", "P and another", "another kernel"])
 def test_reports(tmp_path, first, second, known):
     (tmp_path / "csrc").mkdir()
     (tmp_path / "csrc/kernel.cuh").write_text(SOURCE)

@@ -51,19 +51,21 @@ size_t plan(const AttentionBackwardParams& params, BackwardKernelParams* p) {
   for (int heads = 2; heads <= std::min(group, kMostHeads); ++heads) {
     if (group % heads == 0 && key_tiles * (group / heads) >= p->enough_ctas) p->heads_per_cta = heads;
   }
-  if (!kTailSwitch) p->heads_per_cta = key_tiles >= 4 * 132 && group <= kMostHeads ? group : 1;
+  if (!kDivisors) p->heads_per_cta = key_tiles >= 4 * 132 && group <= kMostHeads ? group : 1;
   p->splits = group / p->heads_per_cta;
 
-  // Sections as wide as the rows of their heads stay in L2, not wider than all pairs: the kernels multiply by tiles_k in 32 bits.
-  // The last section is wide enough for four rounds of CTAs: the longest tile of the last pair would otherwise start when
-  // everything else is about to end.
+  // Sections as wide as the rows of their heads stay in L2, and as fill the multiprocessors: of a narrower one the longest
+  // tiles start while another section is at work all the same, and at the end of the launch too late. Not wider than all
+  // pairs: the kernels multiply by tiles_k in 32 bits.
   constexpr int64_t kL2Share = 40 << 20;
   const int64_t pairs = std::max<int64_t>(1, static_cast<int64_t>(packed ? 1 : p->batch) * p->heads_k * p->splits);
   const int64_t pair_bytes = std::max<int64_t>(1, static_cast<int64_t>(p->seqlen_q) * dim * 8 * p->heads_per_cta);
-  p->section = packed ? 1 : static_cast<int32_t>(std::clamp<int64_t>(kL2Share / pair_bytes, 1, pairs));
-  const int64_t last_width = std::max<int64_t>(p->section, 4 * p->multiprocessors / std::max(1, p->tiles_k) + 1);
-  p->last_section = last_width >= pairs ? 0 : static_cast<int32_t>((pairs - last_width) / p->section * p->section);
-  if (!kTailSwitch) p->last_section = INT32_MAX;
+  const int64_t filling = kFill ? p->multiprocessors / std::max(1, p->tiles_k) : 1;
+  // In the order of the keys, few tiles of a pair should be at work at a time: each adds its dQ behind the ones before it.
+  const bool ordered = kOrdered && p->deterministic && p->grad_q && (p->grad_k || p->grad_v) && dim < 256;
+  const int64_t least = ordered ? p->multiprocessors / (dim == 64 ? 4 : 16) : 1;
+  p->section = packed ? 1 : static_cast<int32_t>(std::min(pairs, std::max({kL2Share / pair_bytes, filling, least, int64_t{1}})));
+  p->last_section = kFill ? static_cast<int32_t>((pairs / p->section - 1) * p->section) : INT32_MAX;  // with what is left over
 
   const bool need_products = p->grad_q || p->grad_k || p->grad_v, need_keys = p->grad_k || p->grad_v;
   const bool need_rows = need_products || p->grad_scale;
@@ -73,7 +75,8 @@ size_t plan(const AttentionBackwardParams& params, BackwardKernelParams* p) {
   p->task_counter = kPersistent ? reinterpret_cast<int32_t*>(arena.floats(1)) : nullptr;
   p->lse2 = need_rows ? arena.floats(p->heads_q * p->padded_rows_q) : nullptr;
   p->delta = need_rows ? arena.floats(p->heads_q * p->padded_rows_q) : nullptr;
-  p->dq = p->grad_q && need_keys && !p->deterministic && dim < 256 ? arena.floats(p->heads_q * p->padded_rows_q * dim) : nullptr;
+  p->dq = p->grad_q && need_keys && (!p->deterministic || ordered) && dim < 256 ? arena.floats(p->heads_q * p->padded_rows_q * dim) : nullptr;
+  p->turns = ordered ? reinterpret_cast<int32_t*>(arena.floats(p->heads_q * p->padded_rows_q / step_rows(dim) * 2)) : nullptr;
   p->dk_partial = p->splits > 1 && p->grad_k ? arena.floats(p->splits * kv_floats) : nullptr;
   p->dv_partial = p->splits > 1 && p->grad_v ? arena.floats(p->splits * kv_floats) : nullptr;
   const int64_t tokens_q = static_cast<int64_t>(p->seqlen_q) * (packed ? 1 : p->batch);

@@ -29,6 +29,7 @@ struct BackwardKernelParams : AttentionBackwardParams {
 
   float *lse2, *delta;         // [heads_q, padded_rows_q]: lse * log2(e) (+inf: no probability), rowsum(g * (out - offset)) - grad_lse
   float* dq;                   // [heads_q, padded_rows_q, D] in accumulator order
+  int32_t* turns;              // [heads_q, padded_rows_q / step_rows, 2]: tiles of keys that have added their dQ; null: in any order
   float *dk_partial, *dv_partial;            // [splits][heads_k, tile_count_k, key_rows * D], accumulator order
   float *dscale_partial, *doffset_partial;   // [tile_count_q, heads_q, D]: columns of g * out, of g
   float* dscale_exact;                       // [tile_count_k, heads_q, D]: columns of V * (P^T g), of the heads that need it
@@ -168,6 +169,7 @@ SEAL_DEVICE void lean_product(float (&acc)[kAcc], Operand<kMajorA, kRowsA> a, Op
 
 struct BackwardMaps {
   CUtensorMap q, k, v, grad_out, unscaled_grad_out;
+  CUtensorMap grad_k, grad_v;  // for boxes of 16 rows
 };
 
 // Stage of a ring and parity of its round in step `step`.
@@ -254,6 +256,8 @@ SEAL_DEVICE void store_rows(const BackwardKernelParams& p, const float* tile, in
 
 // The head_dim of the kernels that serve `head_dim`: the copy engine fills the channels beyond it with zeros.
 constexpr int padded_head_dim(int head_dim) { return head_dim <= 64 ? 64 : head_dim <= 128 ? 128 : 256; }
+// Queries of a step of the main kernel.
+constexpr int step_rows(int padded_head_dim) { return padded_head_dim == 64 ? 128 : 64; }
 // Keys of a tile of the main kernel.
 constexpr int key_rows(int padded_head_dim) { return padded_head_dim == 256 ? 64 : kTileRows; }
 

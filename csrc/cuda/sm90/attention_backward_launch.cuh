@@ -38,9 +38,6 @@ inline TileSource tile_source(const BackwardKernelParams& p, const BackwardTenso
   return {t.data, p.cu_seqlens_q != nullptr ? 1 : p.batch, rows, heads, p.head_dim, t.batch_stride, t.row_stride, t.head_stride};
 }
 
-// Queries of a step of the main kernel.
-constexpr int step_rows(int padded_head_dim) { return padded_head_dim == 64 ? 128 : 64; }
-
 inline cudaError_t make_maps(BackwardMaps* maps, const BackwardKernelParams& p, int query_rows, int key_rows) {
   const bool packed = p.cu_seqlens_q != nullptr;
   SEAL_RETURN_IF_ERROR(make_tile_map(&maps->q, tile_source(p, p.q, p.seqlen_q, p.heads_q), p.half, packed, query_rows));
@@ -50,6 +47,13 @@ inline cudaError_t make_maps(BackwardMaps* maps, const BackwardKernelParams& p, 
   SEAL_RETURN_IF_ERROR(make_tile_map(&maps->grad_out, tile_source(p, grad_out, p.seqlen_q, p.heads_q), p.half, packed, query_rows));
   SEAL_RETURN_IF_ERROR(make_tile_map(&maps->unscaled_grad_out, tile_source(p, p.grad_out, p.seqlen_q, p.heads_q), p.half, packed, query_rows));
   SEAL_RETURN_IF_ERROR(make_tile_map(&maps->k, tile_source(p, p.k, p.seqlen_k, p.heads_k), p.half, packed, key_rows));
+  const int64_t key_row = static_cast<int64_t>(p.heads_k) * p.head_dim;
+  const auto make_output = [&](CUtensorMap* map, void* data) {
+    if (data == nullptr) return cudaSuccess;
+    return make_tile_map(map, tile_source(p, {data, key_row * p.seqlen_k, key_row, p.head_dim}, p.seqlen_k, p.heads_k), p.half, packed, 16);
+  };
+  SEAL_RETURN_IF_ERROR(make_output(&maps->grad_k, p.grad_k));
+  SEAL_RETURN_IF_ERROR(make_output(&maps->grad_v, p.grad_v));
   return make_tile_map(&maps->v, tile_source(p, p.v, p.seqlen_k, p.heads_k), p.half, packed, key_rows);
 }
 
@@ -83,7 +87,7 @@ cudaError_t launch_query(const BackwardKernelParams& p, cudaStream_t stream) {
   constexpr int kBytes = sizeof(QueryShared<kD, kN>) + 1024;
   void (*const kernel)(BackwardKernelParams, BackwardMaps) = attention_backward_query<T, kD, kN>;
   SEAL_RETURN_IF_ERROR(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes));
-  return launch_dependent(kernel, dim3(static_cast<unsigned>(p.tile_count_q * p.heads_q)), 384, kBytes, stream, p, maps);
+  return launch_dependent(kernel, dim3(static_cast<unsigned>(p.tile_count_q * p.heads_q)), QueryShared<kD, kN>::kThreads, kBytes, stream, p, maps);
 }
 
 template <class T, int kD, int kRows, bool kSplitRows>

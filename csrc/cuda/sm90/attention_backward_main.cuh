@@ -113,10 +113,6 @@ SEAL_DEVICE void publish_exact_heads(const BackwardKernelParams& p, Shared& shar
   if (threadIdx.x % 32 == 0) barrier_arrive(&shared.exact_known);
 }
 
-// Named barriers of the kernels of keys; 0 is __syncthreads.
-constexpr uint32_t kBarrierConsumers = 1;  // both consumer warpgroups
-constexpr uint32_t kBarrierValues = 2;     // the one that makes dV (attention_backward_wide.cuh)
-
 // dscale of one head from one tile of kRows keys: the columns of V * (P^T g), summed over the rows, by the kWarps warps from
 // thread 128 on, which hold 16 rows each. `v`: the tile in shared memory; `scratch`: kWarps * kD floats there; `barrier`: of those
 // warps.

@@ -48,7 +48,7 @@ struct PersistentShared {
   char ds[Config::kDsBuffers][Config::kBytesDs];     // [queries][keys]; between the tiles: dK and dV on their way out
   float dq[2][kBlockM * Config::kHeadDim / 2];       // a step's dQ on its way to global memory, each warpgroup's half in accumulator order
   Task task[2];
-  int counts[4];  // of the roles that have no register left for them
+  int counts[6];  // of the roles that have no register left for them
   alignas(16) float lse2[kStages][kBlockM], delta[kStages][kBlockM];  // filled by bulk copies
   uint64_t task_full[2], task_empty[2], task_wanted;
   uint64_t k_full, k_empty, v_full, v_empty;
@@ -61,6 +61,8 @@ struct PersistentShared {
 
   static constexpr uint32_t kOffsetV = Config::kBytesKv, kOffsetQ = 2 * Config::kBytesKv;
   static constexpr uint32_t kOffsetGradOut = kOffsetQ + kStages * Config::kBytesQ, kOffsetDs = kOffsetGradOut + kStages * Config::kBytesQ;
+  static constexpr uint32_t kOffsetDq = kOffsetDs + Config::kDsBuffers * Config::kBytesDs;
+  static_assert(sizeof(ds) >= Config::kBytesKv && sizeof(dq) >= Config::kBytesKv, "room for dV and dK on their way out");
 };
 
 // Steps of a task: those of all its heads, and those of its exact heads once more.
@@ -167,29 +169,42 @@ template <class Config>
 SEAL_DEVICE void add_queries(PersistentShared<Config>& shared, const BackwardKernelParams& p, int group) {
   constexpr int kM = Config::kBlockM, kD = Config::kHeadDim;
   const uint64_t keep = policy_evict_last();
-  const int64_t head_floats = p.padded_rows_q * kD;
+  volatile int& count = shared.counts[4 + group];
   uint32_t phase = 0;
-  for (int count = 0;; ++count) {
+  for (count = 0;; count = count + 1) {
     const int slot = stage_of<2>(count);
     barrier_wait(&shared.task_full[slot], phase_of<2>(count));
     const auto& task = shared.task[slot];
     if (!task.any) break;
-    float* out = p.dq + task.first_head * head_floats + task.seq.padded_q * kD + group * (kM * kD / 2);
+    int64_t first_tile = (task.first_head * p.padded_rows_q + task.seq.padded_q) / kM;  // of the head, in the padded space
     int m = task.begin;
     for (int i = steps_of<Config>(p, task); i > 0; --i) {
+      const int tile = turn<kD>(task.begin, task.end, m);
+      int32_t* const turns = p.turns + 2 * (first_tile + tile) + group;
+      if (kOrdered && p.turns != nullptr) {
+        // Of the tiles of keys that see these queries, those before this one have added their dQ.
+        const int first = p.window_left < 0 ? 0 : max(0, tile * kM + task.seq.shift() - p.window_left) / Config::kBlockN;
+        wait_for_count(turns, task.first_key / Config::kBlockN - first);
+        fence_proxy_async_global();
+      }
       barrier_wait(&shared.dq_full[group], phase);
       phase ^= 1;
       fence_proxy_async();
-      bulk_reduce_add(out + static_cast<int64_t>(turn<kD>(task.begin, task.end, m)) * (kM * kD), shared.dq[group], kM * kD * 2, keep);
+      bulk_reduce_add(p.dq + (first_tile + tile) * (kM * kD) + group * (kM * kD / 2), shared.dq[group], kM * kD * 2, keep);
       bulk_commit();
       bulk_wait_read();
       barrier_arrive(&shared.dq_empty[group]);
+      if (kOrdered && p.turns != nullptr) {
+        bulk_wait();
+        fence_proxy_async_global();
+        count_up(turns);
+      }
       if (++m == task.end) {
         m = task.begin;
-        out += head_floats;
+        first_tile += p.padded_rows_q / kM;
       }
     }
-    barrier_arrive(&shared.task_empty[slot]);
+    barrier_arrive(&shared.task_empty[stage_of<2>(count)]);
   }
   bulk_wait();
 }
@@ -206,15 +221,15 @@ class BackwardConsumer {
   using Part = std::integral_constant<BackwardWork, kPart>;
 
  public:
-  SEAL_DEVICE BackwardConsumer(Shared& shared, uint32_t base, const BackwardKernelParams& p)
-      : shared_(shared), p_(p), base_(base), group_(uniform_register(threadIdx.x) / 128 - 1), lane_(threadIdx.x % 32) {}
+  SEAL_DEVICE BackwardConsumer(Shared& shared, uint32_t base, const BackwardKernelParams& p, const BackwardMaps& maps)
+      : shared_(shared), p_(p), maps_(maps), base_(base), group_(uniform_register(threadIdx.x) / 128 - 1), lane_(threadIdx.x % 32) {}
 
   SEAL_DEVICE void run() {
     for (int count = 0;; ++count) {
       const int slot = stage_of<2>(count);
       barrier_wait(&shared_.task_full[slot], phase_of<2>(count));
       const Task& task = shared_.task[slot];
-      if (!task.any) return;
+      if (!task.any) break;
       const int steps = steps_of<Config>(p_, task), exact_steps = task.exact_steps();
       clear(dk_);
       clear(dv_);
@@ -225,6 +240,7 @@ class BackwardConsumer {
         clear(dv_);
       }
       if (exact_steps > 0) {
+        wait_for_leaving();
         walk(Part<BackwardWork::kScale>(), task, step_ + exact_steps);
         release_keys();
       } else {
@@ -233,6 +249,7 @@ class BackwardConsumer {
       __syncwarp();
       release(&shared_.task_empty[slot]);
     }
+    if (kCopyOut && lane_ == 0) bulk_wait();
   }
 
  private:
@@ -264,6 +281,53 @@ class BackwardConsumer {
   SEAL_DEVICE uint32_t grad_out_at(int stage) const { return base_ + Shared::kOffsetGradOut + stage * Config::kBytesQ; }
   SEAL_DEVICE uint32_t ds_at(int buffer) const { return base_ + Shared::kOffsetDs + buffer * Config::kBytesDs; }
 
+  // dS^T of the warpgroup's keys to shared memory, as [queries][keys].
+  SEAL_DEVICE void give_ds(uint32_t ds, const uint32_t (&ds_rows)[kM / 4], uint32_t thread) const {
+    // The lane's row of matrix lane / 8 of a k16 step is query 16 t + lane / 16 * 8 + lane % 8.
+    const uint32_t query = thread % 32 / 16 * 8 + thread % 8, chunk = thread / 32 % 4 * 2 + thread / 8 % 2;
+#pragma unroll
+    for (int t = 0; t < kM / 16; ++t) {
+      stmatrix_transposed(ds + group_ * (kM * kSlabRowBytes) + swizzled(query, chunk) + t * 16 * kSlabRowBytes, ds_rows[4 * t],
+                          ds_rows[4 * t + 1], ds_rows[4 * t + 2], ds_rows[4 * t + 3]);
+    }
+  }
+
+  // A step's dQ to the warp that adds it, once dq_empty says so.
+  SEAL_DEVICE void give_dq(const float (&dq)[Config::kDqFloats], uint32_t thread) {
+    dq_phase_ ^= 1;
+    float* const to = &shared_.dq[group_][thread % 128 / 32 * (Config::kDqFloats * 32) + thread % 32 * 4];
+#pragma unroll
+    for (int i = 0; i < Config::kDqFloats / 4; ++i) {
+      *reinterpret_cast<float4*>(to + i * 128) = make_float4(dq[4 * i], dq[4 * i + 1], dq[4 * i + 2], dq[4 * i + 3]);
+    }
+    __syncwarp();
+    release(&shared_.dq_full[group_]);
+  }
+
+  // A step in which none of this warpgroup's keys is seen: nothing but its share of dQ, from the other's dS.
+  template <class Columns>
+  SEAL_DEVICE void light_step(Columns k_columns) {
+    const int stage = stage_of<kStages>(step_);
+    const uint32_t phase = phase_of<kStages>(step_), thread = index(), ds = ds_at(step_ % 2);
+    const uint32_t nothing[kM / 4] = {};
+    wait_for_leaving();
+    give_ds(ds, nothing, thread);
+    barrier_wait(&shared_.q_full[stage], phase);
+    release(&shared_.q_empty[stage]);
+    barrier_wait(&shared_.do_full[stage], phase);
+    release(&shared_.do_empty[stage]);
+    fence_proxy_async();
+    meet();
+    float dq[Config::kDqFloats];
+    wgmma_fence();
+    product<T, kN>(dq, Operand<Major::kK, kM>::at_uniform(ds + (Config::kSplitRows ? group_ * 64 * kSlabRowBytes : 0)), k_columns, false);
+    wgmma_commit();
+    wgmma_wait<0>();
+    fence_registers(dq);
+    barrier_wait(&shared_.dq_empty[group_], dq_phase_ ^ 1);
+    give_dq(dq, thread);
+  }
+
   // Steps up to `last` (excluded) as parts of kPart; with kScale those of the exact heads.
   template <BackwardWork kPart>
   SEAL_DEVICE void walk(Part<kPart>, const Task& task, int last) {
@@ -277,12 +341,24 @@ class BackwardConsumer {
     const int begin = uniform_register(task.begin), end = uniform_register(task.end);
     const int full_begin = uniform_register(task.full_begin), full_end = uniform_register(task.full_end);
 
+    // Query tiles before light_end see none of this warpgroup's keys.
+    const int first_key = task.first_key + 64 * static_cast<int>(group_);
+    const int light = p_.window_right < 0 ? 0 : max(0, first_key - task.seq.shift() - p_.window_right) / kM;
+    const int light_end = kLight ? uniform_register(first_key >= task.seq.length_k ? INT32_MAX : light) : 0;
+
     barrier_wait(&shared_.k_full, keys_phase_);
     barrier_wait(&shared_.v_full, keys_phase_);
     bool q_ready = false;  // Q of the step was seen to have arrived
     int m = begin;
     [[maybe_unused]] int head = kPart == BackwardWork::kScale ? task.first_exact_head() : 0;
     for (;; ++step_) {
+      if (kLight && kPart == BackwardWork::kAll && turn<kD>(begin, end, m) < light_end) {
+        light_step(k_columns);
+        q_ready = false;
+        if (++m == end) m = begin;
+        if (step_ == last - 1) break;
+        continue;
+      }
       const int stage = stage_of<kStages>(step_);
       const uint32_t phase = phase_of<kStages>(step_), thread = index();
       const uint32_t q_at = queries_at(stage), grad_at = grad_out_at(stage);
@@ -339,14 +415,9 @@ class BackwardConsumer {
         };
         const auto next_q_ready = [&] { return barrier_peek(&shared_.q_full[stage_of<kStages>(step_ + 1)], phase_of<kStages>(step_ + 1)); };
         if constexpr (kPart == BackwardWork::kAll) {
-          // The lane's row of matrix lane / 8 of a k16 step is query 16 t + lane / 16 * 8 + lane % 8.
           const uint32_t ds = ds_at(step_ % 2);
-          const uint32_t query = thread % 32 / 16 * 8 + thread % 8, chunk = thread / 32 % 4 * 2 + thread / 8 % 2;
-#pragma unroll
-          for (int t = 0; t < kM / 16; ++t) {
-            stmatrix_transposed(ds + group_ * (kM * kSlabRowBytes) + swizzled(query, chunk) + t * 16 * kSlabRowBytes, ds_rows[4 * t],
-                                ds_rows[4 * t + 1], ds_rows[4 * t + 2], ds_rows[4 * t + 3]);
-          }
+          wait_for_leaving();
+          give_ds(ds, ds_rows, thread);
           multiply_dv();
           fence_proxy_async();
           // dQ needs dS of both warpgroups. A buffer of dS is written again two steps on, after the next barrier, which a
@@ -364,14 +435,7 @@ class BackwardConsumer {
           wgmma_wait<1>();  // dQ
           fence_registers(dq);
           if (!dq_free) barrier_wait(&shared_.dq_empty[group_], dq_phase_ ^ 1);
-          dq_phase_ ^= 1;
-          float* const to = &shared_.dq[group_][thread % 128 / 32 * (Config::kDqFloats * 32) + thread % 32 * 4];
-#pragma unroll
-          for (int i = 0; i < Config::kDqFloats / 4; ++i) {
-            *reinterpret_cast<float4*>(to + i * 128) = make_float4(dq[4 * i], dq[4 * i + 1], dq[4 * i + 2], dq[4 * i + 3]);
-          }
-          __syncwarp();
-          release(&shared_.dq_full[group_]);
+          give_dq(dq, thread);
         } else {
           multiply_dv();
           multiply_dk();
@@ -401,15 +465,60 @@ class BackwardConsumer {
   // ---- the results
 
   SEAL_DEVICE void store(const Task& task) {
+    wait_for_leaving();
     meet();  // both warpgroups are done with dS
     if (p_.splits > 1) {
       store_partial(task, dk_, p_.dk_partial);
       store_partial(task, dv_, p_.dv_partial);
       return;
     }
+    if (kCopyOut && p_.cos == nullptr) {
+      if (p_.grad_v != nullptr) copy_out(task, dv_, Shared::kOffsetDs, &maps_.grad_v, 1.f);
+      if (Config::kWork != BackwardWork::kValue && p_.grad_k != nullptr) {
+        // The last dQ has been read.
+        barrier_wait(&shared_.dq_empty[0], dq_phase_ ^ 1);
+        barrier_wait(&shared_.dq_empty[1], dq_phase_ ^ 1);
+        copy_out(task, dk_, Shared::kOffsetDq, &maps_.grad_k, p_.softmax_scale);
+      }
+      leaving_ = true;
+      return;
+    }
     if (p_.grad_v != nullptr) store_rows_of(task, dv_, p_.grad_v, 1.f, false);
     if (Config::kWork != BackwardWork::kValue && p_.grad_k != nullptr) store_rows_of(task, dk_, p_.grad_k, p_.softmax_scale, p_.cos != nullptr);
     meet();  // nobody still reads what the next tile's dS is written over
+  }
+
+  // Sends the warp's 16 rows of an accumulator, times `factor`, on their way through the shared memory at `offset`, which is laid
+  // out as a tile of keys.
+  SEAL_DEVICE void copy_out(const Task& task, const float (&accumulator)[kD / 2], uint32_t offset, const CUtensorMap* map, float factor) const {
+    const uint32_t warp = index() / 32, start = base_ + offset + swizzled(16 * warp + lane_ % 16, lane_ / 16);
+#pragma unroll
+    for (int pair = 0; pair < kD / 16; ++pair) {  // 16 columns: two accumulator groups of 8
+      const auto two = [&](int i) { return pack<T>(accumulator[8 * pair + i] * factor, accumulator[8 * pair + i + 1] * factor); };
+      stmatrix((start ^ (pair % 4 << 5)) + pair / 4 * (kN * kSlabRowBytes), two(0), two(2), two(4), two(6));
+    }
+    fence_proxy_async();
+    __syncwarp();
+    const int row = task.first_key + 16 * warp;
+    if (lane_ != 0) return;
+    if (row < task.seq.length_k) {  // a box must hold a row
+      const bool packed = p_.cu_seqlens_k != nullptr;
+      const RowCoordinates at(packed, 16, row, task.seq.length_k, packed ? task.seq.first_k : task.batch_row);
+#pragma unroll
+      for (int slab = 0; slab < slabs(kD); ++slab) {
+        const uint32_t from = offset + (slab * kN + 16 * warp) * kSlabRowBytes;
+        tma_store(map, reinterpret_cast<const char*>(&shared_) + from, slab * kSlabColumns, task.head_k, at);
+      }
+    }
+    bulk_commit();
+  }
+  // Before ds or dq are written again.
+  SEAL_DEVICE void wait_for_leaving() {
+    if (!kCopyOut || !leaving_) return;
+    if (lane_ == 0) bulk_wait_read();
+    __syncwarp();
+    meet();
+    leaving_ = false;
   }
 
   SEAL_DEVICE void store_partial(const Task& task, const float (&accumulator)[kD / 2], float* partial) const {
@@ -450,11 +559,13 @@ class BackwardConsumer {
 
   Shared& shared_;
   const BackwardKernelParams& p_;
+  const BackwardMaps& maps_;
   const uint32_t base_;   // address of shared_
   const uint32_t group_;  // which 64 keys
   const int lane_;
   int step_ = 0;              // of all tiles
   uint32_t keys_phase_ = 0, dq_phase_ = 0;
+  bool leaving_ = false;  // dK and dV of the tile before may still be on their way out of ds and dq
 
   float dk_[kD / 2], dv_[kD / 2];
 };
@@ -507,7 +618,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
     }
   } else {
     registers_grow<Config::kConsumerRegisters>();
-    BackwardConsumer<Config>(shared, base, p).run();
+    BackwardConsumer<Config>(shared, base, p, maps).run();
   }
 }
 

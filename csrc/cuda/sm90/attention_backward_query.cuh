@@ -2,7 +2,7 @@
 // With the key/value kernel it makes the deterministic backward: two products more than the five of the main kernel (S and
 // dP are computed twice), but no fp32 dQ in memory, no atomics and a fixed order of summation.
 //
-// Warpgroup 0 streams K and V; warpgroups 1 and 2 take 64 queries each and never wait for each other. A step, kN keys:
+// Warpgroup 0 supplies K and V; warpgroups 1 and 2 consume, 64 queries each, and never wait for each other. A step, kN keys:
 //   S = Q K^T    dP = dO V^T    dQ += dS K
 #pragma once
 
@@ -12,17 +12,20 @@ namespace seal::sm90 {
 
 template <int kD, int kN>
 struct QueryShared {
+  static constexpr int kThreads = 384, kConsumerThreads = 256, kConsumerWarps = 8;
   static constexpr int kStagesK = 2, kStagesV = kD == 256 ? 1 : 2;
   static constexpr int kBytesQ = tile_bytes(kTileRows, kD), kBytesK = tile_bytes(kN, kD);
   char q[kBytesQ], grad_out[kBytesQ];  // after the loop q .. v: the fp32 tile of the epilogue
   char k[kStagesK][kBytesK], v[kStagesV][kBytesK];
   QueryTask<kN> task;
-  uint64_t q_full, k_full[kStagesK], k_empty[kStagesK], v_full[kStagesV], v_empty[kStagesV];
+  uint64_t q_full;
+  uint64_t k_full[kStagesK], k_empty[kStagesK];
+  uint64_t v_full[kStagesV], v_empty[kStagesV];
   static_assert(2 * kBytesQ + (kStagesK + kStagesV) * kBytesK >= kTileRows * (kD + kPad) * 4, "room for the epilogue's tile");
 };
 
 template <class T, int kD, int kN>
-__global__ void __launch_bounds__(384, 1)
+__global__ void __launch_bounds__(QueryShared<kD, kN>::kThreads, 1)
     attention_backward_query(const __grid_constant__ BackwardKernelParams p, const __grid_constant__ BackwardMaps maps) {
   using Shared = QueryShared<kD, kN>;
   extern __shared__ char raw[];
@@ -35,14 +38,19 @@ __global__ void __launch_bounds__(384, 1)
     if (lane == 0) shared.task = task;
   }
   if (warp == 0 && elect_one()) {
-    barrier_init(&shared.q_full, 1);
-    for (int i = 0; i < Shared::kStagesK; ++i) barrier_init(&shared.k_full[i], 1), barrier_init(&shared.k_empty[i], 8);
-    for (int i = 0; i < Shared::kStagesV; ++i) barrier_init(&shared.v_full[i], 1), barrier_init(&shared.v_empty[i], 8);
+    const auto init = [](uint64_t* barriers, int count, int arrivals) {
+      for (int i = 0; i < count; ++i) barrier_init(barriers + i, arrivals);
+    };
+    init(&shared.q_full, 1, 1);
+    init(shared.k_full, Shared::kStagesK, 1);
+    init(shared.k_empty, Shared::kStagesK, Shared::kConsumerWarps);
+    init(shared.v_full, Shared::kStagesV, 1);
+    init(shared.v_empty, Shared::kStagesV, Shared::kConsumerWarps);
     fence_barrier_init();
   }
   const int present = slabs(p.head_dim);
-  zero_absent_slabs<kTileRows, kD>(shared.q, 2, present, threadIdx.x, 384);
-  zero_absent_slabs<kN, kD>(shared.k, Shared::kStagesK + Shared::kStagesV, present, threadIdx.x, 384);
+  zero_absent_slabs<kTileRows, kD>(shared.q, 2, present, threadIdx.x, Shared::kThreads);
+  zero_absent_slabs<kN, kD>(shared.k, Shared::kStagesK + Shared::kStagesV, present, threadIdx.x, Shared::kThreads);
   fence_proxy_async();
   __syncthreads();
   if (kPdl) release_dependents();
@@ -51,7 +59,7 @@ __global__ void __launch_bounds__(384, 1)
   if (task.first_query >= task.seq.length_q) return;
 
   if (warp < 4) {
-    // ================ producer ================
+    // ================ the supplying side ================
     registers_shrink<24>();
     if (warp != 0 || !elect_one() || task.end <= task.begin) return;
     const bool packed = p.cu_seqlens_q != nullptr;
@@ -74,7 +82,7 @@ __global__ void __launch_bounds__(384, 1)
     return;
   }
 
-  // ================ consumers ================
+  // ================ the computing side ================
   registers_grow<240>();
   const uint32_t group = uniform_register(threadIdx.x) / 128 - 1;
   const int first_row = (warp - 4) * 16, row = first_row + lane / 4;  // of the query tile; and row + 8
@@ -88,7 +96,8 @@ __global__ void __launch_bounds__(384, 1)
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       const int64_t at = task.head * p.padded_rows_q + task.seq.padded_q + task.first_query + place_in_vector(row + 8 * h);
-      lse2[h] = p.lse2[at], delta[h] = p.delta[at];
+      lse2[h] = p.lse2[at];
+      delta[h] = p.delta[at];
     }
     barrier_wait(&shared.q_full, 0);
     const int begin = uniform_register(task.begin), end = uniform_register(task.end);
@@ -141,13 +150,14 @@ __global__ void __launch_bounds__(384, 1)
   }
 
   // ================ epilogue ================
-  named_sync(1, 256);  // both warpgroups are done with the tiles
+  named_sync(kBarrierConsumers, Shared::kConsumerThreads);  // both warpgroups are done with the tiles
   float* const tile = reinterpret_cast<float*>(shared.q) + first_row * (kD + kPad);
 #pragma unroll
   for (int j = 0; j < kD / 8; ++j) {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      *reinterpret_cast<float2*>(tile + (lane / 4 + 8 * h) * (kD + kPad) + 8 * j + lane % 4 * 2) = make_float2(dq[4 * j + 2 * h], dq[4 * j + 2 * h + 1]);
+      float* const at = tile + (lane / 4 + 8 * h) * (kD + kPad) + 8 * j + lane % 4 * 2;
+      *reinterpret_cast<float2*>(at) = make_float2(dq[4 * j + 2 * h], dq[4 * j + 2 * h + 1]);
     }
   }
   __syncwarp();

@@ -46,6 +46,10 @@ __global__ void __launch_bounds__(256, kScaled ? 3 : 4) attention_backward_rows(
 #pragma unroll
       for (int i = 0; i < kTileRows * kD / 4 / 256; ++i) out[i * 256 + threadIdx.x] = make_float4(0.f, 0.f, 0.f, 0.f);
     }
+    if constexpr (kD < 256) {
+      constexpr int kTurns = 2 * kTileRows / step_rows(kD);
+      if (p.turns != nullptr && threadIdx.x < kTurns) p.turns[padded / kTileRows * kTurns + threadIdx.x] = 0;
+    }
     const bool inside = channel < p.head_dim;
     float offset[8] = {}, scale[8];
     if (p.offset != nullptr && inside) {

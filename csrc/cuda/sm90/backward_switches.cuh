@@ -1,8 +1,11 @@
 // Changes to the attention backward under measurement (benchmarks/backward_variants.py): each off until it has been measured.
 #pragma once
 
-#ifndef SEAL_BACKWARD_TAIL  // a wide last section of tiles; divisors of the group as heads to a CTA
-#define SEAL_BACKWARD_TAIL 0
+#ifndef SEAL_BACKWARD_FILL  // sections of as many pairs as fill the multiprocessors
+#define SEAL_BACKWARD_FILL 0
+#endif
+#ifndef SEAL_BACKWARD_DIVISORS  // divisors of the group as heads to a CTA
+#define SEAL_BACKWARD_DIVISORS 0
 #endif
 #ifndef SEAL_BACKWARD_PDL  // programmatic dependent launch of all kernels but the first
 #define SEAL_BACKWARD_PDL 0
@@ -22,11 +25,23 @@
 #ifndef SEAL_BACKWARD_PLAIN_STORES  // gradients that are not rotated leave by an unrolled loop of their own
 #define SEAL_BACKWARD_PLAIN_STORES 0
 #endif
+#ifndef SEAL_BACKWARD_ORDERED  // deterministic mode with the persistent kernel: dQ added up in the order of the keys
+#define SEAL_BACKWARD_ORDERED 0
+#endif
+#ifndef SEAL_BACKWARD_LIGHT  // persistent kernel: steps in which none of a warpgroup's keys is seen make dQ only
+#define SEAL_BACKWARD_LIGHT 0
+#endif
+#ifndef SEAL_BACKWARD_COPY_OUT  // persistent kernel: dK and dV that are not rotated leave by the copy engine, under the next tile
+#define SEAL_BACKWARD_COPY_OUT 0
+#endif
 
 namespace seal::sm90 {
 
-constexpr bool kTailSwitch = SEAL_BACKWARD_TAIL, kPdl = SEAL_BACKWARD_PDL, kHeadsFirst = SEAL_BACKWARD_HEADS_FIRST;
+constexpr bool kFill = SEAL_BACKWARD_FILL, kDivisors = SEAL_BACKWARD_DIVISORS;
+constexpr bool kPdl = SEAL_BACKWARD_PDL, kHeadsFirst = SEAL_BACKWARD_HEADS_FIRST;
 constexpr bool kLateExact = SEAL_BACKWARD_LATE_EXACT, kQuadVectors = SEAL_BACKWARD_QUAD_VECTORS;
 constexpr bool kPersistent = SEAL_BACKWARD_PERSISTENT, kPlainStores = SEAL_BACKWARD_PLAIN_STORES;
+constexpr bool kLight = SEAL_BACKWARD_LIGHT, kCopyOut = SEAL_BACKWARD_COPY_OUT;
+constexpr bool kOrdered = SEAL_BACKWARD_ORDERED && kPersistent;
 
 }  // namespace seal::sm90

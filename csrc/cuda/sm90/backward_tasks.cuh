@@ -6,6 +6,10 @@
 
 namespace seal::sm90 {
 
+// Named barriers; 0 is __syncthreads.
+constexpr uint32_t kBarrierConsumers = 1;  // both consumer warpgroups
+constexpr uint32_t kBarrierValues = 2;     // the one that makes dV (attention_backward_wide.cuh)
+
 // The mask between the rows of a tile, queries or keys, and the columns of its score tiles, the other side: row r sees columns
 // r + offset - before .. r + offset + after; -1: no limit on that side.
 struct Band {

@@ -109,6 +109,19 @@ SEAL_DEVICE void wait_for_dependencies() { asm volatile("griddepcontrol.wait;" :
 // Lets the kernels that depend on this one start once every thread block has come here or ended; they wait as above.
 SEAL_DEVICE void release_dependents() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
 
+// ---- counters in global memory, by which thread blocks follow each other
+
+// Waits until *counter is `count`, and sees what was written before it was counted up to that.
+SEAL_DEVICE void wait_for_count(const int32_t* counter, int32_t count) {
+  int32_t now;
+  do {
+    asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(now) : "l"(counter) : "memory");
+  } while (now != count);
+}
+SEAL_DEVICE void count_up(int32_t* counter) { asm volatile("red.release.gpu.global.add.s32 [%0], 1;" ::"l"(counter) : "memory"); }
+// Between bulk copies and ordinary accesses of the same global memory, here those of wait_for_count and count_up.
+SEAL_DEVICE void fence_proxy_async_global() { asm volatile("fence.proxy.async.global;" ::: "memory"); }
+
 // ---- 1-D bulk copies: 16-byte aligned addresses, sizes multiples of 16. Issue them from one thread.
 
 SEAL_DEVICE void bulk_load(void* shared, const void* global, uint32_t bytes, uint64_t* barrier) {
