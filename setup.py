@@ -88,15 +88,12 @@ def dynamic_runtime() -> list[str]:
     return [path for path in (asked.stdout.strip(), *loaded) if os.path.isabs(path) and os.path.exists(path)][:1]
 
 
-def runtime_fault(path: str) -> str | None:
-    """Why a built extension would not share the process's C++ runtime, in one sentence (seal_ops/utils/elf.py, by its path: the
-    package itself is not to be imported here)."""
-    if sys.platform != "linux":
-        return None
+def elf():
+    """seal_ops/utils/elf.py, which says whose C++ runtime a library uses; by its path, for the package is not to be imported here."""
     spec = importlib.util.spec_from_file_location("elf", ROOT / "seal_ops" / "utils" / "elf.py")
-    sys.modules["elf"] = elf = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(elf)
-    return elf.read(path).fault
+    sys.modules["elf"] = module = importlib.util.module_from_spec(spec)  # dataclasses look it up
+    spec.loader.exec_module(module)
+    return module
 
 
 def extension() -> dict:
@@ -108,8 +105,8 @@ def extension() -> dict:
     class Build(BuildExtension):
         def build_extensions(self):
             super().build_extensions()
-            for built in self.extensions:
-                fault = runtime_fault(self.get_ext_fullpath(built.name))
+            for built in self.extensions if sys.platform == "linux" else ():
+                fault = elf().read(self.get_ext_fullpath(built.name)).fault
                 if fault:
                     sys.exit(f"seal_ops build: {fault}; use a compiler with a shared libstdc++, or SEAL_BUILD_EXT=0")
 
@@ -136,6 +133,7 @@ class BuildPython(build_py):
             shutil.copyfile(ROOT / "csrc" / "schemas.inc", target / "schemas.inc")
 
 
-arguments = extension()
-arguments.setdefault("cmdclass", {})["build_py"] = BuildPython
-setup(**arguments)
+if __name__ == "__main__":  # else its functions are wanted: tests/check_cuda_build.py
+    arguments = extension()
+    arguments.setdefault("cmdclass", {})["build_py"] = BuildPython
+    setup(**arguments)

@@ -11,6 +11,8 @@ import importlib.util
 import os
 import pathlib
 import re
+import runpy
+import shlex
 import shutil
 import subprocess
 import sys
@@ -20,17 +22,7 @@ import time
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 
-def build_settings() -> tuple[list[str], list[str]]:
-    """The CUDA sources and nvcc's flags, read from setup.py's text (importing it would start a build)."""
-    listed = (line.split() for line in (ROOT / "csrc/sources.txt").read_text().splitlines() if line and line[0] != "#")
-    flags = ["-O3", "-std=c++17", "-lineinfo", "--expt-relaxed-constexpr", "-Xptxas", "-v", "-DNDEBUG"]
-    text = (ROOT / "setup.py").read_text()
-    missing = [f for f in flags if f'"{f}"' not in text]
-    if missing:
-        sys.exit(f"setup.py no longer uses {missing}: bring this script's flags in line")
-    architectures = re.search(r"ARCHITECTURES = \((.*?)\)", text)[1]
-    flags += [f"-gencode=arch=compute_{a},code=sm_{a}" for a in re.findall(r'"(\w+)"', architectures)]
-    return [f"csrc/{path}" for kind, path in listed if path.endswith(".cu")], flags
+BUILD = runpy.run_path(str(ROOT / "setup.py"))  # its functions and flags; the build starts only where it is the main program
 
 
 def disassembler() -> str | None:
@@ -76,12 +68,22 @@ def compile_one(source: str, flags: list[str], folder: pathlib.Path):
     return source, done, binary, time.time() - start
 
 
+def link(folder: pathlib.Path) -> list[str]:
+    """Links the objects as setup.py does and looks whose C++ runtime the library uses; returns the faults."""
+    library = folder / "kernels.so"
+    compiler = shlex.split(os.environ.get("CXX", "c++"))
+    subprocess.run([*compiler, "-shared", "-o", str(library), *map(str, sorted(folder.glob("*.o"))), *BUILD["dynamic_runtime"]()], check=True)
+    found = BUILD["elf"]().read(library)
+    print(f"C++ runtime of the linked kernels: {found}")
+    return [found.fault] if found.own_std else []  # that they load none at all is no fault
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
     parser.add_argument("--keep", type=pathlib.Path, help="folder for the object files (default: a temporary one)")
     options = parser.parse_args()
-    sources, flags = build_settings()
+    sources, flags = [path for path in BUILD["sources"]("cuda") if path.endswith(".cu")], BUILD["NVCC_FLAGS"]
     dump = disassembler()
     if dump is None:
         print("no cuobjdump here (it comes with CUDA and with Triton's wheel): products are not counted")
@@ -109,6 +111,7 @@ def main() -> int:
                         failures.append(f"{source}: {name}: {used['spills']} bytes spilled, {used['stack']} bytes of stack")
                 for kind, instruction in expected.items():
                     totals[kind] += sum(c[instruction] for c in counts.values()) if kind in source else 0
+        failures += link(folder)
     failures += [f"{kind}*.cu: not one {expected[kind]} in the disassembly" for kind, n in totals.items() if dump and n == 0]
     print(f"{len(sources)} CUDA sources compiled in {time.time() - start:.0f} s with {options.jobs} jobs")
     for failure in failures:
