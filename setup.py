@@ -6,6 +6,7 @@ What is built is decided by the tools at hand, never by a visible GPU:
   MAX_JOBS         parallel compilations (ninja)
 The list of sources is csrc/sources.txt, which CMakeLists.txt reads too.
 """
+
 import importlib.util
 import os
 import pathlib
@@ -21,14 +22,25 @@ from setuptools.command.build_py import build_py
 
 ROOT = pathlib.Path(__file__).resolve().parent
 ARCHITECTURES = ("90a",)
-NVCC_FLAGS = ["-O3", "-std=c++17", "-lineinfo", "--expt-relaxed-constexpr", "-Xptxas", "-v", "-DNDEBUG",
-              *(f"-gencode=arch=compute_{a},code=sm_{a}" for a in ARCHITECTURES)]
+NVCC_FLAGS = [
+    "-O3",
+    "-std=c++17",
+    "-lineinfo",
+    "--expt-relaxed-constexpr",
+    "-Xptxas",
+    "-v",
+    "-DNDEBUG",
+    *(f"-gencode=arch=compute_{a},code=sm_{a}" for a in ARCHITECTURES),
+]
 
 
 def sources(*kinds: str) -> list[str]:
     """Paths of the named kinds (cpp, cuda) from csrc/sources.txt."""
-    lines = (line.split() for line in (ROOT / "csrc" / "sources.txt").read_text().splitlines()
-             if line.strip() and not line.startswith("#"))
+    lines = (
+        line.split()
+        for line in (ROOT / "csrc" / "sources.txt").read_text().splitlines()
+        if line.strip() and not line.startswith("#")
+    )
     return [f"csrc/{path}" for kind, path in lines if kind in kinds]
 
 
@@ -45,8 +57,9 @@ def wanted(name: str, missing: str | None) -> bool:
 
 
 def missing_for_extension() -> str | None:
-    # pip's isolated build hides the environment's packages. The extension has to be compiled against the very torch that
-    # will run it, so that one is looked up where this interpreter installs; a private copy could only be the wrong one.
+    # pip's isolated build hides the environment's packages. The extension has to be compiled against the very torch
+    # that will run it, so that one is looked up where this interpreter installs; a private copy could only be the
+    # wrong one.
     if importlib.util.find_spec("torch") is None:
         sys.path += [path for path in {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}]
     if importlib.util.find_spec("torch") is None:
@@ -73,23 +86,30 @@ def missing_for_cuda() -> str | None:
 
 
 def dynamic_runtime() -> list[str]:
-    """Linker input that makes the extension use the process's libstdc++, whatever the compiler's default: a compiler that links
-    it statically would give the extension stream classes of its own, which crash on the process's locale objects.
+    """Linker input that makes the extension use the process's libstdc++, whatever the compiler's default.
 
-    The library's file, named before the compiler's own `-lstdc++`, resolves every symbol; nothing is left for an archive.
-    The compiler is asked for it first; where it has only an archive, the libstdc++ that torch has loaded serves.
+    A compiler that links it statically would give the extension stream classes of its own, which crash on the process's
+    locale objects.
+
+    The library's file, named before the compiler's own `-lstdc++`, resolves every symbol; nothing is left for an
+    archive. The compiler is asked for it first; where it has only an archive, the libstdc++ that torch has loaded
+    serves.
     """
     if sys.platform != "linux":
         return []
     from torch.utils.cpp_extension import get_cxx_compiler
 
-    asked = subprocess.run([*shlex.split(get_cxx_compiler()), "-print-file-name=libstdc++.so.6"], capture_output=True, text=True)
-    loaded = [line.split()[-1] for line in pathlib.Path("/proc/self/maps").read_text().splitlines() if "libstdc++.so" in line]
+    asked = subprocess.run(
+        [*shlex.split(get_cxx_compiler()), "-print-file-name=libstdc++.so.6"], capture_output=True, text=True
+    )
+    loaded = [
+        line.split()[-1] for line in pathlib.Path("/proc/self/maps").read_text().splitlines() if "libstdc++.so" in line
+    ]
     return [path for path in (asked.stdout.strip(), *loaded) if os.path.isabs(path) and os.path.exists(path)][:1]
 
 
 def elf():
-    """seal_ops/utils/elf.py, which says whose C++ runtime a library uses; by its path, for the package is not to be imported here."""
+    """seal_ops/utils/elf.py: whose C++ runtime a library uses. By its path: the package is not to be imported here."""
     spec = importlib.util.spec_from_file_location("elf", ROOT / "seal_ops" / "utils" / "elf.py")
     sys.modules["elf"] = module = importlib.util.module_from_spec(spec)  # dataclasses look it up
     spec.loader.exec_module(module)
@@ -116,7 +136,9 @@ def extension() -> dict:
         cxx += ["-DSEAL_WITH_CUDA", f'-DSEAL_CUDA_ARCHITECTURES="{",".join("sm_" + a for a in ARCHITECTURES)}"']
         # torch adds -gencode flags of its own for the visible GPU unless a list is given; ours say everything.
         os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "9.0a")
-        module = CUDAExtension("seal_ops._C", sources("cpp", "cuda"), extra_compile_args={"cxx": cxx, "nvcc": NVCC_FLAGS}, **common)
+        module = CUDAExtension(
+            "seal_ops._C", sources("cpp", "cuda"), extra_compile_args={"cxx": cxx, "nvcc": NVCC_FLAGS}, **common
+        )
     else:
         module = CppExtension("seal_ops._C", sources("cpp"), extra_compile_args=cxx, **common)
     return {"ext_modules": [module], "cmdclass": {"build_ext": Build}}

@@ -1,8 +1,8 @@
 """What one attention call costs on the host: microseconds until Python goes on, ours and SDPA's.
 
-Device events cannot see it, for they are queued ahead; at short lengths it is what a layer waits for. The shape is small enough
-that the device stays behind the host: 128 tokens, 16 heads of 128 channels.
-"""
+Device events cannot see it, for they are queued ahead; at short lengths it is what a layer waits for. The shape is
+small enough that the device stays behind the host: 128 tokens, 16 heads of 128 channels."""
+
 from __future__ import annotations
 
 import statistics
@@ -17,7 +17,7 @@ CALLS, ROUNDS = 200, 7
 
 
 def host_times(device: torch.device, dtype: torch.dtype, calls: int = CALLS, rounds: int = ROUNDS) -> dict[str, float]:
-    """Microseconds a call on the host, by "contestant, with or without gradients": the median of `rounds` rounds in turn.
+    """Microseconds a call on the host, by "contestant, with or without gradients": the median of `rounds` rounds.
 
     With gradients: the call records what a backward needs (q, k, v and, for ours, the channel scale ask for one).
     """

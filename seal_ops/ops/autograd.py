@@ -1,7 +1,8 @@
-"""Differentiation of the ops in a build without the C++ extension (csrc/ops/autograd.cpp is the same in C++, and faster).
+"""Differentiation of the ops in a build without the C++ extension (csrc/ops/autograd.cpp is the same, and faster).
 
 Only what asks for a gradient gets one: frozen weights leave the first layer's q, k and v out, say.
 """
+
 from __future__ import annotations
 
 import functools
@@ -12,7 +13,16 @@ from . import checks
 
 _DIFFERENTIABLE = ("q", "k", "v", "scale", "offset")
 _READ = ("cos", "sin", "positions", "positions_k", "cu_seqlens", "cu_seqlens_k")
-_OPTIONS = ("softmax_scale", "causal", "window", "max_seqlen", "max_seqlen_k", "deterministic", "backend", "interleaved")
+_OPTIONS = (
+    "softmax_scale",
+    "causal",
+    "window",
+    "max_seqlen",
+    "max_seqlen_k",
+    "deterministic",
+    "backend",
+    "interleaved",
+)
 
 
 @functools.cache
@@ -62,8 +72,20 @@ class _Attention(torch.autograd.Function):
             return (None,) * 6
         q, k, v, scale, offset, *read, out, lse = ctx.saved_tensors
         needs = list(ctx.needs_input_grad[1:])
-        grads = torch.ops.seal.attention_backward(torch.zeros_like(out) if grad_out is None else grad_out, grad_lse, q, k, v, out,
-                                                  lse, scale, offset, *read, needs=needs, **ctx.options)
+        grads = torch.ops.seal.attention_backward(
+            torch.zeros_like(out) if grad_out is None else grad_out,
+            grad_lse,
+            q,
+            k,
+            v,
+            out,
+            lse,
+            scale,
+            offset,
+            *read,
+            needs=needs,
+            **ctx.options,
+        )
         return None, *(grad if want else None for grad, want in zip(grads, needs))
 
 
@@ -87,8 +109,10 @@ class _Rope(torch.autograd.Function):
             return None, None, None
         # A tensor without a head takes the place of what nobody asked for.
         other = grads[needs.index(True)]
-        given = [grad if want else other.new_empty(*other.shape[:-3], tokens, 0, other.shape[-1])
-                 for grad, want, tokens in zip(grads, needs, ctx.tokens)]
+        given = [
+            grad if want else other.new_empty(*other.shape[:-3], tokens, 0, other.shape[-1])
+            for grad, want, tokens in zip(grads, needs, ctx.tokens)
+        ]
         turned = torch.ops.seal.rope(*given, *ctx.saved_tensors, **ctx.options)
         return None, *(grad if want else None for grad, want in zip(turned, needs))
 
@@ -107,12 +131,16 @@ class _NoDerivative(torch.autograd.Function):
 
 def kernel(op: str):
     """The op's kernel for the dispatcher's Autograd key."""
-    function, names = {"attention": (_Attention, _DIFFERENTIABLE), "rope_attention": (_Attention, _DIFFERENTIABLE),
-                       "rope": (_Rope, ("q", "k"))}.get(op, (_NoDerivative, None))
+    function, names = {
+        "attention": (_Attention, _DIFFERENTIABLE),
+        "rope_attention": (_Attention, _DIFFERENTIABLE),
+        "rope": (_Rope, ("q", "k")),
+    }.get(op, (_NoDerivative, None))
 
     def run(keyset, *args, **kwargs):
         call = _Call(op, keyset, args, kwargs)
         if not checks.differentiable(op, call.arguments):
             return call.run()
         return function.apply(call, *(call.arguments[name] for name in names or call.arguments))
+
     return run

@@ -1,8 +1,9 @@
 """Argument checks of the ops: one sentence each, naming op, argument, expectation and what was received.
 
-They run in the fake kernels (so a wrong call already fails while it is traced) and, in a build without the C++ extension,
-before every body. csrc/ops/checks.cpp says the same sentences for real tensors; one table of tests holds both to it.
-"""
+They run in the fake kernels (so a wrong call already fails while it is traced) and, in a build without the C++
+extension, before every body. csrc/ops/checks.cpp says the same sentences for real tensors; one table of tests holds
+both to it."""
+
 from __future__ import annotations
 
 import math
@@ -37,7 +38,7 @@ def check(op: str, a: dict) -> None:
 
 
 def differentiable(op: str, a: dict) -> bool:
-    """Whether a gradient is to be recorded; raises where there is none, or where a tensor is none of the ordinary kind."""
+    """Whether a gradient is to be recorded. Raises where there is none, or where a tensor is not an ordinary one."""
     recording, wanted = torch.is_grad_enabled(), False
     for name, t in a.items():
         if not isinstance(t, Tensor):
@@ -45,8 +46,10 @@ def differentiable(op: str, a: dict) -> bool:
         if t.layout != torch.strided or t.is_nested:
             fail(op, name, "be a dense tensor", "a nested tensor" if t.is_nested else t.layout)
         if torch.autograd.forward_ad.unpack_dual(t).tangent is not None:
-            raise NotImplementedError(f"seal::{op}: forward-mode differentiation is not implemented, and {name} has a tangent; "
-                                      "use reverse mode (backward, torch.autograd.grad)")
+            raise NotImplementedError(
+                f"seal::{op}: forward-mode differentiation is not implemented, and {name} has a tangent; "
+                "use reverse mode (backward, torch.autograd.grad)"
+            )
         if recording and t.requires_grad:
             if name in ("cos", "sin"):
                 fail(op, name, "be without a gradient (none flows into the angles; detach it)", "requires_grad=True")
@@ -92,7 +95,8 @@ def _qkv(op: str, a: dict) -> bool:
             fail(op, name, f"have q's batch size {q.shape[0]}", t.shape[0])
         batch, tokens, heads = 1 if packed else t.shape[0], t.shape[-3], t.shape[-2]
         if all(isinstance(n, int) for n in t.shape) and not (  # a size that is still a symbol gets no guard for this
-                tokens < 2**30 and heads < 2**16 and batch < 2**31 // max(1, tokens)):
+            tokens < 2**30 and heads < 2**16 and batch < 2**31 // max(1, tokens)
+        ):
             fail(op, name, "have fewer than 2^30 tokens a row, 2^31 tokens in all and 2^16 heads", _shape(t))
     if q.shape[-1] < 1 or q.shape[-1] > 256:
         fail(op, "q", "have a head_dim from 1 to 256", q.shape[-1])
@@ -160,7 +164,9 @@ def _factor(op: str, name: str, t: Tensor | None, q: Tensor, rows, per_head: boo
     shapes += [(1, heads, head_dim)]
     if tuple(t.shape) not in shapes:
         kinds = f"[{heads}] (per head), [{heads}, {head_dim}] (per channel)" if per_head else f"[{heads}, {head_dim}]"
-        rowed = f"[{rows}, {heads}, 1] or [{rows}, {heads}, {head_dim}]" if per_head else f"[{rows}, {heads}, {head_dim}]"
+        rowed = (
+            f"[{rows}, {heads}, 1] or [{rows}, {heads}, {head_dim}]" if per_head else f"[{rows}, {heads}, {head_dim}]"
+        )
         fail(op, name, f"have shape {kinds} or, per batch row, {rowed}", _shape(t))
 
 
@@ -182,8 +188,12 @@ def _rotation(op: str, a: dict, packed: bool) -> None:
         if t.shape != cos.shape:
             fail(op, name, f"have cos' shape {_shape(cos)}", _shape(t))
     if 2 * cos.shape[-1] > q.shape[-1] or cos.shape[-1] < 1:
-        fail(op, "cos", f"turn at most head_dim {q.shape[-1]} channels (last size R/2 from 1 to {q.shape[-1] // 2})",
-             cos.shape[-1])
+        fail(
+            op,
+            "cos",
+            f"turn at most head_dim {q.shape[-1]} channels (last size R/2 from 1 to {q.shape[-1] // 2})",
+            cos.shape[-1],
+        )
     sq, sk = q.shape[-3], a["k"].shape[-3]
     if cos.dim() == 3:
         if positions is not None or positions_k is not None:

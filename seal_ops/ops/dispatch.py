@@ -1,9 +1,9 @@
 """Which backend runs an op, and why not another.
 
-`cuda` (sm_90a kernels of the extension), `triton` (any GPU that Triton supports; its interpreter on the CPU), `cpu` (ATen's
-CPU attention), `reference` (the oracle). One predicate, `why_not`, serves the automatic choice, a forced choice's refusal
-and what `backends()` and `seal env` print.
-"""
+`cuda` (sm_90a kernels of the extension), `triton` (any GPU that Triton supports; its interpreter on the CPU), `cpu`
+(ATen's CPU attention), `reference` (the oracle). One predicate, `why_not`, serves the automatic choice, a forced
+choice's refusal and what `backends()` and `seal env` print."""
+
 from __future__ import annotations
 
 import functools
@@ -24,8 +24,10 @@ def extension():
     try:
         from .. import _C
     except ImportError as error:
-        return (f"the C++ extension does not load with torch {torch.__version__} ({str(error).splitlines()[0]}); "
-                "install seal_ops again with the torch that is to run it")
+        return (
+            f"the C++ extension does not load with torch {torch.__version__} ({str(error).splitlines()[0]}); "
+            "install seal_ops again with the torch that is to run it"
+        )
     return _C
 
 
@@ -46,12 +48,14 @@ def why_not(backend: str, op: str, device: torch.device, dtype: torch.dtype, hea
         if isinstance(module, str):
             return f"backend cuda: {module}"
         if module.build_facts()["cuda"] is None:
-            return "backend cuda: the extension was built without CUDA (no nvcc or a CPU build of torch, or SEAL_BUILD_CUDA=0)"
+            reason = "no nvcc or a CPU build of torch, or SEAL_BUILD_CUDA=0"
+            return f"backend cuda: the extension was built without CUDA ({reason})"
         if device.type != "cuda":
             return f"backend cuda runs on CUDA tensors, got {device}"
         major, minor = torch.cuda.get_device_capability(device)
         return module.why_not_cuda(op, dtype, head_dim, 10 * major + minor) or None
     from .backends import triton as kernels
+
     return kernels.why_not(op, dtype, head_dim, device)
 
 
@@ -68,12 +72,15 @@ def _best(op: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> s
 def _warn_of_the_oracle(op: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> None:
     """Once for each kind of call: the oracle is right, but slow, and holds whole score matrices in fp64."""
     reasons = "; ".join(why_not(name, op, device, dtype, head_dim) for name in candidates(device)[:-1])
-    warnings.warn(f"seal::{op}: the slow reference runs this call, in fp64 and with whole score matrices ({reasons}); "
-                  "backend='reference' says that this is meant", stacklevel=2)
+    warnings.warn(
+        f"seal::{op}: the slow reference runs this call, in fp64 and with whole score matrices ({reasons}); "
+        "backend='reference' says that this is meant",
+        stacklevel=2,
+    )
 
 
 def choose(backend: str, op: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
-    """The backend that runs; raises with `why_not`'s sentence where a forced one cannot, warns where only the oracle is left."""
+    """The backend that runs. Raises `why_not`'s sentence where a forced one cannot; warns where only the oracle can."""
     if backend != "auto":
         reason = why_not(backend, op, device, dtype, head_dim)
         if reason is not None:
@@ -85,8 +92,9 @@ def choose(backend: str, op: str, device: torch.device, dtype: torch.dtype, head
     return best
 
 
-def backends(device: torch.device | str | None = None, dtype: torch.dtype = torch.bfloat16,
-             head_dim: int = 128) -> dict[str, dict[str, str]]:
+def backends(
+    device: torch.device | str | None = None, dtype: torch.dtype = torch.bfloat16, head_dim: int = 128
+) -> dict[str, dict[str, str]]:
     """For every op: which backend runs it on `device` (default: the GPU if there is one), and why each other does not.
 
     Returns {op: {"chosen": name, other name: one sentence, ...}}.

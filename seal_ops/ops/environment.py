@@ -1,4 +1,5 @@
 """What `seal env` prints: versions, what was built, which backend each op uses and why not another."""
+
 from __future__ import annotations
 
 import importlib.metadata
@@ -34,14 +35,20 @@ def _nvcc() -> str:
 
 
 def facts() -> dict:
-    """Everything `seal env` prints, as a dictionary of strings (also kept beside results: so no path of the machine)."""
-    found = {"seal_ops": __version__, "python": platform.python_version(), "platform": f"{platform.system()} {platform.machine()}"}
+    """Everything `seal env` prints, as strings by name (also kept beside results: so no path of the machine)."""
+    found = {
+        "seal_ops": __version__,
+        "python": platform.python_version(),
+        "platform": f"{platform.system()} {platform.machine()}",
+    }
     found.update({name: _version(name) for name in _PACKAGES})
     found["torch cuda"] = torch.version.cuda or "none (a CPU build of torch)"
     found["nvcc"] = _nvcc()
     if torch.cuda.is_available():
         major, minor = torch.cuda.get_device_capability()
-        found["gpu"] = f"{torch.cuda.get_device_name()} (compute capability {major}.{minor}), {torch.cuda.device_count()} visible"
+        found["gpu"] = (
+            f"{torch.cuda.get_device_name()} (compute capability {major}.{minor}), {torch.cuda.device_count()} visible"
+        )
     else:
         found["gpu"] = "none visible"
     built = extension()
@@ -63,5 +70,7 @@ def report() -> str:
         lines.append(f"  {op:20s} {chosen[op]['chosen']}")
     same = all(chosen[op] == chosen[OPS[0]] for op in OPS)
     for op in OPS[:1] if same else OPS:
-        lines += [f"  not {name} ({'any op' if same else op}): {chosen[op][name]}" for name in NAMES if name in chosen[op]]
+        lines += [
+            f"  not {name} ({'any op' if same else op}): {chosen[op][name]}" for name in NAMES if name in chosen[op]
+        ]
     return "\n".join(lines)

@@ -1,4 +1,5 @@
 """What users call: `attention`, `rope`, `rope_attention` and `packed_positions`. docs/ops.md is the contract."""
+
 from __future__ import annotations
 
 import torch
@@ -11,11 +12,24 @@ _rope = torch.ops.seal.rope.default
 _rope_attention = torch.ops.seal.rope_attention.default
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, scale: Tensor | None = None, offset: Tensor | None = None, *,
-              softmax_scale: float | None = None, causal: bool = True, window: int | None = None,
-              cu_seqlens: Tensor | None = None, cu_seqlens_k: Tensor | None = None, max_seqlen: int | None = None,
-              max_seqlen_k: int | None = None, deterministic: bool | None = None, backend: str | None = None,
-              return_lse: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: Tensor | None = None,
+    offset: Tensor | None = None,
+    *,
+    softmax_scale: float | None = None,
+    causal: bool = True,
+    window: int | None = None,
+    cu_seqlens: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    max_seqlen: int | None = None,
+    max_seqlen_k: int | None = None,
+    deterministic: bool | None = None,
+    backend: str | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
     """`scale * softmax(softmax_scale * q k^T + mask) v + offset`, fused; differentiable in q, k, v, scale and offset.
 
     Shapes: q `[B, Sq, Hq, D]`, k and v `[B, Sk, Hkv, D]` (any strides but the last), or packed `[T, H, D]` with
@@ -31,15 +45,37 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: Tensor | None = None, offs
     Raises ValueError, one sentence, for arguments outside this contract or a forced backend that cannot run.
     Source: SEAL (arXiv 2501.15225) section 4 for the scales; FlashAttention for the algorithm.
     """
-    out, lse = _attention(q, k, v, scale, offset, cu_seqlens, cu_seqlens_k, softmax_scale=softmax_scale, causal=causal,
-                          window=window, max_seqlen=max_seqlen, max_seqlen_k=max_seqlen_k, deterministic=bool(deterministic),
-                          backend=backend or "auto")
+    out, lse = _attention(
+        q,
+        k,
+        v,
+        scale,
+        offset,
+        cu_seqlens,
+        cu_seqlens_k,
+        softmax_scale=softmax_scale,
+        causal=causal,
+        window=window,
+        max_seqlen=max_seqlen,
+        max_seqlen_k=max_seqlen_k,
+        deterministic=bool(deterministic),
+        backend=backend or "auto",
+    )
     return (out, lse) if return_lse else out
 
 
-def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None = None,
-         positions_k: Tensor | None = None, *, interleaved: bool = False, inverse: bool = False,
-         backend: str | None = None) -> tuple[Tensor, Tensor]:
+def rope(
+    q: Tensor,
+    k: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor | None = None,
+    positions_k: Tensor | None = None,
+    *,
+    interleaved: bool = False,
+    inverse: bool = False,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
     """Rotary embedding of q `[B, Sq, Hq, D]` and k `[B, Sk, Hkv, D]` in one pass (also packed `[T, H, D]`).
 
     cos, sin: a table `[N, R/2]` read at `positions` (int, `[S]` or `[B, S]`; default: counted from 0, queries last), or
@@ -47,15 +83,34 @@ def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | Non
     `inverse` turns back. Returns the rotated q and k; differentiable. Raises ValueError outside this contract.
     Source: RoFormer (arXiv 2104.09864), eq. 34. `seal_ops.rope_tables` makes cos and sin.
     """
-    return _rope(q, k, cos, sin, positions, positions_k, interleaved=interleaved, inverse=inverse, backend=backend or "auto")
+    return _rope(
+        q, k, cos, sin, positions, positions_k, interleaved=interleaved, inverse=inverse, backend=backend or "auto"
+    )
 
 
-def rope_attention(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None = None,
-                   positions_k: Tensor | None = None, scale: Tensor | None = None, offset: Tensor | None = None, *,
-                   interleaved: bool = False, softmax_scale: float | None = None, causal: bool = True,
-                   window: int | None = None, cu_seqlens: Tensor | None = None, cu_seqlens_k: Tensor | None = None,
-                   max_seqlen: int | None = None, max_seqlen_k: int | None = None, deterministic: bool | None = None,
-                   backend: str | None = None, return_lse: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+def rope_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor | None = None,
+    positions_k: Tensor | None = None,
+    scale: Tensor | None = None,
+    offset: Tensor | None = None,
+    *,
+    interleaved: bool = False,
+    softmax_scale: float | None = None,
+    causal: bool = True,
+    window: int | None = None,
+    cu_seqlens: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    max_seqlen: int | None = None,
+    max_seqlen_k: int | None = None,
+    deterministic: bool | None = None,
+    backend: str | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
     """`attention(*rope(q, k, ...), v, ...)` as one op that keeps only the rotated q and k for its backward, where the
     inverse rotation is applied as grad_q and grad_k are written. Arguments as in `rope` and `attention`; for packed
     input without positions they restart at 0 in every sequence."""
@@ -64,22 +119,41 @@ def rope_attention(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, po
         if cu_seqlens_k is not None:
             positions_k = packed_positions(cu_seqlens_k, k.shape[0])
     out, lse, _, _ = _rope_attention(
-        q, k, v, cos, sin, positions, positions_k, scale, offset, cu_seqlens, cu_seqlens_k, interleaved=interleaved,
-        softmax_scale=softmax_scale, causal=causal, window=window, max_seqlen=max_seqlen, max_seqlen_k=max_seqlen_k,
-        deterministic=bool(deterministic), backend=backend or "auto")
+        q,
+        k,
+        v,
+        cos,
+        sin,
+        positions,
+        positions_k,
+        scale,
+        offset,
+        cu_seqlens,
+        cu_seqlens_k,
+        interleaved=interleaved,
+        softmax_scale=softmax_scale,
+        causal=causal,
+        window=window,
+        max_seqlen=max_seqlen,
+        max_seqlen_k=max_seqlen_k,
+        deterministic=bool(deterministic),
+        backend=backend or "auto",
+    )
     return (out, lse) if return_lse else out
 
 
 def packed_positions(cu_seqlens: Tensor, tokens: int, cu_seqlens_k: Tensor | None = None) -> Tensor:
     """Positions int64 [tokens] that restart at 0 in every packed sequence, without a host sync; with `cu_seqlens_k` the
-    queries are the last of each sequence's keys (position 0 where a query lies before its first key). Tokens beyond the last
-    sequence (padding) count from 0 once more. Raises ValueError for lengths that are not int32 or int64
+    queries are the last of each sequence's keys (position 0 where a query lies before its first key). Tokens beyond
+    the last sequence (padding) count from 0 once more. Raises ValueError for lengths that are not int32 or int64
     [sequences + 1], or differ in shape."""
     for name, t in (("cu_seqlens", cu_seqlens), ("cu_seqlens_k", cu_seqlens_k)):
         if t is None:
             continue
         if t.dtype not in (torch.int32, torch.int64) or t.dim() != 1 or t.shape[0] < 1:
-            checks.fail("packed_positions", name, "be int32 or int64 of shape [sequences + 1]", f"{t.dtype} {list(t.shape)}")
+            checks.fail(
+                "packed_positions", name, "be int32 or int64 of shape [sequences + 1]", f"{t.dtype} {list(t.shape)}"
+            )
         if t.shape != cu_seqlens.shape or t.device != cu_seqlens.device:
             expected = f"have cu_seqlens' shape {list(cu_seqlens.shape)} and device {cu_seqlens.device}"
             checks.fail("packed_positions", name, expected, f"{list(t.shape)} on {t.device}")

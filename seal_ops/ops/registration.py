@@ -1,8 +1,9 @@
 """torch.ops.seal.*: schemas, bodies and fake kernels. docs/ops.md is the contract.
 
-With the C++ extension schemas, checks and autograd come from there, and what its kernels cannot run arrives here through
-`seal_portable` (the same schemas). Without it the same schema file is parsed here, and checks.py and autograd.py serve.
-"""
+With the C++ extension schemas, checks and autograd come from there, and what its kernels cannot run arrives here
+through `seal_portable` (the same schemas). Without it the same schema file is parsed here, and checks.py and
+autograd.py serve."""
+
 from __future__ import annotations
 
 import importlib
@@ -32,7 +33,7 @@ _seal = torch.ops.seal
 
 
 def _run(op: str, args, kwargs):
-    """Body of an op without kernels of the extension's own; with the extension, the checks ran before (csrc/ops/dispatch.cpp)."""
+    """Body of an op without kernels of the extension's own. With the extension its checks ran before (dispatch.cpp)."""
     a = autograd.bind(op, args, kwargs)
     if not _extended:
         checks.check(op, a)
@@ -43,7 +44,9 @@ def _run(op: str, args, kwargs):
     if "deterministic" in a:
         a["deterministic"] = a["deterministic"] or torch.are_deterministic_algorithms_enabled()
     if "needs" in a:  # a factor that is not there needs no gradient
-        a["needs"] = [want and a.get(name, q) is not None for want, name in zip(a["needs"], ("q", "k", "v", "scale", "offset"))]
+        a["needs"] = [
+            want and a.get(name, q) is not None for want, name in zip(a["needs"], ("q", "k", "v", "scale", "offset"))
+        ]
     backend = choose(a.pop("backend"), op, q.device, q.dtype, q.shape[-1])
     return getattr(importlib.import_module(f".backends.{backend}", __package__), op)(**a)
 
@@ -67,8 +70,10 @@ def _fake(op: str, args, kwargs):
     if op == "rope_attention":
         return _like(q), _fake_lse(q), _like(q), _like(a["k"])
     shapes = (q, a["k"], a["v"], a["scale"], a["offset"])
-    return tuple(_like(t) if want and t is not None else q.new_empty(0, dtype=checks.statistics(q) if n > 2 else q.dtype)
-                 for n, (want, t) in enumerate(zip(a["needs"], shapes)))
+    return tuple(
+        _like(t) if want and t is not None else q.new_empty(0, dtype=checks.statistics(q) if n > 2 else q.dtype)
+        for n, (want, t) in enumerate(zip(a["needs"], shapes))
+    )
 
 
 def _register(op: str) -> None:

@@ -1,5 +1,6 @@
-"""Every sentence of csrc/ops, provoked with CUDA tensors in a process of its own: a check that crashes instead of speaking takes
+"""Every sentence of csrc/ops, provoked with CUDA tensors, each in a process of its own. A check that crashes takes
 its process with it, and the test names it. One table (fixtures/wrong_calls.py) serves this and the CPU's tests."""
+
 import concurrent.futures
 import multiprocessing
 import os
@@ -7,9 +8,9 @@ import pathlib
 
 import pytest
 import torch
+from wrong_calls import SECOND_DERIVATIVE, WRONG_CALLS, origin, provoke, unprovoked
 
 from seal_ops.ops.dispatch import has_cuda_kernels
-from wrong_calls import SECOND_DERIVATIVE, WRONG_CALLS, origin, provoke, unprovoked
 
 SOURCES = pathlib.Path(__file__).resolve().parents[2] / "csrc/ops"
 
@@ -21,7 +22,9 @@ def _speak(pipe, number: int, device: str) -> None:
 
 def _outcome(number: int, device: str):
     """(error's name, sentence, file and line) of one call in a fresh process, or how that process died."""
-    context = multiprocessing.get_context("forkserver")  # forks from a process that has imported torch and touched no GPU
+    context = multiprocessing.get_context(
+        "forkserver"
+    )  # forks from a process that has imported torch and touched no GPU
     here, there = context.Pipe(duplex=False)
     process = context.Process(target=_speak, args=(there, number, device))
     process.start()
@@ -38,8 +41,10 @@ def _outcome(number: int, device: str):
 
 @pytest.mark.skipif(not has_cuda_kernels(), reason="the extension was built without CUDA kernels")
 def test_every_sentence_of_the_sources_is_said_and_nothing_dies(monkeypatch):
-    """All calls of the table, and the second derivative (-1); then the device still works, and no check was left out."""
-    monkeypatch.setenv("TORCH_SHOW_CPP_STACKTRACES", "1")  # for the processes that are forked: messages name file and line
+    """All calls of the table, and the second derivative (-1). Then the device still works, and no check is left out."""
+    monkeypatch.setenv(
+        "TORCH_SHOW_CPP_STACKTRACES", "1"
+    )  # for the processes that are forked: messages name file and line
     multiprocessing.get_context("forkserver").set_forkserver_preload(["torch", "seal_ops", "wrong_calls"])
     calls = [(n, "cpu" if wrong.on == "cpu" else "cuda:0") for n, wrong in enumerate(WRONG_CALLS)] + [(-1, "cuda:0")]
     with concurrent.futures.ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:

@@ -1,11 +1,12 @@
 """What differentiation asks of the ops, in C++ and in Python alike: no more than is wanted, and nothing dropped."""
+
 import pytest
 import torch
+from wrong_calls import right_call
 
 import seal_ops
 from seal_ops.ops.backends import cpu
 from seal_ops.ops.dispatch import extension
-from wrong_calls import right_call
 
 
 @pytest.fixture
@@ -34,7 +35,9 @@ def test_only_inputs_that_ask_get_gradients(calls, op, wanted):
     assert all((a[n].grad is not None) == (n in wanted) for n in ("q", "k", "v", "scale", "offset"))
 
 
-@pytest.mark.skipif(isinstance(extension(), str), reason="torch tells functions written in Python only what the forward was asked for")
+@pytest.mark.skipif(
+    isinstance(extension(), str), reason="torch tells functions written in Python only what the forward was asked for"
+)
 def test_a_partial_backward_computes_a_part(calls):
     """torch.autograd.grad of one input, though all ask for gradients."""
     a = leaves("q", "k", "v", "scale", "offset")
@@ -63,7 +66,7 @@ def test_the_backward_gets_what_the_forward_got(calls):
 @pytest.mark.parametrize("lengths", [(6, 6), (3, 6)])
 def test_rope_turns_back_only_the_gradient_that_is_wanted(calls, side, lengths):
     a = leaves(side, op="rope")
-    a["q"] = a["q"].detach()[:, :lengths[0]].requires_grad_(side == "q")
+    a["q"] = a["q"].detach()[:, : lengths[0]].requires_grad_(side == "q")
     rotated = dict(zip("qk", seal_ops.rope(**a)))
     g = torch.randn_like(rotated[side])
     calls.clear()
@@ -71,7 +74,7 @@ def test_rope_turns_back_only_the_gradient_that_is_wanted(calls, side, lengths):
     (found,) = [k for op, k in calls if op == "rope"]
     assert found["inverse"] and found["k" if side == "q" else "q"].shape[-2] == 0
     first = lengths[1] - lengths[0] if side == "q" else 0
-    cos, sin = (a[n][first:first + g.shape[1]] for n in ("cos", "sin"))
+    cos, sin = (a[n][first : first + g.shape[1]] for n in ("cos", "sin"))
     want, _ = seal_ops.rope(g, g, cos, sin, inverse=True)
     torch.testing.assert_close(grad, want)
 

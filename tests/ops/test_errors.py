@@ -1,4 +1,5 @@
-"""Bad input gets one sentence: op, argument, what was expected, what came. The calls stand in fixtures/wrong_calls.py."""
+"""Bad input gets one sentence: op, argument, what was expected, what came. The calls: fixtures/wrong_calls.py."""
+
 import json
 import os
 import pathlib
@@ -8,11 +9,20 @@ import warnings
 
 import pytest
 import torch
+from wrong_calls import (
+    SECOND_DERIVATIVE,
+    WRONG_CALLS,
+    WrongCall,
+    lengths,
+    provoke,
+    right_call,
+    sentences_in_sources,
+    unprovoked,
+)
 
 import seal_ops
 from seal_ops.ops import autograd, checks
 from seal_ops.ops.dispatch import choose, extension, why_not
-from wrong_calls import SECOND_DERIVATIVE, WRONG_CALLS, WrongCall, lengths, provoke, right_call, sentences_in_sources, unprovoked
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 HERE = [wrong for wrong in WRONG_CALLS if wrong.on != "cuda"]
@@ -20,7 +30,7 @@ HERE = [wrong for wrong in WRONG_CALLS if wrong.on != "cuda"]
 
 @pytest.mark.parametrize("wrong", HERE, ids=lambda wrong: wrong.name)
 def test_the_op_says_the_sentence(wrong):
-    """Whatever checks here: the C++ boundary where the extension is built, else Python's. (A meta tensor goes to Python's.)"""
+    """Whatever checks here: C++ where the extension is built, else Python. (A meta tensor always goes to Python.)"""
     assert provoke(wrong, "cpu") == (wrong.error, wrong.expected("cpu"))
 
 
@@ -40,11 +50,23 @@ def test_python_autograd_says_the_sentence(wrong):
     assert str(e.value) == wrong.expected("cpu")
 
 
-@pytest.mark.parametrize("op", ["attention", "attention packed", "attention_backward", "rope", "rope packed", "rope_attention",
-                                "rope_attention packed"])
+@pytest.mark.parametrize(
+    "op",
+    [
+        "attention",
+        "attention packed",
+        "attention_backward",
+        "rope",
+        "rope packed",
+        "rope_attention",
+        "rope_attention packed",
+    ],
+)
 def test_right_calls_are_right(op):
     """What the table spoils is inside the contract before."""
-    WrongCall("", op, lambda a, other: None, "").torch_op(**right_call(op.removesuffix(" packed"), "cpu", op.endswith(" packed")))
+    WrongCall("", op, lambda a, other: None, "").torch_op(
+        **right_call(op.removesuffix(" packed"), "cpu", op.endswith(" packed"))
+    )
 
 
 def test_every_python_check_is_provoked():
@@ -71,24 +93,35 @@ def test_every_python_check_is_provoked():
 
 @pytest.mark.skipif(isinstance(extension(), str), reason="the C++ extension is not built")
 def test_every_sentence_of_the_extension_is_provoked():
-    """By file and line, in a process that keeps them in the message. What only CUDA tensors can provoke, tests/gpu does."""
-    code = ("import json, sys; from wrong_calls import WRONG_CALLS, origin, provoke;"
-            "print(json.dumps([origin(provoke(w, 'cpu')[1]) for w in (*WRONG_CALLS, None) if w is None or w.on != 'cuda']))")
+    """By file and line, in a process whose messages hold them. What only CUDA tensors can provoke, tests/gpu does."""
+    code = (
+        "import json, sys; from wrong_calls import WRONG_CALLS, origin, provoke;"
+        "print(json.dumps([origin(provoke(w, 'cpu')[1]) for w in (*WRONG_CALLS, None) if w is None or w.on != 'cuda']))"
+    )
     paths = os.pathsep.join([str(ROOT), str(ROOT / "tests/fixtures"), os.environ.get("PYTHONPATH", "")])
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
-                          env={**os.environ, "TORCH_SHOW_CPP_STACKTRACES": "1", "PYTHONPATH": paths})
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "TORCH_SHOW_CPP_STACKTRACES": "1", "PYTHONPATH": paths},
+    )
     assert done.returncode == 0, done.stderr
     origins = {tuple(found) for found in json.loads(done.stdout.splitlines()[-1]) if found}
     silent = unprovoked(ROOT / "csrc/ops", origins)
     assert len(sentences_in_sources(ROOT / "csrc/ops")) > 40
-    assert all("be on q's device" in text or "SEAL_HERE, join(\"seal::\", name_, \": \", reason)" in text for text in silent), silent
+    assert all(
+        "be on q's device" in text or 'SEAL_HERE, join("seal::", name_, ": ", reason)' in text for text in silent
+    ), silent
 
 
 @pytest.mark.parametrize("wrong", [wrong for wrong in HERE if wrong.on != "autograd"], ids=lambda wrong: wrong.name)
 def test_nothing_is_written_by_a_call_that_fails(wrong):
     a = wrong.arguments("cpu")
-    tensors = {n: t for n, t in a.items() if isinstance(t, torch.Tensor) and t.device.type == "cpu" and t.layout == torch.strided
-               and t.numel() < 10_000}
+    tensors = {
+        n: t
+        for n, t in a.items()
+        if isinstance(t, torch.Tensor) and t.device.type == "cpu" and t.layout == torch.strided and t.numel() < 10_000
+    }
     before = {n: t.detach().clone() for n, t in tensors.items()}
     provoke(wrong, "cpu")
     assert all(torch.equal(before[n], t.detach()) for n, t in tensors.items())
@@ -102,7 +135,9 @@ def test_second_derivatives():
 def test_jvp_is_refused_in_torch_func_too(op):
     a = right_call(op, "cpu")
     q = a.pop("q")
-    with pytest.raises(NotImplementedError, match=f"seal::{op}: forward-mode differentiation is not implemented, and q has"):
+    with pytest.raises(
+        NotImplementedError, match=f"seal::{op}: forward-mode differentiation is not implemented, and q has"
+    ):
         torch.func.jvp(lambda q: getattr(seal_ops, op)(q, **a), (q,), (torch.ones_like(q),))
 
 
@@ -121,22 +156,25 @@ def test_meta_tensors_give_shapes_and_sentences():
 
 
 @pytest.mark.parametrize("shape", [(0, 6, 4, 16), (2, 0, 4, 16), (2, 6, 0, 16)])
-def test_tensors_without_an_element(shape):
-    q = torch.randn(shape, requires_grad=True)
-    k, v = (torch.randn(shape[0], 6, 2, 16, requires_grad=True) for _ in range(2))
-    out = seal_ops.attention(q, k, v)
+def test_tensors_without_an_element(backend, device, shape):
+    dtype = torch.float16 if backend == "cuda" else torch.float32
+    q = torch.randn(shape, device=device, dtype=dtype, requires_grad=True)
+    k, v = torch.randn(2, shape[0], 6, 2, 16, device=device, dtype=dtype).requires_grad_().unbind()
+    k.retain_grad(), v.retain_grad()
+    out = seal_ops.attention(q, k, v, backend=backend)
     out.sum().backward()
     assert out.shape == shape and all(t.grad.shape == t.shape and not t.grad.any() for t in (q, k, v))
 
 
-def test_rope_of_nothing():
-    """Zero heads, on either side, are rotated to zero heads."""
-    cos, sin = torch.ones(6, 8), torch.zeros(6, 8)
-    q, k = torch.randn(2, 6, 4, 16), torch.randn(2, 6, 2, 16)
-    none = torch.randn(2, 6, 0, 16)
+def test_rope_of_nothing(backend, device):
+    """Zero heads, on either side, are rotated to zero heads; with positions of their own, too."""
+    cos, sin = torch.ones(6, 8, device=device), torch.zeros(6, 8, device=device)
+    q, k = torch.randn(2, 6, 4, 16, device=device), torch.randn(2, 6, 2, 16, device=device)
+    none, at = torch.randn(2, 6, 0, 16, device=device), torch.arange(6, device=device)
     for a, b in ((none, k), (q, none), (none, none)):
-        x, y = seal_ops.rope(a, b, cos, sin)
-        assert torch.equal(x, a) and torch.equal(y, b)
+        for positions in ((), (at,), (at, at)):
+            x, y = seal_ops.rope(a, b, cos, sin, *positions, backend=backend)
+            assert torch.equal(x, a) and torch.equal(y, b)
 
 
 def test_packed_positions():
@@ -144,7 +182,9 @@ def test_packed_positions():
     assert seal_ops.packed_positions(cu, 7).tolist() == [0, 1, 0, 1, 2, 0, 1]  # two tokens of padding
     assert seal_ops.packed_positions(cu, 7, cu_k).tolist() == [2, 3, 0, 0, 0, 0, 1]
     assert seal_ops.packed_positions(lengths(0), 2, lengths(0)).tolist() == [0, 1]
-    with pytest.raises(ValueError, match=r"seal::packed_positions: cu_seqlens must be int32 or int64 .* got torch.float32 \[2\]"):
+    with pytest.raises(
+        ValueError, match=r"seal::packed_positions: cu_seqlens must be int32 or int64 .* got torch.float32 \[2\]"
+    ):
         seal_ops.packed_positions(torch.ones(2), 3)
     with pytest.raises(ValueError, match=r"seal::packed_positions: cu_seqlens_k must have cu_seqlens' shape \[4\]"):
         seal_ops.packed_positions(cu, 5, lengths(0, 5))
@@ -152,7 +192,9 @@ def test_packed_positions():
 
 def test_positions_k_is_never_dropped():
     a = right_call("rope_attention", "cpu", packed=True) | dict(positions=None, positions_k=torch.arange(6) % 4)
-    with pytest.raises(ValueError, match="seal::rope_attention: positions must be given where positions_k is, got None"):
+    with pytest.raises(
+        ValueError, match="seal::rope_attention: positions must be given where positions_k is, got None"
+    ):
         seal_ops.rope_attention(**a)
 
 
@@ -172,7 +214,9 @@ def test_forced_backend_raises_the_sentence_that_backends_prints():
     with pytest.raises(ValueError) as e:
         choose("cuda", "attention", torch.device("cpu"), torch.bfloat16, 128)
     assert str(e.value) == f"seal::attention: {reason}"
-    with pytest.raises(ValueError, match="seal::attention: backend must be one of auto, cuda, triton, cpu, reference, got 'cudnn'"):
+    with pytest.raises(
+        ValueError, match="seal::attention: backend must be one of auto, cuda, triton, cpu, reference, got 'cudnn'"
+    ):
         seal_ops.attention(*torch.randn(3, 1, 2, 1, 16), backend="cudnn")
 
 
@@ -180,20 +224,28 @@ def test_forced_backend_raises_the_sentence_that_backends_prints():
 def test_why_not_cuda():
     ask = extension().why_not_cuda
     assert ask("attention", torch.bfloat16, 128, 90) == "" == ask("rope", torch.float32, 100, 90)
-    assert ask("attention", torch.float16, 64, 80) == "backend cuda needs a Hopper GPU (compute capability 9.0), got 8.0"
+    assert (
+        ask("attention", torch.float16, 64, 80) == "backend cuda needs a Hopper GPU (compute capability 9.0), got 8.0"
+    )
     assert ask("attention", torch.float32, 64, 90) == "backend cuda takes bfloat16 and float16, got torch.float32"
     assert ask("rope", torch.float64, 64, 90) == "backend cuda rotates bfloat16, float16 and float32, got torch.float64"
     for head_dim in (4, 100, 264):
-        assert ask("attention", torch.float16, head_dim, 90) == f"backend cuda takes a head_dim that is a multiple of 8 up to 256, got {head_dim}"
+        assert (
+            ask("attention", torch.float16, head_dim, 90)
+            == f"backend cuda takes a head_dim that is a multiple of 8 up to 256, got {head_dim}"
+        )
 
 
 def test_the_oracle_is_never_silent(monkeypatch):
     """Where no other backend runs a call of "auto", one warning for each kind of call says so."""
     from seal_ops.ops import dispatch
+
     monkeypatch.setattr(dispatch, "candidates", lambda device: ("triton", "reference"))
     dispatch._warn_of_the_oracle.cache_clear()
     q = torch.randn(1, 3, 1, 16, dtype=torch.float64)
-    with pytest.warns(UserWarning, match="seal::attention: the slow reference runs this call, in fp64 .*backend triton"):
+    with pytest.warns(
+        UserWarning, match="seal::attention: the slow reference runs this call, in fp64 .*backend triton"
+    ):
         seal_ops.attention(q, q, q)
     with warnings.catch_warnings():
         warnings.simplefilter("error")

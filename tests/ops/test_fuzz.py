@@ -1,8 +1,9 @@
 """Random calls, right and wrong, in every layout: each ends in the right result or in one sentence.
 
-Nothing here knows which calls are wrong. A result is held against the formulae of docs/ops.md, written once more in fp64 with
-autograd for the gradients, in every cell (batch row, head); an error has to be one line that names the op.
+Nothing here knows which calls are wrong. A result is held against the formulae of docs/ops.md, written once more in
+fp64 with autograd for the gradients, in every cell (batch row, head); an error has to be one line that names the op.
 """
+
 import math
 import random
 import warnings
@@ -28,6 +29,7 @@ def chunks(backend: str, device: torch.device) -> int:
 
 # ---- the formulae
 
+
 def _angles(table, positions, tokens, first):
     if table.dim() == 3:
         return table.double()[:, :, None]
@@ -38,8 +40,10 @@ def _angles(table, positions, tokens, first):
 def rotated(x, cos, sin, interleaved, inverse):
     """As a multiplication of complex numbers."""
     half = cos.shape[-1]
-    turning, rest = x[..., :2 * half], x[..., 2 * half:]
-    real, imaginary = turning.unflatten(-1, (half, 2)).unbind(-1) if interleaved else turning.unflatten(-1, (2, half)).unbind(-2)
+    turning, rest = x[..., : 2 * half], x[..., 2 * half :]
+    real, imaginary = (
+        turning.unflatten(-1, (half, 2)).unbind(-1) if interleaved else turning.unflatten(-1, (2, half)).unbind(-2)
+    )
     turned = torch.complex(real, imaginary) * torch.complex(cos, -sin if inverse else sin)
     turned = torch.stack((turned.real, turned.imag), -1 if interleaved else -2).flatten(-2)
     return torch.cat((turned, rest), -1)
@@ -51,8 +55,12 @@ def by_hand(op: str, a: dict) -> list[torch.Tensor]:
     sq, sk = q.shape[-3], k.shape[-3]
     if a.get("cos") is not None:
         at_k = a["positions"] if a.get("positions_k") is None else a["positions_k"]
-        turn = lambda x, at, first: rotated(x, *(_angles(a[n], at, x.shape[-3], first) for n in ("cos", "sin")),
-                                            a.get("interleaved", False), a.get("inverse", False))
+        turn = lambda x, at, first: rotated(
+            x,
+            *(_angles(a[n], at, x.shape[-3], first) for n in ("cos", "sin")),
+            a.get("interleaved", False),
+            a.get("inverse", False),
+        )
         q, k = turn(q, a["positions"], max(0, sk - sq)), turn(k, at_k, 0)
         if op == "rope":
             return [q, k]
@@ -91,14 +99,21 @@ def by_hand(op: str, a: dict) -> list[torch.Tensor]:
         outs.append(o if offset is None else o + offset)
         lses.append(torch.where(alive, torch.logsumexp(scores, -1), -math.inf))
     if cu is None:
-        return [torch.stack(outs) if outs else torch.zeros_like(q), torch.stack(lses) if lses else q.new_zeros(0, heads, sq)]
-    return [torch.cat(outs) if outs else torch.zeros_like(q), torch.cat(lses, 1) if lses else q.new_full((heads, sq), -math.inf)]
+        return [
+            torch.stack(outs) if outs else torch.zeros_like(q),
+            torch.stack(lses) if lses else q.new_zeros(0, heads, sq),
+        ]
+    return [
+        torch.cat(outs) if outs else torch.zeros_like(q),
+        torch.cat(lses, 1) if lses else q.new_full((heads, sq), -math.inf),
+    ]
 
 
 # ---- random calls
 
+
 def scattered(t: torch.Tensor, rng: random.Random) -> torch.Tensor:
-    """The same values in another memory layout: dimensions in another order, gaps between them, a start off any alignment."""
+    """The same values in another memory layout: another order of dimensions, gaps, a start off any alignment."""
     if t.dim() == 0 or rng.random() < 0.4:
         return t
     order = list(range(t.dim()))
@@ -106,7 +121,9 @@ def scattered(t: torch.Tensor, rng: random.Random) -> torch.Tensor:
         rng.shuffle(order)
     frame = [t.shape[d] + rng.choice((0, 0, 1, 3)) for d in order]
     start = rng.choice((0, 0, 1))
-    buffer = torch.full((math.prod(frame) + start,), math.nan if t.is_floating_point() else 1, dtype=t.dtype, device=t.device)
+    buffer = torch.full(
+        (math.prod(frame) + start,), math.nan if t.is_floating_point() else 1, dtype=t.dtype, device=t.device
+    )
     view = buffer[start:].view(frame).permute([order.index(d) for d in range(t.dim())])
     view = view[tuple(slice(0, n) for n in t.shape)]
     return view.copy_(t)
@@ -116,11 +133,17 @@ def random_call(rng: random.Random, backend: str, device: torch.device) -> tuple
     """An op and its arguments, inside the contract."""
     op = rng.choice(OPS)
     triton = backend == "triton"
-    dtypes = {"cpu": (torch.float32, torch.float32, torch.float64, torch.bfloat16, torch.float16), "reference": (torch.float64, torch.float32),
-              "triton": (torch.float32,), "cuda": (torch.bfloat16, torch.float16)}[backend]
+    dtypes = {
+        "cpu": (torch.float32, torch.float32, torch.float64, torch.bfloat16, torch.float16),
+        "reference": (torch.float64, torch.float32),
+        "triton": (torch.float32,),
+        "cuda": (torch.bfloat16, torch.float16),
+    }[backend]
     dtype = rng.choice(dtypes)
     statistics = torch.float64 if dtype == torch.float64 else torch.float32
-    head_dim = rng.choice((16, 32) if triton else (8, 16, 40, 64, 128, 256) if backend == "cuda" else (1, 2, 3, 8, 12, 16, 33))
+    head_dim = rng.choice(
+        (16, 32) if triton else (8, 16, 40, 64, 128, 256) if backend == "cuda" else (1, 2, 3, 8, 12, 16, 33)
+    )
     if op != "attention":
         head_dim = max(2, head_dim)
     largest = 300 if backend == "cuda" and rng.random() < 0.3 else 9
@@ -171,14 +194,20 @@ def random_call(rng: random.Random, backend: str, device: torch.device) -> tuple
         shape = (length, half)
         if packed or rng.random() < 0.5:
             each_row = not packed and rng.random() < 0.5
-            a["positions"] = integers([at(sq) for _ in range(rows)], integer).view(rows, sq) if each_row else integers(at(sq), integer)
+            a["positions"] = (
+                integers([at(sq) for _ in range(rows)], integer).view(rows, sq)
+                if each_row
+                else integers(at(sq), integer)
+            )
             if sq != sk or rng.random() < 0.3:
                 a["positions_k"] = integers(at(sk), rng.choice((torch.int32, torch.int64)))
         elif sq == sk and rng.random() < 0.5:
             shape = (rng.choice((1, rows)), sq, half)
         angle = torch.rand(shape, generator=generator) * 6
         table = rng.choice((torch.float32, torch.float32, torch.float64, torch.bfloat16))
-        a |= dict(cos=scattered(angle.cos().to(table).to(device), rng), sin=scattered(angle.sin().to(table).to(device), rng))
+        a |= dict(
+            cos=scattered(angle.cos().to(table).to(device), rng), sin=scattered(angle.sin().to(table).to(device), rng)
+        )
     if op == "rope":
         a["inverse"] = rng.random() < 0.3
     return op, a
@@ -195,8 +224,15 @@ def spoil(a: dict, rng: random.Random) -> None:
             a[name] = torch.cat((t, t), d) if rng.random() < 0.5 else t.narrow(d, 0, max(0, t.shape[d] - 1))
 
     def number():
-        wrong = (dict(window=0), dict(window=-3), dict(softmax_scale=math.nan), dict(softmax_scale=-math.inf), dict(max_seqlen=-1),
-                 dict(max_seqlen=2), dict(max_seqlen_k=10**6))
+        wrong = (
+            dict(window=0),
+            dict(window=-3),
+            dict(softmax_scale=math.nan),
+            dict(softmax_scale=-math.inf),
+            dict(max_seqlen=-1),
+            dict(max_seqlen=2),
+            dict(max_seqlen_k=10**6),
+        )
         a.update(rng.choice(wrong) if "v" in a else dict(backend="fastest"))
 
     def contents():
@@ -207,26 +243,35 @@ def spoil(a: dict, rng: random.Random) -> None:
         elif "cos" in a:
             a["positions_k"] = torch.zeros(3, dtype=torch.int64)
 
-    rng.choice((
-        resize, resize, number, contents,
-        lambda: a.update({name: t.to(rng.choice(OTHER_DTYPES))}),
-        lambda: a.update({name: t[None]}), lambda: a.update({name: t.flatten()}),
-        lambda: a.update({name: t.to("meta")}),
-        lambda: a.update({name: t.to_sparse()}),
-        lambda: a.update({name: None}) if name not in ("q", "k", "v", "cos", "sin") else None,
-    ))()
+    rng.choice(
+        (
+            resize,
+            resize,
+            number,
+            contents,
+            lambda: a.update({name: t.to(rng.choice(OTHER_DTYPES))}),
+            lambda: a.update({name: t[None]}),
+            lambda: a.update({name: t.flatten()}),
+            lambda: a.update({name: t.to("meta")}),
+            lambda: a.update({name: t.to_sparse()}),
+            lambda: a.update({name: None}) if name not in ("q", "k", "v", "cos", "sin") else None,
+        )
+    )()
 
 
 def describe(op: str, a: dict) -> str:
     def kind(t):
         if not isinstance(t, torch.Tensor):
             return t
-        return f"{str(t.dtype)[6:]}{list(t.shape)} on {t.device} strides {t.stride() if t.layout == torch.strided else t.layout}"
+        strides = f"strides {t.stride()}" if t.layout == torch.strided else t.layout
+        return f"{str(t.dtype)[6:]}{list(t.shape)} on {t.device} {strides}"
 
     return f"{op}({', '.join(f'{n}={kind(t)}' for n, t in a.items())})"
 
 
-def assert_cells(name: str, got: torch.Tensor, want: torch.Tensor, tolerance: float, heads_at: int, what: str, floor: float = 0.0) -> None:
+def assert_cells(
+    name: str, got: torch.Tensor, want: torch.Tensor, tolerance: float, heads_at: int, what: str, floor: float = 0.0
+) -> None:
     """`floor`: the size of what cancels in an element, for results that may vanish (one key: grad_q is 0 exactly)."""
     assert got.shape == want.shape, f"{name} has shape {list(got.shape)}, not {list(want.shape)}: {what}"
     got, want = got.detach().double(), want.detach()
@@ -241,11 +286,15 @@ def assert_cells(name: str, got: torch.Tensor, want: torch.Tensor, tolerance: fl
     size = norm(want)
     floor *= math.sqrt(want.numel() / size.numel())
     error = norm(got - want) / (size + size.mean() + floor + 1e-30)
-    assert error.max() <= tolerance, f"{name}: relative error {error.max():.1e} in a cell, allowed {tolerance:.0e}: {what}"
+    assert error.max() <= tolerance, (
+        f"{name}: relative error {error.max():.1e} in a cell, allowed {tolerance:.0e}: {what}"
+    )
 
 
 def one_line(op: str, error: Exception, what: str) -> None:
-    assert isinstance(error, (ValueError, NotImplementedError)), f"{type(error).__name__} instead of a sentence: {error}: {what}"
+    assert isinstance(error, (ValueError, NotImplementedError)), (
+        f"{type(error).__name__} instead of a sentence: {error}: {what}"
+    )
     text = str(error)
     assert text.startswith(f"seal::{op}: ") and "\n" not in text and ", got " in text, f"no sentence: {text}: {what}"
 
@@ -265,8 +314,12 @@ def run_one(seed: str, backend: str, device: torch.device) -> bool:
     except Exception as error:
         one_line(op, error, what)
         return False
-    exact = {n: t.detach().double().requires_grad_(n in names) if n in ("q", "k", "v", "scale", "offset") and t is not None else t
-             for n, t in a.items()}
+    exact = {
+        n: t.detach().double().requires_grad_(n in names)
+        if n in ("q", "k", "v", "scale", "offset") and t is not None
+        else t
+        for n, t in a.items()
+    }
     wanted = by_hand(op, {"positions": None, **exact})
     dtype = a["q"].dtype
     tolerance = TOLERANCE[dtype]
@@ -280,11 +333,23 @@ def run_one(seed: str, backend: str, device: torch.device) -> bool:
     if not used:
         return True
     seed_of = lambda n, t: torch.where(torch.isfinite(t.detach()), cotangents[n].to(t.dtype), 0.0)
-    got = torch.autograd.grad([outputs[n] for n in used], [call[n] for n in names], [scattered(cotangents[n], rng) for n in used],
-                              allow_unused=True)
+    got = torch.autograd.grad(
+        [outputs[n] for n in used],
+        [call[n] for n in names],
+        [scattered(cotangents[n], rng) for n in used],
+        allow_unused=True,
+    )
     known = [n for n in used if wanted[n].requires_grad]  # a call without a row has constant results
-    want = torch.autograd.grad([wanted[n] for n in known], [exact[n] for n in names], [seed_of(n, wanted[n]) for n in known],
-                               allow_unused=True) if known else [None] * len(names)
+    want = (
+        torch.autograd.grad(
+            [wanted[n] for n in known],
+            [exact[n] for n in names],
+            [seed_of(n, wanted[n]) for n in known],
+            allow_unused=True,
+        )
+        if known
+        else [None] * len(names)
+    )
     sigma = a.get("softmax_scale") if a.get("softmax_scale") is not None else a["q"].shape[-1] ** -0.5
     cancels = 0.1 * max(1.0, abs(sigma) * math.sqrt(a["q"].shape[-1]))
     for n, x, y in zip(names, got, want):
@@ -299,7 +364,9 @@ def run_one(seed: str, backend: str, device: torch.device) -> bool:
 
 @pytest.fixture
 def supported(backend, device):
-    if (reason := why_not(backend, "attention", device, torch.float32 if backend != "cuda" else torch.float16, 16)) is not None:
+    if (
+        reason := why_not(backend, "attention", device, torch.float32 if backend != "cuda" else torch.float16, 16)
+    ) is not None:
         pytest.skip(reason)
 
 
