@@ -1,4 +1,5 @@
 """The Triton kernels that split the keys, with any number of splits."""
+
 import pytest
 import torch
 from cases import Case
@@ -52,6 +53,16 @@ def test_decoding_goes_through_these_kernels_and_training_does_not():
         q, k = (torch.empty(batch, n, h, 64, device="meta") for n, h in ((queries, heads), (keys, kv_heads)))
         return decode.preferred(Geometry.of(q, k, None, True, window, None, None), queries)
 
-    assert preferred(32, 8, 1, 32768) and preferred(32, 8, 8, 32768) and preferred(32, 32, 64, 32768) and preferred(71, 1, 1, 100)
-    assert not preferred(32, 8, 2048, 2048) and not preferred(32, 8, 17, 32768) and not preferred(32, 32, 64, 64) and not preferred(4, 4, 1, 3)
+    assert (
+        preferred(32, 8, 1, 32768)
+        and preferred(32, 8, 8, 32768)
+        and preferred(32, 32, 64, 32768)
+        and preferred(71, 1, 1, 100)
+    )
+    assert (
+        not preferred(32, 8, 2048, 2048)
+        and not preferred(32, 8, 17, 32768)
+        and not preferred(32, 32, 64, 64)
+        and not preferred(4, 4, 1, 3)
+    )
     assert not preferred(32, 8, 8, 32768, window=10) and not preferred(32, 32, 64, 512, batch=32)
