@@ -1,4 +1,4 @@
-"""The CUDA decode kernels with splits or configurations that the op would not choose. Builds decode_kit.cu with nvcc."""
+"""The CUDA decode kernels with splits or configurations that the op would not choose; nvcc builds decode_kit.cu."""
 
 from __future__ import annotations
 
@@ -83,7 +83,8 @@ def prepare(
     variant: int = -1,
 ) -> tuple[Callable[[], None], Tensor, Tensor, dict[str, int]]:
     """A function that launches the kernels and nothing else, the out and lse that it fills (NaN until then, as the
-    workspace), and the plan. Arguments as seal_ops.attention; `splits` 0: what the op chooses; `variant` -1: the table's configuration."""
+    workspace), and the plan. Arguments as seal_ops.attention; `splits` 0: what the op chooses; `variant` -1: the
+    table's configuration."""
     packed = cu_seqlens is not None
     heads, head_dim = q.shape[-2:]
     out = torch.full(q.shape, torch.nan, dtype=q.dtype, device=q.device)

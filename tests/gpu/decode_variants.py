@@ -29,8 +29,8 @@ from gpu.decode_kit import build, decode, prepare  # noqa: E402
 from seal_ops.bench.timing import Clock, in_turn  # noqa: E402
 
 K = 1024
-# name: (queries, heads, KV heads, head_dim), [(batch, keys)], variants: head_dim, keys of a block, stages, row tiles, key
-# warps, blocks an SM, and where it matters whether L2 drops the keys first and how many bytes a miss of it fetches
+# name: (queries, heads, KV heads, head_dim), [(batch, keys)], variants: head_dim, keys of a block, stages, row tiles,
+# key warps, blocks an SM, and where it matters whether L2 drops the keys first and how many bytes a miss of it fetches
 GROUPS = {
     "hd128": (
         (1, 32, 8, 128),

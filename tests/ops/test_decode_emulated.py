@@ -1,4 +1,4 @@
-"""The CUDA kernels of decoding without a GPU: their source on the CPU, with warps, barriers and the copy engine emulated.
+"""The CUDA kernels of decoding without a GPU: their source on the CPU, warps, barriers and copies emulated.
 
 The arithmetic, every index and the order of waits and copies are those of csrc/; what is not seen is the hardware
 (tests/gpu). Skipped where there is no C++ compiler or no CUDA toolkit, whose headers the source includes.

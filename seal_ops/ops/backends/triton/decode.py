@@ -1,7 +1,7 @@
 """Attention of few queries over many keys (decoding): the keys are split over programs; a second kernel combines.
 
-A program has one part of one KV head's keys. Its rows are the queries times the query heads that share the KV head, so K
-and V are read once whatever the group; bytes decide here, not products.
+A program has one part of one KV head's keys. Its rows are the queries times the query heads that share it, so K and V
+are read once whatever the group; bytes decide here, not products.
 """
 
 import functools
@@ -77,7 +77,7 @@ def _split(
     POSITIVE: tl.constexpr,
     TMA: tl.constexpr,
 ):
-    """One split of one KV head: partial results, normalised, and their log-sum-exp; with partial_ptr None the final ones."""
+    """One split of one KV head: normalised partial results and log-sum-exp; with partial_ptr None the final ones."""
     PACKED: tl.constexpr = cu_q_ptr is not None
     all_q = len_q
     pid = tl.program_id(0)  # neighbours: the same keys, then the other heads of the same tokens, then the splits
@@ -258,7 +258,7 @@ def preferred(geometry: Geometry, longest: int) -> bool:
 
 
 def visible_keys(geometry: Geometry, longest: int) -> int:
-    """Keys that a sequence's queries see between them. Packed: of a sequence of mean length (the device knows the others)."""
+    """Keys that a sequence's queries see between them. Packed: of a sequence of mean length."""
     keys = geometry.len_k // geometry.num_seqs if geometry.packed else geometry.len_k
     unbounded = geometry.left is None or geometry.right is None
     return keys if unbounded else min(keys, geometry.left + longest + geometry.right)
@@ -270,7 +270,7 @@ def _multiprocessors(device: torch.device) -> int:
 
 
 def splits_for(tiles: int, keys: int, multiprocessors: int) -> int:
-    """Splits that fill the GPU best: of those within 5 % of the best filled last wave the fewest. Of shapes and device only."""
+    """Splits that fill the GPU best: of those within 5 % of the best filled last wave the fewest."""
     slots = multiprocessors * _PROGRAMS
     return _best_filled(tiles, slots, max(1, min(keys // _LEAST_KEYS, _MOST_SPLITS, 4 * slots // tiles)))
 
