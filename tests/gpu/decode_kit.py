@@ -1,4 +1,5 @@
-"""The CUDA decode kernels with a number of splits, or a configuration, that the op would not choose. Builds decode_kit.cu with nvcc."""
+"""The CUDA decode kernels with splits or configurations that the op would not choose; nvcc builds decode_kit.cu."""
+
 from __future__ import annotations
 
 import ctypes
@@ -15,7 +16,9 @@ from torch import Tensor
 from seal_ops.ops import factors, masks
 
 HERE = pathlib.Path(__file__).parent
-Variant = tuple[int | bool, ...]  # the template arguments of DecodeConfig after the type (csrc/cuda/sm90/decode_kernel.cuh)
+Variant = tuple[
+    int | bool, ...
+]  # the template arguments of DecodeConfig after the type (csrc/cuda/sm90/decode_kernel.cuh)
 
 
 @functools.cache
@@ -23,10 +26,30 @@ def build(variants: tuple[Variant, ...] = ()) -> ctypes.CDLL:
     """About 20 seconds, and half a second a variant."""
     library = pathlib.Path(tempfile.mkdtemp()) / "decode_kit.so"
     header = library.with_suffix(".h")  # nvcc would take the commas of a -D for its own
-    header.write_text("#define KIT_VARIANTS " + " ".join(f"V({', '.join(str(n).lower() for n in v)})" for v in variants) + "\n")
-    subprocess.run(["nvcc", "-std=c++17", "-gencode=arch=compute_90a,code=sm_90a", "-O3", "-DNDEBUG", "-lineinfo",
-                    "--expt-relaxed-constexpr", "-Xcompiler", "-fPIC", "-shared", f"-I{HERE.parents[1] / 'csrc'}",
-                    "-include", header, "-o", library, HERE / "decode_kit.cu"], check=True)
+    header.write_text(
+        "#define KIT_VARIANTS " + " ".join(f"V({', '.join(str(n).lower() for n in v)})" for v in variants) + "\n"
+    )
+    subprocess.run(
+        [
+            "nvcc",
+            "-std=c++17",
+            "-gencode=arch=compute_90a,code=sm_90a",
+            "-O3",
+            "-DNDEBUG",
+            "-lineinfo",
+            "--expt-relaxed-constexpr",
+            "-Xcompiler",
+            "-fPIC",
+            "-shared",
+            f"-I{HERE.parents[1] / 'csrc'}",
+            "-include",
+            header,
+            "-o",
+            library,
+            HERE / "decode_kit.cu",
+        ],
+        check=True,
+    )
     return ctypes.CDLL(str(library))
 
 
@@ -43,11 +66,25 @@ def _factor(t: Tensor | None, heads: int, head_dim: int) -> list[int]:
     return [s if n > 1 else 0 for n, s in zip(view.shape, view.stride())]
 
 
-def prepare(library: ctypes.CDLL, q: Tensor, k: Tensor, v: Tensor, scale: Tensor | None = None, offset: Tensor | None = None, *,
-            causal: bool = True, window: int | None = None, cu_seqlens: Tensor | None = None, cu_seqlens_k: Tensor | None = None,
-            max_seqlen: int | None = None, splits: int = 0, variant: int = -1) -> tuple[Callable[[], None], Tensor, Tensor, dict[str, int]]:
-    """A function that launches the kernels and nothing else, the out and lse that it fills (NaN until then, as the workspace), and the
-    plan. Arguments as seal_ops.attention; `splits` 0: what the op chooses; `variant` -1: the table's configuration."""
+def prepare(
+    library: ctypes.CDLL,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: Tensor | None = None,
+    offset: Tensor | None = None,
+    *,
+    causal: bool = True,
+    window: int | None = None,
+    cu_seqlens: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    max_seqlen: int | None = None,
+    splits: int = 0,
+    variant: int = -1,
+) -> tuple[Callable[[], None], Tensor, Tensor, dict[str, int]]:
+    """A function that launches the kernels and nothing else, the out and lse that it fills (NaN until then, as the
+    workspace), and the plan. Arguments as seal_ops.attention; `splits` 0: what the op chooses; `variant` -1: the
+    table's configuration."""
     packed = cu_seqlens is not None
     heads, head_dim = q.shape[-2:]
     out = torch.full(q.shape, torch.nan, dtype=q.dtype, device=q.device)
@@ -55,15 +92,26 @@ def prepare(library: ctypes.CDLL, q: Tensor, k: Tensor, v: Tensor, scale: Tensor
     cu_k = cu_seqlens if cu_seqlens_k is None else cu_seqlens_k
     left, right = masks.bounds(causal, window)
     sequences = cu_seqlens.numel() - 1 if packed else q.shape[0]
-    numbers = [n for t in (q, k, v, out) for n in _tensor(t)] + _factor(scale, heads, head_dim) + _factor(offset, heads, head_dim)
+    numbers = (
+        [n for t in (q, k, v, out) for n in _tensor(t)]
+        + _factor(scale, heads, head_dim)
+        + _factor(offset, heads, head_dim)
+    )
     numbers += [sequences, head_dim, left, right, q.dtype == torch.float16, max_seqlen or q.shape[-3], splits, variant]
     plan = (ctypes.c_int64 * 4)()
 
     def call(workspace: Tensor | None, plan_only: bool = False) -> None:
-        pointers = [None if t is None else t.data_ptr() for t in (q, k, v, out, lse, scale, offset, cu_seqlens, cu_k, workspace)]
+        pointers = [
+            None if t is None else t.data_ptr() for t in (q, k, v, out, lse, scale, offset, cu_seqlens, cu_k, workspace)
+        ]
         all_numbers = [*numbers, plan_only]
-        status = library.kit_decode((ctypes.c_void_p * 10)(*pointers), (ctypes.c_int64 * len(all_numbers))(*all_numbers),
-                                    ctypes.c_float(1 / math.sqrt(head_dim)), plan, ctypes.c_void_p(torch.cuda.current_stream().cuda_stream))
+        status = library.kit_decode(
+            (ctypes.c_void_p * 10)(*pointers),
+            (ctypes.c_int64 * len(all_numbers))(*all_numbers),
+            ctypes.c_float(1 / math.sqrt(head_dim)),
+            plan,
+            ctypes.c_void_p(torch.cuda.current_stream().cuda_stream),
+        )
         assert status == 0, f"CUDA error {status}"
 
     call(None, plan_only=True)

@@ -1,9 +1,11 @@
-"""Times compile-time variants of the CUDA decode kernels beside PyTorch's SDPA, each checked against fp64 first. Needs a Hopper GPU and nvcc.
+"""Times variants of the CUDA decode kernels beside PyTorch's SDPA, each checked against fp64 first.
 
-usage: python tests/gpu/decode_variants.py [--only NAME] [--triton] [--ms 60]      NAME: hd128, hd64, hd256, rows32, rows64, rows71
-One table a group of shapes; the bytes' time is K and V read once at 4.3 TB/s (H200) or 3.0 TB/s (H100). The pick goes into
-with_config of csrc/cuda/sm90/attention_decode.cu (CUDA) and _DECODE of the Triton backend's configs.py.
+usage: python tests/gpu/decode_variants.py [--only NAME] [--triton] [--ms 60]
+NAME: hd128, hd64, hd256, rows32, rows64, rows71. Needs a Hopper GPU and nvcc.
+One table a group of shapes; the bytes' time is K and V read once at 4.3 TB/s (H200) or 3.0 TB/s (H100). The pick goes
+into with_config of csrc/cuda/sm90/attention_decode.cu (CUDA) and _DECODE of the Triton backend's configs.py.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -27,42 +29,81 @@ from gpu.decode_kit import build, decode, prepare  # noqa: E402
 from seal_ops.bench.timing import Clock, in_turn  # noqa: E402
 
 K = 1024
-# name: (queries, heads, KV heads, head_dim), [(batch, keys)], variants: head_dim, keys of a block, stages, row tiles, key warps, blocks an SM,
-# and where it matters whether the L2 cache drops the keys first and how many bytes a miss of it fetches
+# name: (queries, heads, KV heads, head_dim), [(batch, keys)], variants: head_dim, keys of a block, stages, row tiles,
+# key warps, blocks an SM, and where it matters whether L2 drops the keys first and how many bytes a miss of it fetches
 GROUPS = {
-    "hd128": ((1, 32, 8, 128), [(1, 4 * K), (1, 32 * K), (1, 128 * K), (8, 32 * K), (32, 32 * K), (8, 128 * K)],
-              [(128, 64, 3, 1, 4, 2), (128, 64, 3, 1, 4, 2, True, 128), (128, 64, 3, 1, 4, 2, False, 256), (128, 64, 3, 1, 4, 2, True, 256),
-               (128, 128, 3, 1, 4, 1), (128, 128, 3, 1, 8, 1), (128, 64, 2, 1, 4, 3)]),
-    "hd64": ((1, 32, 8, 64), [(1, 32 * K), (1, 128 * K), (8, 32 * K), (32, 32 * K)],
-             [(64, 128, 3, 1, 4, 2), (64, 128, 3, 1, 4, 2, True, 256), (64, 256, 3, 1, 8, 1)]),
-    "hd256": ((1, 16, 8, 256), [(1, 32 * K), (1, 128 * K), (8, 32 * K), (32, 32 * K)],
-              [(256, 64, 3, 1, 4, 1), (256, 64, 3, 1, 4, 1, True, 256), (256, 32, 2, 1, 2, 3)]),
-    "rows32": ((8, 32, 8, 128), [(1, 32 * K), (8, 32 * K)], [(128, 128, 3, 2, 4, 1), (128, 64, 6, 2, 4, 1), (128, 64, 3, 2, 2, 2)]),
-    "rows64": ((1, 64, 1, 128), [(1, 128 * K), (32, 32 * K)], [(128, 128, 3, 4, 2, 1), (128, 64, 6, 4, 2, 1), (128, 64, 3, 4, 1, 2)]),
-    "rows71": ((1, 71, 1, 64), [(1, 32 * K), (8, 32 * K), (32, 32 * K)],
-               [(64, 128, 6, 5, 2, 1), (64, 128, 6, 4, 2, 1), (64, 64, 6, 5, 2, 1), (64, 128, 6, 3, 2, 1)]),
+    "hd128": (
+        (1, 32, 8, 128),
+        [(1, 4 * K), (1, 32 * K), (1, 128 * K), (8, 32 * K), (32, 32 * K), (8, 128 * K)],
+        [
+            (128, 64, 3, 1, 4, 2),
+            (128, 64, 3, 1, 4, 2, True, 128),
+            (128, 64, 3, 1, 4, 2, False, 256),
+            (128, 64, 3, 1, 4, 2, True, 256),
+            (128, 128, 3, 1, 4, 1),
+            (128, 128, 3, 1, 8, 1),
+            (128, 64, 2, 1, 4, 3),
+        ],
+    ),
+    "hd64": (
+        (1, 32, 8, 64),
+        [(1, 32 * K), (1, 128 * K), (8, 32 * K), (32, 32 * K)],
+        [(64, 128, 3, 1, 4, 2), (64, 128, 3, 1, 4, 2, True, 256), (64, 256, 3, 1, 8, 1)],
+    ),
+    "hd256": (
+        (1, 16, 8, 256),
+        [(1, 32 * K), (1, 128 * K), (8, 32 * K), (32, 32 * K)],
+        [(256, 64, 3, 1, 4, 1), (256, 64, 3, 1, 4, 1, True, 256), (256, 32, 2, 1, 2, 3)],
+    ),
+    "rows32": (
+        (8, 32, 8, 128),
+        [(1, 32 * K), (8, 32 * K)],
+        [(128, 128, 3, 2, 4, 1), (128, 64, 6, 2, 4, 1), (128, 64, 3, 2, 2, 2)],
+    ),
+    "rows64": (
+        (1, 64, 1, 128),
+        [(1, 128 * K), (32, 32 * K)],
+        [(128, 128, 3, 4, 2, 1), (128, 64, 6, 4, 2, 1), (128, 64, 3, 4, 1, 2)],
+    ),
+    "rows71": (
+        (1, 71, 1, 64),
+        [(1, 32 * K), (8, 32 * K), (32, 32 * K)],
+        [(64, 128, 6, 5, 2, 1), (64, 128, 6, 4, 2, 1), (64, 64, 6, 5, 2, 1), (64, 128, 6, 3, 2, 1)],
+    ),
 }
 # Keys of a block, warps, stages, programs at work on a multiprocessor (which decides the number of splits).
-TRITON = {64: [(128, 4, 3, 2), (128, 4, 4, 2), (64, 4, 4, 4), (128, 4, 3, 4), (128, 8, 3, 2)],
-          128: [(64, 4, 3, 2), (64, 4, 4, 2), (128, 4, 3, 1), (128, 8, 3, 1), (64, 4, 2, 3), (32, 2, 4, 4), (64, 4, 3, 4)],
-          256: [(32, 4, 3, 2), (64, 4, 2, 1), (64, 8, 3, 1), (32, 4, 4, 2), (32, 4, 2, 3)]}
-SDPA = {"sdpa-flash": SDPBackend.FLASH_ATTENTION, "sdpa-cudnn": SDPBackend.CUDNN_ATTENTION, "sdpa-efficient": SDPBackend.EFFICIENT_ATTENTION}
+TRITON = {
+    64: [(128, 4, 3, 2), (128, 4, 4, 2), (64, 4, 4, 4), (128, 4, 3, 4), (128, 8, 3, 2)],
+    128: [(64, 4, 3, 2), (64, 4, 4, 2), (128, 4, 3, 1), (128, 8, 3, 1), (64, 4, 2, 3), (32, 2, 4, 4), (64, 4, 3, 4)],
+    256: [(32, 4, 3, 2), (64, 4, 2, 1), (64, 8, 3, 1), (32, 4, 4, 2), (32, 4, 2, 3)],
+}
+SDPA = {
+    "sdpa-flash": SDPBackend.FLASH_ATTENTION,
+    "sdpa-cudnn": SDPBackend.CUDNN_ATTENTION,
+    "sdpa-efficient": SDPBackend.EFFICIENT_ATTENTION,
+}
 
 
 def sdpa(backend: SDPBackend, q, k, v):
-    """What a user calls on a cache: heads first in memory, GQA by flag; several queries need a mask aligned to the end."""
+    """What a user calls on a cache: heads first in memory, GQA by flag; several queries need a mask."""
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-    mask = None if q.shape[2] == 1 else torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril(k.shape[2] - q.shape[2])
+    mask = (
+        None
+        if q.shape[2] == 1
+        else torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril(k.shape[2] - q.shape[2])
+    )
 
     def run():
         with sdpa_kernel(backend):
             return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
+
     return run
 
 
 def triton_call(tile, q, k, v, scale):
     """The Triton backend with this tile."""
-    from seal_ops.ops.backends.triton import configs, decode as kernels
+    from seal_ops.ops.backends.triton import configs
+    from seal_ops.ops.backends.triton import decode as kernels
 
     n, warps, stages, programs = tile
     rows = q.shape[1] * q.shape[2] // k.shape[2]
@@ -71,6 +112,7 @@ def triton_call(tile, q, k, v, scale):
     def call():
         kernels.choose, kernels._PROGRAMS = lambda kernel, like, launch: launch(chosen), programs
         return seal_ops.attention(q, k, v, scale, backend="triton")
+
     return call
 
 
@@ -93,7 +135,10 @@ def timed(library, variants, good, geometry, batch: int, keys: int, clock: Clock
     """Times by name, and the number of splits that the op would choose."""
     sq, heads, kv_heads, head_dim = geometry
     q = torch.randn(batch, sq, heads, head_dim, device="cuda", dtype=torch.bfloat16)
-    k, v = (torch.randn(batch, kv_heads, keys, head_dim, device="cuda", dtype=torch.bfloat16).transpose(1, 2) for _ in range(2))
+    k, v = (
+        torch.randn(batch, kv_heads, keys, head_dim, device="cuda", dtype=torch.bfloat16).transpose(1, 2)
+        for _ in range(2)
+    )
     scale = 1 + 0.1 * torch.randn(heads, head_dim, device="cuda")
     calls = {str(variant): prepare(library, q, k, v, scale, variant=variants.index(variant))[0] for variant in good}
     call, _, _, plan = prepare(library, q, k, v, scale)
@@ -124,7 +169,11 @@ def main() -> int:
     start = time.time()
     variants = tuple(dict.fromkeys(v for name in names for v in GROUPS[name][2]))
     library = build(variants)
-    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}; built {len(variants)} variants in {time.time() - start:.0f} s", flush=True)
+    print(
+        f"{torch.cuda.get_device_name()}, torch {torch.__version__}; built {len(variants)} variants in "
+        f"{time.time() - start:.0f} s",
+        flush=True,
+    )
     clock, wrong = Clock(torch.device("cuda")), 0
     for name in names:
         geometry, shapes, mine = GROUPS[name]
@@ -139,9 +188,13 @@ def main() -> int:
             peer = min((t.median for n, t in times.items() if n.startswith("sdpa")), default=float("nan"))
             rows.setdefault("splits of the table", []).append(f"{batch}x{keys // K}k: {splits:7d}" + " " * 13)
             for call, t in times.items():
-                rows.setdefault(call, []).append(f"{batch}x{keys // K}k: {1e3 * t.median:7.1f} ({1e-3 * least / t.median:4.0%}, {t.median / peer:4.2f})")
-        print(f"\n{name}: {sq} quer{'y' if sq == 1 else 'ies'}, {heads}/{kv_heads} heads of {head_dim}; batch x keys: microseconds "
-              "(share of the bytes' time, times the best SDPA's)")
+                share = 1e-3 * least / t.median
+                cell = f"{batch}x{keys // K}k: {1e3 * t.median:7.1f} ({share:4.0%}, {t.median / peer:4.2f})"
+                rows.setdefault(call, []).append(cell)
+        print(
+            f"\n{name}: {sq} quer{'y' if sq == 1 else 'ies'}, {heads}/{kv_heads} heads of {head_dim}; batch x keys: "
+            "microseconds (share of the bytes' time, times the best SDPA's)"
+        )
         for call, cells in rows.items():
             print(f"  {call:38s} " + "  ".join(cells), flush=True)
     print(f"\n{time.time() - start:.0f} s in all; {wrong} variants wrong")

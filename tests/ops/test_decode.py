@@ -1,4 +1,5 @@
 """Attention of few queries over many keys, on every backend."""
+
 import pytest
 import torch
 from cases import Case
@@ -27,13 +28,15 @@ def test_a_view_of_a_longer_cache(backend, device, heads_first):
 
 
 def test_packed_sequences_of_one_query(backend, device):
-    """max_seqlen tells the kernels that queries are few; a sequence without queries and one without keys are among them."""
+    """max_seqlen tells the kernels that queries are few; among them are sequences without queries and without keys."""
     lengths = (40, 3, 0, 66)
     case = Case((1, 1, 1, 0), lengths, heads=(4, 2), scale="row-channel", offset=True)
     inputs = inputs_of(case, half(backend, device), device)
     expected = exact(inputs)
     for bound in (None, 1, 4):
-        assert_every_row(*seal_ops.attention(**inputs, max_seqlen=bound, backend=backend, return_lse=True), inputs, expected)
+        assert_every_row(
+            *seal_ops.attention(**inputs, max_seqlen=bound, backend=backend, return_lse=True), inputs, expected
+        )
 
 
 def test_gradients_flow_as_ever(backend, device):

@@ -1,8 +1,9 @@
-"""Attention of few queries over many keys (decoding): the keys are split over programs, whose results a second kernel combines.
+"""Attention of few queries over many keys (decoding): the keys are split over programs; a second kernel combines.
 
-A program has one part of one KV head's keys. Its rows are the queries times the query heads that share the KV head, so K and V
+A program has one part of one KV head's keys. Its rows are the queries times the query heads that share it, so K and V
 are read once whatever the group; bytes decide here, not products.
 """
+
 import functools
 
 import torch
@@ -18,7 +19,7 @@ _LN2 = tl.constexpr(LN2)
 _LOG2E = tl.constexpr(LOG2E)
 _MOST_SPLITS = 512
 _LEAST_KEYS = 256  # of a split: one of fewer would spend its time on starting
-_PROGRAMS = 2      # at work on a multiprocessor at a time
+_PROGRAMS = 2  # at work on a multiprocessor at a time
 
 
 @triton.jit
@@ -47,10 +48,36 @@ def _factors(factor, seq, head, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["len_q", "len_k", "row_blocks", "kv_heads", "group", "splits", "left", "right"])
-def _split(q_ptr, q_strides, k_source, v_source, out_ptr, lse_ptr, partial_ptr, partial_lse_ptr, cu_q_ptr, cu_k_ptr, scale, offset,
-           qk_scale, len_q, len_k, row_blocks, kv_heads, group, splits, left, right, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-           BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, POSITIVE: tl.constexpr, TMA: tl.constexpr):
-    """One split of one KV head: normalised partial results and their log-sum-exp, or with partial_ptr None the final ones."""
+def _split(
+    q_ptr,
+    q_strides,
+    k_source,
+    v_source,
+    out_ptr,
+    lse_ptr,
+    partial_ptr,
+    partial_lse_ptr,
+    cu_q_ptr,
+    cu_k_ptr,
+    scale,
+    offset,
+    qk_scale,
+    len_q,
+    len_k,
+    row_blocks,
+    kv_heads,
+    group,
+    splits,
+    left,
+    right,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    POSITIVE: tl.constexpr,
+    TMA: tl.constexpr,
+):
+    """One split of one KV head: normalised partial results and log-sum-exp; with partial_ptr None the final ones."""
     PACKED: tl.constexpr = cu_q_ptr is not None
     all_q = len_q
     pid = tl.program_id(0)  # neighbours: the same keys, then the other heads of the same tokens, then the splits
@@ -81,7 +108,9 @@ def _split(q_ptr, q_strides, k_source, v_source, out_ptr, lse_ptr, partial_ptr, 
         at = batch.to(tl.int64) * stride_b + (start_q + query).to(tl.int64) * stride_s + head.to(tl.int64) * stride_h
         q = tl.load(q_ptr + at[:, None] + d[None, :], mask=written, other=0.0)
 
-        begin, full_begin, full_end, end = key_blocks_of(first // group, tl.minimum((first + BLOCK_M - 1) // group, len_q - 1), bounds, BLOCK_N)
+        begin, full_begin, full_end, end = key_blocks_of(
+            first // group, tl.minimum((first + BLOCK_M - 1) // group, len_q - 1), bounds, BLOCK_N
+        )
         share = (end - begin) // splits
         more = (end - begin) % splits
         begin += split * share + tl.minimum(split, more)
@@ -92,10 +121,50 @@ def _split(q_ptr, q_strides, k_source, v_source, out_ptr, lse_ptr, partial_ptr, 
         acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
         total = tl.zeros([BLOCK_M], tl.float32)
         top = tl.full([BLOCK_M], float("-inf"), tl.float32)
-        acc, total, top = key_loop(acc, total, top, q, k_source, v_source, batch, kv_head, start_k, query, blocks, bounds, qk_scale,
-                                   BLOCK_N, HEAD_DIM, BLOCK_D, False, PACKED, POSITIVE, TMA)
-        acc, total, top = key_loop(acc, total, top, q, k_source, v_source, batch, kv_head, start_k, query, blocks, bounds, qk_scale,
-                                   BLOCK_N, HEAD_DIM, BLOCK_D, True, PACKED, POSITIVE, TMA)
+        acc, total, top = key_loop(
+            acc,
+            total,
+            top,
+            q,
+            k_source,
+            v_source,
+            batch,
+            kv_head,
+            start_k,
+            query,
+            blocks,
+            bounds,
+            qk_scale,
+            BLOCK_N,
+            HEAD_DIM,
+            BLOCK_D,
+            False,
+            PACKED,
+            POSITIVE,
+            TMA,
+        )
+        acc, total, top = key_loop(
+            acc,
+            total,
+            top,
+            q,
+            k_source,
+            v_source,
+            batch,
+            kv_head,
+            start_k,
+            query,
+            blocks,
+            bounds,
+            qk_scale,
+            BLOCK_N,
+            HEAD_DIM,
+            BLOCK_D,
+            True,
+            PACKED,
+            POSITIVE,
+            TMA,
+        )
 
         lse = tl.where(total > 0, (top + tl.log2(total)) * _LN2, float("-inf"))
         acc = acc * _inverse(total)[:, None]
@@ -108,12 +177,28 @@ def _split(q_ptr, q_strides, k_source, v_source, out_ptr, lse_ptr, partial_ptr, 
         else:
             acc = _scaled(acc, scale, offset, seq, head, HEAD_DIM, BLOCK_D)
             tl.store(out_ptr + result[:, None] * HEAD_DIM + d[None, :], acc.to(out_ptr.dtype.element_ty), mask=written)
-            tl.store(lse_ptr + (batch * kv_heads * group + head).to(tl.int64) * all_q + start_q + query, lse, mask=inside)
+            tl.store(
+                lse_ptr + (batch * kv_heads * group + head).to(tl.int64) * all_q + start_q + query, lse, mask=inside
+            )
 
 
 @triton.jit(do_not_specialize=["len_q", "splits", "num_seqs"])
-def _combine(partial_ptr, partial_lse_ptr, out_ptr, lse_ptr, cu_q_ptr, scale, offset, num_seqs, len_q, splits, heads,
-             HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr):
+def _combine(
+    partial_ptr,
+    partial_lse_ptr,
+    out_ptr,
+    lse_ptr,
+    cu_q_ptr,
+    scale,
+    offset,
+    num_seqs,
+    len_q,
+    splits,
+    heads,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+):
     """The results of one query and head, weighted by their log-sum-exp; scale and offset."""
     result = tl.program_id(0)  # of [tokens, heads]
     head = result % heads
@@ -143,7 +228,11 @@ def _combine(partial_ptr, partial_lse_ptr, out_ptr, lse_ptr, cu_q_ptr, scale, of
     for at in tl.range(0, splits, BLOCK_S):
         here = at + s < splits
         weight = tl.exp2((tl.load(partial_lse_ptr + first + at + s, mask=here, other=float("-inf")) - base) * _LOG2E)
-        part = tl.load(partial_ptr + (first + at + s)[:, None] * HEAD_DIM + d[None, :], mask=here[:, None] & (d < HEAD_DIM)[None, :], other=0.0)
+        part = tl.load(
+            partial_ptr + (first + at + s)[:, None] * HEAD_DIM + d[None, :],
+            mask=here[:, None] & (d < HEAD_DIM)[None, :],
+            other=0.0,
+        )
         acc += weight[:, None] * part
         total += weight
     whole = tl.sum(total, 0)
@@ -152,20 +241,24 @@ def _combine(partial_ptr, partial_lse_ptr, out_ptr, lse_ptr, cu_q_ptr, scale, of
         out = out * load_factor(scale, seq, head, HEAD_DIM, BLOCK_D)
     if offset is not None:
         out = out + load_factor(offset, seq, head, HEAD_DIM, BLOCK_D)
-    tl.store(out_ptr + result.to(tl.int64) * HEAD_DIM + d[None, :], out.to(out_ptr.dtype.element_ty), mask=(d < HEAD_DIM)[None, :])
+    tl.store(
+        out_ptr + result.to(tl.int64) * HEAD_DIM + d[None, :],
+        out.to(out_ptr.dtype.element_ty),
+        mask=(d < HEAD_DIM)[None, :],
+    )
     tl.store(lse_ptr + row, tl.where(whole > 0, base + tl.log2(whole) * _LN2, float("-inf")))
 
 
 def preferred(geometry: Geometry, longest: int) -> bool:
-    """Whether this kernel is the better one: at most `longest` queries a sequence, few, and several times as many keys. With one head a
-    KV head and enough of them the ordinary kernel reads every key once and keeps the GPU as busy."""
+    """Whether this kernel is the better one: at most `longest` queries a sequence, few, and several times as many keys.
+    With one head a KV head and enough of them the ordinary kernel reads every key once and keeps the GPU as busy."""
     idle = geometry.group > 1 or geometry.num_seqs * geometry.heads < 128
     few = longest <= 8 or (longest * geometry.group <= 64 and idle)
     return few and 4 * longest <= visible_keys(geometry, longest)
 
 
 def visible_keys(geometry: Geometry, longest: int) -> int:
-    """Keys that a sequence's queries see between them. Packed: of a sequence of mean length; the device alone knows the lengths."""
+    """Keys that a sequence's queries see between them. Packed: of a sequence of mean length."""
     keys = geometry.len_k // geometry.num_seqs if geometry.packed else geometry.len_k
     unbounded = geometry.left is None or geometry.right is None
     return keys if unbounded else min(keys, geometry.left + longest + geometry.right)
@@ -177,7 +270,7 @@ def _multiprocessors(device: torch.device) -> int:
 
 
 def splits_for(tiles: int, keys: int, multiprocessors: int) -> int:
-    """Splits that fill the GPU best: of those within 5 % of the best filled last wave the fewest. A function of shapes and device."""
+    """Splits that fill the GPU best: of those within 5 % of the best filled last wave the fewest."""
     slots = multiprocessors * _PROGRAMS
     return _best_filled(tiles, slots, max(1, min(keys // _LEAST_KEYS, _MOST_SPLITS, 4 * slots // tiles)))
 
@@ -190,7 +283,7 @@ def _best_filled(tiles: int, slots: int, most: int) -> int:
 
 
 def attention(q, k, v, scale, offset, out, lse, geometry: Geometry, longest: int, splits: int | None = None) -> None:
-    """Fills out and lse. `longest`: a bound on the queries of a sequence, on which only speed depends; `splits` forces that many."""
+    """Fills out and lse. `longest`: a bound on the queries of a sequence, for speed only; `splits` forces that many."""
     rows_k, rows_v = Rows(k), Rows(v)
     rows = longest * geometry.group
     kernel = "decode16" if rows <= 16 else "decode32" if rows <= 32 else "decode64"
@@ -208,13 +301,49 @@ def attention(q, k, v, scale, offset, out, lse, geometry: Geometry, longest: int
             partial = torch.empty(results * parts, geometry.head_dim, dtype=torch.float32, device=q.device)
             partial_lse = torch.empty(results * parts, dtype=torch.float32, device=q.device)
         _split[(tiles * parts,)](
-            q, strides(q), rows_k.source(tile.n), rows_v.source(tile.n), out, lse, partial, partial_lse, geometry.cu_q, geometry.cu_k,
-            *factors, geometry.sigma * LOG2E, geometry.len_q, geometry.len_k, row_blocks, geometry.kv_heads, geometry.group,
-            parts, geometry.left, geometry.right, BLOCK_M=tile.m, BLOCK_N=tile.n, POSITIVE=geometry.sigma > 0, TMA=uses_tma(q),
-            **constants, **tile.options)
+            q,
+            strides(q),
+            rows_k.source(tile.n),
+            rows_v.source(tile.n),
+            out,
+            lse,
+            partial,
+            partial_lse,
+            geometry.cu_q,
+            geometry.cu_k,
+            *factors,
+            geometry.sigma * LOG2E,
+            geometry.len_q,
+            geometry.len_k,
+            row_blocks,
+            geometry.kv_heads,
+            geometry.group,
+            parts,
+            geometry.left,
+            geometry.right,
+            BLOCK_M=tile.m,
+            BLOCK_N=tile.n,
+            POSITIVE=geometry.sigma > 0,
+            TMA=uses_tma(q),
+            **constants,
+            **tile.options,
+        )
         if parts > 1:
-            _combine[(results,)](partial, partial_lse, out, lse, geometry.cu_q, *factors, geometry.num_seqs, geometry.len_q, parts,
-                                 geometry.heads, BLOCK_S=16, num_warps=4, **constants)
+            _combine[(results,)](
+                partial,
+                partial_lse,
+                out,
+                lse,
+                geometry.cu_q,
+                *factors,
+                geometry.num_seqs,
+                geometry.len_q,
+                parts,
+                geometry.heads,
+                BLOCK_S=16,
+                num_warps=4,
+                **constants,
+            )
 
     with on_device(q):
         choose(kernel, q, launch)

@@ -1,4 +1,5 @@
 """The loop over key blocks that the forward and decoding share."""
+
 import triton
 import triton.language as tl
 
@@ -6,9 +7,28 @@ from .tiling import block_start, load_rows, loop_range, product, seen
 
 
 @triton.jit
-def key_loop(acc, total, top, q, k_source, v_source, batch, kv_head, start, rows, blocks, bounds, qk_scale,
-              BLOCK_N: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl.constexpr, PACKED: tl.constexpr,
-              POSITIVE: tl.constexpr, TMA: tl.constexpr):
+def key_loop(
+    acc,
+    total,
+    top,
+    q,
+    k_source,
+    v_source,
+    batch,
+    kv_head,
+    start,
+    rows,
+    blocks,
+    bounds,
+    qk_scale,
+    BLOCK_N: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    MASKED: tl.constexpr,
+    PACKED: tl.constexpr,
+    POSITIVE: tl.constexpr,
+    TMA: tl.constexpr,
+):
     """Online softmax over the full key blocks, or over the masked ones; `rows` are the queries of the rows of q."""
     len_k = bounds[1]
     lower, upper = loop_range(blocks, MASKED)
