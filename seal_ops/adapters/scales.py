@@ -332,7 +332,8 @@ class Scales(nn.Module):
 
     def extra_repr(self) -> str:
         adapters = f", adapter={self.active_adapter!r} of {self.adapter_names}" if self.inactive else ""
-        return f"granularity={self.config.granularity!r}, layers={len(self.config.layers)}{adapters}"
+        runs = "" if self.attachment is None else f", {self.attachment.seam.summary()}"
+        return f"granularity={self.config.granularity!r}, layers={len(self.config.layers)}{adapters}{runs}"
 
 
 _BASE = ("base", "__base__")  # the second is PEFT's word

@@ -211,6 +211,53 @@ def test_a_whole_model_may_have_attention_without_scales():
     assert not any("_seal_bystander" in m.__dict__ for m in model.modules())
 
 
+# -- models of several parts -------------------------------------------------------------------------------------------
+
+def llava():
+    """A vision tower, and a text model whose config is a part of the whole."""
+    torch.manual_seed(0)
+    sizes = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, initializer_range=0.2)
+    config = transformers.LlavaConfig(
+        text_config=transformers.LlamaConfig(vocab_size=97, num_key_value_heads=2, pad_token_id=0, **sizes),
+        vision_config=transformers.CLIPVisionConfig(image_size=8, patch_size=4, projection_dim=64, **sizes),
+        image_token_id=96, image_seq_length=4, vision_feature_layer=-1)
+    return transformers.LlavaForConditionalGeneration(config).eval()
+
+
+def test_a_vision_tower_goes_on_as_it_was():
+    model = llava()
+    tower = model.config.vision_config._attn_implementation
+    ids = tokens(2, 13) % 96
+    ids[:, 2:6] = 96
+    images = torch.randn(2, 3, 8, 8)
+
+    def run():
+        with torch.no_grad():
+            return model(ids, pixel_values=images, use_cache=False).logits
+
+    base = run()
+    scales = seal_ops.attach(model, "channel")
+    assert all("vision" not in s.name for s in scales.attachment.seam.sites) and len(scales.attachment.seam.sites) == 2
+    assert model.config.vision_config._attn_implementation == tower
+    assert close(run(), base)
+    randomise(scales)
+    expected = run()
+    assert not close(expected, base)
+    seal_ops.merge(model)
+    assert close(run(), expected)
+
+
+def test_only_the_config_that_attention_reads_is_changed():
+    """Where the text model's config is the whole's, its other parts' entries stay."""
+    import causal_lms
+    model = causal_lms.build("phi4_multimodal")
+    parts = [model.config.vision_config, model.config.audio_config]
+    before = [part._attn_implementation for part in parts]
+    seal_ops.attach(model)
+    assert model.config._attn_implementation == "seal"
+    assert [part._attn_implementation for part in parts] == before
+
+
 # -- state -------------------------------------------------------------------------------------------------------------
 
 def test_attach_leaves_modes_and_hooks():

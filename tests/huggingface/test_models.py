@@ -1,11 +1,13 @@
 """Every family against its untouched self: scale 1, merged weights, padding, caches, generation, gradients."""
 import copy
+import inspect
 
 import pytest
 import torch
 from families import FAMILIES, MERGEABLE, close, largest, logits, randomise, scale_by_hooks, tokens, untouched
 from torch import nn
 from transformers import DynamicCache, StaticCache
+from transformers.masking_utils import create_chunked_causal_mask
 
 import seal_ops
 from seal_ops.huggingface import attention as seam
@@ -40,11 +42,11 @@ def test_what_is_observed(family, granularity):
     scales = seal_ops.attach(model, granularity)
     shape = (4,) if granularity == "head" else (4, expected.head_dim)
     assert [(layer, tuple(s.shape), s.dtype) for layer, s in scales.items()] == [
-        (0, shape, torch.float32), (1, shape, torch.float32)]
+        (layer, shape, torch.float32) for layer in expected.layers]
     for site in scales.attachment.seam.sites:
         assert site.num_kv_heads == model.config.num_key_value_heads
         assert site.direct == expected.mergeable
-        assert site.rotation == ("deferred" if expected.fused_rotation else None)
+        assert site.rotation == expected.rotation
 
 
 @every_dtype
@@ -86,7 +88,8 @@ def test_a_step_before_o_proj_is_refused_for_merging_only(family):
 @every_family
 def test_detach_restores_bit_for_bit(family):
     model = FAMILIES[family].build()
-    model.model.layers[0].mlp.requires_grad_(False)
+    next(m for n, m in model.model.layers[0].named_children() if n in ("mlp", "feed_forward", "block_sparse_moe")
+         ).requires_grad_(False)
     bystander = FAMILIES[family].build()
     before, ids = untouched(model), tokens()
     flags = {n: p.requires_grad for n, p in model.named_parameters()}
@@ -171,6 +174,9 @@ def test_caches_in_pieces(family, cache):
 @pytest.mark.parametrize("padded", [False, True], ids=["unpadded", "left-padded"])
 @mergeable_family
 def test_generate_token_for_token_as_merged(family, padded, cache):
+    if family == "llama4" and cache == "static" and "block_sequence_ids" not in inspect.signature(
+            create_chunked_causal_mask).parameters:
+        pytest.skip("this release of transformers cannot generate with a static cache and chunks")
     model = FAMILIES[family].build()
     randomise(seal_ops.attach(model, "channel"))
     ids = tokens(2, 12)
