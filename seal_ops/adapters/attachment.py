@@ -180,7 +180,7 @@ def detach(model: nn.Module) -> nn.Module:
 
 @contextlib.contextmanager
 def disabled(model: nn.Module):
-    """Inside the block ``model`` computes exactly what it did before `attach`, with its own attention implementation."""
+    """Inside the block ``model`` computes what it did before `attach`, with its own attention implementation."""
     scales, attachment = attached(model, "disabled")
     seam, was_installed = attachment.seam, attachment.seam.installed
     seam.remove()
@@ -231,7 +231,7 @@ def load(model: nn.Module, save_directory: str | os.PathLike, backend: str | Non
 
 
 def _numbered(config: ScalesConfig, version: int, sites: list[AttentionLayer], source: str) -> ScalesConfig:
-    """``config`` with the model's own layer numbers, which files of version 1 do not have: they counted attention layers."""
+    """``config`` with the model's own layer numbers; files of version 1 counted attention layers."""
     if version > 1:
         return config
     if max(config.layers) >= len(sites):

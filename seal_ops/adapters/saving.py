@@ -41,8 +41,8 @@ class SaveBoth:
     """Stands in for ``save_pretrained`` of one model while its scales are attached; copied and pickled with it.
 
     The weights are saved as without scales, and every adapter in the folder ``seal_scales/<its name>``, where
-    `seal_ops.load` finds it.  While a Trainer saves with `SealCallback`, the model's file holds the scales as well: that
-    is where a Trainer looks when it resumes.
+    `seal_ops.load` finds it.  While a Trainer saves with `SealCallback`, the model's file holds the scales as well:
+    that is where a Trainer looks when it resumes.
     """
 
     def __init__(self, model: nn.Module, scales: nn.Module):
@@ -75,7 +75,7 @@ class SaveBoth:
         return result
 
     def _save_and_push(self, given: dict):
-        """The folder first and the repository after it; transformers' own way would upload before the scales are there."""
+        """The folder first, then the repository; transformers' own way would upload before the scales are there."""
         options = {**given, **given.get("kwargs", {})}
         options.pop("kwargs", None)
         push = type(self.model).push_to_hub

@@ -69,7 +69,8 @@ def test_pushing_the_model_pushes_the_scales(tmp_path, monkeypatch):
     """``push_to_hub=True`` uploads from a folder in which the scales are."""
     pushed = []
 
-    def push(self, repo_id, *, commit_message=None, private=None, token=None, revision=None, create_pr=False, **options):
+    def push(self, repo_id, *, commit_message=None, private=None, token=None, revision=None, create_pr=False,
+             **options):
         folder = tmp_path / f"pushed-{len(pushed)}"
         self.save_pretrained(folder)
         pushed.append((repo_id, private, (folder / "seal_scales" / "default" / CONFIG_FILE).exists()))
@@ -219,6 +220,6 @@ def test_layers_are_named_as_in_the_model(tmp_path):
 
 def hybrid():
     return transformers.JambaConfig(vocab_size=97, hidden_size=64, intermediate_size=96, num_hidden_layers=4,
-                                    num_attention_heads=4, num_key_value_heads=2, attn_layer_period=2, attn_layer_offset=1,
-                                    num_experts=1, mamba_d_state=4, mamba_dt_rank=4, use_mamba_kernels=False,
-                                    pad_token_id=0)
+                                    num_attention_heads=4, num_key_value_heads=2, attn_layer_period=2,
+                                    attn_layer_offset=1, num_experts=1, mamba_d_state=4, mamba_dt_rank=4,
+                                    use_mamba_kernels=False, pad_token_id=0)
