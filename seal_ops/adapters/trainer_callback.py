@@ -44,7 +44,8 @@ class SealCallback(TrainerCallback):
         self.resume_from = None if resume_from is None else os.fspath(resume_from)
 
     def on_init_end(self, args, state, control, model: nn.Module | None = None, **kwargs):
-        self._prepare(model)
+        scales, _ = self._prepare(model)
+        scales.loaded = False
 
     def on_train_begin(self, args, state, control, model: nn.Module | None = None, **kwargs):
         scales, _ = self._prepare(model)
@@ -55,8 +56,10 @@ class SealCallback(TrainerCallback):
     def on_save(self, args, state, control, model: nn.Module | None = None, **kwargs):
         scales, _ = attached(model, "SealCallback")
         folder = _checkpoint(args, state.global_step)
-        # With save_on_each_node, more than one process writes.
-        scales.save_to(folders_beside(scales, folder), args.should_save or is_main_process())
+        # With save_on_each_node, more than one process writes. A hyperparameter search has its folders elsewhere; there
+        # the model's save_pretrained has written them.
+        writes = (args.should_save or is_main_process()) and os.path.isdir(folder)
+        scales.save_to(folders_beside(scales, folder), writes)
         if not self.save_base_model and args.should_save:
             # Without them nobody takes the checkpoint for a whole model; the Trainer does not need them.
             for name in ("config.json", "generation_config.json"):

@@ -117,3 +117,22 @@ def test_scales_and_lora_resume_together(tmp_path, peft, order):
     whole = run(tmp_path)
     assert sum("seal_scales" in n for n in whole) == 2 and sum("lora_" in n for n in whole) == 4
     assert same(whole, run(tmp_path, str(tmp_path / "checkpoint-4")))
+
+
+@pytest.mark.parametrize("save_base_model", [True, False])
+def test_a_model_is_saved_whole_after_an_interrupted_run(tmp_path, save_base_model):
+    class Interrupt(transformers.TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 6:
+                raise KeyboardInterrupt
+
+    model = LLAMA.build()
+    scales = seal_ops.attach(model)
+    with pytest.raises(KeyboardInterrupt):
+        trainer(tmp_path, model, [seal_ops.SealCallback(save_base_model), Interrupt()]).train()
+    model.save_pretrained(tmp_path / "final")
+    loaded, info = type(model).from_pretrained(tmp_path / "final", output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert torch.equal(loaded.model.embed_tokens.weight, model.model.embed_tokens.weight)
+    assert same({n: s.detach() for n, s in seal_ops.load(loaded, tmp_path / "final").items()},
+                {n: s.detach() for n, s in scales.items()})
