@@ -211,8 +211,8 @@ def test_a_repository_is_fetched(monkeypatch, saved):
 
 def test_no_hub(monkeypatch):
     model = LLAMA.build()
-    message = ("^seal_ops.load: save_directory must be a folder or a name on the hub, got 'nobody/nothing': there is no "
-               "such folder, it is not in the cache, and the Hugging Face hub could not be reached$")
+    message = ("^seal_ops.load: save_directory must be a folder or a name on the hub, got 'nobody/nothing': there is "
+               "no such folder, it is not in the cache, and the Hugging Face hub could not be reached$")
     with pytest.raises(FileNotFoundError, match=message):
         seal_ops.load(model, "nobody/nothing")
 
