@@ -46,6 +46,8 @@ FIRST = "layers.0.scale"
     (lambda f: edit(f, granularity="layer"), ValueError, "must have granularity 'head' or 'channel', got 'layer'"),
     (lambda f: edit(f, layers=[0]), ValueError, "layers, num_heads and head_dim of one length, got 1, 2, 2"),
     (lambda f: edit(f, layers=[0, -1]), ValueError, r"layers as a list of integers of at least 0, got \[0, -1\]"),
+    (lambda f: edit(f, layers=[False, True]), ValueError,
+     r"layers as a list of integers of at least 0, got \[False, True\]"),
     (lambda f: edit(f, layers=[0, 0]), ValueError, r"every layer once in layers, got \[0, 0\]"),
     (lambda f: edit(f, head_dim=[16, "16"]), ValueError, "head_dim as a list of integers of at least 1, got"),
     (lambda f: edit(f, granularity="head"), ValueError,
