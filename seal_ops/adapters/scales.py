@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from . import files, model_card
 from .files import DEFAULT_ADAPTER, ScalesConfig
-from .gathering import is_main_process, whole
+from .gathering import is_main_process, like, whole
 
 
 class LayerScale(nn.Module):
@@ -133,7 +133,7 @@ class Scales(nn.Module):
             self.bind(sites)
         self.config = config
         for layer, scale in self.items():
-            scale.copy_(values[layer])
+            scale.copy_(like(values[layer], scale))
 
     def bind(self, sites) -> None:
         """Makes the attention layers read these scales."""

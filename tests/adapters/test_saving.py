@@ -118,7 +118,7 @@ def test_only_a_name_on_the_hub_is_a_cards_base_model(tmp_path, name, expected):
     assert expected in header if expected else "base_model" not in header
 
 
-def test_compiled_models_and_fsdp2_save_whole_scales(tmp_path):
+def test_fsdp2_saves_and_loads_whole_scales(tmp_path):
     """One process of FSDP2: parameters are DTensors."""
     import torch.distributed as dist
     from torch.distributed.fsdp import fully_shard
@@ -136,6 +136,14 @@ def test_compiled_models_and_fsdp2_save_whole_scales(tmp_path):
         assert set(model.seal_scales.state_dict()) == {"layers.0.scale", "layers.1.scale"}
         with pytest.raises(ValueError, match="seal_ops.merge: .* must hold its whole weight"):
             seal_ops.merge(model)
+        with torch.no_grad():
+            for p in model.seal_scales.parameters():
+                p.fill_(3)
+        seal_ops.load(model, tmp_path)
+        assert all(torch.equal(p.full_tensor(), e) for p, e in zip(model.seal_scales.parameters(), expected))
+        seal_ops.detach(model)
+        with pytest.raises(ValueError, match="seal_ops.attach: model must be given before it is wrapped or sharded"):
+            seal_ops.attach(model)
     finally:
         dist.destroy_process_group()
     loaded = seal_ops.load(LLAMA.build(), tmp_path)

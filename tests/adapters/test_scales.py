@@ -168,6 +168,11 @@ def test_attached_twice_and_not_at_all(tmp_path):
             call(model)
 
 
+def test_a_model_wrapped_for_several_devices_is_refused():
+    with pytest.raises(ValueError, match="seal_ops.attach: model must be given before .*got DataParallel"):
+        seal_ops.attach(nn.DataParallel(LLAMA.build()))
+
+
 def test_a_shared_config_object_is_refused():
     first = LLAMA.build()
     second = transformers.LlamaForCausalLM(first.config)
