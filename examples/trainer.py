@@ -36,12 +36,13 @@ trainer = Trainer(
         weight_decay=0.0,
         max_grad_norm=0.0,  # off
         logging_steps=10,
-        save_strategy="no",  # whole checkpoints; the scales are saved below
+        save_steps=25,  # kilobytes each: the callback leaves the frozen model out
         report_to=[],
         remove_unused_columns=False,  # samples are objects, not columns
     ),
     train_dataset=seal_ops.tasks.lines(tokenizer, length=args.length, samples=args.samples),
     data_collator=Collator(),
+    callbacks=[seal_ops.SealCallback(save_base_model=False)],
 )
 trainer.train()
 scales.save_pretrained(args.output)

@@ -24,6 +24,7 @@ from .saving import SaveBoth
 from .scales import Scales, check_new_name
 
 SUBMODULE = "seal_scales"
+_PARALLEL = {"DataParallel", "DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule"}
 
 
 @dataclasses.dataclass(eq=False)
@@ -58,9 +59,10 @@ def owner_of(scales: Scales, call: str) -> nn.Module:
 
 def unwrapped(model: nn.Module, call: str) -> nn.Module:
     """The transformers model inside PEFT's and torch.compile's wrappers, which is what its own verbs give back."""
-    if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
-        raise ValueError(f"seal_ops.{call}: model must be given before it is wrapped for several devices, got "
-                         f"{type(model).__name__}")
+    if any(base.__name__ in _PARALLEL for base in type(model).__mro__):
+        # Their scales would be one a process, each learning by itself.
+        raise ValueError(f"seal_ops.{call}: model must be given before it is wrapped or sharded for several devices, "
+                         f"got {type(model).__name__}")
     model = getattr(model, "_orig_mod", model)
     return model.get_base_model() if callable(getattr(model, "get_base_model", None)) else model
 
@@ -180,7 +182,7 @@ def detach(model: nn.Module) -> nn.Module:
 
 @contextlib.contextmanager
 def disabled(model: nn.Module):
-    """Inside the block ``model`` computes exactly what it did before `attach`, with its own attention implementation."""
+    """Inside the block ``model`` computes what it did before `attach`, with its own attention implementation."""
     scales, attachment = attached(model, "disabled")
     seam, was_installed = attachment.seam, attachment.seam.installed
     seam.remove()
@@ -216,7 +218,7 @@ def load(model: nn.Module, save_directory: str | os.PathLike, backend: str | Non
     if scales is not None and backend is not None:
         raise ValueError(f"seal_ops.load: backend must be given when scales are attached first, got {backend!r} for a "
                          f"model with scales; call seal_ops.detach(model) first")
-    owner = unwrapped(model, "load")
+    owner = unwrapped(model, "load") if scales is None else scales.attachment.owner
     sites = find_attention_layers(owner) if scales is None else scales.attachment.seam.sites
     config = _numbered(saved, version, sites, source)
     _check_fits(config, owner, sites, source)
@@ -231,7 +233,7 @@ def load(model: nn.Module, save_directory: str | os.PathLike, backend: str | Non
 
 
 def _numbered(config: ScalesConfig, version: int, sites: list[AttentionLayer], source: str) -> ScalesConfig:
-    """``config`` with the model's own layer numbers, which files of version 1 do not have: they counted attention layers."""
+    """``config`` with the model's own layer numbers; files of version 1 counted attention layers."""
     if version > 1:
         return config
     if max(config.layers) >= len(sites):

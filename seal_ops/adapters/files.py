@@ -41,8 +41,8 @@ class ScalesConfig:
     """What an adapter's ``adapter_config.json`` says.
 
     ``layers``, ``num_heads`` and ``head_dim`` have one entry for every layer that has a scale; ``layers`` are the
-    model's own layer numbers (`AttentionLayer.index`), ``num_heads`` counts query heads.  ``base_model_name_or_path`` is
-    information for people, ``model_type`` is checked when loading.
+    model's own layer numbers (`AttentionLayer.index`), ``num_heads`` counts query heads.  ``base_model_name_or_path``
+    is information for people, ``model_type`` is checked when loading.
     """
     granularity: str
     layers: tuple[int, ...]
@@ -100,7 +100,8 @@ def write(folder: str, config: ScalesConfig, values: dict[int, Tensor], card: st
 def _existing(folder: str | os.PathLike, name: str, call: str = "load") -> str:
     path = os.path.join(os.fspath(folder), name)
     if not os.path.isfile(path):
-        raise FileNotFoundError(f"seal_ops.{call}: save_directory must hold {name}, got {os.fspath(folder)!r} without it")
+        raise FileNotFoundError(f"seal_ops.{call}: save_directory must hold {name}, got {os.fspath(folder)!r} without "
+                                f"it")
     return path
 
 
@@ -145,7 +146,8 @@ def _parse(content: dict, where: str) -> tuple[ScalesConfig, int]:
 
     peft_type, version = content.get("peft_type"), content.get("format_version")
     if peft_type != "SEAL":
-        raise must("peft_type 'SEAL'", "peft_type", " (seal_ops.ia3.import_ia3 reads those)" if peft_type == "IA3" else "")
+        hint = " (seal_ops.ia3.import_ia3 reads those)" if peft_type == "IA3" else ""
+        raise must("peft_type 'SEAL'", "peft_type", hint)
     if type(version) is not int or not 1 <= version <= FORMAT_VERSION:
         raise must(f"format_version 1 to {FORMAT_VERSION}", "format_version")
     if content.get("granularity") not in GRANULARITIES:
@@ -217,5 +219,5 @@ def find(folder: str, call: str = "load") -> str:
     names = sorted(n for n in os.listdir(inside) if os.path.isdir(os.path.join(inside, n)))
     if DEFAULT_ADAPTER in names or len(names) == 1:
         return os.path.join(inside, DEFAULT_ADAPTER if DEFAULT_ADAPTER in names else names[0])
-    raise FileNotFoundError(f"seal_ops.{call}: subfolder must name one of the adapters {shown(names)} in {inside!r}, got "
-                            f"none")
+    raise FileNotFoundError(f"seal_ops.{call}: subfolder must name one of the adapters {shown(names)} in {inside!r}, "
+                            f"got none")

@@ -35,3 +35,11 @@ def whole(holders: Mapping[int, nn.Module]) -> dict[int, Tensor]:
                 tensor = tensor.full_tensor()
             found[key] = tensor.detach().to("cpu", copy=True)
     return found
+
+
+def like(value: Tensor, parameter: Tensor) -> Tensor:
+    """A whole tensor in the form in which it can be copied into ``parameter``: sharded where that is."""
+    if not hasattr(parameter, "full_tensor"):
+        return value
+    from torch.distributed.tensor import distribute_tensor
+    return distribute_tensor(value.to(parameter.device), parameter.device_mesh, parameter.placements)

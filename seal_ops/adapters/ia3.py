@@ -1,9 +1,9 @@
 """(IA)^3 adapter files of PEFT, in and out.
 
-(IA)^3 (arXiv 2205.05638) with ``target_modules=["o_proj"], feedforward_modules=["o_proj"]`` (or whatever a model calls its
-output projection) multiplies what every ``o_proj`` reads by a learned vector, which is SEAL-C exactly.  PEFT itself is not
-needed here: the files are safetensors and json, with the tensors named ``base_model.model.<module>.ia3_l`` of shape
-[1, in_features].
+(IA)^3 (arXiv 2205.05638) with ``target_modules=["o_proj"], feedforward_modules=["o_proj"]`` (or whatever a model calls
+its output projection) multiplies what every ``o_proj`` reads by a learned vector, which is SEAL-C exactly.  PEFT itself
+is not needed here: the files are safetensors and json, with the tensors named ``base_model.model.<module>.ia3_l`` of
+shape [1, in_features].
 """
 from __future__ import annotations
 
@@ -61,8 +61,8 @@ def import_ia3(model: nn.Module, save_directory: str | os.PathLike, backend: str
         site = by_key[name]
         if tuple(tensor.shape) != (1, site.num_heads * site.head_dim) or not tensor.is_floating_point():
             raise ValueError(f"seal_ops.ia3.import_ia3: {name} must be a floating tensor of shape "
-                             f"[1, {site.num_heads * site.head_dim}] (what the projection reads: feedforward_modules must "
-                             f"name it), got {tensor.dtype} of shape {list(tensor.shape)}")
+                             f"[1, {site.num_heads * site.head_dim}] (what the projection reads: feedforward_modules "
+                             f"must name it), got {tensor.dtype} of shape {list(tensor.shape)}")
         if not bool(torch.isfinite(tensor).all()):
             raise ValueError(f"seal_ops.ia3.import_ia3: {name} must be finite, got NaN or infinity")
         found[site.index] = tensor.reshape(site.num_heads, site.head_dim).float()

@@ -37,7 +37,7 @@ def merge(model: nn.Module) -> nn.Module:
 
 
 def _present_projection(owner: nn.Module, site: AttentionLayer) -> nn.Module | None:
-    """The module under the projection's name now: since `attach`, an adapter may have been put round it or taken off."""
+    """The module under the projection's name now: since `attach`, an adapter may have been put round it."""
     if site.output_projection is None:
         return None
     try:
@@ -52,7 +52,7 @@ def _reads_rows(projection: nn.Module) -> bool:
 
 
 def _merged(projection: nn.Module, weight: Tensor, scale: Tensor, site: AttentionLayer) -> Tensor:
-    """fp32 (fp64) weight [hidden, Hq * D], of Conv1D [Hq * D, hidden], times the scale [Hq, 1 or D] of what it reads."""
+    """fp32 (fp64) weight [hidden, Hq * D] (Conv1D [Hq * D, hidden]) times the scale [Hq, 1 or D] of what it reads."""
     compute = torch.promote_types(weight.dtype, torch.float32)
     factor = scale.to(weight.device, compute).expand(-1, site.head_dim).reshape(-1)
     return weight.to(compute) * (factor[:, None] if _reads_rows(projection) else factor)
@@ -68,8 +68,8 @@ def _check_mergeable(site: AttentionLayer, projection: nn.Module | None, scale: 
         refuse("read the attention output directly", f"a module with another step in between "
                f"({type(site.module).__name__}); {unmerged}")
     if hasattr(projection, "base_layer"):
-        refuse("be a plain torch.nn.Linear in 16 or more bits", f"{type(projection).__name__} of an adapter; merge that "
-               f"first (PEFT's merge_and_unload), or {unmerged}")
+        refuse("be a plain torch.nn.Linear in 16 or more bits", f"{type(projection).__name__} of an adapter; merge "
+               f"that first (PEFT's merge_and_unload), or {unmerged}")
     weight = getattr(projection, "weight", None)
     # An exact type: quantised layers are subclasses or wrappers with weights of another meaning.
     if type(projection) not in (nn.Linear, Conv1D) or not isinstance(weight, Tensor) or (
@@ -77,8 +77,8 @@ def _check_mergeable(site: AttentionLayer, projection: nn.Module | None, scale: 
         refuse("be a plain torch.nn.Linear in 16 or more bits", f"{type(projection).__name__} with "
                f"{getattr(weight, 'dtype', 'no')} weight; {unmerged}")
     if "weight" not in projection._parameters:
-        refuse("have its weight as a parameter", "one that is computed anew in each call (pruned, or with weight_norm); "
-               "make that permanent first (torch.nn.utils.prune.remove, remove_weight_norm)")
+        refuse("have its weight as a parameter", "one that is computed anew in each call (pruned, or with "
+               "weight_norm); make that permanent first (torch.nn.utils.prune.remove, remove_weight_norm)")
     width = site.num_heads * site.head_dim
     if weight.is_meta or hasattr(weight, "full_tensor") or weight.shape[0 if _reads_rows(projection) else 1] != width:
         refuse(f"hold its whole weight with {width} columns", f"{list(weight.shape)} on {weight.device}")

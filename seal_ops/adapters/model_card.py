@@ -10,7 +10,10 @@ from .files import CARD_FILE, ScalesConfig
 
 _MARK = "<!-- Written by seal_ops. A card without this line is left as it is. -->"
 # What the paper calls scales of a granularity, and what they are.
-METHODS = {"head": ("SEAL-H", "one factor per query head"), "channel": ("SEAL-C", "one factor per channel of every head")}
+METHODS = {
+    "head": ("SEAL-H", "one factor per query head"),
+    "channel": ("SEAL-C", "one factor per channel of every head"),
+}
 
 
 def replaceable(folder: str) -> bool:
@@ -23,7 +26,7 @@ def replaceable(folder: str) -> bool:
 
 
 def text(config: ScalesConfig, training: Mapping | None = None) -> str:
-    """The card of an adapter.  ``training``: name -> value of the settings it was trained with, where they are known."""
+    """The card of an adapter.  ``training``: name -> value of its training's settings, where they are known."""
     base = config.base_model_name_or_path
     # The hub accepts only names of its own here; a local folder would make the card invalid.
     on_hub = base is not None and not os.path.exists(base) and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", base) is not None
@@ -34,10 +37,11 @@ def text(config: ScalesConfig, training: Mapping | None = None) -> str:
         "---", *([f"base_model: {json.dumps(base)}"] if on_hub else []), "library_name: seal_ops",
         "tags:", "- seal", "- attention-scaling", "- long-context", "---", _MARK, "",
         f"# {method} scales" + (f" for {base}" if on_hub else ""), "",
-        f"These are learned scales of attention ({method}, {what}; arXiv 2501.15225): they multiply the attention output "
-        f"before its projection.", "",
+        f"These are learned scales of attention ({method}, {what}; arXiv 2501.15225): they multiply the attention "
+        f"output before its projection.", "",
         "| | |", "|---|---|", f"| base model | {base or 'not recorded'} |", f"| model type | {config.model_type} |",
-        f"| method | {method} (`granularity={config.granularity!r}`) |", f"| layers with scales | {len(config.layers)} |",
+        f"| method | {method} (`granularity={config.granularity!r}`) |",
+        f"| layers with scales | {len(config.layers)} |",
         f"| learned numbers | {count} |", "",
         "```python", "import seal_ops", "from transformers import AutoModelForCausalLM", "",
         f"model = AutoModelForCausalLM.from_pretrained({json.dumps(base if on_hub else 'BASE-MODEL')})",

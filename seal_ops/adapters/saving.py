@@ -8,9 +8,11 @@ import re
 
 import torch
 from torch import nn
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from .files import SUBFOLDER
 
+_CHECKPOINT = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-\d+$")
 _SCALE = re.compile(r"(?:^|\.)seal_scales\.layers\.(\d+)\.scale$")
 
 
@@ -41,8 +43,8 @@ class SaveBoth:
     """Stands in for ``save_pretrained`` of one model while its scales are attached; copied and pickled with it.
 
     The weights are saved as without scales, and every adapter in the folder ``seal_scales/<its name>``, where
-    `seal_ops.load` finds it.  While a Trainer saves with `SealCallback`, the model's file holds the scales as well: that
-    is where a Trainer looks when it resumes.
+    `seal_ops.load` finds it.  While a Trainer saves with `SealCallback`, the model's file holds the scales as well:
+    that is where a Trainer looks when it resumes.
     """
 
     def __init__(self, model: nn.Module, scales: nn.Module):
@@ -66,7 +68,7 @@ class SaveBoth:
         folder, values = os.fspath(given["save_directory"]), self._gathered(given.get("state_dict"))
         self.scales.saved_beside = True
         try:
-            with self._without_scales():
+            with self._without_scales(folder):
                 result = type(self.model).save_pretrained(self.model, *args, **kwargs)
         finally:
             self.scales.saved_beside = False
@@ -75,7 +77,7 @@ class SaveBoth:
         return result
 
     def _save_and_push(self, given: dict):
-        """The folder first and the repository after it; transformers' own way would upload before the scales are there."""
+        """The folder first, then the repository; transformers' own way would upload before the scales are there."""
         options = {**given, **given.get("kwargs", {})}
         options.pop("kwargs", None)
         push = type(self.model).push_to_hub
@@ -97,15 +99,16 @@ class SaveBoth:
         return found if set(found) == set(self.scales.config.layers) else None
 
     @contextlib.contextmanager
-    def _without_scales(self):
+    def _without_scales(self, folder: str):
         """Inside the block transformers leaves the scales out of the weights, or, if a checkpoint asks so, all else."""
         model, mode = self.model, self.scales.checkpoints
-        if mode is not None:
+        # A run that was interrupted never said that it is over: only what is called a checkpoint is one.
+        if mode is not None and _CHECKPOINT.match(os.path.basename(os.path.normpath(folder))):
             yield
             return
         present, before = "_keys_to_ignore_on_save" in model.__dict__, getattr(model, "_keys_to_ignore_on_save", None)
         names = (name for name, _ in model.named_parameters() if _SCALE.search(name))
-        model._keys_to_ignore_on_save = {*(before or ()), *names}
+        model._keys_to_ignore_on_save = {*((before if mode is None else mode.ignored_before) or ()), *names}
         try:
             yield
         finally:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from . import files, model_card
 from .files import DEFAULT_ADAPTER, ScalesConfig
-from .gathering import is_main_process, whole
+from .gathering import is_main_process, like, whole
 
 
 class LayerScale(nn.Module):
@@ -27,7 +27,7 @@ class LayerScale(nn.Module):
         self.left_alone = False  # by the state dict that is being loaded
 
     def forward(self, learned: bool = False) -> Tensor:
-        """What attention multiplies by: the scale, or one a row inside `Scales.rows`; with ``learned`` always the scale.
+        """What attention multiplies by: the scale, or one a row inside `Scales.rows`; ``learned``: always the scale.
 
         A call, so that the hooks of offloading and of sharding bring the parameter here first.
         """
@@ -133,7 +133,7 @@ class Scales(nn.Module):
             self.bind(sites)
         self.config = config
         for layer, scale in self.items():
-            scale.copy_(values[layer])
+            scale.copy_(like(values[layer], scale))
 
     def bind(self, sites) -> None:
         """Makes the attention layers read these scales."""
@@ -153,8 +153,8 @@ class Scales(nn.Module):
         """
         if not isinstance(rows, Mapping):
             if len(rows) != len(self.config.layers):
-                raise ValueError(f"seal_ops.Scales.rows: rows must have {len(self.config.layers)} entries, one a layer, "
-                                 f"got {len(rows)}")
+                raise ValueError(f"seal_ops.Scales.rows: rows must have {len(self.config.layers)} entries, one a "
+                                 f"layer, got {len(rows)}")
             rows = dict(zip(self.config.layers, rows))
         prepared = {}
         for layer, tensor in rows.items():
@@ -233,11 +233,11 @@ class Scales(nn.Module):
     def _check_names(self, call: str, argument: str, names: Sequence[str], also: Sequence[str] = ()) -> None:
         for name in names:
             if name not in self.adapter_names and name not in also:
-                raise ValueError(f"seal_ops.Scales.{call}: {argument} must be among {[*self.adapter_names, *also]}, got "
-                                 f"{files.shown(name)}")
+                raise ValueError(f"seal_ops.Scales.{call}: {argument} must be among {[*self.adapter_names, *also]}, "
+                                 f"got {files.shown(name)}")
 
     def set_adapter(self, adapter_name: str) -> None:
-        """Makes another adapter the one that computes and learns. An optimiser made before keeps its own state of it."""
+        """Makes another adapter the one that computes and learns. An optimiser made before keeps its old state."""
         self._check_names("set_adapter", "adapter_name", [adapter_name])
         if adapter_name == self.active_adapter:
             return
@@ -248,15 +248,17 @@ class Scales(nn.Module):
         self.inactive[self.active_adapter] = before
         self.active_adapter = adapter_name
 
-    def add_adapter(self, adapter_name: str, granularity: str | None = None, layers: Sequence[int] | None = None) -> None:
-        """Adds an adapter of ones, which `set_adapter` activates; granularity and layers default to the active one's."""
+    def add_adapter(self, adapter_name: str, granularity: str | None = None,
+                    layers: Sequence[int] | None = None) -> None:
+        """Adds an adapter of ones, which `set_adapter` activates; the rest defaults to the active one's."""
         from .attachment import new_config
         check_new_name(adapter_name, "Scales.add_adapter", self)
-        config = new_config(self, granularity or self.config.granularity, self.config.layers if layers is None else layers)
+        layers = self.config.layers if layers is None else layers
+        config = new_config(self, granularity or self.config.granularity, layers)
         self.inactive[adapter_name] = config, {layer: torch.ones(shape) for layer, shape in config.shapes().items()}
 
     def load_adapter(self, name_or_path: str | os.PathLike, adapter_name: str, **options) -> None:
-        """Adds a saved adapter under a new name, which `set_adapter` activates; other arguments as in `seal_ops.load`."""
+        """Adds a saved adapter under a new name, which `set_adapter` activates; ``options`` as in `seal_ops.load`."""
         from .attachment import load, owner_of
         check_new_name(adapter_name, "Scales.load_adapter", self)
         load(owner_of(self, "Scales.load_adapter"), name_or_path, adapter_name=adapter_name, **options)
@@ -273,13 +275,14 @@ class Scales(nn.Module):
     def adapters_per_row(self, adapter_names: Sequence[str]):
         """Inside the block row b of a batch runs with the adapter ``adapter_names[b]``; "base" is the model without.
 
-        Gradients flow into the active adapter only.  Raises ValueError for an unknown name, and where the scales are not
-        attached.
+        Gradients flow into the active adapter only.  Raises ValueError for an unknown name, and where the scales are
+        not attached.
         """
         from .attachment import owner_of
         owner_of(self, "Scales.adapters_per_row")
         self._check_names("adapters_per_row", "adapter_names", adapter_names, _BASE)
-        scale_of = {self.active_adapter: dict(self.items()), **{name: values for name, (_, values) in self.inactive.items()}}
+        scale_of = {name: values for name, (_, values) in self.inactive.items()}
+        scale_of[self.active_adapter] = dict(self.items())
         replaced = []
         try:
             for site in self.attachment.seam.sites:
@@ -322,13 +325,14 @@ class Scales(nn.Module):
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """(trainable, all) numbers of the model, as PEFT counts them."""
         from .attachment import owner_of
-        sizes = [(p.numel(), p.requires_grad) for p in owner_of(self, "Scales.get_nb_trainable_parameters").parameters()]
-        return sum(n for n, trains in sizes if trains), sum(n for n, _ in sizes)
+        parameters = list(owner_of(self, "Scales.get_nb_trainable_parameters").parameters())
+        return sum(p.numel() for p in parameters if p.requires_grad), sum(p.numel() for p in parameters)
 
     def print_trainable_parameters(self) -> None:
         """Prints them in PEFT's words."""
         trainable, total = self.get_nb_trainable_parameters()
-        print(f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {100 * trainable / total:.4f}")
+        share = 100 * trainable / total
+        print(f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {share:.4f}")
 
     def extra_repr(self) -> str:
         adapters = f", adapter={self.active_adapter!r} of {self.adapter_names}" if self.inactive else ""

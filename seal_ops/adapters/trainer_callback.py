@@ -28,8 +28,8 @@ class Checkpoints:
 class SealCallback(TrainerCallback):
     """Makes a Trainer's checkpoints hold the scales, resume from them, and ``load_best_model_at_end`` restore them.
 
-    ``Trainer(model, args, callbacks=[seal_ops.SealCallback()])``, with scales attached before.  Each checkpoint gets the
-    folder ``seal_scales/<adapter>``, which `seal_ops.load(model, checkpoint)` finds, and its weights file holds the
+    ``Trainer(model, args, callbacks=[seal_ops.SealCallback()])``, with scales attached before.  Each checkpoint gets
+    the folder ``seal_scales/<adapter>``, which `seal_ops.load(model, checkpoint)` finds, and its weights file holds the
     scales too: that is where the Trainer looks when it resumes.  Under FSDP and DeepSpeed all processes gather, and the
     first one writes.
 
@@ -44,7 +44,8 @@ class SealCallback(TrainerCallback):
         self.resume_from = None if resume_from is None else os.fspath(resume_from)
 
     def on_init_end(self, args, state, control, model: nn.Module | None = None, **kwargs):
-        self._prepare(model)
+        scales, _ = self._prepare(model)
+        scales.loaded = False
 
     def on_train_begin(self, args, state, control, model: nn.Module | None = None, **kwargs):
         scales, _ = self._prepare(model)
@@ -55,8 +56,10 @@ class SealCallback(TrainerCallback):
     def on_save(self, args, state, control, model: nn.Module | None = None, **kwargs):
         scales, _ = attached(model, "SealCallback")
         folder = _checkpoint(args, state.global_step)
-        # With save_on_each_node, more than one process writes.
-        scales.save_to(folders_beside(scales, folder), args.should_save or is_main_process())
+        # With save_on_each_node, more than one process writes. A hyperparameter search has its folders elsewhere; there
+        # the model's save_pretrained has written them.
+        writes = (args.should_save or is_main_process()) and os.path.isdir(folder)
+        scales.save_to(folders_beside(scales, folder), writes)
         if not self.save_base_model and args.should_save:
             # Without them nobody takes the checkpoint for a whole model; the Trainer does not need them.
             for name in ("config.json", "generation_config.json"):
@@ -78,7 +81,7 @@ class SealCallback(TrainerCallback):
             owner = attachment.owner
             scales.checkpoints = Checkpoints(self.save_base_model, getattr(owner, "_keys_to_ignore_on_save", None))
             if not self.save_base_model:
-                # transformers leaves these out of the file, and is silent when exactly they are missing in one it loads.
+                # transformers leaves these out of the file, and is silent where exactly they are missing in one.
                 owner._keys_to_ignore_on_save = {n for n in owner.state_dict() if not n.startswith("seal_scales.")}
         return scales, attachment
 
@@ -87,8 +90,8 @@ class SealCallback(TrainerCallback):
         scales, attachment = attached(model, "SealCallback")
         path = os.path.join(folder, SUBFOLDER, scales.active_adapter)
         if not os.path.isdir(path):
-            raise ValueError(f"seal_ops.SealCallback: the checkpoint must hold {SUBFOLDER}/{scales.active_adapter}, got "
-                             f"{folder!r} without it: it was saved without seal_ops.SealCallback")
+            raise ValueError(f"seal_ops.SealCallback: the checkpoint must hold {SUBFOLDER}/{scales.active_adapter}, "
+                             f"got {folder!r} without it: it was saved without seal_ops.SealCallback")
         if any(hasattr(scale, "full_tensor") for _, scale in scales.items()):
             return  # sharded: FSDP's own checkpoint has brought them
         load(attachment.owner, path)
@@ -100,8 +103,8 @@ class SealCallback(TrainerCallback):
                        _checkpoint(args, state.global_step)):
             if folder is not None and (folder == self.resume_from or _is_of(folder, state)):
                 return folder
-        raise ValueError(f"seal_ops.SealCallback: resume_from must name the checkpoint that the Trainer resumes from, got "
-                         f"None, and {_checkpoint(args, state.global_step)!r} is not it")
+        raise ValueError(f"seal_ops.SealCallback: resume_from must name the checkpoint that the Trainer resumes from, "
+                         f"got None, and {_checkpoint(args, state.global_step)!r} is not it")
 
 
 def _checkpoint(args, step: int) -> str:

@@ -19,8 +19,8 @@ def source(path: str, call: str, weights: bool = True):
 
     ``path``: a local file, or ``owner/repository/file.gguf`` on the hub.  ``weights``: whether more is needed than the
     metadata, all of which lie in the first part.  Parts are joined in a temporary file (in
-    TMPDIR) that is as large as all of them.  Raises FileNotFoundError for a missing part, ImportError without the package
-    gguf, ValueError for a part that is damaged.
+    TMPDIR) that is as large as all of them.  Raises FileNotFoundError for a missing part, ImportError without the
+    package gguf, ValueError for a part that is damaged.
     """
     folder, file = os.path.split(path)
     match = _PART.match(file)

@@ -20,20 +20,22 @@ def load_tokenizer(name: str, call: str, *, revision: str | None = None, trust_r
     """The tokenizer of a folder, hub name or GGUF file; ``OSError``, one sentence, where there is none."""
     from transformers import AutoTokenizer
 
-    return _load(AutoTokenizer, resolve(name, call=call), call, False, revision=revision, trust_remote_code=trust_remote_code, token=token)
+    name = resolve(name, call=call)
+    return _load(AutoTokenizer, name, call, False, revision=revision, trust_remote_code=trust_remote_code, token=token)
 
 
-def load_model(name: str, *, device: str = "auto", dtype: str = "default", device_map=None, quantization: str | None = None,
-               revision: str | None = None, trust_remote_code: bool = False, attn_implementation: str | None = None,
-               token: str | bool | None = None, call: str = "seal_ops.load_model"):
+def load_model(name: str, *, device: str = "auto", dtype: str = "default", device_map=None,
+               quantization: str | None = None, revision: str | None = None, trust_remote_code: bool = False,
+               attn_implementation: str | None = None, token: str | bool | None = None,
+               call: str = "seal_ops.load_model"):
     """Model (in evaluation mode) and tokenizer.
 
     Args:
-        name: a folder, a name on the hub, a GGUF file (of a split one, any part), which is read into full precision, or one of
-            :data:`seal_ops.huggingface.model_packages.PACKAGES`.
+        name: a folder, a name on the hub, a GGUF file (of a split one, any part), which is read into full precision, or
+            one of :data:`seal_ops.huggingface.model_packages.PACKAGES`.
         device: "auto" is the GPU where one is visible; else what ``torch.device`` takes.
-        dtype: "default" is bfloat16 on a GPU and float32 on a CPU; "auto" the checkpoint's own, as in transformers (of a
-            GGUF file: "default"); else one of ``DTYPES``.
+        dtype: "default" is bfloat16 on a GPU and float32 on a CPU; "auto" the checkpoint's own, as in transformers
+            (of a GGUF file: "default"); else one of ``DTYPES``.
         device_map: spreads a model over devices, as in transformers ("auto", "balanced", a mapping); in the place of
             ``device``.
         quantization: "4bit" (NF4, computing in ``dtype``) or "8bit", with bitsandbytes; scales stay attached to such a
@@ -54,9 +56,11 @@ def load_model(name: str, *, device: str = "auto", dtype: str = "default", devic
         raise ValueError(f"{call}: dtype must be one of {', '.join(DTYPE_CHOICES)}, got {dtype!r}")
     name = resolve(name, call=call)
     if device_map is not None and device != "auto":
-        raise ValueError(f"{call}: device must be left out where device_map is given, got {device!r} and {device_map!r}")
+        raise ValueError(f"{call}: device must be left out where device_map is given, got {device!r} and "
+                         f"{device_map!r}")
     where = _device(device, call)
-    chosen = DTYPES["bfloat16" if where.type == "cuda" else "float32"] if dtype == "default" else DTYPES.get(dtype, "auto")
+    default = DTYPES["bfloat16" if where.type == "cuda" else "float32"]
+    chosen = default if dtype == "default" else DTYPES.get(dtype, "auto")
     options = {"dtype": chosen, "revision": revision, "trust_remote_code": trust_remote_code, "token": token}
     if attn_implementation is not None:
         options["attn_implementation"] = attn_implementation
@@ -64,7 +68,7 @@ def load_model(name: str, *, device: str = "auto", dtype: str = "default", devic
         options["quantization_config"] = _quantization(quantization, chosen, call)
         device_map = {"": where} if device_map is None else device_map
     if gguf_files.is_gguf(name) and dtype == "auto":
-        options["dtype"] = DTYPES["bfloat16" if where.type == "cuda" else "float32"]
+        options["dtype"] = default
     if device_map is not None:
         _require("accelerate", "device_map" if quantization is None else "quantization", call)
         options["device_map"] = device_map
@@ -103,7 +107,8 @@ def _require(package: str, argument: str, call: str) -> None:
     import importlib.util
 
     if importlib.util.find_spec(package) is None:
-        raise ImportError(f"{call}: {argument} needs the package {package}, which is not installed (pip install {package})")
+        raise ImportError(f"{call}: {argument} needs the package {package}, which is not installed "
+                          f"(pip install {package})")
 
 
 def shipped(name: str) -> str:
@@ -120,8 +125,8 @@ def _load(kind, name, call, weights=True, **options):
         _require("gguf", "a .gguf model", call)
     there = os.path.isfile(name) if gguf else os.path.isdir(name)
     if os.sep in name and not there and (name.startswith((".", os.sep)) or name.count(os.sep) > (2 if gguf else 1)):
-        raise FileNotFoundError(f"{call}: model must be a folder, a name on the hub or a .gguf file, got {name}, which does "
-                                f"not exist")
+        raise FileNotFoundError(f"{call}: model must be a folder, a name on the hub or a .gguf file, got {name}, which "
+                                f"does not exist")
     try:
         with gguf_files.source(name, call, weights) if gguf else contextlib.nullcontext((name, {})) as (folder, more):
             return kind.from_pretrained(folder, **options, **more)

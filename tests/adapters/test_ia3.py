@@ -60,8 +60,10 @@ def test_ia3_out_of_some_layers(peft, tmp_path):
 
 
 @pytest.mark.parametrize("targets, message", [
-    (dict(target_modules=["k_proj", "o_proj"], feedforward_modules=["o_proj"]), r"must scale only the output projection \(o_proj\) .*k_proj.ia3_l"),
-    (dict(target_modules=["o_proj"], feedforward_modules=[]), r"of shape \[1, 64\] .*, got torch.float32 of shape \[64, 1\]"),
+    (dict(target_modules=["k_proj", "o_proj"], feedforward_modules=["o_proj"]),
+     r"must scale only the output projection \(o_proj\) .*k_proj.ia3_l"),
+    (dict(target_modules=["o_proj"], feedforward_modules=[]),
+     r"of shape \[1, 64\] .*, got torch.float32 of shape \[64, 1\]"),
 ])
 def test_other_ia3_adapters_are_refused(peft, targets, message, tmp_path):
     ia3(peft, LLAMA.build(), **targets).save_pretrained(tmp_path)
@@ -92,7 +94,8 @@ def test_ia3_of_projections_of_other_names(peft, granularity, tmp_path):
     """GPT-2's c_proj: a Conv1D whose name the MLP's has too."""
     def build():
         torch.manual_seed(0)
-        config = transformers.GPT2Config(vocab_size=97, n_embd=64, n_layer=2, n_head=4, n_positions=64, initializer_range=0.2)
+        config = transformers.GPT2Config(vocab_size=97, n_embd=64, n_layer=2, n_head=4, n_positions=64,
+                                         initializer_range=0.2)
         return transformers.GPT2LMHeadModel(config).eval()
 
     model = build()
@@ -109,6 +112,7 @@ def test_ia3_on_a_model_with_lora(peft, tmp_path):
     ia3(peft, LLAMA.build()).save_pretrained(tmp_path)
     plain = LLAMA.build()
     import_ia3(plain, tmp_path)
-    both = peft.get_peft_model(LLAMA.build(), peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")).eval()
+    lora = peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    both = peft.get_peft_model(LLAMA.build(), lora).eval()
     import_ia3(both, tmp_path)
     assert close(logits(both, tokens()), logits(plain, tokens()))

@@ -27,7 +27,8 @@ def test_together_with_lora(peft):
 
 
 def lora(peft, model, *modules, **options):
-    config = peft.LoraConfig(r=2, target_modules=list(modules), task_type="CAUSAL_LM", init_lora_weights=False, **options)
+    config = peft.LoraConfig(r=2, target_modules=list(modules), task_type="CAUSAL_LM", init_lora_weights=False,
+                             **options)
     return peft.get_peft_model(model, config).eval()
 
 

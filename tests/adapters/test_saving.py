@@ -69,7 +69,8 @@ def test_pushing_the_model_pushes_the_scales(tmp_path, monkeypatch):
     """``push_to_hub=True`` uploads from a folder in which the scales are."""
     pushed = []
 
-    def push(self, repo_id, *, commit_message=None, private=None, token=None, revision=None, create_pr=False, **options):
+    def push(self, repo_id, *, commit_message=None, private=None, token=None, revision=None, create_pr=False,
+             **options):
         folder = tmp_path / f"pushed-{len(pushed)}"
         self.save_pretrained(folder)
         pushed.append((repo_id, private, (folder / "seal_scales" / "default" / CONFIG_FILE).exists()))
@@ -117,7 +118,7 @@ def test_only_a_name_on_the_hub_is_a_cards_base_model(tmp_path, name, expected):
     assert expected in header if expected else "base_model" not in header
 
 
-def test_compiled_models_and_fsdp2_save_whole_scales(tmp_path):
+def test_fsdp2_saves_and_loads_whole_scales(tmp_path):
     """One process of FSDP2: parameters are DTensors."""
     import torch.distributed as dist
     from torch.distributed.fsdp import fully_shard
@@ -135,6 +136,14 @@ def test_compiled_models_and_fsdp2_save_whole_scales(tmp_path):
         assert set(model.seal_scales.state_dict()) == {"layers.0.scale", "layers.1.scale"}
         with pytest.raises(ValueError, match="seal_ops.merge: .* must hold its whole weight"):
             seal_ops.merge(model)
+        with torch.no_grad():
+            for p in model.seal_scales.parameters():
+                p.fill_(3)
+        seal_ops.load(model, tmp_path)
+        assert all(torch.equal(p.full_tensor(), e) for p, e in zip(model.seal_scales.parameters(), expected))
+        seal_ops.detach(model)
+        with pytest.raises(ValueError, match="seal_ops.attach: model must be given before it is wrapped or sharded"):
+            seal_ops.attach(model)
     finally:
         dist.destroy_process_group()
     loaded = seal_ops.load(LLAMA.build(), tmp_path)
@@ -219,6 +228,6 @@ def test_layers_are_named_as_in_the_model(tmp_path):
 
 def hybrid():
     return transformers.JambaConfig(vocab_size=97, hidden_size=64, intermediate_size=96, num_hidden_layers=4,
-                                    num_attention_heads=4, num_key_value_heads=2, attn_layer_period=2, attn_layer_offset=1,
-                                    num_experts=1, mamba_d_state=4, mamba_dt_rank=4, use_mamba_kernels=False,
-                                    pad_token_id=0)
+                                    num_attention_heads=4, num_key_value_heads=2, attn_layer_period=2,
+                                    attn_layer_offset=1, num_experts=1, mamba_d_state=4, mamba_dt_rank=4,
+                                    use_mamba_kernels=False, pad_token_id=0)

@@ -42,7 +42,8 @@ def test_layers_that_are_not_named_have_no_scale():
     assert torch.equal(logits(model, tokens()), with_both) and not close(with_both, base)
 
 
-@pytest.mark.parametrize("cast", [lambda m: m.to(torch.bfloat16), lambda m: m.half(), lambda m: m.to("cpu", torch.float64)],
+@pytest.mark.parametrize("cast", [lambda m: m.to(torch.bfloat16), lambda m: m.half(),
+                                  lambda m: m.to("cpu", torch.float64)],
                          ids=["bfloat16", "half", "float64"])
 def test_casting_the_model_keeps_the_scales_in_fp32(cast):
     model = LLAMA.build()
@@ -98,8 +99,8 @@ def test_inside_the_trainer(tmp_path):
     samples = [dict(input_ids=row, labels=row) for row in tokens(4, 16)]
     arguments = transformers.TrainingArguments(
         str(tmp_path), max_steps=3, per_device_train_batch_size=2, learning_rate=1e-2, lr_scheduler_type="constant",
-        weight_decay=0.0, report_to=[], use_cpu=True, save_strategy="no", disable_tqdm=True, gradient_checkpointing=True,
-        gradient_checkpointing_kwargs=dict(use_reentrant=False))
+        weight_decay=0.0, report_to=[], use_cpu=True, save_strategy="no", disable_tqdm=True,
+        gradient_checkpointing=True, gradient_checkpointing_kwargs=dict(use_reentrant=False))
     trainer = transformers.Trainer(model, arguments, train_dataset=samples)
     trainer.train()
     assert trainer.get_num_trainable_parameters() == 2 * 4 * 16
@@ -128,7 +129,8 @@ def test_rows_take_mappings_restore_and_carry_gradients():
 @pytest.mark.parametrize("rows, message", [
     (torch.ones(3, 2, 4), r"seal_ops.Scales.rows: rows must have 2 entries, one a layer, got 3"),
     ({5: torch.ones(2, 4)}, r"seal_ops.Scales.rows: layers must be among \[0, 1\], got 5"),
-    ({0: torch.ones(2, 3)}, r"seal_ops.Scales.rows: rows of layer 0 must have shape \[B, 4\] or \[B, 4, 16\], got \[2, 3, 1\]"),
+    ({0: torch.ones(2, 3)},
+     r"seal_ops.Scales.rows: rows of layer 0 must have shape \[B, 4\] or \[B, 4, 16\], got \[2, 3, 1\]"),
 ])
 def test_bad_rows(rows, message):
     scales = seal_ops.attach(LLAMA.build(), "head")
@@ -164,6 +166,11 @@ def test_attached_twice_and_not_at_all(tmp_path):
     for call in (seal_ops.attach, lambda m: import_ia3(m, tmp_path)):
         with pytest.raises(ValueError, match="model already has scales attached"):
             call(model)
+
+
+def test_a_model_wrapped_for_several_devices_is_refused():
+    with pytest.raises(ValueError, match="seal_ops.attach: model must be given before .*got DataParallel"):
+        seal_ops.attach(nn.DataParallel(LLAMA.build()))
 
 
 def test_a_shared_config_object_is_refused():

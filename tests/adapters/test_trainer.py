@@ -17,7 +17,8 @@ BATCH = [dict(input_ids=row, labels=row) for row in tokens(8, 12, seed=3)]
 
 def trainer(folder, model, callbacks, steps=8, **options):
     settings = dict(max_steps=steps, save_steps=4, per_device_train_batch_size=2, learning_rate=0.05, weight_decay=0.0,
-                    lr_scheduler_type="constant", report_to=[], use_cpu=True, disable_tqdm=True, logging_steps=1, seed=0)
+                    lr_scheduler_type="constant", report_to=[], use_cpu=True, disable_tqdm=True, logging_steps=1,
+                    seed=0)
     arguments = transformers.TrainingArguments(str(folder), **{**settings, **options})
     return transformers.Trainer(model, arguments, train_dataset=BATCH, eval_dataset=BATCH, callbacks=callbacks)
 
@@ -59,7 +60,8 @@ def test_a_checkpoint_of_a_whole_model(tmp_path):
 def test_a_checkpoint_without_the_base_model(tmp_path):
     whole = trained(tmp_path, [seal_ops.SealCallback(save_base_model=False)], steps=4)
     folder = tmp_path / "checkpoint-4"
-    assert set(safetensors.torch.load_file(folder / "model.safetensors")) == {f"seal_scales.layers.{n}.scale" for n in whole}
+    names = set(safetensors.torch.load_file(folder / "model.safetensors"))
+    assert names == {f"seal_scales.layers.{n}.scale" for n in whole}
     assert same(whole, {n: s.detach() for n, s in seal_ops.load(LLAMA.build(), folder).items()})
     with pytest.raises((OSError, ValueError), match="config.json"):
         transformers.AutoModelForCausalLM.from_pretrained(folder)
@@ -70,8 +72,8 @@ def test_the_best_checkpoint_comes_back(tmp_path, save_base_model):
     model = LLAMA.build()
     scales = seal_ops.attach(model, "head")
     run = trainer(tmp_path, model, [seal_ops.SealCallback(save_base_model)], steps=4, save_steps=1, eval_steps=1,
-                  eval_strategy="steps", load_best_model_at_end=True, metric_for_best_model="loss", greater_is_better=True,
-                  save_total_limit=1)  # the first step counts as the best one
+                  eval_strategy="steps", load_best_model_at_end=True, metric_for_best_model="loss",
+                  greater_is_better=True, save_total_limit=1)  # the first step counts as the best one
     run.train()
     losses = [entry["eval_loss"] for entry in run.state.log_history if "eval_loss" in entry]
     assert losses[0] == max(losses) > losses[-1]
@@ -115,3 +117,22 @@ def test_scales_and_lora_resume_together(tmp_path, peft, order):
     whole = run(tmp_path)
     assert sum("seal_scales" in n for n in whole) == 2 and sum("lora_" in n for n in whole) == 4
     assert same(whole, run(tmp_path, str(tmp_path / "checkpoint-4")))
+
+
+@pytest.mark.parametrize("save_base_model", [True, False])
+def test_a_model_is_saved_whole_after_an_interrupted_run(tmp_path, save_base_model):
+    class Interrupt(transformers.TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 6:
+                raise KeyboardInterrupt
+
+    model = LLAMA.build()
+    scales = seal_ops.attach(model)
+    with pytest.raises(KeyboardInterrupt):
+        trainer(tmp_path, model, [seal_ops.SealCallback(save_base_model), Interrupt()]).train()
+    model.save_pretrained(tmp_path / "final")
+    loaded, info = type(model).from_pretrained(tmp_path / "final", output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert torch.equal(loaded.model.embed_tokens.weight, model.model.embed_tokens.weight)
+    assert same({n: s.detach() for n, s in seal_ops.load(loaded, tmp_path / "final").items()},
+                {n: s.detach() for n, s in scales.items()})

@@ -12,7 +12,7 @@ LLAMA = FAMILIES["llama"]
 
 
 def three(**overrides):
-    """A model with the adapters "a" (head), "b" (channel) and "c" (head, layer 1 only); logits of each and of the base."""
+    """A model with the adapters "a" (head), "b" (channel), "c" (head, layer 1 only); logits of each and of the base."""
     model = LLAMA.build(**overrides)
     expected = {"base": logits(model, tokens(5))}
     scales = seal_ops.attach(model, "head")
@@ -142,7 +142,8 @@ def test_a_refused_load_leaves_the_scales(tmp_path, saved):
     wrong = LLAMA.build(num_hidden_layers=3)
     randomise(seal_ops.attach(wrong))
     wrong.seal_scales.save_pretrained(tmp_path / "wrong")
-    with pytest.raises(ValueError, match=r"must be an adapter for the 2 attention layers \[0, 1\], got one with layer 2"):
+    message = r"must be an adapter for the 2 attention layers \[0, 1\], got one with layer 2"
+    with pytest.raises(ValueError, match=message):
         seal_ops.load(model, tmp_path / "wrong")
     assert torch.equal(logits(model, tokens(5)), expected["c"]) and sorted(scales.adapter_names) == ["a", "b", "c"]
 
@@ -157,7 +158,8 @@ def test_a_refused_load_leaves_the_scales(tmp_path, saved):
     (lambda s: s.add_adapter("d", "layer"), "add_adapter: granularity must be 'head' or 'channel', got 'layer'"),
     (lambda s: s.add_adapter("d", layers=[7]), r"add_adapter: layers must be indices from 0 to 1, got \[7\]"),
     (lambda s: s.adapters_per_row(["a", "z"]).__enter__(), "adapters_per_row: adapter_names must be among .*, got 'z'"),
-    (lambda s: s.save_pretrained("x", selected_adapters=["z"]), "save_pretrained: selected_adapters must be among .*'z'"),
+    (lambda s: s.save_pretrained("x", selected_adapters=["z"]),
+     "save_pretrained: selected_adapters must be among .*'z'"),
 ])
 def test_wrong_names(call, message):
     _, scales, _ = three()
@@ -209,9 +211,9 @@ def test_a_repository_is_fetched(monkeypatch, saved):
 
 def test_no_hub(monkeypatch):
     model = LLAMA.build()
-    with pytest.raises(FileNotFoundError, match="^seal_ops.load: save_directory must be a folder or a name on the hub, got "
-                       "'nobody/nothing': there is no such folder, it is not in the cache, and the Hugging Face hub could "
-                       "not be reached$"):
+    message = ("^seal_ops.load: save_directory must be a folder or a name on the hub, got 'nobody/nothing': there is "
+               "no such folder, it is not in the cache, and the Hugging Face hub could not be reached$")
+    with pytest.raises(FileNotFoundError, match=message):
         seal_ops.load(model, "nobody/nothing")
 
 
@@ -250,5 +252,5 @@ def test_pushing(monkeypatch, tmp_path):
     scales = seal_ops.attach(LLAMA.build())
     assert scales.push_to_hub("it", token="secret") == "done"
     assert calls == ["secret", ("me/it", [CARD_FILE, CONFIG_FILE, WEIGHTS_FILE], "Upload SEAL scales")]
-    with pytest.raises(OSError, match="^seal_ops.Scales.push_to_hub: repo_id must be a repository .* could not be reached$"):
+    with pytest.raises(OSError, match="^seal_ops.Scales.push_to_hub: repo_id must be a .* could not be reached$"):
         scales.push_to_hub("not/mine")

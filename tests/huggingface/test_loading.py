@@ -87,8 +87,8 @@ def test_bad_arguments(folder, options, error, message):
 @pytest.mark.parametrize("name, error, message", [
     ("/no/such/folder", FileNotFoundError, "must be a folder, a name on the hub or a .gguf file, got /no/such/folder"),
     ("./nothing.gguf", FileNotFoundError, "got ./nothing.gguf, which does not exist"),
-    ("nobody/nothing", OSError, "nobody/nothing could not be loaded: there is no such folder, it is not in the cache, and "
-                                "the Hugging Face hub could not be reached"),
+    ("nobody/nothing", OSError, "nobody/nothing could not be loaded: there is no such folder, it is not in the cache, "
+                                "and the Hugging Face hub could not be reached"),
     ("{tmp}", OSError, "could not be loaded: "),
 ])
 def test_nothing_there(tmp_path, name, error, message):
@@ -109,8 +109,8 @@ def test_a_missing_package_is_named(folder, monkeypatch):
 # -- GGUF ------------------------------------------------------------------------------------------------------------
 
 _GGUF = {"self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
-         "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down",
-         "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm"}
+         "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
+         "mlp.down_proj": "ffn_down", "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm"}
 
 
 @pytest.fixture

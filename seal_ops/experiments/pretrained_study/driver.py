@@ -20,7 +20,7 @@ def run(
     plan: Plan,
     *,
     device: str = "auto",
-    dtype: str = "auto",
+    dtype: str = "default",
     workers: int = 0,
     budget: float | None = None,
     log: Callable[[str], None] = print,

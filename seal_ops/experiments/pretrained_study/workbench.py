@@ -89,7 +89,7 @@ class _Drawn(Task):
 class Workbench:
     """One model on one device, and everything a job does with it."""
 
-    def __init__(self, model: str, folder: str, *, device: str = "auto", dtype: str = "auto", workers: int = 0):
+    def __init__(self, model: str, folder: str, *, device: str = "auto", dtype: str = "default", workers: int = 0):
         self.name, self.folder, self.device, self.dtype = model, folder, device, dtype
         self.samples = Samples(model, workers)
         self.model, self.tokenizer = load_model(model, device=device, dtype=dtype, call="seal study")
