@@ -9,6 +9,7 @@ import re
 import torch
 from torch import nn
 
+from ..utils.files import replacing_files
 from .files import SUBFOLDER
 
 _SCALE = re.compile(r"(?:^|\.)seal_scales\.layers\.(\d+)\.scale$")
@@ -20,7 +21,8 @@ def save_trained(model: nn.Module, scales: nn.Module | None, folder: str | os.Pa
     `seal_ops.load` finds the scales in ``folder`` either way.
     """
     if scales is None:
-        model.save_pretrained(folder)
+        with replacing_files(folder) as temporary:  # PEFT writes in place
+            model.save_pretrained(temporary)
     elif all(_SCALE.search(name) for name, p in model.named_parameters() if p.requires_grad):
         scales.save_pretrained(folder)
     else:
