@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from ..utils.files import replacing_files
 from .files import SUBFOLDER
 
 _CHECKPOINT = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-\d+$")
@@ -22,7 +23,8 @@ def save_trained(model: nn.Module, scales: nn.Module | None, folder: str | os.Pa
     `seal_ops.load` finds the scales in ``folder`` either way.
     """
     if scales is None:
-        model.save_pretrained(folder)
+        with replacing_files(folder) as temporary:  # PEFT writes in place
+            model.save_pretrained(temporary)
     elif all(_SCALE.search(name) for name, p in model.named_parameters() if p.requires_grad):
         scales.save_pretrained(folder)
     else:

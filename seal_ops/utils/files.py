@@ -21,26 +21,34 @@ _OLD = 86_400  # seconds after which no write can still be going on
 
 @contextlib.contextmanager
 def replacing(path):
-    """Yields the path of an empty file beside ``path`` to write; it takes the place of ``path`` if nothing was raised.
+    """Yields the path of an empty file to write; it takes the place of ``path`` if nothing was raised.
 
-    The parent folder is created.  Raises ``OSError`` naming the path where it cannot be written.
+    The file lies in a folder of its own beside ``path``, for what writes it may need temporary files itself (safetensors
+    does).  The parent folder is created.  Raises ``OSError`` naming the path where it cannot be written.
     """
     path = os.fspath(path)
-    folder = os.path.dirname(path) or "."
+    with replacing_files(os.path.dirname(path) or ".", os.path.basename(path)) as folder:
+        temporary = os.path.join(folder, os.path.basename(path))
+        open(temporary, "wb").close()
+        yield temporary
+
+
+@contextlib.contextmanager
+def replacing_files(folder, name: str = "files"):
+    """Yields an empty folder inside ``folder`` to fill; if nothing was raised its files go up, each in one step."""
+    folder = os.fspath(folder)
     os.makedirs(folder, exist_ok=True)
     _sweep(folder)
-    handle, temporary = tempfile.mkstemp(dir=folder, **_affixes(path))
-    os.close(handle)
+    temporary = tempfile.mkdtemp(dir=folder, **_affixes(name))
     try:
         yield temporary
         umask = os.umask(0)
         os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)  # mkstemp's 0600 is for secrets
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
-        raise
+        for file in sorted(os.listdir(temporary)):
+            os.chmod(os.path.join(temporary, file), 0o666 & ~umask)  # 0600 of a temporary file is for secrets
+            os.replace(os.path.join(temporary, file), os.path.join(folder, file))
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 @contextlib.contextmanager

@@ -1,6 +1,7 @@
 """The files of an adapter: damaged ones, those of other models, and saves that fail or are killed."""
 import json
 import os
+import shutil
 
 import pytest
 import safetensors.torch
@@ -227,7 +228,7 @@ def killed_after(number, function):
                 return real(*args, **kwargs)
             return step
 
-        builtins.open, tempfile.mkstemp = dying(open), dying(tempfile.mkstemp)
+        builtins.open, tempfile.mkdtemp = dying(open), dying(tempfile.mkdtemp)
         os.replace, os.chmod, os.unlink, os.makedirs = map(dying, (os.replace, os.chmod, os.unlink, os.makedirs))
         real_save = safetensors.torch.save_file
 
@@ -260,7 +261,7 @@ def test_a_killed_save_leaves_the_old_adapter_or_the_new(saved, granularity):
         assert which.count(True) == 1, f"neither old nor new after step {number}"
         seen.add("new" if which[1] else "old")
         for p in saved.iterdir():
-            p.unlink()
+            shutil.rmtree(p) if p.is_dir() else p.unlink()
         for name, data in kept.items():
             (saved / name).write_bytes(data)
         number += 1

@@ -109,6 +109,9 @@ def test_changes_within_their_noise_are_mixed():
         record["ablated_exact"][1] = 0
     assert group_by_sign(found, noise=0)["helpful"] == [0, 1]
     assert group_by_sign(found) == {"harmful": [], "helpful": [1], "mixed": [0, 2, 3, 4, 5]}
+    for i, record in enumerate(found.records):
+        record["ablated_logprob"][5] = record["logprob"] + (9.9 if i % 2 else -9.7)
+    assert 5 in group_by_sign(found, "logprob", noise=0)["harmful"] and 5 in group_by_sign(found, "logprob")["mixed"]
     assert group_by_sign(made(cases=1), "logprob")["helpful"] == [0, 1], "without a standard error every change counts"
     assert group_by_sign(made(noise=8.0), "logprob", noise=0) != group_by_sign(made(noise=8.0), "logprob")
     with pytest.raises(ValueError, match="seal_ops.group_by_sign: noise must be at least 0, got -1"):
