@@ -4,6 +4,8 @@ Each is converted once, from the 4-bit GGUF file that the package holds, to a pl
 weights are those of the 4-bit file, not of the model's original release.
 """
 
+import contextlib
+import io
 import os
 import shutil
 import subprocess
@@ -85,7 +87,9 @@ def convert(gguf: str, folder: str) -> None:
         options["quantization_config"] = GgufConfig(dequantize=True)
     except ImportError:
         pass
-    model = AutoModelForCausalLM.from_pretrained(where, dtype=torch.bfloat16, **options)
+    # Its progress bar has no switch; an error is raised all the same.
+    with contextlib.redirect_stderr(io.StringIO()):
+        model = AutoModelForCausalLM.from_pretrained(where, dtype=torch.bfloat16, **options)
     if os.path.isdir(folder) and os.listdir(folder):
         shutil.rmtree(folder)  # what an interrupted copy left: a whole one has been looked for before
     with replacing_folder(folder) as temporary:
