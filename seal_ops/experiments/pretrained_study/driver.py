@@ -25,7 +25,8 @@ def run(
     budget: float | None = None,
     log: Callable[[str], None] = print,
 ) -> list[str]:
-    """Works on the study in ``output`` until nothing is left or ``budget`` seconds are over; returns the jobs done here.
+    """Works on the study in ``output`` until nothing is left or ``budget`` seconds are over; returns the jobs done
+    here.
 
     Args:
         workers: processes that draw samples ahead.
@@ -42,7 +43,9 @@ def run(
         atomic_write(path, json.dumps(wanted, indent=1) + "\n")
     elif (earlier := read_json_file(path)) != wanted:
         differing = [key for key in wanted if earlier.get(key) != wanted[key]]
-        raise ValueError(f"seal study: output {output} must be new or hold this study, got one with another {', '.join(differing)}")
+        raise ValueError(
+            f"seal study: output {output} must be new or hold this study, got one with another {', '.join(differing)}"
+        )
     queue = Queue(output, jobs(plan))
     bench = Workbench(model, output, device=device, dtype=dtype, workers=workers)
     try:
@@ -56,7 +59,10 @@ def run(
     gpu = torch.cuda.get_device_name(bench.model.device) if bench.cuda else None
     environment = {**facts(), "device": str(bench.model.device), "dtype": str(bench.model.dtype), "gpu": gpu}
     if done:
-        atomic_write(os.path.join(output, f"environment-{os.getpid()}.json"), json.dumps({"jobs": done, **environment}, indent=1) + "\n")
+        atomic_write(
+            os.path.join(output, f"environment-{os.getpid()}.json"),
+            json.dumps({"jobs": done, **environment}, indent=1) + "\n",
+        )
     left = [job.name for job in queue.jobs if not queue.finished(job.name)]
     log(f"{len(done)} jobs done here; {len(left)} left: {', '.join(left[:12])}{' …' if len(left) > 12 else ''}")
     return done
