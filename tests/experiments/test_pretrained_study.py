@@ -100,6 +100,7 @@ def test_study_and_summary(capsys, folder, tmp_path):  # noqa: F811
         "curve",
         "length",
         "elsewhere",
+        "format",
         "--plan",
         "tasks=[lines]",
         "lengths=[190,230]",
@@ -114,6 +115,9 @@ def test_study_and_summary(capsys, folder, tmp_path):  # noqa: F811
         "train_lengths=[190]",
         "beyond=[[ntk,2,260]]",
         "beyond_cases=2",
+        "format_tasks=[lines]",
+        "format_lengths=[190]",
+        "format_cases=2",
         "rates={SEAL-H: [0.01, 0.1], SEAL-C: [0.02], LoRA: [0.001], DoRA: [0.001]}",
     ]
     code, out, err = seal(capsys, *arguments)
@@ -133,6 +137,10 @@ def test_study_and_summary(capsys, folder, tmp_path):  # noqa: F811
     assert code == 1 and "plan must be among" in err
     code, _, err = seal(capsys, *arguments, "cases=3")
     assert code == 1 and "got one with another cases" in err
+
+    plan = json.loads((output / "plan.json").read_text())
+    (output / "plan.json").write_text(json.dumps({key: plan[key] for key in plan if key != "heads_cases"}))
+    assert seal(capsys, *arguments)[0] == 0, "a folder of a version that did not know one of the settings"
 
     code, out, err = seal(capsys, "study", "--preset", "smollm2", "--summary", "--output", output)
     assert code == 0, err

@@ -6,7 +6,8 @@ same; ``beyond`` contexts longer than the model's; ``curve`` accuracy by samples
 and measured
 long; ``heads`` influence, quadrants and retrieval score; ``transfer`` scales of one task on all tasks and other
 wordings;
-``elsewhere`` perplexity and merging; ``quantised`` scales on a 4-bit base.
+``elsewhere`` perplexity and merging; ``quantised`` scales on a 4-bit base; ``format``
+the base without its chat template.
 """
 
 import os
@@ -16,6 +17,7 @@ import torch
 
 from ...adapters.merging import merge
 from ...evaluation.language_modeling import perplexity
+from ...evaluation.runner import evaluate
 from ...huggingface.context_extension import extended
 from ...tasks import wordings
 from ...tasks.base import Task
@@ -70,6 +72,9 @@ class Plan:
     heads_cases: int = 10
     transfer_lengths: tuple[int, ...] = (512, 4096)
     transfer_cases: int = 60
+    format_tasks: tuple[str, ...] = ("multikey", "passkey", "magic")
+    format_lengths: tuple[int, ...] = (512, 2048, 8000)
+    format_cases: int = 40
     text: str | None = None
     sections: tuple[str, ...] = (
         "main",
@@ -81,6 +86,7 @@ class Plan:
         "transfer",
         "elsewhere",
         "quantised",
+        "format",
     )
 
     @property
@@ -105,7 +111,7 @@ def _rank(plan, name):
         return {"main": 0 if first else 4 if core else 11, "adapters": (2 if core else 10) if first else 13}[section]
     if section == "beyond":
         return 1 if rest.endswith("-x2") else 12
-    return {"heads": 3, "elsewhere": 5, "curve": 6, "transfer": 7, "length": 8, "quantised": 9}[section]
+    return {"heads": 3, "elsewhere": 5, "curve": 6, "transfer": 7, "length": 8, "quantised": 9, "format": 9}[section]
 
 
 def _tests(plan, task, lengths, cases, seed=0):
@@ -512,6 +518,27 @@ def _quantised(plan):
     return [Job("quantised-nf4", run, 60, drawn, (f"main-{task}-{seed}",))]
 
 
+# ------------------------------------------------------------------------------------------------------------- format
+
+
+def _format(plan):
+    """The base on prompts without the chat template: what is then read as lost ability."""
+
+    def run(bench):
+        measured = {}
+        for task in plan.format_tasks:
+            found = evaluate(
+                bench.model, bench.tokenizer, task, plan.format_lengths, plan.format_cases, seed=plan.seeds[0],
+                chat_template=False, progress=False,
+            )  # fmt: skip
+            scores = {str(n): [r["score"] for r in found.records if r["length"] == n] for n in plan.format_lengths}
+            outputs = [{key: r[key] for key in ("length", "answer", "output", "score")} for r in found.records[::13]]
+            measured[task] = {"scores": scores, "seconds": round(found.seconds, 2), "outputs": outputs}
+        return {"chat_template": False, "measured": measured, "summary": _line(measured)}
+
+    return [Job("format-plain", run, 45)]
+
+
 _MAKERS = {
     "main": _main,
     "adapters": _adapters,
@@ -522,6 +549,7 @@ _MAKERS = {
     "transfer": _transfer,
     "elsewhere": _elsewhere,
     "quantised": _quantised,
+    "format": _format,
 }
 
 

@@ -14,7 +14,7 @@ from .sections import LOW_RANK, SCALED
 
 METHODS = ("base", *SCALED, *LOW_RANK)
 SUMMARY, TABLES = "summary.json", "tables.md"
-_SECTIONS = ("main", "adapters", "beyond", "curve", "length", "heads", "transfer", "elsewhere", "quantised")
+_SECTIONS = ("main", "adapters", "beyond", "curve", "length", "heads", "transfer", "elsewhere", "quantised", "format")
 
 
 def write_summary(folder: str) -> list[str]:
@@ -34,6 +34,7 @@ def write_summary(folder: str) -> list[str]:
         "heads": _heads(found, folder),
         "elsewhere": _elsewhere(found),
         "quantised": _quantised(found),
+        "format": _format(found),
         "seconds": {name: job["job_seconds"] for name, job in found.items()},
     }
     atomic_write(os.path.join(folder, SUMMARY), json.dumps(content, indent=1) + "\n")
@@ -266,6 +267,15 @@ def _quantised(found):
     ]
 
 
+def _format(found):
+    return [
+        {"task": task, "length": int(length), **cell(values)}
+        for job in _section(found, "format")
+        for task, measured in job["measured"].items()
+        for length, values in measured["scores"].items()
+    ]
+
+
 # ----------------------------------------------------------------------------------------------------------- Markdown
 
 
@@ -310,6 +320,7 @@ def _markdown(content) -> str:
         ("length", ("method", "train_length")),
         ("beyond", ("kind", "factor", "method")),
         ("quantised", ("method",)),
+        ("format", ("task",)),
     ):
         if content[key]:
             parts += [f"## {key}", _by_length(content[key], names)]
