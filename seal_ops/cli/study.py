@@ -18,7 +18,9 @@ def options(parser):
     parser.add_argument("--cases", type=positive, default=default["cases"], help="test cases at each length")
     parser.add_argument("--samples", type=positive, default=default["samples"], help="training samples")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="what is compared")
-    parser.add_argument("--rates", type=setting, nargs="+", default=[], metavar="METHOD=RATES", help="as in seal compare")
+    parser.add_argument(
+        "--rates", type=setting, nargs="+", default=[], metavar="METHOD=RATES", help="as in seal compare"
+    )
     parser.add_argument(
         "--transfer-tasks", nargs="+", default=list(default["transfer_tasks"]), metavar="TASK", help="of the matrix"
     )
@@ -30,15 +32,22 @@ def options(parser):
     parser.add_argument("--seed", type=int, default=default["seed"], help="draws all samples")
     folder_option(parser, "tables, plots and a report")
     group = parser.add_argument_group(
-        "a study of a pretrained model", "many small jobs; as many processes as there are GPUs may share the output folder"
+        "a study of a pretrained model",
+        "many small jobs; as many processes as there are GPUs may share the output folder",
     )
-    group.add_argument("--preset", choices=["smollm2"], help="the study of docs/real_model.md instead; only the options below count")
+    group.add_argument(
+        "--preset", choices=["smollm2"], help="the study of docs/real_model.md instead; only the options below count"
+    )
     group.add_argument("--budget-s", type=float, metavar="SECONDS", help="begin no job that would end later")
     group.add_argument("--workers", type=int, default=0, help="processes that draw samples ahead")
     group.add_argument("--text", metavar="FILE", help="English text for the perplexity; without it none is measured")
     group.add_argument("--sections", nargs="+", default=[], metavar="NAME", help="only these, in this order")
-    group.add_argument("--summary", action="store_true", help="run nothing: tables, plots and a report of what is finished")
-    group.add_argument("--plan", type=setting, nargs="+", default=[], metavar="KEY=VALUE", help="other settings, like cases=20")
+    group.add_argument(
+        "--summary", action="store_true", help="run nothing: tables, plots and a report of what is finished"
+    )
+    group.add_argument(
+        "--plan", type=setting, nargs="+", default=[], metavar="KEY=VALUE", help="other settings, like cases=20"
+    )
 
 
 def run(args):
@@ -70,12 +79,21 @@ def _preset(args):
     if args.summary:
         names = write_summary(args.output)
         if not names:
-            raise ValueError(f"seal study: output must hold a finished job of the main table, got none in {args.output}")
+            raise ValueError(
+                f"seal study: output must hold a finished job of the main table, got none in {args.output}"
+            )
         list_files(args.output, [*names, os.path.basename(write_report(args.output, title=f"SEAL on {args.preset}"))])
         return
     model = shipped(args.model) if args.model else resolve(args.preset, call="seal study", log=log)
     run_study(
-        model, args.output, Plan(**given), device=args.device, dtype=args.dtype, workers=args.workers, budget=args.budget_s, log=log
+        model,
+        args.output,
+        Plan(**given),
+        device=args.device,
+        dtype=args.dtype,
+        workers=args.workers,
+        budget=args.budget_s,
+        log=log,
     )
 
 

@@ -1,8 +1,10 @@
 """Greedy decoding of prompts of unequal length.
 
 Plain decoders run on a cache of fixed size (:mod:`.static_decoding`).  Any other model runs through transformers' own
-``generate``: prompts of a batch need no padding although their lengths differ, since all are read up to the shortest one's
-end, and where a longer one goes on, its own tokens are fed in the place of generated ones.  An output ends at the end token or
+``generate``: prompts of a batch need no padding although their lengths differ, since all are read up to the shortest
+one's
+end, and where a longer one goes on, its own tokens are fed in the place of generated ones.  An output ends at the end
+token or
 at a stop text.
 """
 
@@ -45,7 +47,7 @@ def generate(
 
 
 def rows_at_once(model, length: int) -> int:
-    """How many prompts of ``length`` tokens (room for the outputs included) :func:`generate` should be given at once."""
+    """How many prompts of ``length`` tokens, outputs included, :func:`generate` should be given at once."""
     base = _without_peft(model)
     if model.device.type == "cuda" and static_decoding.supports(base) and not learns_prompt(model):
         return static_decoding.rows_that_fit(base, length)

@@ -1,7 +1,9 @@
 """Greedy decoding of many prompts at once, on a cache of fixed size in which every row has a position of its own.
 
-Prompts are read in groups, padded on the right: under a causal mask no real token sees the padding, and the first tokens
-that a row generates overwrite it.  All rows then advance together, one token a step.  Since no shape changes from step to
+Prompts are read in groups, padded on the right: under a causal mask no real token sees the padding, and the first
+tokens
+that a row generates overwrite it.  All rows then advance together, one token a step.  Since no shape changes from
+step to
 step, a step can be recorded as a CUDA graph: a small model's step is otherwise some thousand launches from Python.
 """
 
@@ -130,7 +132,9 @@ class _Step:
 
     def __call__(self):
         mask = torch.where(self.columns <= self.places[:, None], self.seen, self.hidden)[:, None, None]
-        logits = _forward(self.model, self.cache, self.tokens, 1, attention_mask=mask, position_ids=self.places[:, None])
+        logits = _forward(
+            self.model, self.cache, self.tokens, 1, attention_mask=mask, position_ids=self.places[:, None]
+        )
         self.tokens.copy_(logits[:, -1].argmax(-1, keepdim=True))
         self.places.add_(1)
 
@@ -167,7 +171,9 @@ def _read(model, cache, prompts):
 
 
 def _forward(model, cache, ids, keep, **options):
-    return model(input_ids=ids, use_cache=True, logits_to_keep=keep, **{_cache_argument(model): cache}, **options).logits
+    return model(
+        input_ids=ids, use_cache=True, logits_to_keep=keep, **{_cache_argument(model): cache}, **options
+    ).logits
 
 
 def _cache_argument(model):
@@ -177,7 +183,7 @@ def _cache_argument(model):
 
 @contextlib.contextmanager
 def _decoding_attention(model):
-    """Attention that reads a group's keys once: transformers' SDPA copies them for every query head where there is a mask."""
+    """Attention that reads a group's keys once; transformers' SDPA, given a mask, copies them for every query head."""
     config = model.config
     before = config._attn_implementation
     if before != NAME:  # no scales on it

@@ -1,10 +1,12 @@
 """``seal demo``: measure retrieval by length, train SEAL-H and SEAL-C, measure again, merge, measure the merged model.
 
-With several tasks each has a folder of its own in the output folder.  Every stage leaves a file there and is skipped where
+With several tasks each has a folder of its own in the output folder.  Every stage leaves a file there and is skipped
+where
 that is complete, so that the same command continues an interrupted demo.
 """
 
 import contextlib
+import functools
 import json
 import os
 import shutil
@@ -102,7 +104,9 @@ def run(settings: Settings, output: str, *, progress: bool | None = None, log=pr
     claimed = {**asdict(settings), "task": described, "fingerprint": origin["model"]["fingerprint"]}
     reserve(output, json.loads(json.dumps(claimed)), "seal demo", " (give another --output, or --restart)")
     count = sum(p.numel() for p in model.parameters())
-    log(f"{settings.model}: {count / 1e6:.1f}M parameters, {model.dtype}".replace("torch.", "") + f", on {model.device}")
+    log(
+        f"{settings.model}: {count / 1e6:.1f}M parameters, {model.dtype}".replace("torch.", "") + f", on {model.device}"
+    )
     if settings.model in PACKAGES:
         known = PACKAGES[settings.model]
         log(f"   {known.title}; {known.license}")
@@ -119,7 +123,9 @@ def _folders(settings, output):
     """The folder of each task."""
     names = {task: tasks.get(task).name for task in settings.tasks}
     if not names or len(set(names.values())) < len(settings.tasks):
-        raise ValueError(f"seal demo: tasks must be different ones, at least one, got {', '.join(settings.tasks) or 'none'}")
+        raise ValueError(
+            f"seal demo: tasks must be different ones, at least one, got {', '.join(settings.tasks) or 'none'}"
+        )
     return {task: output if len(names) == 1 else os.path.join(output, name) for task, name in names.items()}
 
 
@@ -143,10 +149,14 @@ def _run_task(settings, task_name, output, load_model_fn, origin, *, progress, l
     for step, (granularity, name) in enumerate(NAMES.items(), 2):
         log(f"\n{step}. {name}: train on {settings.samples} samples of {longest} tokens, then measure again")
         model, tokenizer, training[name] = trained(
-            load_model_fn, name, os.path.join(output, granularity),
-            lambda: task.generate(tokenizer, longest, settings.samples, settings.seed),
-            lr=settings.lr_head if granularity == "head" else settings.lr_channel, seed=settings.seed, progress=progress,
-        )  # fmt: skip
+            load_model_fn,
+            name,
+            os.path.join(output, granularity),
+            functools.partial(task.generate, tokenizer, longest, settings.samples, settings.seed),
+            lr=settings.lr_head if granularity == "head" else settings.lr_channel,
+            seed=settings.seed,
+            progress=progress,
+        )
         learned[name] = dict(model.seal_scales.items())
         found[name] = measure(model, tokenizer, name, f"{granularity}.json", settings.lengths)
         told = f"{training[name]['parameters']} numbers trained in {training[name]['seconds']:.0f} s"
@@ -172,7 +182,8 @@ def _run_task(settings, task_name, output, load_model_fn, origin, *, progress, l
         found[merged.name] = merged
         agreement[name] = _agreement(found[name], merged)
         cases = agreement[name]["cases"]
-        log(f"   {merged.line()}; agrees with the unmerged model in {cases - agreement[name]['differ']} of {cases} cases")
+        agreeing = cases - agreement[name]["differ"]
+        log(f"   {merged.line()}; agrees with the unmerged model in {agreeing} of {cases} cases")
 
     _draw(output, task, found, learned, longest)
     results = {

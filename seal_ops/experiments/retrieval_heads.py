@@ -1,7 +1,9 @@
 """Retrieval score of every head (Wu et al., 2024, arXiv 2404.15574): how often it attends to what is being copied.
 
-While the model writes the tokens of a needle, a head retrieves where the position that it attends to most lies inside the needle
-and holds the very token that is written next.  Its score is the share of the needle's distinct tokens that it retrieves so.
+While the model writes the tokens of a needle, a head retrieves where the position that it attends to most lies inside
+the needle
+and holds the very token that is written next.  Its score is the share of the needle's distinct tokens that it
+retrieves so.
 """
 
 import contextlib
@@ -27,7 +29,9 @@ def retrieval_scores(model, samples, spans) -> torch.Tensor:
             ids = torch.tensor([sample.input_ids], device=model.device)
             needle = set(sample.input_ids[first:end]) & set(sample.answer_ids)
             if not needle:
-                raise ValueError("retrieval_scores: every needle must share tokens with its answer, got one that shares none")
+                raise ValueError(
+                    "retrieval_scores: every needle must share tokens with its answer, got one that shares none"
+                )
             start = len(sample.prompt_ids) - 1
             attentions = model(input_ids=ids, use_cache=False, output_attentions=True, logits_to_keep=1).attentions
             layers = []
@@ -36,7 +40,9 @@ def retrieval_scores(model, samples, spans) -> torch.Tensor:
                 copied = ids[0][place] == ids[0, start + 1 :]
                 hits = copied & (place >= first) & (place < end)
                 written = ids[0, start + 1 :].expand_as(hits)
-                layers.append([len(set(row[hit].tolist()) & needle) / len(needle) for row, hit in zip(written, hits, strict=True)])
+                layers.append(
+                    [len(set(row[hit].tolist()) & needle) / len(needle) for row, hit in zip(written, hits, strict=True)]
+                )
             score = torch.tensor(layers)
             total = score if total is None else total + score
     return total / len(samples)

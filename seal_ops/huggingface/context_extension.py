@@ -23,7 +23,9 @@ def extended(model, kind: str, factor: float):
     config = model.config
     rope = getattr(config, "rope_parameters", None) or {}
     if len(found) != 1 or rope.get("rope_type", "default") != "default" or "rope_theta" not in rope:
-        raise ValueError(f"extended: model must have one rotary embedding of default frequencies, {type(model).__name__} has not")
+        raise ValueError(
+            f"extended: model must have one rotary embedding of default frequencies, {type(model).__name__} has not"
+        )
     (rotary,) = found
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     frequencies, attention_factor = rope_frequencies(

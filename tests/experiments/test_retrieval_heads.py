@@ -14,7 +14,7 @@ SAMPLE = tasks.Sample(PROMPT, ANSWER, "", "")
 
 
 class Scripted(torch.nn.Module):
-    """Three heads: one looks at the token to be copied, one at a token of the needle that is not next, one at the start."""
+    """Three heads: one looks at the token to be copied, one always at one token of the needle, one at the start."""
 
     device = torch.device("cpu")
     config = types.SimpleNamespace(_attn_implementation="sdpa")

@@ -27,5 +27,8 @@ def test_refusals():
     with pytest.raises(ValueError, match="kind must be one of ntk, yarn, got 'linear'"), extended(lm, "linear", 2):
         pass
     lm.config.rope_parameters = {**lm.config.rope_parameters, "rope_type": "llama3"}
-    with pytest.raises(ValueError, match="must have one rotary embedding of default frequencies"), extended(lm, "ntk", 2):
+    with (
+        pytest.raises(ValueError, match="must have one rotary embedding of default frequencies"),
+        extended(lm, "ntk", 2),
+    ):
         pass

@@ -59,7 +59,8 @@ def test_package_without_the_file(cache, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "stderr, reason", [("/usr/bin/python: No module named pip", "pip is not installed"), ("a\nERROR: no network", "ERROR: no network")]
+    "stderr, reason",
+    [("/usr/bin/python: No module named pip", "pip is not installed"), ("a\nERROR: no network", "ERROR: no network")],
 )
 def test_no_pip_and_no_network(cache, monkeypatch, stderr, reason):
     monkeypatch.setattr(subprocess, "run", lambda command, **o: subprocess.CompletedProcess(command, 1, "", stderr))

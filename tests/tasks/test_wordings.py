@@ -8,7 +8,6 @@ from seal_ops import tasks
 from seal_ops.tasks import wordings
 from seal_ops.tasks.wordings import Reworded
 
-
 MAGIC = ("special magic number", "memorize", "mentioned in the provided text")
 OWN = {  # what no other wording may hold
     "lines": ("REGISTER_CONTENT", "record", "Tell me"), "passkey": ("pass key", "important info", "Remember"),
@@ -23,7 +22,11 @@ def test_facts_stay_and_words_do_not(name):
     own, answer, meta = task.write(random.Random(3), 6, index=2, split="test")
     other, other_answer, other_meta = Reworded(task).write(random.Random(3), 6, index=2, split="test")
     assert meta == other_meta
-    facts = [*meta.get("numbers", ()), *meta.get("variables", ()), *(meta[key] for key in ("key", "number", "value") if key in meta)]
+    facts = [
+        *meta.get("numbers", ()),
+        *meta.get("variables", ()),
+        *(meta[key] for key in ("key", "number", "value") if key in meta),
+    ]
     assert facts and all(str(fact) in other for fact in facts) or name == "needle" and meta["expected"] in other
     for words in OWN[name]:
         assert words in own and words not in other, words

@@ -1,1 +1,1 @@
-"""A study of one pretrained model: many small jobs, one JSON file each, shared by as many processes as there are GPUs."""
+"""A study of one pretrained model: many small jobs, a JSON file each, shared by as many processes as there are GPUs."""

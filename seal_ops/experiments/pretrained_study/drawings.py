@@ -10,7 +10,11 @@ NAMES = ("base", "SEAL-H", "SEAL-C", "LoRA", "DoRA")
 def draw(content: dict, folder: str) -> list[str]:
     """Draws what there is; the names of the files."""
     drawn = []
-    for name, key, function in (("main.png", "main", _main), ("curve.png", "curve", _curve), ("beyond.png", "beyond", _beyond)):
+    for name, key, function in (
+        ("main.png", "main", _main),
+        ("curve.png", "curve", _curve),
+        ("beyond.png", "beyond", _beyond),
+    ):
         if content[key]:
             function(content, os.path.join(folder, name))
             drawn.append(name)
@@ -47,7 +51,10 @@ def _lines(ax, cells, key, names):
         if not mine:
             continue
         mean = [cell["accuracy"] for cell in mine]
-        spread = [[max(0.0, c["accuracy"] - c["low"]) for c in mine], [max(0.0, c["high"] - c["accuracy"]) for c in mine]]
+        spread = [
+            [max(0.0, c["accuracy"] - c["low"]) for c in mine],
+            [max(0.0, c["high"] - c["accuracy"]) for c in mine],
+        ]
         x = [lengths.index(cell["length"]) + 0.05 * (i - (len(names) - 1) / 2) for cell in mine]
         ax.errorbar(x, mean, spread, label=name, capsize=2, markersize=4, linewidth=1.3, **_style(i))
     ax.set_xticks(range(len(lengths)), [f"{n:,}" for n in lengths], fontsize=8)
@@ -56,7 +63,9 @@ def _lines(ax, cells, key, names):
 
 def _legend(fig, ax, note):
     handles, labels = ax.get_legend_handles_labels()
-    fig.legend(handles, labels, title=note, loc="outside lower center", ncols=5, frameon=False, fontsize=9, title_fontsize=8)
+    fig.legend(
+        handles, labels, title=note, loc="outside lower center", ncols=5, frameon=False, fontsize=9, title_fontsize=8
+    )
 
 
 def _curve(content, path):
@@ -64,11 +73,18 @@ def _curve(content, path):
     fig, axes = plots.figure(2, width=8.0, height=3.4, sharey=True)
     for ax, key, label in ((axes[0], "samples", "training samples"), (axes[1], "lr", "learning rate")):
         for i, name in enumerate(NAMES):
-            mine = [r for r in content["curve"] if r["method"] == name and (r["samples"] is not None) == (key == "samples")]
+            mine = [
+                r for r in content["curve"] if r["method"] == name and (r["samples"] is not None) == (key == "samples")
+            ]
             mine.sort(key=lambda row: row[key])
             if mine:
-                spread = [[max(0.0, r["accuracy"] - r["low"]) for r in mine], [max(0.0, r["high"] - r["accuracy"]) for r in mine]]
-                ax.errorbar([r[key] for r in mine], [r["accuracy"] for r in mine], spread, label=name, capsize=2, **_style(i))
+                spread = [
+                    [max(0.0, r["accuracy"] - r["low"]) for r in mine],
+                    [max(0.0, r["high"] - r["accuracy"]) for r in mine],
+                ]
+                ax.errorbar(
+                    [r[key] for r in mine], [r["accuracy"] for r in mine], spread, label=name, capsize=2, **_style(i)
+                )
         ax.set_xscale("log")
         ax.set_xlabel(label)
         ax.set_ylim(-0.02, 1.04)

@@ -12,6 +12,11 @@ from .sections import Plan, check, jobs
 from .workbench import Workbench
 
 PLAN = "plan.json"
+FREE = ("sections", "text")  # may change when a study is continued
+
+
+def _plain(plan):
+    return json.loads(json.dumps(asdict(plan)))
 
 
 def run(
@@ -25,7 +30,8 @@ def run(
     budget: float | None = None,
     log: Callable[[str], None] = print,
 ) -> list[str]:
-    """Works on the study in ``output`` until nothing is left or ``budget`` seconds are over; returns the jobs done here.
+    """Works on the study in ``output`` until nothing is left or ``budget`` seconds are over; returns the jobs done
+    here.
 
     Args:
         workers: processes that draw samples ahead.
@@ -34,15 +40,19 @@ def run(
         ValueError: a bad plan, or a folder of a study with another one.
     """
     check(plan)
-    wanted = json.loads(json.dumps({"model": os.path.basename(os.path.normpath(model)), **asdict(plan)}))
-    for free in ("sections", "text"):
-        wanted.pop(free)
+    wanted, default = ({key: value for key, value in _plain(p).items() if key not in FREE} for p in (plan, Plan()))
+    wanted["model"] = os.path.basename(os.path.normpath(model))
     path = os.path.join(output, PLAN)
-    if not os.path.exists(path):
-        atomic_write(path, json.dumps(wanted, indent=1) + "\n")
-    elif (earlier := read_json_file(path)) != wanted:
+    if os.path.exists(path):
+        earlier = {**default, **read_json_file(path)}  # what an older version did not know was as it is by default
         differing = [key for key in wanted if earlier.get(key) != wanted[key]]
-        raise ValueError(f"seal study: output {output} must be new or hold this study, got one with another {', '.join(differing)}")
+        if differing:
+            raise ValueError(
+                f"seal study: output {output} must be new or hold this study, got one with another "
+                f"{', '.join(differing)}"
+            )
+    else:
+        atomic_write(path, json.dumps(wanted, indent=1) + "\n")
     queue = Queue(output, jobs(plan))
     bench = Workbench(model, output, device=device, dtype=dtype, workers=workers)
     try:
@@ -56,7 +66,10 @@ def run(
     gpu = torch.cuda.get_device_name(bench.model.device) if bench.cuda else None
     environment = {**facts(), "device": str(bench.model.device), "dtype": str(bench.model.dtype), "gpu": gpu}
     if done:
-        atomic_write(os.path.join(output, f"environment-{os.getpid()}.json"), json.dumps({"jobs": done, **environment}, indent=1) + "\n")
+        atomic_write(
+            os.path.join(output, f"environment-{os.getpid()}.json"),
+            json.dumps({"jobs": done, **environment}, indent=1) + "\n",
+        )
     left = [job.name for job in queue.jobs if not queue.finished(job.name)]
     log(f"{len(done)} jobs done here; {len(left)} left: {', '.join(left[:12])}{' …' if len(left) > 12 else ''}")
     return done

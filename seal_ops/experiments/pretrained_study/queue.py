@@ -68,7 +68,8 @@ class Queue:
     def waiting(self) -> bool:
         """Whether another process still works on something that a job here needs."""
         return any(
-            not self.finished(job.name) and any(not self.finished(n) and self._is_claimed(n) for n in job.needs) for job in self.jobs
+            not self.finished(job.name) and any(not self.finished(n) and self._is_claimed(n) for n in job.needs)
+            for job in self.jobs
         )
 
     def _is_claimed(self, name):
@@ -125,7 +126,9 @@ def work(queue: Queue, workbench, budget: float | None, log: Callable[[str], Non
             atomic_write(queue.path(job.name), json.dumps(content) + "\n")
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(failure)
-            log(f"{job.name}: {content['job_seconds']:.1f} s (expected {job.seconds:.0f}); {content.get('summary', '')}")
+            log(
+                f"{job.name}: {content['job_seconds']:.1f} s (expected {job.seconds:.0f}); {content.get('summary', '')}"
+            )
             yield job.name
         if following is None:
             following = queue.claim(left())

@@ -1,9 +1,13 @@
 """The jobs of the study, section by section, in the order in which they matter.
 
-``main`` accuracy by length of the base, SEAL-H and SEAL-C on every task, three draws of samples; ``adapters`` LoRA and DoRA on the
-same; ``beyond`` contexts longer than the model's; ``curve`` accuracy by samples and by rate; ``length`` trained short and measured
-long; ``heads`` influence, quadrants and retrieval score; ``transfer`` scales of one task on all tasks and other wordings;
-``elsewhere`` perplexity and merging; ``quantised`` scales on a 4-bit base.
+``main`` accuracy by length of the base, SEAL-H and SEAL-C on every task, three draws of samples; ``adapters`` LoRA
+and DoRA on the
+same; ``beyond`` contexts longer than the model's; ``curve`` accuracy by samples and by rate; ``length`` trained short
+and measured
+long; ``heads`` influence, quadrants and retrieval score; ``transfer`` scales of one task on all tasks and other
+wordings;
+``elsewhere`` perplexity and merging; ``quantised`` scales on a 4-bit base; ``format``
+the base without its chat template.
 """
 
 import os
@@ -13,6 +17,7 @@ import torch
 
 from ...adapters.merging import merge
 from ...evaluation.language_modeling import perplexity
+from ...evaluation.runner import evaluate
 from ...huggingface.context_extension import extended
 from ...tasks import wordings
 from ...tasks.base import Task
@@ -47,9 +52,12 @@ class Plan:
     samples: int = 50
     rates: dict = field(
         default_factory=lambda: {
-            "SEAL-H": (1e-2, 3e-2, 1e-1), "SEAL-C": (5e-3, 2e-2), "LoRA": (1e-3, 3e-3), "DoRA": (1e-3, 3e-3),
+            "SEAL-H": (1e-2, 3e-2, 1e-1),
+            "SEAL-C": (5e-3, 2e-2),
+            "LoRA": (1e-3, 3e-3),
+            "DoRA": (1e-3, 3e-3),
         }
-    )  # fmt: skip
+    )
     adapter_tasks: tuple[str, ...] = ("multikey", "passkey", "lines")
     curve_task: str = "multikey"
     curve_samples: tuple[int, ...] = (5, 10, 25, 100)
@@ -64,10 +72,22 @@ class Plan:
     heads_cases: int = 10
     transfer_lengths: tuple[int, ...] = (512, 4096)
     transfer_cases: int = 60
+    format_tasks: tuple[str, ...] = ("multikey", "passkey", "magic")
+    format_lengths: tuple[int, ...] = (512, 2048, 8000)
+    format_cases: int = 40
     text: str | None = None
     sections: tuple[str, ...] = (
-        "main", "beyond", "adapters", "heads", "curve", "length", "transfer", "elsewhere", "quantised",
-    )  # fmt: skip
+        "main",
+        "beyond",
+        "adapters",
+        "heads",
+        "curve",
+        "length",
+        "transfer",
+        "elsewhere",
+        "quantised",
+        "format",
+    )
 
     @property
     def longest(self) -> int:
@@ -91,7 +111,7 @@ def _rank(plan, name):
         return {"main": 0 if first else 4 if core else 11, "adapters": (2 if core else 10) if first else 13}[section]
     if section == "beyond":
         return 1 if rest.endswith("-x2") else 12
-    return {"heads": 3, "elsewhere": 5, "curve": 6, "transfer": 7, "length": 8, "quantised": 9}[section]
+    return {"heads": 3, "elsewhere": 5, "curve": 6, "transfer": 7, "length": 8, "quantised": 9, "format": 9}[section]
 
 
 def _tests(plan, task, lengths, cases, seed=0):
@@ -117,17 +137,26 @@ def _main_job(plan, task, seed):
         measured = {"base": bench.measure(task, plan.lengths, plan.cases, seed)}
         training = {}
         for method in SCALED:
-            rates = plan.rates[method] if first else (bench.result(f"main-{task}-{plan.seeds[0]}")["training"][method]["lr"],)
+            rates = (
+                plan.rates[method]
+                if first
+                else (bench.result(f"main-{task}-{plan.seeds[0]}")["training"][method]["lr"],)
+            )
 
             def then(model, method=method):
                 model.seal_scales.save_pretrained(bench.scales_folder(f"{task}-{method}-{seed}"))
                 return bench.measure(task, plan.lengths, plan.cases, seed, model)
 
-            training[method], measured[method] = bench.search(method, task, plan.longest, plan.samples, rates, seed, then)
+            training[method], measured[method] = bench.search(
+                method, task, plan.longest, plan.samples, rates, seed, then
+            )
         return {
-            "task": task, "seed": seed, "measured": measured, "training": training,
+            "task": task,
+            "seed": seed,
+            "measured": measured,
+            "training": training,
             "summary": "; ".join(_summary(m, x) for m, x in measured.items()),
-        }  # fmt: skip
+        }
 
     drawn = (*_tests(plan, task, plan.lengths, plan.cases, seed), (task, plan.longest, plan.samples, seed, "train"))
     if first:
@@ -156,11 +185,16 @@ def _adapters_job(plan, task, seed):
             def then(model):
                 return bench.measure(task, plan.lengths, plan.cases, seed, model)
 
-            training[method], measured[method] = bench.search(method, task, plan.longest, plan.samples, rates, seed, then)
+            training[method], measured[method] = bench.search(
+                method, task, plan.longest, plan.samples, rates, seed, then
+            )
         return {
-            "task": task, "seed": seed, "measured": measured, "training": training,
+            "task": task,
+            "seed": seed,
+            "measured": measured,
+            "training": training,
             "summary": "; ".join(_summary(m, x) for m, x in measured.items()),
-        }  # fmt: skip
+        }
 
     drawn = (*_tests(plan, task, plan.lengths, plan.cases, seed), (task, plan.longest, plan.samples, seed, "train"))
     if first and searched:
@@ -190,13 +224,23 @@ def _beyond_job(plan, kind, factor, length):
             def then(model):
                 return bench.measure(task, lengths, plan.beyond_cases, seed, model)
 
-            training, measured[f"SEAL-C of {length}"] = bench.search("SEAL-C", task, length, plan.samples, (lr,), seed, then)
+            training, measured[f"SEAL-C of {length}"] = bench.search(
+                "SEAL-C", task, length, plan.samples, (lr,), seed, then
+            )
         return {
-            "task": task, "kind": kind, "factor": factor, "length": length, "measured": measured, "training": training,
+            "task": task,
+            "kind": kind,
+            "factor": factor,
+            "length": length,
+            "measured": measured,
+            "training": training,
             "summary": "; ".join(_summary(m, x) for m, x in measured.items()),
-        }  # fmt: skip
+        }
 
-    drawn = (*_tests(plan, task, (plan.longest, length), plan.beyond_cases, seed), (task, length, plan.samples, seed, "train"))
+    drawn = (
+        *_tests(plan, task, (plan.longest, length), plan.beyond_cases, seed),
+        (task, length, plan.samples, seed, "train"),
+    )
     return Job(f"beyond-{kind}-x{factor}", run, 60 if factor <= 2 else 150, drawn, (f"main-{task}-{seed}",))
 
 
@@ -211,8 +255,16 @@ def _curve(plan):
             measured, training = {}, {}
             for method in SCALED:
                 lr = bench.result(f"main-{task}-{seed}")["training"][method]["lr"]
-                training[method], measured[method] = bench.search(method, task, longest, count, (lr,), seed, measure_with(bench))
-            return {"task": task, "samples": count, "training": training, "measured": measured, "summary": _line(measured)}
+                training[method], measured[method] = bench.search(
+                    method, task, longest, count, (lr,), seed, measure_with(bench)
+                )
+            return {
+                "task": task,
+                "samples": count,
+                "training": training,
+                "measured": measured,
+                "summary": _line(measured),
+            }
 
         drawn = (*_tests(plan, task, (longest,), plan.curve_cases), (task, longest, count, seed, "train"))
         return Job(f"curve-samples-{count}", run, 14 + count * 0.4, drawn, (f"main-{task}-{seed}",))
@@ -221,8 +273,14 @@ def _curve(plan):
         def run(bench):
             training, measured = bench.search(method, task, longest, plan.samples, (lr,), seed, measure_with(bench))
             measured = {method: measured}
-            return {"task": task, "method": method, "lr": lr, "training": {method: training}, "measured": measured,
-                    "summary": _line(measured)}  # fmt: skip
+            return {
+                "task": task,
+                "method": method,
+                "lr": lr,
+                "training": {method: training},
+                "measured": measured,
+                "summary": _line(measured),
+            }
 
         drawn = (*_tests(plan, task, (longest,), plan.curve_cases), (task, longest, plan.samples, seed, "train"))
         return Job(f"curve-rate-{method}-{lr:g}", run, 18, drawn)
@@ -250,8 +308,16 @@ def _length(plan):
                 def then(model):
                     return bench.measure(task, plan.lengths, plan.cases, seed, model)
 
-                training[method], measured[method] = bench.search(method, task, train_length, plan.samples, (lr,), seed, then)
-            return {"task": task, "train_length": train_length, "training": training, "measured": measured, "summary": _line(measured)}
+                training[method], measured[method] = bench.search(
+                    method, task, train_length, plan.samples, (lr,), seed, then
+                )
+            return {
+                "task": task,
+                "train_length": train_length,
+                "training": training,
+                "measured": measured,
+                "summary": _line(measured),
+            }
 
         drawn = (*_tests(plan, task, plan.lengths, plan.cases, seed), (task, train_length, plan.samples, seed, "train"))
         return Job(f"length-{train_length}", run, 30, drawn, (f"main-{task}-{seed}",))
@@ -267,14 +333,27 @@ def _heads(plan):
 
     def influence(bench):
         found = measure_head_importance(
-            bench.model, bench.tokenizer, _drawn(bench, task), plan.heads_lengths, plan.heads_cases, seed=seed, progress=False,
-        )  # fmt: skip
+            bench.model,
+            bench.tokenizer,
+            _drawn(bench, task),
+            plan.heads_lengths,
+            plan.heads_cases,
+            seed=seed,
+            progress=False,
+        )
         groups = group_by_sign(found, "logprob")
         tests = (plan.heads_lengths[0], plan.longest)
         experiment = quadrant_experiment(
-            bench.model, bench.tokenizer, found, _drawn(bench, task), tests, plan.curve_cases, measure="logprob", seed=seed,
+            bench.model,
+            bench.tokenizer,
+            found,
+            _drawn(bench, task),
+            tests,
+            plan.curve_cases,
+            measure="logprob",
+            seed=seed,
             progress=False,
-        )  # fmt: skip
+        )
         scores = {}
         for name, evaluation in experiment.items():
             scores[name] = {}
@@ -282,14 +361,20 @@ def _heads(plan):
                 scores[name].setdefault(str(record["length"]), []).append(round(record["score"], 4))
         changes = {
             f"{measure} {length}": [round(x, 5) for x in found.change(measure, length).tolist()]
-            for measure in ("logprob", "accuracy", "gradient") for length in found.lengths
-        }  # fmt: skip
+            for measure in ("logprob", "accuracy", "gradient")
+            for length in found.lengths
+        }
         return {
-            "task": task, "units": found.units, "changes": changes, "agreement": found.agreement(), "seconds": found.seconds,
+            "task": task,
+            "units": found.units,
+            "changes": changes,
+            "agreement": found.agreement(),
+            "seconds": found.seconds,
             "base_accuracy": {str(n): found.accuracy(n) for n in found.lengths},
-            "groups": {name: len(units) for name, units in groups.items()}, "quadrants": scores,
+            "groups": {name: len(units) for name, units in groups.items()},
+            "quadrants": scores,
             "summary": "; ".join(_summary(name, {"scores": s}) for name, s in scores.items()),
-        }  # fmt: skip
+        }
 
     def retrieval(bench):
         length = 1024 if plan.longest > 1024 else plan.longest
@@ -299,9 +384,14 @@ def _heads(plan):
         best = found.flatten().topk(5)
         heads = [divmod(int(i), found.shape[1]) for i in best.indices]
         return {
-            "task": "needle", "length": length, "cases": len(samples), "scores": [[round(x, 4) for x in row] for row in found.tolist()],
-            "summary": ", ".join(f"layer {a} head {b} {v:.2f}" for (a, b), v in zip(heads, best.values.tolist(), strict=True)),
-        }  # fmt: skip
+            "task": "needle",
+            "length": length,
+            "cases": len(samples),
+            "scores": [[round(x, 4) for x in row] for row in found.tolist()],
+            "summary": ", ".join(
+                f"layer {a} head {b} {v:.2f}" for (a, b), v in zip(heads, best.values.tolist(), strict=True)
+            ),
+        }
 
     drawn = tuple((task, n, plan.heads_cases, seed, "train") for n in plan.heads_lengths)
     drawn += _tests(plan, task, (plan.heads_lengths[0], plan.longest), plan.curve_cases, seed)
@@ -331,8 +421,12 @@ def _transfer(plan):
                     measured[task] = bench.measure(task, lengths, plan.transfer_cases, seed)
             return {"trained": source, "measured": measured, "summary": _line(measured)}
 
-        drawn = tuple(t for task in plan.tasks for t in _tests(plan, task, plan.transfer_lengths, plan.transfer_cases, seed))
-        drawn += tuple(t for task in reworded for t in _tests(plan, task, plan.transfer_lengths[-1:], plan.transfer_cases, seed))
+        drawn = tuple(
+            t for task in plan.tasks for t in _tests(plan, task, plan.transfer_lengths, plan.transfer_cases, seed)
+        )
+        drawn += tuple(
+            t for task in reworded for t in _tests(plan, task, plan.transfer_lengths[-1:], plan.transfer_cases, seed)
+        )
         return Job(f"transfer-{source or 'base'}", run, 35, drawn, () if source is None else (f"main-{source}-{seed}",))
 
     return [made(source) for source in (None, *plan.tasks)]
@@ -353,9 +447,11 @@ def _elsewhere(plan):
                 with bench.with_scales(name):
                     found[name or "base"] = perplexity(bench.model, bench.tokenizer, text)
         return {
-            "text": os.path.basename(plan.text), "bytes": len(text.encode()), "perplexity": found,
+            "text": os.path.basename(plan.text),
+            "bytes": len(text.encode()),
+            "perplexity": found,
             "summary": ", ".join(f"{name} {x['perplexity']:.3f}" for name, x in found.items()),
-        }  # fmt: skip
+        }
 
     def merged(bench):
         measured = {}
@@ -369,7 +465,15 @@ def _elsewhere(plan):
             del model
         return {"task": task, "measured": measured, "summary": _line(measured)}
 
-    made = [Job("elsewhere-merged", merged, 20, _tests(plan, task, (plan.longest,), plan.cases, seed), (f"main-{task}-{seed}",))]
+    made = [
+        Job(
+            "elsewhere-merged",
+            merged,
+            20,
+            _tests(plan, task, (plan.longest,), plan.cases, seed),
+            (f"main-{task}-{seed}",),
+        )
+    ]
     if plan.text is not None:
         made.append(Job("elsewhere-perplexity", run, 25, (), tuple(f"main-{t}-{seed}" for t in plan.tasks)))
     return made
@@ -386,7 +490,10 @@ def _quantised(plan):
 
         lr = bench.result(f"main-{task}-{seed}")["training"]["SEAL-C"]["lr"]
         config = BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16, bnb_4bit_use_double_quant=True
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_compute_dtype=torch.bfloat16,
+            bnb_4bit_use_double_quant=True,
         )
         model = AutoModelForCausalLM.from_pretrained(
             bench.name, quantization_config=config, dtype=torch.bfloat16, device_map={"": bench.model.device}
@@ -399,18 +506,51 @@ def _quantised(plan):
             training = bench.train(model, task, plan.longest, plan.samples, lr, seed)
             measured["NF4, SEAL-C"] = bench.measure(task, plan.lengths, plan.cases, seed, model)
         return {
-            "task": task, "modules": sorted(kinds), "weights_bytes": model.get_memory_footprint(), "training": {"SEAL-C": training},
-            "measured": measured, "summary": _line(measured),
-        }  # fmt: skip
+            "task": task,
+            "modules": sorted(kinds),
+            "weights_bytes": model.get_memory_footprint(),
+            "training": {"SEAL-C": training},
+            "measured": measured,
+            "summary": _line(measured),
+        }
 
     drawn = (*_tests(plan, task, plan.lengths, plan.cases, seed), (task, plan.longest, plan.samples, seed, "train"))
     return [Job("quantised-nf4", run, 60, drawn, (f"main-{task}-{seed}",))]
 
 
+# ------------------------------------------------------------------------------------------------------------- format
+
+
+def _format(plan):
+    """The base on prompts without the chat template: what is then read as lost ability."""
+
+    def run(bench):
+        measured = {}
+        for task in plan.format_tasks:
+            found = evaluate(
+                bench.model, bench.tokenizer, task, plan.format_lengths, plan.format_cases, seed=plan.seeds[0],
+                chat_template=False, progress=False,
+            )  # fmt: skip
+            scores = {str(n): [r["score"] for r in found.records if r["length"] == n] for n in plan.format_lengths}
+            outputs = [{key: r[key] for key in ("length", "answer", "output", "score")} for r in found.records[::13]]
+            measured[task] = {"scores": scores, "seconds": round(found.seconds, 2), "outputs": outputs}
+        return {"chat_template": False, "measured": measured, "summary": _line(measured)}
+
+    return [Job("format-plain", run, 45)]
+
+
 _MAKERS = {
-    "main": _main, "adapters": _adapters, "beyond": _beyond, "curve": _curve, "length": _length, "heads": _heads,
-    "transfer": _transfer, "elsewhere": _elsewhere, "quantised": _quantised,
-}  # fmt: skip
+    "main": _main,
+    "adapters": _adapters,
+    "beyond": _beyond,
+    "curve": _curve,
+    "length": _length,
+    "heads": _heads,
+    "transfer": _transfer,
+    "elsewhere": _elsewhere,
+    "quantised": _quantised,
+    "format": _format,
+}
 
 
 def check(plan: Plan) -> None:

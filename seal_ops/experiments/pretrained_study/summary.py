@@ -1,4 +1,4 @@
-"""What a study found, from the files of its jobs: tables with intervals and exact paired tests, as JSON, CSV and Markdown."""
+"""What a study found, from the files of its jobs: tables with intervals and exact paired tests."""
 
 import json
 import os
@@ -14,21 +14,29 @@ from .sections import LOW_RANK, SCALED
 
 METHODS = ("base", *SCALED, *LOW_RANK)
 SUMMARY, TABLES = "summary.json", "tables.md"
-_SECTIONS = ("main", "adapters", "beyond", "curve", "length", "heads", "transfer", "elsewhere", "quantised")
+_SECTIONS = ("main", "adapters", "beyond", "curve", "length", "heads", "transfer", "elsewhere", "quantised", "format")
 
 
 def write_summary(folder: str) -> list[str]:
-    """Writes ``summary.json``, ``tables.md``, CSV files and plots from whatever jobs are finished; returns the files' names."""
+    """Writes tables, tests and plots of whatever jobs are finished; returns the names of the files."""
     found = _jobs(folder)
     main = _main(found)
     if not main["cells"]:
         return []
     content = {
-        "kind": "seal_ops.pretrained_study", "main": main, "training": _training(found), "curve": _curve(found, read_json_file(os.path.join(folder, "plan.json"))["samples"]),
-        "length": _length(found), "transfer": _transfer(found), "beyond": _beyond(found), "heads": _heads(found, folder),
-        "elsewhere": _elsewhere(found), "quantised": _quantised(found),
+        "kind": "seal_ops.pretrained_study",
+        "main": main,
+        "training": _training(found),
+        "curve": _curve(found, read_json_file(os.path.join(folder, "plan.json"))["samples"]),
+        "length": _length(found),
+        "transfer": _transfer(found),
+        "beyond": _beyond(found),
+        "heads": _heads(found, folder),
+        "elsewhere": _elsewhere(found),
+        "quantised": _quantised(found),
+        "format": _format(found),
         "seconds": {name: job["job_seconds"] for name, job in found.items()},
-    }  # fmt: skip
+    }
     atomic_write(os.path.join(folder, SUMMARY), json.dumps(content, indent=1) + "\n")
     write_csv(os.path.join(folder, "main.csv"), list(main["cells"][0]), main["cells"])
     atomic_write(os.path.join(folder, TABLES), _markdown(content))
@@ -59,19 +67,32 @@ def _main(found):
     for job in _section(found, "main") + _section(found, "adapters"):
         for method, measured in job["measured"].items():
             for length, values in measured["scores"].items():
-                scores.setdefault(job["task"], {}).setdefault(method, {}).setdefault(int(length), {})[job["seed"]] = values
+                scores.setdefault(job["task"], {}).setdefault(method, {}).setdefault(int(length), {})[job["seed"]] = (
+                    values
+                )
     cells = [
-        {"task": task, "method": method, "length": length, **cell([s for values in by_seed.values() for s in values]),
-         "seeds": len(by_seed), "lowest_seed": min(map(_mean, by_seed.values())), "highest_seed": max(map(_mean, by_seed.values()))}
-        for task, by_method in scores.items() for method in METHODS if method in by_method
+        {
+            "task": task,
+            "method": method,
+            "length": length,
+            **cell([s for values in by_seed.values() for s in values]),
+            "seeds": len(by_seed),
+            "lowest_seed": min(map(_mean, by_seed.values())),
+            "highest_seed": max(map(_mean, by_seed.values())),
+        }
+        for task, by_method in scores.items()
+        for method in METHODS
+        if method in by_method
         for length, by_seed in sorted(by_method[method].items())
-    ]  # fmt: skip
+    ]
     tests = []
     for task, by_method in scores.items():
         pairs = [("base", m) for m in METHODS[1:]] + [("SEAL-H", "SEAL-C"), ("SEAL-C", "LoRA"), ("SEAL-C", "DoRA")]
         for first, second in pairs:
             if first in by_method and second in by_method:
-                tests.append({"task": task, "first": first, "second": second, **_paired(by_method[first], by_method[second])})
+                tests.append(
+                    {"task": task, "first": first, "second": second, **_paired(by_method[first], by_method[second])}
+                )
     for test, p in zip(tests, holm([test["p"] for test in tests]), strict=True):
         test["p_adjusted"] = p
     return {"cells": cells, "tests": tests}
@@ -95,7 +116,9 @@ def _training(found):
             kept = {k: training[k] for k in ("lr", "parameters", "seconds", "peak_memory", "first_loss")}
             kept |= {"last_loss": training["last_losses"][-1], "tried": training.get("tried")}
             evaluation = job["measured"][method]["seconds"]
-            rows.append({"task": job["task"], "seed": job["seed"], "method": method, **kept, "evaluation_seconds": evaluation})
+            rows.append(
+                {"task": job["task"], "seed": job["seed"], "method": method, **kept, "evaluation_seconds": evaluation}
+            )
     return rows
 
 
@@ -103,13 +126,18 @@ def _training(found):
 
 
 def _curve(found, plan_samples):
-    """Accuracy at the longest length by samples and by rate; what the main table measured at its own setting is not repeated."""
+    """Accuracy at the longest length, by samples and by rate."""
     rows = []
     for job in _section(found, "curve"):
         for method, measured in job["measured"].items():
             (values,) = measured["scores"].values()
             training = job["training"][method]
-            row = {"method": method, "samples": job.get("samples"), "lr": training["lr"], "seconds": training["seconds"]}
+            row = {
+                "method": method,
+                "samples": job.get("samples"),
+                "lr": training["lr"],
+                "seconds": training["seconds"],
+            }
             row |= {"last_loss": training["last_losses"][-1], **cell(values)}
             rows.append(row)
             chosen = found.get(f"main-{job['task']}-0", {}).get("training", {}).get(method, {})
@@ -121,9 +149,10 @@ def _curve(found, plan_samples):
 def _length(found):
     return [
         {"method": method, "train_length": job["train_length"], "length": int(length), **cell(values)}
-        for job in _section(found, "length") for method, measured in job["measured"].items()
+        for job in _section(found, "length")
+        for method, measured in job["measured"].items()
         for length, values in measured["scores"].items()
-    ]  # fmt: skip
+    ]
 
 
 def _transfer(found):
@@ -142,9 +171,10 @@ def _transfer(found):
 def _beyond(found):
     return [
         {"kind": job["kind"], "factor": job["factor"], "method": method, "length": int(length), **cell(values)}
-        for job in _section(found, "beyond") for method, measured in job["measured"].items()
+        for job in _section(found, "beyond")
+        for method, measured in job["measured"].items()
         for length, values in measured["scores"].items()
-    ]  # fmt: skip
+    ]
 
 
 def _heads(found, folder):
@@ -153,9 +183,15 @@ def _heads(found, folder):
     if influence is not None:
         content["agreement"], content["groups"] = influence["agreement"], influence["groups"]
         content["quadrants"] = [
-            {"variant": name, "length": int(length), **cell(values), "against_base": vars(paired(influence["quadrants"]["base"][length], values))}
-            for name, lengths in influence["quadrants"].items() for length, values in lengths.items()
-        ]  # fmt: skip
+            {
+                "variant": name,
+                "length": int(length),
+                **cell(values),
+                "against_base": vars(paired(influence["quadrants"]["base"][length], values)),
+            }
+            for name, lengths in influence["quadrants"].items()
+            for length, values in lengths.items()
+        ]
         logprobs = {key.split()[1]: values for key, values in influence["changes"].items() if key.startswith("logprob")}
         content["largest"] = {
             length: [
@@ -166,7 +202,11 @@ def _heads(found, folder):
         }
     if retrieval is not None:
         scores = torch.tensor(retrieval["scores"]).flatten()
-        content["retrieval"] = {"over_0.1": int((scores > 0.1).sum()), "over_0.5": int((scores > 0.5).sum()), "heads": len(scores)}
+        content["retrieval"] = {
+            "over_0.1": int((scores > 0.1).sum()),
+            "over_0.5": int((scores > 0.5).sum()),
+            "heads": len(scores),
+        }
         order = scores.argsort(descending=True)[:10].tolist()
         width = len(retrieval["scores"][0])
         content["retrieval"]["best"] = [
@@ -177,7 +217,7 @@ def _heads(found, folder):
 
 
 def _correlations(retrieval, influence, folder):
-    """Spearman's correlations of the retrieval score with influence and with how far learned scales moved, head by head."""
+    """Spearman's, head by head: of the retrieval score with influence and with how far learned scales moved."""
     rows = {}
     if influence is not None:
         for key, values in influence["changes"].items():
@@ -212,16 +252,28 @@ def _elsewhere(found):
             ((length, values),) = measured["scores"].items()
             before = main["measured"][name.removesuffix(" merged")]["scores"][length]
             differ = sum(a != b for a, b in zip(before, values, strict=True))
-            content["merged"].append({"method": name, "length": int(length), **cell(values), "unmerged": _mean(before), "differ": differ})
+            content["merged"].append(
+                {"method": name, "length": int(length), **cell(values), "unmerged": _mean(before), "differ": differ}
+            )
     return content
 
 
 def _quantised(found):
     return [
         {"method": method, "length": int(length), **cell(values)}
-        for job in _section(found, "quantised") for method, measured in job["measured"].items()
+        for job in _section(found, "quantised")
+        for method, measured in job["measured"].items()
         for length, values in measured["scores"].items()
-    ]  # fmt: skip
+    ]
+
+
+def _format(found):
+    return [
+        {"task": task, "length": int(length), **cell(values)}
+        for job in _section(found, "format")
+        for task, measured in job["measured"].items()
+        for length, values in measured["scores"].items()
+    ]
 
 
 # ----------------------------------------------------------------------------------------------------------- Markdown
@@ -230,34 +282,66 @@ def _quantised(found):
 def _markdown(content) -> str:
     parts = ["## Main table", _by_length(content["main"]["cells"], ("task", "method"))]
     tests = [
-        (t["task"], f"{t['first']} → {t['second']}", t["length"], f"{t['difference']:+.2f} [{t['low']:+.2f}, {t['high']:+.2f}]",
-         f"{t['better']} / {t['worse']}", _p(t["p"]), _p(t["p_adjusted"]))
+        (
+            t["task"],
+            f"{t['first']} → {t['second']}",
+            t["length"],
+            f"{t['difference']:+.2f} [{t['low']:+.2f}, {t['high']:+.2f}]",
+            f"{t['better']} / {t['worse']}",
+            _p(t["p"]),
+            _p(t["p_adjusted"]),
+        )
         for t in content["main"]["tests"]
-    ]  # fmt: skip
+    ]
     parts += ["### Paired tests", _table(("task", "", "tokens", "difference", "better / worse", "p", "Holm"), tests)]
     rows = [
-        (r["task"], r["seed"], r["method"], f"{r['lr']:g}", r["parameters"], f"{r['seconds']:.1f}", f"{r['peak_memory'] / 2**30:.1f}",
-         ", ".join(f"{k}: {_loss(v)}" for k, v in (r["tried"] or {}).items()), f"{r['evaluation_seconds']:.1f}")
+        (
+            r["task"],
+            r["seed"],
+            r["method"],
+            f"{r['lr']:g}",
+            r["parameters"],
+            f"{r['seconds']:.1f}",
+            f"{r['peak_memory'] / 2**30:.1f}",
+            ", ".join(f"{k}: {_loss(v)}" for k, v in (r["tried"] or {}).items()),
+            f"{r['evaluation_seconds']:.1f}",
+        )
         for r in content["training"]
-    ]  # fmt: skip
+    ]
     head = ("task", "seed", "method", "lr", "numbers", "seconds", "peak GiB", "validation loss by rate", "evaluation s")
     parts += ["## Training", _table(head, rows)]
     if content["curve"]:
-        rows = [(r["method"], r["samples"] or "", f"{r['lr']:g}", _shown(r), f"{r['seconds']:.1f}") for r in content["curve"]]
+        rows = [
+            (r["method"], r["samples"] or "", f"{r['lr']:g}", _shown(r), f"{r['seconds']:.1f}")
+            for r in content["curve"]
+        ]
         parts += ["## Samples and rate", _table(("method", "samples", "lr", "accuracy", "seconds"), rows)]
-    for key, names in (("length", ("method", "train_length")), ("beyond", ("kind", "factor", "method")), ("quantised", ("method",))):
+    for key, names in (
+        ("length", ("method", "train_length")),
+        ("beyond", ("kind", "factor", "method")),
+        ("quantised", ("method",)),
+        ("format", ("task",)),
+    ):
         if content[key]:
             parts += [f"## {key}", _by_length(content[key], names)]
     if content["transfer"]:
         for length in sorted({r["length"] for r in content["transfer"]}):
-            parts += [f"## Transfer at {length} tokens", _matrix([r for r in content["transfer"] if r["length"] == length])]
+            parts += [
+                f"## Transfer at {length} tokens",
+                _matrix([r for r in content["transfer"] if r["length"] == length]),
+            ]
     if content["heads"]:
         parts += ["## Heads", "```json\n" + json.dumps(content["heads"], indent=1) + "\n```"]
     if content["elsewhere"]:
-        rows = [(r["scales"], f"{r['perplexity']:.3f}", f"{100 * r['change']:+.2f} %") for r in content["elsewhere"].get("perplexity", [])]
+        rows = [
+            (r["scales"], f"{r['perplexity']:.3f}", f"{100 * r['change']:+.2f} %")
+            for r in content["elsewhere"].get("perplexity", [])
+        ]
         parts += ["## Elsewhere", _table(("scales", "perplexity", "change"), rows)]
-        rows = [(r["method"], r["length"], _shown(r), f"{r['unmerged']:.2f}", f"{r['differ']} of {r['cases']}")
-                for r in content["elsewhere"].get("merged", [])]  # fmt: skip
+        rows = [
+            (r["method"], r["length"], _shown(r), f"{r['unmerged']:.2f}", f"{r['differ']} of {r['cases']}")
+            for r in content["elsewhere"].get("merged", [])
+        ]
         parts += [_table(("", "tokens", "merged", "unmerged", "differ"), rows)]
     total = sum(content["seconds"].values())
     parts += [f"{len(content['seconds'])} jobs, {total:.0f} s of one GPU in all."]
@@ -281,8 +365,14 @@ def _by_length(rows, names):
 def _matrix(rows):
     columns = list(dict.fromkeys(row["measured"] for row in rows))
     cells = {(row["trained"], row["measured"]): row["accuracy"] for row in rows}
-    trained = sorted(dict.fromkeys(row["trained"] for row in rows), key=lambda name: (name != "base", columns.index(name) if name in columns else 99))
-    return _table(("trained on", *columns), [(name, *(f"{cells[name, c]:.2f}" if (name, c) in cells else "" for c in columns)) for name in trained])
+    trained = sorted(
+        dict.fromkeys(row["trained"] for row in rows),
+        key=lambda name: (name != "base", columns.index(name) if name in columns else 99),
+    )
+    return _table(
+        ("trained on", *columns),
+        [(name, *(f"{cells[name, c]:.2f}" if (name, c) in cells else "" for c in columns)) for name in trained],
+    )
 
 
 def _shown(row):

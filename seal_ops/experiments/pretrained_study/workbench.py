@@ -1,4 +1,4 @@
-"""What the jobs of a study share: one model in memory, samples drawn ahead by other processes, training and measuring."""
+"""What the jobs of a study share: one model in memory, samples drawn ahead, training and measuring."""
 
 import contextlib
 import multiprocessing
@@ -136,7 +136,9 @@ class Workbench:
         frozen = {name: p.requires_grad for name, p in model.named_parameters()}
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)  # A is random, so that the adapter starts where any other run of it does
-            config = LoraConfig(r=4, lora_alpha=8, target_modules=list(TARGETS), use_dora=method == "DoRA", task_type="CAUSAL_LM")
+            config = LoraConfig(
+                r=4, lora_alpha=8, target_modules=list(TARGETS), use_dora=method == "DoRA", task_type="CAUSAL_LM"
+            )
             wrapped = get_peft_model(model, config).eval()
         try:
             yield wrapped
@@ -149,14 +151,20 @@ class Workbench:
         """Trains on the task's samples; what it took."""
         result = train(model, self.samples.get(task, length, count, seed, "train"), lr=lr, seed=seed, progress=False)
         return {
-            "lr": lr, "parameters": result.parameters, "seconds": round(result.seconds, 2), "peak_memory": result.peak_memory,
-            "first_loss": round(result.losses[0], 4), "last_losses": [round(x, 4) for x in result.losses[-5:]],
-        }  # fmt: skip
+            "lr": lr,
+            "parameters": result.parameters,
+            "seconds": round(result.seconds, 2),
+            "peak_memory": result.peak_memory,
+            "first_loss": round(result.losses[0], 4),
+            "last_losses": [round(x, 4) for x in result.losses[-5:]],
+        }
 
     def search(self, method: str, task: str, length: int, count: int, rates: Sequence[float], seed: int, then):
-        """Trains at every rate and calls ``then(model)`` at the one with the least loss on further training-split samples.
+        """Trains at every rate and calls ``then(model)`` at the one with the least loss on further training-split
+        samples.
 
-        Returns ``(training, what then returned)``; ``training["tried"]`` has the validation loss of every rate, ``"search_seconds"``
+        Returns ``(training, what then returned)``; ``training["tried"]`` has the validation loss of every rate,
+        ``"search_seconds"``
         what all trainings took.  With one rate nothing is searched.
         """
         validation = self.samples.get(task, length, VALIDATION, seed + 1, "train") if len(rates) > 1 else None
@@ -176,7 +184,11 @@ class Workbench:
                 loss = validation_loss(model, validation)
                 tried[f"{lr:g}"] = round(loss, 4)
                 if best is None or loss < best[0]:
-                    best = (loss, training, {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad})
+                    best = (
+                        loss,
+                        training,
+                        {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad},
+                    )
         if best is None:
             raise RuntimeError(f"{method} on {task}: the loss became infinite at every rate of {list(rates)}")
         _, training, values = best
