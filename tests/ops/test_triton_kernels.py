@@ -19,7 +19,7 @@ from triton.runtime.errors import OutOfResources  # noqa: E402
 
 import seal_ops.ops.backends.triton as kernels  # noqa: E402
 from seal_ops.ops import masks as mask  # noqa: E402
-from seal_ops.ops.backends.triton import configs, forward, tiling  # noqa: E402
+from seal_ops.ops.backends.triton import configs, forward, rotary, tiling  # noqa: E402
 
 DEVICE = device_of("triton")
 NEEDS = (True, True, True, True, False)
@@ -232,3 +232,21 @@ def test_a_position_outside_the_table_gives_nan_and_no_read(interleaved):
     for rotated in kernels.rope(x, x, cos, sin, positions, interleaved=interleaved):
         assert torch.equal(rotated[:, :2], x[:, :2]) and torch.equal(rotated[..., 8:], x[..., 8:])
         assert rotated[:, 2:, :, :8].isnan().all()
+
+
+@pytest.mark.parametrize("absent", ["q", "k"])
+def test_the_compiler_gets_a_pointer_for_a_gradient_that_nobody_wants(absent, monkeypatch):
+    """The interpreter never looks into the branch of a tensor without heads; a compiler does."""
+    seen = []
+
+    class Recorder:
+        def __getitem__(self, grid):
+            return lambda *args, **kwargs: seen.append(args)
+
+    monkeypatch.setattr(rotary, "_rope", Recorder())
+    gradients = {name: torch.randn(1, 8, 2, 16, device=DEVICE) for name in ("q", "k")}
+    gradients[absent] = None
+    cos, sin = torch.rand(2, 8, 4, device=DEVICE)
+    rotary.rotate_in_place(gradients["q"], gradients["k"], 8, 8, cos, sin, None, None, False)
+    ((q, k, q_out, k_out, *_),) = seen
+    assert all(isinstance(t, torch.Tensor) for t in (q, k, q_out, k_out))

@@ -1,4 +1,5 @@
-// Changes to the attention backward under measurement (benchmarks/backward_variants.py): each off until it has been measured.
+// Changes to the attention backward, for benchmarks/backward_variants.py to measure one by one. Those that are 1 were measured, passed the
+// GPU suite and are landed; those that are 0 wait (docs/kernel_notes_backward.md has the figures).
 #pragma once
 
 #ifndef SEAL_BACKWARD_FILL  // sections of as many pairs as fill the multiprocessors
@@ -8,22 +9,22 @@
 #define SEAL_BACKWARD_DIVISORS 0
 #endif
 #ifndef SEAL_BACKWARD_PDL  // programmatic dependent launch of all kernels but the first
-#define SEAL_BACKWARD_PDL 0
+#define SEAL_BACKWARD_PDL 1
 #endif
 #ifndef SEAL_BACKWARD_HEADS_FIRST  // memory-bound kernels: neighbouring CTAs take neighbouring heads of the same rows
-#define SEAL_BACKWARD_HEADS_FIRST 0
+#define SEAL_BACKWARD_HEADS_FIRST 1
 #endif
 #ifndef SEAL_BACKWARD_LATE_EXACT  // the heads with exact dscale are found beside the walk, not before it
 #define SEAL_BACKWARD_LATE_EXACT 0
 #endif
 #ifndef SEAL_BACKWARD_QUAD_VECTORS  // lse2 and delta of two column pairs in one 16-byte read
-#define SEAL_BACKWARD_QUAD_VECTORS 0
+#define SEAL_BACKWARD_QUAD_VECTORS 1
 #endif
 #ifndef SEAL_BACKWARD_PERSISTENT  // main kernel: one CTA a multiprocessor, the next tile's copies under this one's epilogue
-#define SEAL_BACKWARD_PERSISTENT 0
+#define SEAL_BACKWARD_PERSISTENT 1
 #endif
 #ifndef SEAL_BACKWARD_PLAIN_STORES  // gradients that are not rotated leave by an unrolled loop of their own
-#define SEAL_BACKWARD_PLAIN_STORES 0
+#define SEAL_BACKWARD_PLAIN_STORES 1
 #endif
 #ifndef SEAL_BACKWARD_ORDERED  // deterministic mode with the persistent kernel: dQ added up in the order of the keys
 #define SEAL_BACKWARD_ORDERED 0

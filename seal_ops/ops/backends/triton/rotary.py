@@ -113,6 +113,8 @@ def _launch(q, k, q_out, k_out, len_q, len_k, cos, sin, positions, positions_k, 
     programs = tiles * sum(triton.cdiv(n, _HEADS) for n in heads) * batch
     if programs == 0:
         return
+    # A tensor that is not there has no heads, so its branch is never taken; the compiler wants a pointer in it all the same.
+    q, q_out, k, k_out = (k, k_out, k, k_out) if q is None else (q, q_out, q, q_out) if k is None else (q, q_out, k, k_out)
     with on_device(given):
         _rope[(programs,)](
             q, k, q_out, k_out, cos, sin, at_q, at_k, *strides(q), *strides(k), *strides(q_out), *strides(k_out), at_q_b,
