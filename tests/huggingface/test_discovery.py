@@ -195,3 +195,8 @@ def test_torch_ao_int8_is_served():
     scales = seal_ops.attach(model, "head")
     assert close(logits(model, tokens()), base)
     assert all(layer.projection_name.endswith("o_proj") for layer in scales.attachment.seam.sites)
+
+
+def test_the_scales_say_what_runs_fused():
+    assert "rotation fused in 2 of 2 layers" in repr(seal_ops.attach(LLAMA.build()))
+    assert "rotation fused in 0 of 2 layers" in repr(seal_ops.attach(FAMILIES["cohere"].build()))

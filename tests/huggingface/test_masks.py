@@ -180,3 +180,16 @@ def _with_window(row, window):
     row = row.clone()
     row[..., -1] = window or 0
     return row
+
+
+def test_padded_windowed_rows_through_compiled_layers():
+    """The window is read where the mask was made, so that a layer stays one graph."""
+    model, _ = attached("mistral")
+    ids = tokens(2, 21)
+    attention_mask = torch.ones_like(ids)
+    attention_mask[0, :5] = 0
+    expected = logits(model, ids, attention_mask=attention_mask)
+    torch._dynamo.reset()
+    for layer in model.model.layers:
+        layer.compile(backend="eager", fullgraph=True)
+    assert close(logits(model, ids, attention_mask=attention_mask), expected)
