@@ -1,8 +1,6 @@
 """Training: the recipe, repeatability, resuming after a kill, checks, checkpointing, and transformers' Trainer."""
 
 import json
-import pathlib
-import re
 import signal
 import subprocess
 import sys
@@ -285,34 +283,3 @@ def test_transformers_trainer(tmp_path, label_positions_only):
     train(ours, SAMPLES, batch_size=6, epochs=2)
     for layer, scale in values(ours).items():
         torch.testing.assert_close(values(lm)[layer], scale, rtol=0, atol=1e-4)
-
-
-def test_printed_callback_saves_scales(tmp_path):
-    """The callback of docs/models.md, as printed, beside Trainer's own checkpoint: a fresh model goes on from what it saved."""
-    import transformers
-
-    page = (pathlib.Path(__file__).resolve().parents[2] / "docs" / "models.md").read_text(encoding="utf-8")
-    (source,) = (block for block in re.findall(r"^```python\n(.*?)^```", page, re.M | re.S) if "class SaveScales" in block)
-    printed = {"transformers": transformers}
-    exec(source, printed)
-    lm = with_scales("channel")
-    arguments = transformers.TrainingArguments(
-        output_dir=str(tmp_path),
-        per_device_train_batch_size=6,
-        max_steps=2,
-        learning_rate=2e-2,
-        remove_unused_columns=False,
-        save_strategy="steps",
-        save_steps=2,
-        report_to=[],
-        use_cpu=True,
-        disable_tqdm=True,
-    )
-    transformers.Trainer(
-        model=lm, args=arguments, train_dataset=SAMPLES, data_collator=Collator(), callbacks=[printed["SaveScales"]()]
-    ).train()
-    assert any((scale != 1).any() for scale in values(lm).values()), "training moved the scales"
-    fresh = model().eval()
-    seal_ops.load(fresh, tmp_path / "checkpoint-2" / "scales")
-    for layer, scale in values(fresh).items():
-        assert torch.equal(scale, values(lm)[layer])
