@@ -14,8 +14,8 @@ import torch
 from seal_ops.ops.dispatch import why_not
 
 CHUNK = 50  # calls a test: a failure names its seed, and the same seed makes the same call again
-# Relative errors a cell, outputs and gradients: about twice the largest of 11,000 calls on a CPU. In half precision it is
-# grad_q and grad_k, where a difference of rounded numbers is all that there is.
+# Relative errors a cell, outputs and gradients: about twice the largest of 11,000 calls on a CPU. In half precision it
+# is grad_q and grad_k, where a difference of rounded numbers is all that there is.
 TOLERANCE = {
     torch.float64: (1e-14, 2e-14),
     torch.float32: (1e-6, 1e-5),
