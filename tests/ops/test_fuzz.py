@@ -14,8 +14,14 @@ import torch
 from seal_ops.ops.dispatch import why_not
 
 CHUNK = 50  # calls a test: a failure names its seed, and the same seed makes the same call again
-# Relative errors a cell, about twice the largest seen over 10,000 calls.
-TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-5, torch.float16: 5e-3, torch.bfloat16: 4e-2}
+# Relative errors a cell, outputs and gradients: about twice the largest of 11,000 calls on a CPU. In half precision it
+# is grad_q and grad_k, where a difference of rounded numbers is all that there is.
+TOLERANCE = {
+    torch.float64: (1e-14, 2e-14),
+    torch.float32: (1e-6, 1e-5),
+    torch.float16: (1e-3, 4e-2),
+    torch.bfloat16: (1e-2, 0.2),
+}
 OTHER_DTYPES = (torch.float16, torch.float32, torch.float64, torch.int64, torch.complex64, torch.bool)
 OPS = ("attention", "attention", "rope_attention", "rope")
 
@@ -148,7 +154,7 @@ def random_call(rng: random.Random, backend: str, device: torch.device) -> tuple
         head_dim = max(2, head_dim)
     largest = 300 if backend == "cuda" and rng.random() < 0.3 else 9
     kv_heads = rng.randint(1, 3)
-    heads = kv_heads * rng.randint(1, 3)
+    heads = kv_heads * rng.choice((0, 1, 1, 1, 2, 2, 2, 3, 3, 3))
     generator = torch.Generator().manual_seed(rng.getrandbits(32))
     randn = lambda *shape, dtype=dtype: scattered(torch.randn(shape, generator=generator).to(dtype).to(device), rng)
     integers = lambda values, dtype: torch.tensor(values, dtype=dtype).to(device)
@@ -325,7 +331,7 @@ def run_one(seed: str, backend: str, device: torch.device) -> bool:
     }
     wanted = by_hand(op, {"positions": None, **exact})
     dtype = a["q"].dtype
-    tolerance = TOLERANCE[dtype]
+    tolerance, of_gradients = TOLERANCE[dtype]
     for name, got, want in zip(("out", "lse") if op != "rope" else ("q", "k"), outputs, wanted):
         assert_cells(name, got, want, tolerance, -2, what)  # heads come last but one in [.., heads, tokens], too
     if not names:
@@ -359,9 +365,9 @@ def run_one(seed: str, backend: str, device: torch.device) -> bool:
         if y is None or x is None:
             assert (y is None or not y.any()) and (x is None or not x.any()), f"grad_{n}: {x} instead of {y}: {what}"
         elif n in ("q", "k", "v"):
-            assert_cells(f"grad_{n}", x, y, 4 * tolerance, -2, what, 0.0 if n == "v" else cancels)
+            assert_cells(f"grad_{n}", x, y, of_gradients, -2, what, 0.0 if n == "v" else cancels)
         else:
-            assert_cells(f"grad_{n}", x, y, 4 * tolerance, 0 if y.dim() < 2 else -2 if y.dim() == 3 else 0, what)
+            assert_cells(f"grad_{n}", x, y, of_gradients, 0 if y.dim() < 2 else -2 if y.dim() == 3 else 0, what)
     return True
 
 
@@ -382,3 +388,8 @@ def test_a_random_call_is_right_or_refused(backend, device, supported, chunk):
         warnings.simplefilter("ignore", RuntimeWarning)  # numpy's, in Triton's interpreter
         answered = sum(run_one(f"{backend}-{chunk}-{n}", backend, device) for n in range(calls))
     assert calls * 0.4 <= answered < calls, f"{answered} of {calls} calls gave a result: both kinds are to be tried"
+
+
+def test_the_call_that_found_a_layout_of_one_channel():
+    """A channel added to a single one, for the gradient into the log-sum-exp, was laid out apart from it."""
+    assert run_one("cal-cpu-504", "cpu", torch.device("cpu"))

@@ -99,9 +99,10 @@ class _Batch:
         if grad_lse is not None:
             # ATen forms delta = sum_d g * out. One more channel, 1 in g and -grad_lse in out, 0 in q, k and v, turns
             # that into delta - grad_lse (the gradient into the log-sum-exp) and leaves every product as it was.
-            q, k, v = (torch.nn.functional.pad(t, (0, 1)) for t in (q, k, v))
-            g = torch.nn.functional.pad(g, (0, 1), value=1.0)
-            out = torch.cat((out, -grad_lse[..., None].to(out.dtype)), -1)
+            # Contiguous: ATen reads channels at a stride of 1, and torch may take one channel for "channels last".
+            q, k, v = (torch.nn.functional.pad(t, (0, 1)).contiguous() for t in (q, k, v))
+            g = torch.nn.functional.pad(g, (0, 1), value=1.0).contiguous()
+            out = torch.cat((out, -grad_lse[..., None].to(out.dtype)), -1).contiguous()
         grad_q, grad_k, grad_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
         for queries, keys, arguments in self._calls(q):
             g_rows, q_rows, out_rows, lse_rows = (t[:, :, queries] for t in (g, q, out, lse))

@@ -88,8 +88,8 @@ def attention_backward(grad_out, grad_lse, q, k, v, out, lse, scale=None, offset
             delta = delta - _lse_row(grad_lse, rq).to(_F64).masked_fill(row_lse == -math.inf, 0.0)
         ds = p * (dp - delta[..., None]) * sigma
         dq[rq] = torch.einsum("hij,jhd->ihd", ds, k[rk].to(_F64).repeat_interleave(group, 1))
-        dk[rk] = _sum_groups(torch.einsum("hij,ihd->jhd", ds, q[rq].to(_F64)), group)
-        dv[rk] = _sum_groups(torch.einsum("hij,ihd->jhd", p, g), group)
+        dk[rk] = _sum_groups(torch.einsum("hij,ihd->jhd", ds, q[rq].to(_F64)), k.shape[-2])
+        dv[rk] = _sum_groups(torch.einsum("hij,ihd->jhd", p, g), k.shape[-2])
     if cos is not None:
         dq, dk = rope(dq, dk, cos, sin, positions, positions_k, interleaved=interleaved, inverse=True)
     found = [dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, None]
@@ -101,8 +101,8 @@ def attention_backward(grad_out, grad_lse, q, k, v, out, lse, scale=None, offset
                  for n, (want, t) in enumerate(zip(needs, found)))
 
 
-def _sum_groups(per_query_head: Tensor, group: int) -> Tensor:
-    return per_query_head.unflatten(1, (-1, group)).sum(2)
+def _sum_groups(per_query_head: Tensor, kv_heads: int) -> Tensor:
+    return per_query_head.unflatten(1, (kv_heads, per_query_head.shape[1] // kv_heads)).sum(2)
 
 
 def _statistics(q: Tensor) -> torch.dtype:
