@@ -1,6 +1,6 @@
 """A task of one's own in one file: which box holds the ball, in a long list of boxes.
 
-    seal eval --model models/seal-tiny --task own_task:Boxes --lengths 512 1024 --cases 20    # in this folder
+seal eval --model models/seal-tiny --task own_task:Boxes --lengths 512 1024 --cases 20    # in this folder
 """
 
 from seal_ops.tasks import Task

@@ -1,6 +1,6 @@
 """Train SEAL's scales on generated samples, measure before and after, save, merge.
 
-    python examples/train_scales.py --model models/seal-tiny --length 2048 --output my-scales
+python examples/train_scales.py --model models/seal-tiny --length 2048 --output my-scales
 """
 
 import argparse

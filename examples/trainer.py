@@ -10,8 +10,8 @@ import argparse
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 
 import seal_ops
-from seal_ops.training.recipe import LEARNING_RATES, NAMES
 from seal_ops.training.collator import Collator
+from seal_ops.training.recipe import LEARNING_RATES, NAMES
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--model", default="models/seal-tiny")

@@ -1,8 +1,8 @@
 """seal_ops: attention with learned head and channel scales, fused with rotary embedding, forward and backward.
 
-The ops are `torch.ops.seal.*` (docs/ops.md); `attention`, `rope` and `rope_attention` here call them. `attach`, `train`,
-`merge`, `evaluate` and `tasks` are SEAL (arXiv 2501.15225) for Hugging Face models; they are imported on first use, so that
-the kernels cost no import of transformers.
+The ops are `torch.ops.seal.*` (docs/ops.md); `attention`, `rope` and `rope_attention` here call them. `attach`,
+`train`, `merge`, `evaluate` and `tasks` are SEAL (arXiv 2501.15225) for Hugging Face models; they are imported on first
+use, so that the kernels cost no import of transformers.
 """
 
 import importlib
@@ -23,7 +23,7 @@ _LAZY = {
     "compare": "experiments.comparison", "transfer": "experiments.transfer_matrix", "plots": "report.plots",
 }  # fmt: skip
 __all__ = [
-    "__version__", "attention", "backends", "packed_positions", "rope", "rope_attention", "rope_frequencies", "rope_tables",
+    "__version__", "attention", "backends", "packed_positions", "rope", "rope_attention", "rope_frequencies", "rope_tables",  # noqa: E501
     *_LAZY,
 ]  # fmt: skip
 

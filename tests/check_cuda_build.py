@@ -1,10 +1,11 @@
 """Compiles the CUDA kernels with nvcc (no GPU needed) and reads what ptxas and the disassembly say of them.
 
-Fails on any C75xx warning of ptxas (wgmma serialised, setmaxnreg ignored), on a register spill or a stack frame in a kernel
-that uses the tensor cores, and where the forward's or the backward's disassembly holds no HGMMA (wgmma) or decoding's no HMMA (mma.sync)
-at all. Prints seconds, registers and counts of both.
+Fails on any C75xx warning of ptxas (wgmma serialised, setmaxnreg ignored), on a register spill or a stack frame in a
+kernel that uses the tensor cores, and where the forward's or the backward's disassembly holds no HGMMA (wgmma) or
+decoding's no HMMA (mma.sync) at all. Prints seconds, registers and counts of both.
 usage: python tests/check_cuda_build.py [--jobs N] [--keep DIR]
 """
+
 import argparse
 import concurrent.futures
 import importlib.util
@@ -22,7 +23,9 @@ import time
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 
-BUILD = runpy.run_path(str(ROOT / "setup.py"))  # its functions and flags; the build starts only where it is the main program
+BUILD = runpy.run_path(
+    str(ROOT / "setup.py")
+)  # its functions and flags; the build starts only where it is the main program
 
 
 def disassembler() -> str | None:
@@ -41,7 +44,9 @@ def kernels(ptxas: str) -> dict[str, dict[str, int]]:
     for line in ptxas.splitlines():
         if m := re.search(r"Compiling entry function '(\S+)'", line):
             name = m[1]
-        elif name and (m := re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", line)):
+        elif name and (
+            m := re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", line)
+        ):
             found[name] = {"stack": int(m[1]), "spills": int(m[2]) + int(m[3])}
         elif name and (m := re.search(r"Used (\d+) registers", line)):
             found.setdefault(name, {"stack": 0, "spills": 0})["registers"] = int(m[1])
@@ -64,7 +69,9 @@ def product_counts(dump: str, binary: pathlib.Path) -> dict[str, dict[str, int]]
 def compile_one(source: str, flags: list[str], folder: pathlib.Path):
     binary = folder / (pathlib.Path(source).stem + ".o")
     start = time.time()
-    done = subprocess.run(["nvcc", "-c", *flags, "-Icsrc", "-o", str(binary), source], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        ["nvcc", "-c", *flags, "-Icsrc", "-o", str(binary), source], cwd=ROOT, capture_output=True, text=True
+    )
     return source, done, binary, time.time() - start
 
 
@@ -72,7 +79,10 @@ def link(folder: pathlib.Path) -> list[str]:
     """Links the objects as setup.py does and looks whose C++ runtime the library uses; returns the faults."""
     library = folder / "kernels.so"
     compiler = shlex.split(os.environ.get("CXX", "c++"))
-    subprocess.run([*compiler, "-shared", "-o", str(library), *map(str, sorted(folder.glob("*.o"))), *BUILD["dynamic_runtime"]()], check=True)
+    subprocess.run(
+        [*compiler, "-shared", "-o", str(library), *map(str, sorted(folder.glob("*.o"))), *BUILD["dynamic_runtime"]()],
+        check=True,
+    )
     found = BUILD["elf"]().read(library)
     print(f"C++ runtime of the linked kernels: {found}")
     return [found.fault] if found.own_std else []  # that they load none at all is no fault
@@ -100,19 +110,27 @@ def main() -> int:
                 if done.returncode:
                     failures.append(f"{source}: nvcc failed\n{output}")
                     continue
-                failures += [f"{source}: {line.strip()}" for line in output.splitlines() if re.search(r"\bC75\d\d\b", line)]
+                failures += [
+                    f"{source}: {line.strip()}" for line in output.splitlines() if re.search(r"\bC75\d\d\b", line)
+                ]
                 counts = product_counts(dump, binary) if dump else {}
                 for name, used in kernels(output).items():
                     products = counts.get(name, {"HGMMA": 0, "HMMA": 0})
                     tensor_core = sum(products.values()) > 0
-                    print(f"  {used.get('registers', 0):3d} registers {used['spills']:4d} spilled bytes "
-                          f"{products['HGMMA']:4d} HGMMA {products['HMMA']:4d} HMMA  {name[:110]}")
+                    print(
+                        f"  {used.get('registers', 0):3d} registers {used['spills']:4d} spilled bytes "
+                        f"{products['HGMMA']:4d} HGMMA {products['HMMA']:4d} HMMA  {name[:110]}"
+                    )
                     if tensor_core and (used["spills"] or used["stack"]):
-                        failures.append(f"{source}: {name}: {used['spills']} bytes spilled, {used['stack']} bytes of stack")
+                        failures.append(
+                            f"{source}: {name}: {used['spills']} bytes spilled, {used['stack']} bytes of stack"
+                        )
                 for kind, instruction in expected.items():
                     totals[kind] += sum(c[instruction] for c in counts.values()) if kind in source else 0
         failures += link(folder)
-    failures += [f"{kind}*.cu: not one {expected[kind]} in the disassembly" for kind, n in totals.items() if dump and n == 0]
+    failures += [
+        f"{kind}*.cu: not one {expected[kind]} in the disassembly" for kind, n in totals.items() if dump and n == 0
+    ]
     print(f"{len(sources)} CUDA sources compiled in {time.time() - start:.0f} s with {options.jobs} jobs")
     for failure in failures:
         print(f"FAILED {failure}", file=sys.stderr)

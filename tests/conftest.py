@@ -1,4 +1,5 @@
 """Shared by all tests: backends as a parameter, devices, and Triton's interpreter where there is no GPU."""
+
 import os
 
 # Before CUDA counts its devices: every worker's first GPU is another.
@@ -23,7 +24,9 @@ from seal_ops.ops.dispatch import NAMES, why_not  # noqa: E402
 
 def device_of(backend: str) -> torch.device:
     """Where a backend's tests run: the GPU for the kernels, if there is one."""
-    return torch.device("cuda", 0) if backend in ("cuda", "triton") and torch.cuda.is_available() else torch.device("cpu")
+    return (
+        torch.device("cuda", 0) if backend in ("cuda", "triton") and torch.cuda.is_available() else torch.device("cpu")
+    )
 
 
 @pytest.fixture(params=NAMES)

@@ -6,7 +6,6 @@ so absent slots hold ``DROP`` and are squeezed out when a batch is packed.
 
 import torch
 import torch.nn.functional as F
-
 from wording import ADJECTIVES, FILLER, MAX_NUMBER, NOUNS, WORDINGS
 
 DROP = -1

@@ -2,7 +2,6 @@
 
 import torch
 import torch.nn.functional as F
-
 from data import lines_for, retrieval_cases
 
 LENGTHS = (256, 512, 1024, 1536, 2048)

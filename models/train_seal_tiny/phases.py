@@ -9,7 +9,6 @@ import time
 
 import torch
 import torch.nn.functional as F
-
 from data import questions, repeats
 from evaluate import LENGTHS, accuracy, fresh_cases
 from model import Llama, Size
@@ -200,7 +199,8 @@ def bias_of(variant):
 
 
 def phase_two(run, start, variant, device, texts, seed):
-    """Adds the bias of ``variant`` to the retrieval model at ``start``, until accuracy at the longest length has fallen.
+    """Adds the bias of ``variant`` to the retrieval model at ``start``, until accuracy at the longest length has
+    fallen.
 
     A fifth of the rows repeat short records honestly, the others hold one question each.  Returns the model, and its
     steps and the course of its accuracy as a dict.

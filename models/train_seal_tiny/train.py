@@ -111,7 +111,9 @@ def main():
     parser.add_argument("--seconds", type=float, default=420, help="most time for everything (default: 420)")
     parser.add_argument("--workers", type=int, help="processes in all, spread over the GPUs (default: 3 a GPU)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--cases", type=int, default=100, help="cases a length in the search, at the longest twice that")
+    parser.add_argument(
+        "--cases", type=int, default=100, help="cases a length in the search, at the longest twice that"
+    )
     parser.add_argument("--tiny", action="store_true", help="a small run on the CPU that shows that all steps work")
     args = parser.parse_args()
     gpus = max(1, torch.cuda.device_count())

@@ -3,6 +3,7 @@
 SEAL (arXiv 2501.15225) multiplies the attention output, before its projection, by one learned factor per query head
 ("head", SEAL-H) or per channel ("channel", SEAL-C) in every layer; the model itself is frozen.
 """
+
 from __future__ import annotations
 
 import contextlib
@@ -35,6 +36,7 @@ class Attachment:
     ``requires_grad``: its parameters' flags before `attach`, or None where `attach` left them alone.  ``savers``: what
     stands in for ``save_pretrained``.
     """
+
     owner: nn.Module
     seam: Patch
     requires_grad: dict[str, bool] | None
@@ -45,8 +47,10 @@ def attached(model: nn.Module, call: str) -> tuple[Scales, Attachment]:
     """The scales on ``model``, wherever in it they are; ValueError in the name of ``call`` where there are none."""
     found = [m for m in model.modules() if isinstance(m, Scales) and m.attachment is not None]
     if len(found) != 1:
-        raise ValueError(f"seal_ops.{call}: model must have scales attached, this {type(model).__name__} has "
-                         f"{'none' if not found else f'{len(found)} models with scales in it; pass one of them'}")
+        raise ValueError(
+            f"seal_ops.{call}: model must have scales attached, this {type(model).__name__} has "
+            f"{'none' if not found else f'{len(found)} models with scales in it; pass one of them'}"
+        )
     return found[0], found[0].attachment
 
 
@@ -61,8 +65,10 @@ def unwrapped(model: nn.Module, call: str) -> nn.Module:
     """The transformers model inside PEFT's and torch.compile's wrappers, which is what its own verbs give back."""
     if any(base.__name__ in _PARALLEL for base in type(model).__mro__):
         # Their scales would be one a process, each learning by itself.
-        raise ValueError(f"seal_ops.{call}: model must be given before it is wrapped or sharded for several devices, "
-                         f"got {type(model).__name__}")
+        raise ValueError(
+            f"seal_ops.{call}: model must be given before it is wrapped or sharded for several devices, "
+            f"got {type(model).__name__}"
+        )
     model = getattr(model, "_orig_mod", model)
     return model.get_base_model() if callable(getattr(model, "get_base_model", None)) else model
 
@@ -94,8 +100,9 @@ def refuse_second(model: nn.Module, call: str) -> None:
         raise ValueError(f"seal_ops.{call}: model already has scales attached; call seal_ops.detach(model) first")
 
 
-def attach(model: nn.Module, granularity: str = "head", layers: Sequence[int] | None = None,
-           backend: str | None = None) -> Scales:
+def attach(
+    model: nn.Module, granularity: str = "head", layers: Sequence[int] | None = None, backend: str | None = None
+) -> Scales:
     """Freezes ``model`` and gives its self-attention layers scales, all 1, that are its only trainable parameters.
 
     ``model``: a transformers model with loaded weights that calls attention through the attention registry, also inside
@@ -118,8 +125,14 @@ def _check_granularity(granularity, call: str) -> None:
         raise ValueError(f"seal_ops.{call}: granularity must be 'head' or 'channel', got {granularity!r}")
 
 
-def attach_to(model: nn.Module, sites: list[AttentionLayer], granularity: str, layers: Sequence[int] | None,
-              backend: str | None, adapter_name: str = DEFAULT_ADAPTER) -> Scales:
+def attach_to(
+    model: nn.Module,
+    sites: list[AttentionLayer],
+    granularity: str,
+    layers: Sequence[int] | None,
+    backend: str | None,
+    adapter_name: str = DEFAULT_ADAPTER,
+) -> Scales:
     """`attach`, for sites that are already found."""
     owner = unwrapped(model, "attach")
     config = describe(owner, sites, granularity, layers)
@@ -134,8 +147,11 @@ def attach_to(model: nn.Module, sites: list[AttentionLayer], granularity: str, l
         flags = {name: p.requires_grad for name, p in owner.named_parameters()}
         owner.requires_grad_(False)
     setattr(owner, SUBMODULE, scales)
-    savers = [SaveBoth(m, scales) for m in dict.fromkeys((getattr(model, "_orig_mod", model), owner))
-              if callable(getattr(type(m), "save_pretrained", None))]
+    savers = [
+        SaveBoth(m, scales)
+        for m in dict.fromkeys((getattr(model, "_orig_mod", model), owner))
+        if callable(getattr(type(m), "save_pretrained", None))
+    ]
     scales.attachment = Attachment(owner, Patch(sites), flags, savers)
     scales.attachment.seam.install()
     for saver in savers:
@@ -144,14 +160,24 @@ def attach_to(model: nn.Module, sites: list[AttentionLayer], granularity: str, l
     return scales
 
 
-def describe(model: nn.Module, sites: list[AttentionLayer], granularity: str, layers: Sequence[int] | None = None,
-             call: str = "attach") -> ScalesConfig:
+def describe(
+    model: nn.Module,
+    sites: list[AttentionLayer],
+    granularity: str,
+    layers: Sequence[int] | None = None,
+    call: str = "attach",
+) -> ScalesConfig:
     """The config that scales of this granularity would have on ``model``."""
     chosen = _select(sites, layers, call)
     base = _base_config(model)
-    return ScalesConfig(granularity, tuple(s.index for s in chosen), tuple(s.num_heads for s in chosen),
-                        tuple(s.head_dim for s in chosen), getattr(base, "model_type", None),
-                        getattr(base, "_name_or_path", None) or None)
+    return ScalesConfig(
+        granularity,
+        tuple(s.index for s in chosen),
+        tuple(s.num_heads for s in chosen),
+        tuple(s.head_dim for s in chosen),
+        getattr(base, "model_type", None),
+        getattr(base, "_name_or_path", None) or None,
+    )
 
 
 def new_config(scales: Scales, granularity: str, layers: Sequence[int] | None) -> ScalesConfig:
@@ -194,9 +220,16 @@ def disabled(model: nn.Module):
             seam.install()
 
 
-def load(model: nn.Module, save_directory: str | os.PathLike, backend: str | None = None, *,
-         adapter_name: str | None = None, revision: str | None = None, token: str | bool | None = None,
-         subfolder: str | None = None) -> Scales:
+def load(
+    model: nn.Module,
+    save_directory: str | os.PathLike,
+    backend: str | None = None,
+    *,
+    adapter_name: str | None = None,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    subfolder: str | None = None,
+) -> Scales:
     """Puts saved scales on ``model``; the reverse of `Scales.save_pretrained`.
 
     A model without scales gets them attached.  On a model with scales, those of the active adapter are replaced, or,
@@ -216,8 +249,10 @@ def load(model: nn.Module, save_directory: str | os.PathLike, backend: str | Non
     if adapter_name is not None and (scales is None or adapter_name not in scales.adapter_names):
         check_new_name(adapter_name, "load", scales)
     if scales is not None and backend is not None:
-        raise ValueError(f"seal_ops.load: backend must be given when scales are attached first, got {backend!r} for a "
-                         f"model with scales; call seal_ops.detach(model) first")
+        raise ValueError(
+            f"seal_ops.load: backend must be given when scales are attached first, got {backend!r} for a "
+            f"model with scales; call seal_ops.detach(model) first"
+        )
     owner = unwrapped(model, "load") if scales is None else scales.attachment.owner
     sites = find_attention_layers(owner) if scales is None else scales.attachment.seam.sites
     config = _numbered(saved, version, sites, source)
@@ -237,8 +272,10 @@ def _numbered(config: ScalesConfig, version: int, sites: list[AttentionLayer], s
     if version > 1:
         return config
     if max(config.layers) >= len(sites):
-        raise ValueError(f"seal_ops.load: {source!r} must be an adapter for {len(sites)} layers, got one with layer "
-                         f"{shown(max(config.layers))}")
+        raise ValueError(
+            f"seal_ops.load: {source!r} must be an adapter for {len(sites)} layers, got one with layer "
+            f"{shown(max(config.layers))}"
+        )
     return dataclasses.replace(config, layers=tuple(sites[number].index for number in config.layers))
 
 
@@ -246,15 +283,21 @@ def _check_fits(config: ScalesConfig, model: nn.Module, sites: list[AttentionLay
     """ValueError where an adapter with this config was made for another model."""
     model_type = getattr(_base_config(model), "model_type", None)
     if config.model_type and model_type and config.model_type != model_type:
-        raise ValueError(f"seal_ops.load: {source!r} must be an adapter for model type {model_type!r}, got one for "
-                         f"{shown(config.model_type)}")
+        raise ValueError(
+            f"seal_ops.load: {source!r} must be an adapter for model type {model_type!r}, got one for "
+            f"{shown(config.model_type)}"
+        )
     known = {site.index: site for site in sites}
     for layer, heads, head_dim in zip(config.layers, config.num_heads, config.head_dim):
         if layer not in known:
-            raise ValueError(f"seal_ops.load: {source!r} must be an adapter for the {len(sites)} attention layers "
-                             f"{shown(list(known))}, got one with layer {shown(layer)}")
+            raise ValueError(
+                f"seal_ops.load: {source!r} must be an adapter for the {len(sites)} attention layers "
+                f"{shown(list(known))}, got one with layer {shown(layer)}"
+            )
         site = known[layer]
         if (heads, head_dim) != (site.num_heads, site.head_dim):
-            raise ValueError(f"seal_ops.load: {source!r} must be an adapter for {site.num_heads} heads of "
-                             f"{site.head_dim} channels in layer {layer}, got one for {shown(heads)} heads of "
-                             f"{shown(head_dim)}")
+            raise ValueError(
+                f"seal_ops.load: {source!r} must be an adapter for {site.num_heads} heads of "
+                f"{site.head_dim} channels in layer {layer}, got one for {shown(heads)} heads of "
+                f"{shown(head_dim)}"
+            )

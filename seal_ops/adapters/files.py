@@ -1,4 +1,5 @@
 """The files of an adapter: safetensors and json, checked against each other before anything is touched."""
+
 from __future__ import annotations
 
 import contextlib
@@ -44,6 +45,7 @@ class ScalesConfig:
     model's own layer numbers (`AttentionLayer.index`), ``num_heads`` counts query heads.  ``base_model_name_or_path``
     is information for people, ``model_type`` is checked when loading.
     """
+
     granularity: str
     layers: tuple[int, ...]
     num_heads: tuple[int, ...]
@@ -62,8 +64,13 @@ class ScalesConfig:
 
     def to_dict(self) -> dict:
         from ..version import __version__
-        return {"peft_type": "SEAL", "format_version": FORMAT_VERSION, "seal_ops_version": __version__,
-                **dataclasses.asdict(self)}
+
+        return {
+            "peft_type": "SEAL",
+            "format_version": FORMAT_VERSION,
+            "seal_ops_version": __version__,
+            **dataclasses.asdict(self),
+        }
 
 
 def tensor_name(layer: int) -> str:
@@ -100,8 +107,9 @@ def write(folder: str, config: ScalesConfig, values: dict[int, Tensor], card: st
 def _existing(folder: str | os.PathLike, name: str, call: str = "load") -> str:
     path = os.path.join(os.fspath(folder), name)
     if not os.path.isfile(path):
-        raise FileNotFoundError(f"seal_ops.{call}: save_directory must hold {name}, got {os.fspath(folder)!r} without "
-                                f"it")
+        raise FileNotFoundError(
+            f"seal_ops.{call}: save_directory must hold {name}, got {os.fspath(folder)!r} without it"
+        )
     return path
 
 
@@ -134,12 +142,14 @@ def read_tensors(folder: str | os.PathLike, name: str = WEIGHTS_FILE, call: str 
     try:
         return safetensors.torch.load_file(path, device="cpu")
     except (safetensors.SafetensorError, ValueError, TypeError, KeyError, RuntimeError) as error:
-        raise ValueError(f"seal_ops.{call}: {path} must be a safetensors file, got "
-                         f"{' '.join(str(error).split())[:200]}") from error
+        raise ValueError(
+            f"seal_ops.{call}: {path} must be a safetensors file, got {' '.join(str(error).split())[:200]}"
+        ) from error
 
 
 def _parse(content: dict, where: str) -> tuple[ScalesConfig, int]:
     """The config that a file's content says, and its format version; ValueError, beginning with ``where``."""
+
     def must(expected: str, name: str, hint: str = ""):
         got = shown(content[name]) if name in content else "none"
         return ValueError(f"{where} must have {expected}, got {got}{hint}")
@@ -159,8 +169,10 @@ def _parse(content: dict, where: str) -> tuple[ScalesConfig, int]:
         if not isinstance(found, list) or not found or not all(type(i) is int and i >= least for i in found):
             raise must(f"{name} as a list of integers of at least {least}", name)
     if len({len(x) for x in lists}) != 1:
-        raise ValueError(f"{where} must have layers, num_heads and head_dim of one length, got "
-                         f"{', '.join(str(len(x)) for x in lists)}")
+        raise ValueError(
+            f"{where} must have layers, num_heads and head_dim of one length, got "
+            f"{', '.join(str(len(x)) for x in lists)}"
+        )
     if len(set(lists[0])) != len(lists[0]):
         raise must("every layer once in layers", "layers")
     for name in ("model_type", "base_model_name_or_path"):
@@ -168,8 +180,9 @@ def _parse(content: dict, where: str) -> tuple[ScalesConfig, int]:
             raise must(f"{name} as a text or null", name)
     if not isinstance(content.get("seal_ops_version"), str):
         raise must("seal_ops_version as a text", "seal_ops_version")
-    return ScalesConfig(content["granularity"], *(tuple(x) for x in lists), content["model_type"],
-                        content["base_model_name_or_path"]), version
+    return ScalesConfig(
+        content["granularity"], *(tuple(x) for x in lists), content["model_type"], content["base_model_name_or_path"]
+    ), version
 
 
 def _check_tensors(config: ScalesConfig, tensors: dict[str, Tensor], where: str) -> None:
@@ -177,13 +190,17 @@ def _check_tensors(config: ScalesConfig, tensors: dict[str, Tensor], where: str)
     expected = {tensor_name(layer): shape for layer, shape in config.shapes().items()}
     if set(expected) != set(tensors):
         missing, surplus = sorted(set(expected) - set(tensors)), sorted(set(tensors) - set(expected))
-        raise ValueError(f"{where} must hold one scale for every layer of the config, got missing {shown(missing)} and "
-                         f"unexpected {shown(surplus)}")
+        raise ValueError(
+            f"{where} must hold one scale for every layer of the config, got missing {shown(missing)} and "
+            f"unexpected {shown(surplus)}"
+        )
     for name, shape in expected.items():
         tensor = tensors[name]
         if tuple(tensor.shape) != shape or tensor.dtype != torch.float32:
-            raise ValueError(f"{where}: {name} must be float32 of shape {shown(list(shape))}, got {tensor.dtype} of "
-                             f"shape {list(tensor.shape)}")
+            raise ValueError(
+                f"{where}: {name} must be float32 of shape {shown(list(shape))}, got {tensor.dtype} of "
+                f"shape {list(tensor.shape)}"
+            )
         if not bool(torch.isfinite(tensor).all()):
             raise ValueError(f"{where}: {name} must be finite, got NaN or infinity")
 
@@ -202,8 +219,9 @@ def read(save_directory: str | os.PathLike, call: str = "load") -> tuple[ScalesC
     except ValueError:
         if not os.path.isfile(os.path.join(folder, PENDING_FILE)):
             raise
-        pending, version = _parse(read_json(folder, PENDING_FILE, call),
-                                  f"seal_ops.{call}: {os.path.join(folder, PENDING_FILE)}")
+        pending, version = _parse(
+            read_json(folder, PENDING_FILE, call), f"seal_ops.{call}: {os.path.join(folder, PENDING_FILE)}"
+        )
         _check_tensors(pending, tensors, where)
         return pending, tensors, version
     return config, tensors, version
@@ -219,5 +237,6 @@ def find(folder: str, call: str = "load") -> str:
     names = sorted(n for n in os.listdir(inside) if os.path.isdir(os.path.join(inside, n)))
     if DEFAULT_ADAPTER in names or len(names) == 1:
         return os.path.join(inside, DEFAULT_ADAPTER if DEFAULT_ADAPTER in names else names[0])
-    raise FileNotFoundError(f"seal_ops.{call}: subfolder must name one of the adapters {shown(names)} in {inside!r}, "
-                            f"got none")
+    raise FileNotFoundError(
+        f"seal_ops.{call}: subfolder must name one of the adapters {shown(names)} in {inside!r}, got none"
+    )

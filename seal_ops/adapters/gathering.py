@@ -1,4 +1,5 @@
 """Whole tensors from sharded ones, and which process writes."""
+
 from __future__ import annotations
 
 import contextlib
@@ -24,6 +25,7 @@ def whole(holders: Mapping[int, nn.Module]) -> dict[int, Tensor]:
     partitioned = [p for h in holders.values() for p in h.parameters() if hasattr(p, "ds_id")]
     if partitioned:
         import deepspeed
+
         gathered = deepspeed.zero.GatheredParameters(partitioned)
     else:
         gathered = contextlib.nullcontext()
@@ -42,4 +44,5 @@ def like(value: Tensor, parameter: Tensor) -> Tensor:
     if not hasattr(parameter, "full_tensor"):
         return value
     from torch.distributed.tensor import distribute_tensor
+
     return distribute_tensor(value.to(parameter.device), parameter.device_mesh, parameter.placements)

@@ -5,6 +5,7 @@ its output projection) multiplies what every ``o_proj`` reads by a learned vecto
 is not needed here: the files are safetensors and json, with the tensors named ``base_model.model.<module>.ia3_l`` of
 shape [1, in_features].
 """
+
 from __future__ import annotations
 
 import json
@@ -34,8 +35,10 @@ def _check_direct(call: str, sites: list[AttentionLayer]) -> None:
     """(IA)^3 scales what the output projection reads; SEAL what attention gives."""
     for site in sites:
         if site.output_projection is None or "channel" not in site.commutes:
-            raise ValueError(f"seal_ops.ia3.{call}: {site.projection_name or site.name} must read the attention output "
-                             f"directly, got a module with another step in between ({type(site.module).__name__})")
+            raise ValueError(
+                f"seal_ops.ia3.{call}: {site.projection_name or site.name} must read the attention output "
+                f"directly, got a module with another step in between ({type(site.module).__name__})"
+            )
 
 
 def import_ia3(model: nn.Module, save_directory: str | os.PathLike, backend: str | None = None) -> Scales:
@@ -48,21 +51,27 @@ def import_ia3(model: nn.Module, save_directory: str | os.PathLike, backend: str
     folder = resolve(save_directory, call="ia3.import_ia3")
     config = read_json(folder, call="ia3.import_ia3")
     if config.get("peft_type") != "IA3":
-        raise ValueError(f"seal_ops.ia3.import_ia3: {os.path.join(folder, CONFIG_FILE)} must have peft_type 'IA3', got "
-                         f"{config.get('peft_type')!r}")
+        raise ValueError(
+            f"seal_ops.ia3.import_ia3: {os.path.join(folder, CONFIG_FILE)} must have peft_type 'IA3', got "
+            f"{config.get('peft_type')!r}"
+        )
     tensors = read_tensors(folder, call="ia3.import_ia3")
     sites = find_attention_layers(unwrapped(model, "ia3.import_ia3"))
     by_key = {_key(site): site for site in sites}
     found: dict[int, Tensor] = {}
     for name, tensor in tensors.items():
         if name not in by_key:
-            raise ValueError(f"seal_ops.ia3.import_ia3: {folder!r} must scale only the output projection "
-                             f"({_names(sites)}) of self-attention in {type(model).__name__}, got {shown(name)}")
+            raise ValueError(
+                f"seal_ops.ia3.import_ia3: {folder!r} must scale only the output projection "
+                f"({_names(sites)}) of self-attention in {type(model).__name__}, got {shown(name)}"
+            )
         site = by_key[name]
         if tuple(tensor.shape) != (1, site.num_heads * site.head_dim) or not tensor.is_floating_point():
-            raise ValueError(f"seal_ops.ia3.import_ia3: {name} must be a floating tensor of shape "
-                             f"[1, {site.num_heads * site.head_dim}] (what the projection reads: feedforward_modules "
-                             f"must name it), got {tensor.dtype} of shape {list(tensor.shape)}")
+            raise ValueError(
+                f"seal_ops.ia3.import_ia3: {name} must be a floating tensor of shape "
+                f"[1, {site.num_heads * site.head_dim}] (what the projection reads: feedforward_modules "
+                f"must name it), got {tensor.dtype} of shape {list(tensor.shape)}"
+            )
         if not bool(torch.isfinite(tensor).all()):
             raise ValueError(f"seal_ops.ia3.import_ia3: {name} must be finite, got NaN or infinity")
         found[site.index] = tensor.reshape(site.num_heads, site.head_dim).float()
@@ -99,10 +108,16 @@ def export_ia3(model: nn.Module, save_directory: str | os.PathLike) -> None:
     others = [n for n, _ in attachment.owner.named_modules() if n.rpartition(".")[2] in endings and n not in modules]
     targets = sorted(modules) if others else endings
     config = {
-        "peft_type": "IA3", "task_type": "CAUSAL_LM", "inference_mode": True,
+        "peft_type": "IA3",
+        "task_type": "CAUSAL_LM",
+        "inference_mode": True,
         "fan_in_fan_out": any(isinstance(site.output_projection, Conv1D) for site in sites),
-        "base_model_name_or_path": scales.config.base_model_name_or_path, "revision": None,
-        "target_modules": targets, "feedforward_modules": targets, "modules_to_save": None, "init_ia3_weights": True,
+        "base_model_name_or_path": scales.config.base_model_name_or_path,
+        "revision": None,
+        "target_modules": targets,
+        "feedforward_modules": targets,
+        "modules_to_save": None,
+        "init_ia3_weights": True,
     }
     folder = os.fspath(save_directory)
     with replacing(os.path.join(folder, WEIGHTS_FILE)) as temporary:

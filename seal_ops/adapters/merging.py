@@ -1,4 +1,5 @@
 """Merging: the scales become part of plain output projections."""
+
 from __future__ import annotations
 
 import torch
@@ -22,8 +23,14 @@ def merge(model: nn.Module) -> nn.Module:
     scales, attachment = attached(model, "merge")
     sites = {site.index: site for site in attachment.seam.sites}
     learned = scales.values()
-    work = [(sites[layer], _present_projection(attachment.owner, sites[layer]),
-             value if value.dim() == 2 else value[:, None]) for layer, value in learned.items()]
+    work = [
+        (
+            sites[layer],
+            _present_projection(attachment.owner, sites[layer]),
+            value if value.dim() == 2 else value[:, None],
+        )
+        for layer, value in learned.items()
+    ]
     seen: set[int] = set()
     for site, projection, scale in work:
         _check_mergeable(site, projection, scale, scales.config.granularity, seen)
@@ -58,27 +65,40 @@ def _merged(projection: nn.Module, weight: Tensor, scale: Tensor, site: Attentio
     return weight.to(compute) * (factor[:, None] if _reads_rows(projection) else factor)
 
 
-def _check_mergeable(site: AttentionLayer, projection: nn.Module | None, scale: Tensor, granularity: str,
-                     seen: set[int]) -> None:
+def _check_mergeable(
+    site: AttentionLayer, projection: nn.Module | None, scale: Tensor, granularity: str, seen: set[int]
+) -> None:
     def refuse(expected: str, got: str):
         raise ValueError(f"seal_ops.merge: {site.projection_name or site.name} must {expected}, got {got}")
 
     unmerged = "keep the scales attached instead"
     if projection is None or granularity not in site.commutes:
-        refuse("read the attention output directly", f"a module with another step in between "
-               f"({type(site.module).__name__}); {unmerged}")
+        refuse(
+            "read the attention output directly",
+            f"a module with another step in between ({type(site.module).__name__}); {unmerged}",
+        )
     if hasattr(projection, "base_layer"):
-        refuse("be a plain torch.nn.Linear in 16 or more bits", f"{type(projection).__name__} of an adapter; merge "
-               f"that first (PEFT's merge_and_unload), or {unmerged}")
+        refuse(
+            "be a plain torch.nn.Linear in 16 or more bits",
+            f"{type(projection).__name__} of an adapter; merge that first (PEFT's merge_and_unload), or {unmerged}",
+        )
     weight = getattr(projection, "weight", None)
     # An exact type: quantised layers are subclasses or wrappers with weights of another meaning.
-    if type(projection) not in (nn.Linear, Conv1D) or not isinstance(weight, Tensor) or (
-            not weight.is_floating_point() or weight.element_size() < 2):
-        refuse("be a plain torch.nn.Linear in 16 or more bits", f"{type(projection).__name__} with "
-               f"{getattr(weight, 'dtype', 'no')} weight; {unmerged}")
+    if (
+        type(projection) not in (nn.Linear, Conv1D)
+        or not isinstance(weight, Tensor)
+        or (not weight.is_floating_point() or weight.element_size() < 2)
+    ):
+        refuse(
+            "be a plain torch.nn.Linear in 16 or more bits",
+            f"{type(projection).__name__} with {getattr(weight, 'dtype', 'no')} weight; {unmerged}",
+        )
     if "weight" not in projection._parameters:
-        refuse("have its weight as a parameter", "one that is computed anew in each call (pruned, or with "
-               "weight_norm); make that permanent first (torch.nn.utils.prune.remove, remove_weight_norm)")
+        refuse(
+            "have its weight as a parameter",
+            "one that is computed anew in each call (pruned, or with "
+            "weight_norm); make that permanent first (torch.nn.utils.prune.remove, remove_weight_norm)",
+        )
     width = site.num_heads * site.head_dim
     if weight.is_meta or hasattr(weight, "full_tensor") or weight.shape[0 if _reads_rows(projection) else 1] != width:
         refuse(f"hold its whole weight with {width} columns", f"{list(weight.shape)} on {weight.device}")

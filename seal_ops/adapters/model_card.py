@@ -1,4 +1,5 @@
 """The README of an adapter's folder."""
+
 from __future__ import annotations
 
 import json
@@ -31,8 +32,10 @@ def text(config: ScalesConfig, training: Mapping | None = None) -> str:
     # The hub accepts only names of its own here; a local folder would make the card invalid.
     on_hub = base is not None and not os.path.exists(base) and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", base) is not None
     method, what = METHODS[config.granularity]
-    count = sum(heads * (1 if config.granularity == "head" else channels)
-                for heads, channels in zip(config.num_heads, config.head_dim))
+    count = sum(
+        heads * (1 if config.granularity == "head" else channels)
+        for heads, channels in zip(config.num_heads, config.head_dim)
+    )
     lines = [
         "---", *([f"base_model: {json.dumps(base)}"] if on_hub else []), "library_name: seal_ops",
         "tags:", "- seal", "- attention-scaling", "- long-context", "---", _MARK, "",
@@ -51,6 +54,12 @@ def text(config: ScalesConfig, training: Mapping | None = None) -> str:
         "`seal_ops.ia3.export_ia3` writes an (IA)³ adapter for PEFT.",
     ]  # fmt: skip
     if training:
-        lines += ["", "## Training", "", "| setting | value |", "|---|---|",
-                  *(f"| {name} | {value} |" for name, value in training.items())]
+        lines += [
+            "",
+            "## Training",
+            "",
+            "| setting | value |",
+            "|---|---|",
+            *(f"| {name} | {value} |" for name, value in training.items()),
+        ]
     return "\n".join(lines) + "\n"

@@ -2,6 +2,7 @@
 
 PEFT's list of methods is closed, so the scales cannot be one of them; its table of config classes is open.
 """
+
 from __future__ import annotations
 
 import sys
@@ -12,8 +13,10 @@ class SealConfig:
 
     @classmethod
     def from_pretrained(cls, name_or_path, *args, **kwargs):
-        raise ValueError(f"peft: {str(name_or_path)!r} must be an adapter of PEFT, got the scales of seal_ops; "
-                         f"seal_ops.load(model, {str(name_or_path)!r}) loads them")
+        raise ValueError(
+            f"peft: {str(name_or_path)!r} must be an adapter of PEFT, got the scales of seal_ops; "
+            f"seal_ops.load(model, {str(name_or_path)!r}) loads them"
+        )
 
 
 def register() -> None:

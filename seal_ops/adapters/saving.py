@@ -1,4 +1,5 @@
 """``save_pretrained`` of a model with scales: plain weights, and the scales beside them."""
+
 from __future__ import annotations
 
 import contextlib
@@ -83,8 +84,11 @@ class SaveBoth:
         options = {**given, **given.get("kwargs", {})}
         options.pop("kwargs", None)
         push = type(self.model).push_to_hub
-        hub = {n: options.pop(n) for n in list(options) if n in inspect.signature(push).parameters and n not in
-               ("self", "max_shard_size", "token")}
+        hub = {
+            n: options.pop(n)
+            for n in list(options)
+            if n in inspect.signature(push).parameters and n not in ("self", "max_shard_size", "token")
+        }
         repo_id = hub.pop("repo_id", None) or os.path.basename(os.path.normpath(os.fspath(given["save_directory"])))
         options.pop("push_to_hub")
         self(**options)

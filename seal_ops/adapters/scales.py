@@ -1,4 +1,5 @@
 """The learned scales of one model, as modules: fp32 whatever the model is cast to."""
+
 from __future__ import annotations
 
 import contextlib
@@ -33,11 +34,19 @@ class LayerScale(nn.Module):
         """
         if self.per_row is not None and not learned:
             return self.per_row
-        if (self.training and not self.scale.requires_grad and not self.may_be_frozen and torch.is_grad_enabled()
-                and not torch.compiler.is_compiling()):
-            warnings.warn("seal_ops: the model is trained while its scales are frozen; peft.get_peft_model freezes all "
-                          "that is not its own. Call scales.requires_grad_(True) to train them too, or "
-                          "scales.requires_grad_(False) to say that they are to stay", stacklevel=2)
+        if (
+            self.training
+            and not self.scale.requires_grad
+            and not self.may_be_frozen
+            and torch.is_grad_enabled()
+            and not torch.compiler.is_compiling()
+        ):
+            warnings.warn(
+                "seal_ops: the model is trained while its scales are frozen; peft.get_peft_model freezes all "
+                "that is not its own. Call scales.requires_grad_(True) to train them too, or "
+                "scales.requires_grad_(False) to say that they are to stay",
+                stacklevel=2,
+            )
         return self.scale
 
     def _apply(self, fn, recurse=True):
@@ -81,8 +90,9 @@ class Scales(nn.Module):
     # -- parameters --------------------------------------------------------------------------------------------------
     def _set_layers(self, config: ScalesConfig, devices: Mapping) -> None:
         self.config = config
-        self.layers = nn.ModuleDict({str(layer): LayerScale(shape, devices.get(layer))
-                                     for layer, shape in config.shapes().items()})
+        self.layers = nn.ModuleDict(
+            {str(layer): LayerScale(shape, devices.get(layer)) for layer, shape in config.shapes().items()}
+        )
 
     def items(self) -> Iterator[tuple[int, nn.Parameter]]:
         """(layer, scale) in the order of the layers."""
@@ -101,16 +111,22 @@ class Scales(nn.Module):
         if found:
             self.loaded = True
         elif self.checkpoints is None:
-            warnings.warn("seal_ops: the state dict that is loaded holds no scales, so they keep their present values; "
-                          "saved ones are read by seal_ops.load, and with transformers' Trainer by "
-                          "seal_ops.SealCallback", stacklevel=2)
+            warnings.warn(
+                "seal_ops: the state dict that is loaded holds no scales, so they keep their present values; "
+                "saved ones are read by seal_ops.load, and with transformers' Trainer by "
+                "seal_ops.SealCallback",
+                stacklevel=2,
+            )
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         # A PEFT model made after `attach` leaves no other trace of its save_pretrained than this call.
         if self.checkpoints is None and not self.saved_beside and _called_by("get_peft_model_state_dict"):
-            warnings.warn("seal_ops: PEFT saves only its own adapter; save the scales with scales.save_pretrained, or "
-                          "with transformers' Trainer by seal_ops.SealCallback", stacklevel=2)
+            warnings.warn(
+                "seal_ops: PEFT saves only its own adapter; save the scales with scales.save_pretrained, or "
+                "with transformers' Trainer by seal_ops.SealCallback",
+                stacklevel=2,
+            )
         super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def values(self) -> dict[int, Tensor]:
@@ -118,8 +134,10 @@ class Scales(nn.Module):
         found = whole({layer: holder for layer, holder in zip(self.config.layers, self.layers.values())})
         for layer, shape in self.config.shapes().items():
             if tuple(found[layer].shape) != shape:
-                raise ValueError(f"seal_ops.Scales: the scale of layer {layer} must have shape {list(shape)}, got "
-                                 f"{list(found[layer].shape)}: gather the sharded model first")
+                raise ValueError(
+                    f"seal_ops.Scales: the scale of layer {layer} must have shape {list(shape)}, got "
+                    f"{list(found[layer].shape)}: gather the sharded model first"
+                )
         return found
 
     @torch.no_grad()
@@ -153,8 +171,10 @@ class Scales(nn.Module):
         """
         if not isinstance(rows, Mapping):
             if len(rows) != len(self.config.layers):
-                raise ValueError(f"seal_ops.Scales.rows: rows must have {len(self.config.layers)} entries, one a "
-                                 f"layer, got {len(rows)}")
+                raise ValueError(
+                    f"seal_ops.Scales.rows: rows must have {len(self.config.layers)} entries, one a "
+                    f"layer, got {len(rows)}"
+                )
             rows = dict(zip(self.config.layers, rows))
         prepared = {}
         for layer, tensor in rows.items():
@@ -165,8 +185,10 @@ class Scales(nn.Module):
             if tensor.dim() == 2:
                 tensor = tensor[..., None]
             if tensor.dim() != 3 or tensor.shape[1] != heads or tensor.shape[2] not in (1, head_dim):
-                raise ValueError(f"seal_ops.Scales.rows: rows of layer {layer} must have shape [B, {heads}] or "
-                                 f"[B, {heads}, {head_dim}], got {list(tensor.shape)}")
+                raise ValueError(
+                    f"seal_ops.Scales.rows: rows of layer {layer} must have shape [B, {heads}] or "
+                    f"[B, {heads}, {head_dim}], got {list(tensor.shape)}"
+                )
             holder = self.layers[str(layer)]
             prepared[holder] = tensor.to(holder.scale.device, torch.float32)
         previous = {holder: holder.per_row for holder in prepared}
@@ -179,8 +201,12 @@ class Scales(nn.Module):
                 holder.per_row = tensor
 
     # -- files -------------------------------------------------------------------------------------------------------
-    def save_pretrained(self, save_directory: str | os.PathLike, selected_adapters: Sequence[str] | None = None,
-                        is_main_process: bool | None = None) -> None:
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        selected_adapters: Sequence[str] | None = None,
+        is_main_process: bool | None = None,
+    ) -> None:
         """Writes ``adapter_config.json``, ``adapter_model.safetensors`` and a model card.
 
         The adapter "default", or the only one, goes into the folder itself, others into subfolders of their names, as
@@ -210,18 +236,22 @@ class Scales(nn.Module):
                 card = model_card.text(config, self.training_settings if active else None)
                 files.write(folder, config, dict(tensors), card if model_card.replaceable(folder) else None)
             except OSError as error:
-                raise type(error)(f"seal_ops.Scales.save_pretrained: save_directory must be a writable folder, got "
-                                  f"{folder!r} ({error.strerror or error})") from error
+                raise type(error)(
+                    f"seal_ops.Scales.save_pretrained: save_directory must be a writable folder, got "
+                    f"{folder!r} ({error.strerror or error})"
+                ) from error
 
     @classmethod
     def from_pretrained(cls, model: nn.Module, name_or_path: str | os.PathLike, **options) -> Scales:
         """`seal_ops.load` under PEFT's name, with the same arguments."""
         from .attachment import load
+
         return load(model, name_or_path, **options)
 
     def push_to_hub(self, repo_id: str, **options):
         """Uploads the adapters; arguments as in `seal_ops.adapters.hub.push`. Returns the hub's commit info."""
         from .hub import push
+
         return push(self, repo_id, **options)
 
     # -- named adapters ----------------------------------------------------------------------------------------------
@@ -233,8 +263,10 @@ class Scales(nn.Module):
     def _check_names(self, call: str, argument: str, names: Sequence[str], also: Sequence[str] = ()) -> None:
         for name in names:
             if name not in self.adapter_names and name not in also:
-                raise ValueError(f"seal_ops.Scales.{call}: {argument} must be among {[*self.adapter_names, *also]}, "
-                                 f"got {files.shown(name)}")
+                raise ValueError(
+                    f"seal_ops.Scales.{call}: {argument} must be among {[*self.adapter_names, *also]}, "
+                    f"got {files.shown(name)}"
+                )
 
     def set_adapter(self, adapter_name: str) -> None:
         """Makes another adapter the one that computes and learns. An optimiser made before keeps its old state."""
@@ -248,10 +280,12 @@ class Scales(nn.Module):
         self.inactive[self.active_adapter] = before
         self.active_adapter = adapter_name
 
-    def add_adapter(self, adapter_name: str, granularity: str | None = None,
-                    layers: Sequence[int] | None = None) -> None:
+    def add_adapter(
+        self, adapter_name: str, granularity: str | None = None, layers: Sequence[int] | None = None
+    ) -> None:
         """Adds an adapter of ones, which `set_adapter` activates; the rest defaults to the active one's."""
         from .attachment import new_config
+
         check_new_name(adapter_name, "Scales.add_adapter", self)
         layers = self.config.layers if layers is None else layers
         config = new_config(self, granularity or self.config.granularity, layers)
@@ -260,6 +294,7 @@ class Scales(nn.Module):
     def load_adapter(self, name_or_path: str | os.PathLike, adapter_name: str, **options) -> None:
         """Adds a saved adapter under a new name, which `set_adapter` activates; ``options`` as in `seal_ops.load`."""
         from .attachment import load, owner_of
+
         check_new_name(adapter_name, "Scales.load_adapter", self)
         load(owner_of(self, "Scales.load_adapter"), name_or_path, adapter_name=adapter_name, **options)
 
@@ -267,8 +302,10 @@ class Scales(nn.Module):
         """Forgets an adapter. The active one is refused."""
         self._check_names("delete_adapter", "adapter_name", [adapter_name])
         if adapter_name == self.active_adapter:
-            raise ValueError(f"seal_ops.Scales.delete_adapter: adapter_name must not be the active adapter, got "
-                             f"{adapter_name!r}; call set_adapter with another first")
+            raise ValueError(
+                f"seal_ops.Scales.delete_adapter: adapter_name must not be the active adapter, got "
+                f"{adapter_name!r}; call set_adapter with another first"
+            )
         del self.inactive[adapter_name]
 
     @contextlib.contextmanager
@@ -279,6 +316,7 @@ class Scales(nn.Module):
         not attached.
         """
         from .attachment import owner_of
+
         owner_of(self, "Scales.adapters_per_row")
         self._check_names("adapters_per_row", "adapter_names", adapter_names, _BASE)
         scale_of = {name: values for name, (_, values) in self.inactive.items()}
@@ -294,8 +332,12 @@ class Scales(nn.Module):
                     device = self.layers[str(site.index)].scale.device
                 wide = any(s is not None and s.dim() == 2 for s in scales)
                 shape = (site.num_heads, site.head_dim if wide else 1)
-                full = [torch.ones(shape, device=device) if s is None else
-                        s.to(device).reshape(site.num_heads, -1).expand(shape) for s in scales]
+                full = [
+                    torch.ones(shape, device=device)
+                    if s is None
+                    else s.to(device).reshape(site.num_heads, -1).expand(shape)
+                    for s in scales
+                ]
                 holder = LayerScale((site.num_heads,), device)
                 holder.per_row = torch.stack(full)
                 replaced.append((site, site.scaling))
@@ -309,22 +351,26 @@ class Scales(nn.Module):
     def disable_adapter(self):
         """A context in which the model runs without scales; `seal_ops.disabled` under PEFT's name."""
         from .attachment import disabled, owner_of
+
         return disabled(owner_of(self, "Scales.disable_adapter"))
 
     def merge_and_unload(self) -> nn.Module:
         """`seal_ops.merge` under PEFT's name; returns the plain model."""
         from .attachment import owner_of
         from .merging import merge
+
         return merge(owner_of(self, "Scales.merge_and_unload"))
 
     def unload(self) -> nn.Module:
         """`seal_ops.detach` under PEFT's name; returns the model without scales."""
         from .attachment import detach, owner_of
+
         return detach(owner_of(self, "Scales.unload"))
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """(trainable, all) numbers of the model, as PEFT counts them."""
         from .attachment import owner_of
+
         parameters = list(owner_of(self, "Scales.get_nb_trainable_parameters").parameters())
         return sum(p.numel() for p in parameters if p.requires_grad), sum(p.numel() for p in parameters)
 
@@ -347,8 +393,9 @@ def check_new_name(name, call: str, scales: Scales | None = None) -> None:
     """ValueError in the name of ``call`` where an adapter cannot be called ``name``."""
     taken = (*_BASE, *(scales.adapter_names if scales is not None else ()))
     if not isinstance(name, str) or not name or name in taken or set(name) & set("/\\."):
-        raise ValueError(f"seal_ops.{call}: adapter_name must be a new name without '/', '\\' and '.', got "
-                         f"{files.shown(name)}")
+        raise ValueError(
+            f"seal_ops.{call}: adapter_name must be a new name without '/', '\\' and '.', got {files.shown(name)}"
+        )
 
 
 def _called_by(function: str) -> bool:

@@ -1,4 +1,5 @@
 """The scales in the checkpoints of transformers' Trainer: saved, resumed, and the best ones brought back."""
+
 from __future__ import annotations
 
 import contextlib
@@ -21,6 +22,7 @@ _STATE_FILE = "trainer_state.json"
 @dataclasses.dataclass
 class Checkpoints:
     """What a run's checkpoints hold beside the scales; on the scales while the run lasts."""
+
     base_model: bool
     ignored_before: object = None
 
@@ -90,8 +92,10 @@ class SealCallback(TrainerCallback):
         scales, attachment = attached(model, "SealCallback")
         path = os.path.join(folder, SUBFOLDER, scales.active_adapter)
         if not os.path.isdir(path):
-            raise ValueError(f"seal_ops.SealCallback: the checkpoint must hold {SUBFOLDER}/{scales.active_adapter}, "
-                             f"got {folder!r} without it: it was saved without seal_ops.SealCallback")
+            raise ValueError(
+                f"seal_ops.SealCallback: the checkpoint must hold {SUBFOLDER}/{scales.active_adapter}, "
+                f"got {folder!r} without it: it was saved without seal_ops.SealCallback"
+            )
         if any(hasattr(scale, "full_tensor") for _, scale in scales.items()):
             return  # sharded: FSDP's own checkpoint has brought them
         load(attachment.owner, path)
@@ -99,12 +103,17 @@ class SealCallback(TrainerCallback):
     def _resumed(self, args, state) -> str:
         """The checkpoint that the Trainer resumed from, which it does not tell its callbacks."""
         given = args.resume_from_checkpoint
-        for folder in (self.resume_from, given if isinstance(given, str) else None,
-                       _checkpoint(args, state.global_step)):
+        for folder in (
+            self.resume_from,
+            given if isinstance(given, str) else None,
+            _checkpoint(args, state.global_step),
+        ):
             if folder is not None and (folder == self.resume_from or _is_of(folder, state)):
                 return folder
-        raise ValueError(f"seal_ops.SealCallback: resume_from must name the checkpoint that the Trainer resumes from, "
-                         f"got None, and {_checkpoint(args, state.global_step)!r} is not it")
+        raise ValueError(
+            f"seal_ops.SealCallback: resume_from must name the checkpoint that the Trainer resumes from, "
+            f"got None, and {_checkpoint(args, state.global_step)!r} is not it"
+        )
 
 
 def _checkpoint(args, step: int) -> str:

@@ -1,9 +1,10 @@
 """Who takes part: for every operation, how each contestant computes it from the same tensors.
 
 Operations: `attention` (ours with the channel scale and its gradient, peers without any), `rope_attention` (rotation,
-attention, scale), `rope` (rotation of q and k alone), `attention_o_proj` (attention, scale, output projection), `decode` (attention of
-one query over a cache, no gradient).
+attention, scale), `rope` (rotation of q and k alone), `attention_o_proj` (attention, scale, output projection),
+`decode` (attention of one query over a cache, no gradient).
 """
+
 from __future__ import annotations
 
 import dataclasses
@@ -25,7 +26,8 @@ FORWARD_ONLY = ("rope", "decode")  # counted in bytes
 
 
 class Problem:
-    """The tensors of one shape: normal q, k, v and incoming gradient, rotary tables, a scale around 1, an output projection."""
+    """The tensors of one shape: normal q, k, v and incoming gradient, rotary tables, a scale around 1, an output
+    projection."""
 
     def __init__(self, shape: Shape, dtype: torch.dtype, device: torch.device, seed: int = 0):
         g = shape.geometry
@@ -38,7 +40,9 @@ class Problem:
         self.v = normal(*tokens, g.kv_heads, g.head_dim, dtype=dtype).requires_grad_()
         self.grad_out = normal(*tokens, g.heads, g.head_dim, dtype=dtype)
         self.scale = (1 + 0.1 * normal(g.heads, g.head_dim)).requires_grad_()
-        self.cos, self.sin = rope_tables(shape.seqlen, rope_frequencies(g.head_dim, base=g.rope_theta)[0], device=device)
+        self.cos, self.sin = rope_tables(
+            shape.seqlen, rope_frequencies(g.head_dim, base=g.rope_theta)[0], device=device
+        )
         channels = g.heads * g.head_dim
         self.weight = normal(channels, channels, dtype=dtype) * channels**-0.5  # of o_proj
 
@@ -54,14 +58,17 @@ class Problem:
 
 
 class DecodeProblem:
-    """One query a row over a cache of shape.seqlen keys, as Hugging Face lays it out: [B, Hkv, S, D], seen as [B, S, Hkv, D]."""
+    """One query a row over a cache of shape.seqlen keys, as Hugging Face lays it out: [B, Hkv, S, D], seen as [B, S,
+    Hkv, D]."""
 
     def __init__(self, shape: Shape, dtype: torch.dtype, device: torch.device, seed: int = 0):
         g = shape.geometry
         self.shape, self.dtype, self.device = shape, dtype, device
         normal = functools.partial(torch.randn, generator=torch.Generator(device).manual_seed(seed), device=device)
         self.q = normal(shape.batch, 1, g.heads, g.head_dim, dtype=dtype)
-        self.k, self.v = (normal(shape.batch, g.kv_heads, shape.seqlen, g.head_dim, dtype=dtype).transpose(1, 2) for _ in range(2))
+        self.k, self.v = (
+            normal(shape.batch, g.kv_heads, shape.seqlen, g.head_dim, dtype=dtype).transpose(1, 2) for _ in range(2)
+        )
         self.scale = 1 + 0.1 * normal(g.heads, g.head_dim)
 
 
@@ -80,9 +87,9 @@ class Contestant:
     operations: tuple[str, ...]
     prepare: Callable[[str, Problem], Run]
     why_not: Callable[[str, Problem], str | None]  # one sentence, or None where it can take part
-    scaled: bool = True       # multiplies by the scale in `attention` too, and gives its gradient
-    compiled: bool = False    # under torch.compile: seconds of start-up a shape, so these come last
-    tolerance: float = 1.0    # times gate.TOLERANCE
+    scaled: bool = True  # multiplies by the scale in `attention` too, and gives its gradient
+    compiled: bool = False  # under torch.compile: seconds of start-up a shape, so these come last
+    tolerance: float = 1.0  # times gate.TOLERANCE
 
 
 def _on(device: str, window: bool = True) -> Callable[[str, Problem], str | None]:
@@ -92,6 +99,7 @@ def _on(device: str, window: bool = True) -> Callable[[str, Problem], str | None
         if problem.shape.geometry.window is not None and not window:
             return "has no sliding window without a mask tensor"
         return None
+
     return why_not
 
 
@@ -99,7 +107,9 @@ def _seal(backend: str) -> Contestant:
     def why_not(operation: str, problem: Problem) -> str | None:
         if backend == "cpu" and problem.device.type != "cpu":
             return "runs on cpu"
-        for op in {"attention_o_proj": ("attention", "attention_backward"), "decode": ("attention",)}.get(operation, (operation,)):
+        for op in {"attention_o_proj": ("attention", "attention_backward"), "decode": ("attention",)}.get(
+            operation, (operation,)
+        ):
             reason = why_not_backend(backend, op, problem.device, problem.dtype, problem.shape.geometry.head_dim)
             if reason is not None:
                 return reason
@@ -120,36 +130,48 @@ def _seal(backend: str) -> Contestant:
     return Contestant(f"seal-{backend}", f"seal_ops ({backend})", OPERATIONS, prepare, why_not)
 
 
-def _plain(name: str, label: str, attention: Callable[[Problem], peers.Attention], why_not, compiled: bool = False) -> Contestant:
+def _plain(
+    name: str, label: str, attention: Callable[[Problem], peers.Attention], why_not, compiled: bool = False
+) -> Contestant:
     """A peer's attention alone: no rotation, no scale."""
+
     def prepare(operation: str, p: Problem) -> Run:
         run = attention(p)
         return Run(lambda: run(p.q, p.k, p.v), (p.q, p.k, p.v))
+
     return Contestant(name, label, ("attention",), prepare, why_not, scaled=False, compiled=compiled)
 
 
 def _decoder(name: str, label: str, attention: Callable[[DecodeProblem], peers.Attention], why_not) -> Contestant:
     """A peer's attention of one query, without any scale."""
+
     def prepare(operation: str, p: DecodeProblem) -> Run:
         run = attention(p)
         return Run(lambda: run(p.q, p.k, p.v))
+
     return Contestant(name, label, ("decode",), prepare, why_not, scaled=False)
 
 
-def _by_hand(name: str, label: str, attention: Callable[[Problem], peers.Attention], why_not, compiled: bool = False) -> Contestant:
+def _by_hand(
+    name: str, label: str, attention: Callable[[Problem], peers.Attention], why_not, compiled: bool = False
+) -> Contestant:
     """Hugging Face's rotary, a peer's attention and a multiplication; its rotation rounds cos and sin to the dtype."""
+
     def prepare(operation: str, p: Problem) -> Run:
         run = peers.hf_by_hand(attention(p))
         run = torch.compile(run, dynamic=False) if compiled else run
         return Run(lambda: run(p.q, p.k, p.v, *p.hf_angles, p.low_scale), (p.q, p.k, p.v, p.low_scale))
+
     return Contestant(name, label, ("rope_attention",), prepare, why_not, compiled=compiled, tolerance=3.0)
 
 
 def _scaled(name: str, label: str, attention: Callable[[Problem], peers.Attention], why_not) -> Contestant:
     """A peer's attention, a multiplication by the scale, the projection."""
+
     def prepare(operation: str, p: Problem) -> Run:
         run = attention(p)
         return Run(lambda: (run(p.q, p.k, p.v) * p.low_scale).flatten(2) @ p.weight.T, (p.q, p.k, p.v, p.low_scale))
+
     return Contestant(name, label, ("attention_o_proj",), prepare, why_not)
 
 
@@ -158,6 +180,7 @@ def _rotary(name: str, label: str, compiled: bool) -> Contestant:
         q, k = p.q.detach(), p.k.detach()
         run = torch.compile(peers.hf_rotary, dynamic=False) if compiled else peers.hf_rotary
         return Run(lambda: run(q, k, *p.hf_angles))
+
     return Contestant(name, label, ("rope",), prepare, lambda *_: None, compiled=compiled, tolerance=3.0)
 
 
@@ -166,6 +189,7 @@ def _ia3(name: str, label: str, backend: SDPBackend | None, why_not) -> Contesta
         attention = peers.sdpa(backend)
         o_proj, vector = peers.peft_ia3(p.weight, p.scale.detach())
         return Run(lambda: o_proj(attention(p.q, p.k, p.v).flatten(2)), (p.q, p.k, p.v, vector))
+
     return Contestant(name, label, ("attention_o_proj",), prepare, why_not)
 
 
@@ -188,26 +212,37 @@ def all_contestants(fa3_folder: str | None = None) -> list[Contestant]:
         return gpu(operation, problem) or fa4_missing()
 
     cudnn, fa2 = SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION
-    torch_sdpa = lambda backend: (lambda p: peers.sdpa(backend))
+    torch_sdpa = lambda backend: lambda p: peers.sdpa(backend)
     fa3 = lambda p: peers.fa3(p.shape.geometry.window)
     fa4 = lambda p: peers.fa4(p.shape.geometry.window)
     return [
-        _seal("cuda"), _seal("triton"), _seal("cpu"),
+        _seal("cuda"),
+        _seal("triton"),
+        _seal("cpu"),
         _plain("fa3", "FlashAttention-3", fa3, fa3_why_not),
         _plain("fa4", "FlashAttention-4", fa4, fa4_why_not),
         _plain("sdpa-cudnn", "SDPA cuDNN", torch_sdpa(cudnn), gpu_full),
         _plain("sdpa-fa2", "SDPA FlashAttention-2", torch_sdpa(fa2), gpu_full),
         _plain("sdpa", "SDPA", torch_sdpa(None), _on("cpu", window=False)),
-        _plain("flex", "FlexAttention", lambda p: peers.flex(p.shape.seqlen, p.shape.geometry.window, p.device), gpu, compiled=True),
+        _plain(
+            "flex",
+            "FlexAttention",
+            lambda p: peers.flex(p.shape.seqlen, p.shape.geometry.window, p.device),
+            gpu,
+            compiled=True,
+        ),
         _by_hand("hf-fa3", "HF rotary + FlashAttention-3 + scale", fa3, fa3_why_not),
         _by_hand("hf-cudnn", "HF rotary + SDPA cuDNN + scale", torch_sdpa(cudnn), gpu_full),
         _by_hand("hf-fa2", "HF rotary + SDPA FlashAttention-2 + scale", torch_sdpa(fa2), gpu_full),
         _by_hand("hf-sdpa", "HF rotary + SDPA + scale", torch_sdpa(None), _on("cpu", window=False)),
-        _by_hand("hf-compiled-cudnn", "compiled HF rotary + SDPA cuDNN + scale", torch_sdpa(cudnn), gpu_full, compiled=True),
+        _by_hand(
+            "hf-compiled-cudnn", "compiled HF rotary + SDPA cuDNN + scale", torch_sdpa(cudnn), gpu_full, compiled=True
+        ),
         _scaled("scaled-fa3", "FlashAttention-3 + scale", fa3, fa3_why_not),
         _scaled("scaled-cudnn", "SDPA cuDNN + scale", torch_sdpa(cudnn), gpu_full),
         _scaled("scaled-sdpa", "SDPA + scale", torch_sdpa(None), _on("cpu", window=False)),
-        _rotary("hf-rotary", "HF rotary", False), _rotary("hf-rotary-compiled", "compiled HF rotary", True),
+        _rotary("hf-rotary", "HF rotary", False),
+        _rotary("hf-rotary-compiled", "compiled HF rotary", True),
         _ia3("peft-ia3-cudnn", "SDPA cuDNN + PEFT (IA)³ on o_proj", cudnn, gpu_full),
         _ia3("peft-ia3", "SDPA + PEFT (IA)³ on o_proj", None, _on("cpu", window=False)),
         _decoder("decode-fa3", "FlashAttention-3", lambda p: peers.fa3_decode(p.shape.geometry.window), fa3_why_not),

@@ -1,10 +1,12 @@
-"""The correctness gate: no contestant is timed before its results agree with an fp64 oracle on the very tensors it is timed on.
+"""The correctness gate: no contestant is timed before its results agree with an fp64 oracle on the very tensors it is
+timed on.
 
-At 128k tokens no oracle can hold a score matrix, so this one walks the queries in blocks, in fp64, for one key/value head
-of one batch row and the query heads that read it; every tensor of a contestant is compared there. Errors are relative
-(‖x − ref‖ / ‖ref‖) and taken per sixteenth of the sequence, the worst counts: a causal output shrinks as its row grows, so
-one norm over all rows would not see a wrong tail.
+At 128k tokens no oracle can hold a score matrix, so this one walks the queries in blocks, in fp64, for one key/value
+head of one batch row and the query heads that read it; every tensor of a contestant is compared there. Errors are
+relative (‖x − ref‖ / ‖ref‖) and taken per sixteenth of the sequence, the worst counts: a causal output shrinks as its
+row grows, so one norm over all rows would not see a wrong tail.
 """
+
 from __future__ import annotations
 
 import math
@@ -16,22 +18,29 @@ from ..ops import masks as mask
 from ..ops.backends import reference
 
 SECTIONS = 16
-# Relative error that plain roundings of operands and results leave, by dtype; a wrong mask, head or scale gives 0.1 and more.
+# Relative error that plain roundings of operands and results leave, by dtype; a wrong mask, head or scale gives 0.1 and
+# more.
 TOLERANCE = {torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float32: 1e-4, torch.float64: 1e-10}
 
 
-def attention_slice(q: Tensor, k: Tensor, v: Tensor, grad_out: Tensor, scale: Tensor | None,
-                    window: int | None) -> dict[str, Tensor]:
+def attention_slice(
+    q: Tensor, k: Tensor, v: Tensor, grad_out: Tensor, scale: Tensor | None, window: int | None
+) -> dict[str, Tensor]:
     """Causal attention and its gradients for one key/value head: q, grad_out [S, G, D], k, v [S, D], scale [G, D].
 
-    Returns out, grad_q [S, G, D], grad_k, grad_v [S, D] and, with a scale, grad_scale [G, D]: the formulae of docs/ops.md
-    in fp64, a block of queries at a time.
+    Returns out, grad_q [S, G, D], grad_k, grad_v [S, D] and, with a scale, grad_scale [G, D]: the formulae of
+    docs/ops.md in fp64, a block of queries at a time.
     """
     q, k, v, grad_out = (t.double() for t in (q, k, v, grad_out))
     length, group, head_dim = q.shape
     sigma = 1 / math.sqrt(head_dim)
     factor = torch.ones(group, head_dim, dtype=torch.float64, device=q.device) if scale is None else scale.double()
-    unscaled, grad_q, grad_k, grad_v = torch.empty_like(q), torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+    unscaled, grad_q, grad_k, grad_v = (
+        torch.empty_like(q),
+        torch.empty_like(q),
+        torch.zeros_like(k),
+        torch.zeros_like(v),
+    )
     block = max(64, min(1024, (1 << 27) // length))
     left, _ = mask.bounds(True, window)
     for start in range(0, length, block):
@@ -68,7 +77,8 @@ def rotated_attention_slice(q, k, v, grad_out, scale, window, cos, sin) -> dict[
 
 
 def error(found: Tensor, expected: Tensor, by_section: bool) -> float:
-    """Relative error, the worst over SECTIONS parts of the leading dimension (the sequence) if `by_section`. NaN counts as inf."""
+    """Relative error, the worst over SECTIONS parts of the leading dimension (the sequence) if `by_section`. NaN counts
+    as inf."""
     found, expected = found.double(), expected.double()
     parts = min(SECTIONS, len(expected)) if by_section else 1
     worst = 0.0

@@ -1,7 +1,9 @@
 """How others compute it: torch's SDPA and FlexAttention, FlashAttention-3, Hugging Face's rotary path, PEFT's (IA)³.
 
-Each function here takes q [B, S, H, D], k, v [B, S, Hkv, D] and returns out [B, S, H, D], causal, as their own users call them.
+Each function here takes q [B, S, H, D], k, v [B, S, Hkv, D] and returns out [B, S, H, D], causal, as their own users
+call them.
 """
+
 from __future__ import annotations
 
 import ctypes
@@ -22,7 +24,8 @@ Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def sdpa(backend: SDPBackend | None) -> Attention:
-    """torch.nn.functional.scaled_dot_product_attention on one backend; None leaves the choice to torch. One query sees every key."""
+    """torch.nn.functional.scaled_dot_product_attention on one backend; None leaves the choice to torch. One query sees
+    every key."""
 
     def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
@@ -56,13 +59,14 @@ def flex(seqlen: int, window: int | None, device: torch.device) -> Attention:
 def load_fa3(folder: str | None) -> str | None:
     """Registers torch.ops.flash_attn_3; returns None, or one sentence why it is not there.
 
-    Looks for an installed `flash_attn_3` package first, then in `folder` for its library: `*.so` or `*.so.xz` and, where it
-    needs another CUDA runtime than torch's, an `nvidia_cuda_runtime*.whl` beside it.
+    Looks for an installed `flash_attn_3` package first, then in `folder` for its library: `*.so` or `*.so.xz` and,
+    where it needs another CUDA runtime than torch's, an `nvidia_cuda_runtime*.whl` beside it.
     """
     if hasattr(torch.ops.flash_attn_3, "fwd"):
         return None
     try:
         import flash_attn_3._C  # noqa: F401  registers the ops
+
         return None
     except ImportError:
         pass
@@ -95,8 +99,9 @@ class _FlashAttention3(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q, k, v, window):
-        out, lse, *_ = torch.ops.flash_attn_3.fwd(q, k, v, softmax_scale=q.shape[-1] ** -0.5, is_causal=True,
-                                                  window_size_left=window, num_splits=1)
+        out, lse, *_ = torch.ops.flash_attn_3.fwd(
+            q, k, v, softmax_scale=q.shape[-1] ** -0.5, is_causal=True, window_size_left=window, num_splits=1
+        )
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.window = window
         return out
@@ -105,8 +110,18 @@ class _FlashAttention3(torch.autograd.Function):
     def backward(ctx, grad_out):
         q, k, v, out, lse = ctx.saved_tensors
         grads = [torch.empty_like(t) for t in (q, k, v)]
-        torch.ops.flash_attn_3.bwd(grad_out, q, k, v, out, lse, *grads, softmax_scale=q.shape[-1] ** -0.5, is_causal=True,
-                                   window_size_left=ctx.window)
+        torch.ops.flash_attn_3.bwd(
+            grad_out,
+            q,
+            k,
+            v,
+            out,
+            lse,
+            *grads,
+            softmax_scale=q.shape[-1] ** -0.5,
+            is_causal=True,
+            window_size_left=ctx.window,
+        )
         return *grads, None
 
 
@@ -121,7 +136,7 @@ def missing_fa4() -> str | None:
     try:
         import flash_attn.cute  # noqa: F401
     except Exception as reason:  # its compiler's packages fail in their own ways
-        return f"FlashAttention-4 is not installed (pip install flash-attn-4): {str(reason).splitlines()[0] if str(reason) else reason!r}"
+        return f"FlashAttention-4 is not installed (pip install flash-attn-4): {str(reason).splitlines()[0] if str(reason) else reason!r}"  # noqa: E501
     return None
 
 
@@ -139,15 +154,19 @@ def fa4(window: int | None) -> Attention:
 
 
 def fa3_decode(window: int | None) -> Attention:
-    """FlashAttention-3 without gradients, packing of a group's heads and number of splits left to it; load_fa3 first."""
+    """FlashAttention-3 without gradients, packing of a group's heads and number of splits left to it; load_fa3
+    first."""
     left = -1 if window is None else window - 1
-    return lambda q, k, v: torch.ops.flash_attn_3.fwd(q, k, v, softmax_scale=q.shape[-1] ** -0.5, is_causal=True, window_size_left=left,
-                                                      num_splits=0)[0]
+    return lambda q, k, v: torch.ops.flash_attn_3.fwd(
+        q, k, v, softmax_scale=q.shape[-1] ** -0.5, is_causal=True, window_size_left=left, num_splits=0
+    )[0]
 
 
 def hf_rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """Hugging Face's own rotary function on q, k [B, S, H, D]; cos, sin [1, S, D] in their dtype, both halves filled."""
+    """Hugging Face's own rotary function on q, k [B, S, H, D]; cos, sin [1, S, D] in their dtype, both halves
+    filled."""
     from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
     q, k = apply_rotary_pos_emb(q.transpose(1, 2), k.transpose(1, 2), cos, sin)
     return q.transpose(1, 2), k.transpose(1, 2)
 
@@ -163,7 +182,8 @@ def hf_by_hand(attention: Attention) -> Callable[..., Tensor]:
 
 
 def peft_ia3(weight: Tensor, scale: Tensor) -> tuple[torch.nn.Module, torch.nn.Parameter]:
-    """An `o_proj` with frozen `weight` [hidden, H * D] under PEFT's (IA)³, and its trainable vector, set to `scale` [H, D]."""
+    """An `o_proj` with frozen `weight` [hidden, H * D] under PEFT's (IA)³, and its trainable vector, set to `scale` [H,
+    D]."""
     import peft
 
     class Block(torch.nn.Module):
@@ -176,7 +196,9 @@ def peft_ia3(weight: Tensor, scale: Tensor) -> tuple[torch.nn.Module, torch.nn.P
 
     block = Block()
     block.o_proj.weight = torch.nn.Parameter(weight, requires_grad=False)
-    model = peft.get_peft_model(block, peft.IA3Config(target_modules=["o_proj"], feedforward_modules=["o_proj"])).to(weight.device)
+    model = peft.get_peft_model(block, peft.IA3Config(target_modules=["o_proj"], feedforward_modules=["o_proj"])).to(
+        weight.device
+    )
     (vector,) = (p for n, p in model.named_parameters() if "ia3_l" in n)
     with torch.no_grad():
         vector.copy_(scale.reshape(vector.shape))

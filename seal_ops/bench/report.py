@@ -1,4 +1,6 @@
-"""What a run leaves: rows as CSV and JSON with the facts of the machine in every row, and plots a colour-blind reader can read."""
+"""What a run leaves: rows as CSV and JSON with the facts of the machine in every row, and plots a colour-blind reader
+can read."""
+
 from __future__ import annotations
 
 import csv
@@ -16,8 +18,30 @@ from ..utils.files import atomic_write, replacing
 from .contestants import FORWARD_ONLY, Contestant
 from .shapes import MODELS, length_name
 
-FIELDS = ("operation", "direction", "contestant", "model", "batch", "seqlen", "heads", "kv_heads", "head_dim", "window", "dtype",
-          "ms", "ms_p20", "ms_p80", "calls", "tflops", "matmul_share", "gbps", "copy_share", "peak_mib", "worst_error", "status")
+FIELDS = (
+    "operation",
+    "direction",
+    "contestant",
+    "model",
+    "batch",
+    "seqlen",
+    "heads",
+    "kv_heads",
+    "head_dim",
+    "window",
+    "dtype",
+    "ms",
+    "ms_p20",
+    "ms_p80",
+    "calls",
+    "tflops",
+    "matmul_share",
+    "gbps",
+    "copy_share",
+    "peak_mib",
+    "worst_error",
+    "status",
+)
 
 
 def environment(device: torch.device) -> dict[str, str]:
@@ -27,10 +51,17 @@ def environment(device: torch.device) -> dict[str, str]:
 
     module = extension()
     facts = {
-        "gpu": "", "driver": "", "torch": torch.__version__, "cuda": torch.version.cuda or "",
-        "cudnn": str(torch.backends.cudnn.version() or ""), "triton": _version("triton"),
-        "transformers": _version("transformers"), "peft": _version("peft"), "python": platform.python_version(),
-        "seal_ops": __version__, "commit": os.environ.get("SEAL_COMMIT") or _git("rev-parse", "--short=12", "HEAD"),
+        "gpu": "",
+        "driver": "",
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda or "",
+        "cudnn": str(torch.backends.cudnn.version() or ""),
+        "triton": _version("triton"),
+        "transformers": _version("transformers"),
+        "peft": _version("peft"),
+        "python": platform.python_version(),
+        "seal_ops": __version__,
+        "commit": os.environ.get("SEAL_COMMIT") or _git("rev-parse", "--short=12", "HEAD"),
         "extension": module if isinstance(module, str) else json.dumps(module.build_facts()),
     }
     if device.type == "cuda":
@@ -43,6 +74,7 @@ def environment(device: torch.device) -> dict[str, str]:
 
 def _version(package: str) -> str:
     import importlib.metadata
+
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -51,7 +83,9 @@ def _version(package: str) -> str:
 
 def _output(*command: str) -> str:
     try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=20, cwd=os.path.dirname(__file__)).stdout.strip()
+        return subprocess.run(
+            command, capture_output=True, text=True, timeout=20, cwd=os.path.dirname(__file__)
+        ).stdout.strip()
     except (OSError, subprocess.TimeoutExpired):
         return ""
 
@@ -70,8 +104,8 @@ class Measured:
 
 
 class Record:
-    """Result files of one run, or of several put together; written whole after every addition, so that a run that is cut
-    off keeps what it measured."""
+    """Result files of one run, or of several put together; written whole after every addition, so that a run that is
+    cut off keeps what it measured."""
 
     def __init__(self, folder: str, name: str, runs: list[Measured], command: str):
         self.stem = os.path.join(folder, name)
@@ -79,8 +113,10 @@ class Record:
 
     @property
     def rows(self) -> list[dict]:
-        return sorted((row for run in self.runs for row in run.rows),
-                      key=lambda r: (list(TITLES).index(r["operation"]), list(MODELS).index(r["model"]), r["seqlen"]))
+        return sorted(
+            (row for run in self.runs for row in run.rows),
+            key=lambda r: (list(TITLES).index(r["operation"]), list(MODELS).index(r["model"]), r["seqlen"]),
+        )
 
     def add(self, rows: list[dict]) -> None:
         """Rows of the last run."""
@@ -89,10 +125,18 @@ class Record:
 
     def save(self) -> None:
         """NAME.json and NAME.csv; every row of the CSV carries its own run's command and facts."""
-        stored = dataclasses.asdict(self.runs[0]) if len(self.runs) == 1 else {"command": self.command, "runs": list(map(dataclasses.asdict, self.runs))}
+        stored = (
+            dataclasses.asdict(self.runs[0])
+            if len(self.runs) == 1
+            else {"command": self.command, "runs": list(map(dataclasses.asdict, self.runs))}
+        )
         atomic_write(self.stem + ".json", json.dumps(stored, indent=1) + "\n")
         table = io.StringIO()
-        writer = csv.DictWriter(table, (*FIELDS, *dict.fromkeys(name for run in self.runs for name in run.environment), "command"), lineterminator="\n")
+        writer = csv.DictWriter(
+            table,
+            (*FIELDS, *dict.fromkeys(name for run in self.runs for name in run.environment), "command"),
+            lineterminator="\n",
+        )
         writer.writeheader()
         for run in self.runs:
             for row in run.rows:
@@ -102,9 +146,12 @@ class Record:
     def finish(self, contestants: list[Contestant]) -> None:
         """NAME.png and NAME.md of what was timed, if anything was."""
         facts = self.runs[0].environment
-        title = f"{facts['gpu']}, driver {facts['driver']}, torch {facts['torch']}, {facts['commit']}; {self.runs[0].command if len(self.runs) == 1 else self.command}"
-        ceilings = {name: statistics.fmean(float(run.environment[name]) for run in self.runs)
-                    for name in ("matmul_tflops", "copy_gbps") if all(name in run.environment for run in self.runs)}
+        title = f"{facts['gpu']}, driver {facts['driver']}, torch {facts['torch']}, {facts['commit']}; {self.runs[0].command if len(self.runs) == 1 else self.command}"  # noqa: E501
+        ceilings = {
+            name: statistics.fmean(float(run.environment[name]) for run in self.runs)
+            for name in ("matmul_tflops", "copy_gbps")
+            if all(name in run.environment for run in self.runs)
+        }
         if plot(self.rows, contestants, self.stem + ".png", title, ceilings):
             commands = "".join(f"- `{run.command}`\n" for run in self.runs) if len(self.runs) > 1 else ""
             atomic_write(self.stem + ".md", f"{title}\n{commands}\n{markdown(self.rows, contestants)}")
@@ -127,14 +174,16 @@ def group_key(row: dict) -> tuple:
 
 
 def joined(paths: list[str]) -> list[Measured]:
-    """The runs of several files, for one report. Raises ValueError where an operation at a shape was measured twice or the
-    runs are not of one kind of card, driver, torch and commit."""
+    """The runs of several files, for one report. Raises ValueError where an operation at a shape was measured twice or
+    the runs are not of one kind of card, driver, torch and commit."""
     runs, seen = [], {}
     for path in paths:
         found = load(path)
         for key in {group_key(row) for run in found for row in run.rows}:
             if key in seen:
-                raise ValueError(f"--merge must get every operation at a shape from one file, got {' '.join(map(str, key))} from {seen[key]} and {path}")
+                raise ValueError(
+                    f"--merge must get every operation at a shape from one file, got {' '.join(map(str, key))} from {seen[key]} and {path}"  # noqa: E501
+                )
             seen[key] = path
         runs += found
     for name in ("gpu", "driver", "torch", "commit", "extension"):
@@ -168,7 +217,8 @@ def _shape_label(key: tuple) -> str:
 
 
 def _cell(found: dict[str, dict], base: dict[str, dict] | None = None) -> str:
-    """forward / backward / both of one contestant at one shape: TFLOP/s (GB/s for rope), or how many times faster than `base`."""
+    """forward / backward / both of one contestant at one shape: TFLOP/s (GB/s for rope), or how many times faster than
+    `base`."""
     if "gbps" in found["forward"] and found["forward"]["gbps"] != "":
         if base:
             return f"{base['forward']['ms'] / found['forward']['ms']:.2f}"
@@ -187,20 +237,32 @@ def markdown(rows: list[dict], contestants: list[Contestant]) -> str:
     for operation, title in TITLES.items():
         here = [r for r in rows if r["operation"] == operation and r["status"] == "ok"]
         shown = [c for c in contestants if any(r["contestant"] == c.name for r in here)]
-        found = {(c.name, key): {r["direction"]: r for r in here if r["contestant"] == c.name and _shape_key(r) == key}
-                 for c in shown for key in map(_shape_key, here)}
+        found = {
+            (c.name, key): {r["direction"]: r for r in here if r["contestant"] == c.name and _shape_key(r) == key}
+            for c in shown
+            for key in map(_shape_key, here)
+        }
         parts = "" if operation in FORWARD_ONLY else ", forward / backward / both"
-        unit = {"rope": "GB/s read + written (share of the copy)", "decode": "GB/s read (share of the copy)"}.get(operation, f"TFLOP/s{parts}")
+        unit = {"rope": "GB/s read + written (share of the copy)", "decode": "GB/s read (share of the copy)"}.get(
+            operation, f"TFLOP/s{parts}"
+        )
         tables = [(f"{title}**: {unit}", shown, None)]
         if shown and shown[0].name.startswith("seal-"):
             tables.append((f"Times faster {shown[0].label} is**{parts}", shown[1:], shown[0].name))
         for heading, columns, ours in tables if shown else ():
-            text += [f"**{heading}", "", "| | " + " | ".join(c.label for c in columns) + " |", "|---" * (len(columns) + 1) + "|"]
+            text += [
+                f"**{heading}",
+                "",
+                "| | " + " | ".join(c.label for c in columns) + " |",
+                "|---" * (len(columns) + 1) + "|",
+            ]
             for key in dict.fromkeys(map(_shape_key, here)):
                 cells = []
                 for c in columns:
                     theirs, mine = found[c.name, key], found[ours, key] if ours else None
-                    cells.append("–" if not theirs or (ours and not mine) else _cell(mine, theirs) if ours else _cell(theirs))
+                    cells.append(
+                        "–" if not theirs or (ours and not mine) else _cell(mine, theirs) if ours else _cell(theirs)
+                    )
                 text.append(f"| {_shape_label(key)} | " + " | ".join(cells) + " |")
             text.append("")
     return "\n".join(text)
@@ -208,20 +270,35 @@ def markdown(rows: list[dict], contestants: list[Contestant]) -> str:
 
 # Okabe and Ito's colours, told apart with any colour vision; hatches and figures on the bars serve print in grey.
 _STYLES = {
-    "seal-cuda": ("#D55E00", ""), "seal-triton": ("#E69F00", "//"), "seal-cpu": ("#D55E00", ""),
-    "fa3": ("#0072B2", ""), "fa4": ("#F0E442", "--"), "sdpa-cudnn": ("#56B4E9", "\\\\"), "sdpa-fa2": ("#009E73", ".."), "flex": ("#CC79A7", "xx"),
-    "hf-fa3": ("#0072B2", ""), "hf-cudnn": ("#56B4E9", "\\\\"), "hf-fa2": ("#009E73", ".."),
+    "seal-cuda": ("#D55E00", ""),
+    "seal-triton": ("#E69F00", "//"),
+    "seal-cpu": ("#D55E00", ""),
+    "fa3": ("#0072B2", ""),
+    "fa4": ("#F0E442", "--"),
+    "sdpa-cudnn": ("#56B4E9", "\\\\"),
+    "sdpa-fa2": ("#009E73", ".."),
+    "flex": ("#CC79A7", "xx"),
+    "hf-fa3": ("#0072B2", ""),
+    "hf-cudnn": ("#56B4E9", "\\\\"),
+    "hf-fa2": ("#009E73", ".."),
     "hf-compiled-cudnn": ("#CC79A7", "xx"),
-    "scaled-fa3": ("#0072B2", ""), "scaled-cudnn": ("#56B4E9", "\\\\"), "peft-ia3-cudnn": ("#CC79A7", "xx"),
-    "hf-rotary": ("#0072B2", ""), "hf-rotary-compiled": ("#CC79A7", "xx"),
-    "decode-fa3": ("#0072B2", ""), "decode-cudnn": ("#56B4E9", "\\\\"), "decode-fa2": ("#009E73", ".."), "decode-efficient": ("#CC79A7", "xx"),
+    "scaled-fa3": ("#0072B2", ""),
+    "scaled-cudnn": ("#56B4E9", "\\\\"),
+    "peft-ia3-cudnn": ("#CC79A7", "xx"),
+    "hf-rotary": ("#0072B2", ""),
+    "hf-rotary-compiled": ("#CC79A7", "xx"),
+    "decode-fa3": ("#0072B2", ""),
+    "decode-cudnn": ("#56B4E9", "\\\\"),
+    "decode-fa2": ("#009E73", ".."),
+    "decode-efficient": ("#CC79A7", "xx"),
 }
 
 
 def plot(rows: list[dict], contestants: list[Contestant], path: str, title: str, ceiling: dict[str, float]) -> bool:
-    """Bars by shape, a row of panels for each operation (forward, backward; one below the other where shapes are many), as PNG
-    at `path`; False where nothing was timed."""
+    """Bars by shape, a row of panels for each operation (forward, backward; one below the other where shapes are many),
+    as PNG at `path`; False where nothing was timed."""
     import matplotlib
+
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
@@ -248,7 +325,9 @@ def plot(rows: list[dict], contestants: list[Contestant], path: str, title: str,
 
 
 def _bars(axis, rows: list[dict], contestants: list[Contestant], operation: str, ceiling: dict[str, float]) -> None:
-    value, limit, unit = ("gbps", "copy_gbps", "GB/s") if operation in FORWARD_ONLY else ("tflops", "matmul_tflops", "TFLOP/s")
+    value, limit, unit = (
+        ("gbps", "copy_gbps", "GB/s") if operation in FORWARD_ONLY else ("tflops", "matmul_tflops", "TFLOP/s")
+    )
     shapes = list(dict.fromkeys(map(_shape_key, rows)))
     shown = [c for c in contestants if any(r["contestant"] == c.name for r in rows)]
     width = 0.88 / len(shown)
@@ -256,14 +335,32 @@ def _bars(axis, rows: list[dict], contestants: list[Contestant], operation: str,
         colour, hatch = _STYLES.get(contestant.name, ("#999999", ""))
         values = {_shape_key(r): r[value] for r in rows if r["contestant"] == contestant.name}
         at = [s for s in shapes if s in values]
-        bars = axis.bar([shapes.index(s) + (n - (len(shown) - 1) / 2) * width for s in at], [values[s] for s in at], width, color=colour,
-                        hatch=hatch, edgecolor="white", linewidth=0.4, label=contestant.label)
+        bars = axis.bar(
+            [shapes.index(s) + (n - (len(shown) - 1) / 2) * width for s in at],
+            [values[s] for s in at],
+            width,
+            color=colour,
+            hatch=hatch,
+            edgecolor="white",
+            linewidth=0.4,
+            label=contestant.label,
+        )
         axis.bar_label(bars, [_figure(values[s]) for s in at], fontsize=6, padding=1)
     if ceiling.get(limit):
         axis.axhline(ceiling[limit], color="black", linewidth=0.8, linestyle="--")
-        axis.annotate("copy" if operation in FORWARD_ONLY else "matrix product", (1, ceiling[limit]), xycoords=("axes fraction", "data"),
-                      ha="right", va="bottom", fontsize=7)
-    axis.set_xticks(range(len(shapes)), [_shape_label(s).replace(" ", "\n", 1) for s in shapes], fontsize=8 if len(shapes) <= 9 else 6.5)
+        axis.annotate(
+            "copy" if operation in FORWARD_ONLY else "matrix product",
+            (1, ceiling[limit]),
+            xycoords=("axes fraction", "data"),
+            ha="right",
+            va="bottom",
+            fontsize=7,
+        )
+    axis.set_xticks(
+        range(len(shapes)),
+        [_shape_label(s).replace(" ", "\n", 1) for s in shapes],
+        fontsize=8 if len(shapes) <= 9 else 6.5,
+    )
     axis.set_ylabel(unit)
     axis.margins(x=0.02, y=0.1)
     axis.spines[["top", "right"]].set_visible(False)

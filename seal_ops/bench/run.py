@@ -1,4 +1,5 @@
 """`seal bench`: gate, then time, shape by shape, and write every row as soon as it is there."""
+
 from __future__ import annotations
 
 import argparse
@@ -18,28 +19,52 @@ from .shapes import MODELS, SUITES, Shape, parse_shape, part_of
 
 EXAMPLE = """examples:
   seal bench --suite headline --fa3 ./fa3 --output results --budget-s 240
-  for i in 1 2 3; do CUDA_VISIBLE_DEVICES=$i seal bench --part $i/3 --name h & done; wait; seal bench --merge benchmarks/results/h-part*.json"""
+  for i in 1 2 3; do CUDA_VISIBLE_DEVICES=$i seal bench --part $i/3 --name h & done; wait; seal bench --merge benchmarks/results/h-part*.json"""  # noqa: E501
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The options of `seal bench`."""
-    parser.add_argument("--suite", choices=SUITES, help="registered shapes (headline on a GPU, smoke on a CPU, unless --shape is given)")
-    parser.add_argument("--shape", action="append", metavar="MODEL:LENGTH[:BATCH]",
-                        help=f"a shape of your own, more than once if you like; MODEL is one of {', '.join(MODELS)}")
-    parser.add_argument("--ops", help=f"comma-separated operations of {', '.join(OPERATIONS)} (the suite decode: decode; others: all but that)")
+    parser.add_argument(
+        "--suite", choices=SUITES, help="registered shapes (headline on a GPU, smoke on a CPU, unless --shape is given)"
+    )
+    parser.add_argument(
+        "--shape",
+        action="append",
+        metavar="MODEL:LENGTH[:BATCH]",
+        help=f"a shape of your own, more than once if you like; MODEL is one of {', '.join(MODELS)}",
+    )
+    parser.add_argument(
+        "--ops",
+        help=f"comma-separated operations of {', '.join(OPERATIONS)} (the suite decode: decode; others: all but that)",
+    )
     parser.add_argument("--only", metavar="NAMES", help="comma-separated contestants (all that can run here)")
     parser.add_argument("--no-compiled", action="store_true", help="leave out contestants under torch.compile")
     parser.add_argument("--dtype", choices=DTYPES, help="bfloat16 on a GPU, float32 on a CPU, unless given")
     parser.add_argument("--device", help="cuda where there is one, unless given")
-    parser.add_argument("--fa3", metavar="FOLDER", help="folder with FlashAttention-3's library, a peer for timing only")
-    parser.add_argument("--budget-s", type=float, default=600, metavar="SECONDS", help="start no new rows after this time")
+    parser.add_argument(
+        "--fa3", metavar="FOLDER", help="folder with FlashAttention-3's library, a peer for timing only"
+    )
+    parser.add_argument(
+        "--budget-s", type=float, default=600, metavar="SECONDS", help="start no new rows after this time"
+    )
     parser.add_argument("--row-ms", type=float, default=180, metavar="MS", help="device time for each figure")
-    parser.add_argument("--output", default="benchmarks/results", metavar="FOLDER", help="folder for NAME.csv, .json, .md and .png")
+    parser.add_argument(
+        "--output", default="benchmarks/results", metavar="FOLDER", help="folder for NAME.csv, .json, .md and .png"
+    )
     parser.add_argument("--name", help="of the result files (suite and GPU)")
-    parser.add_argument("--part", metavar="I/N", help="only the I-th of N parts of the shapes, each its own process, on a GPU of its own or later")
+    parser.add_argument(
+        "--part",
+        metavar="I/N",
+        help="only the I-th of N parts of the shapes, each its own process, on a GPU of its own or later",
+    )
     parser.add_argument("--resume", action="store_true", help="keep what NAME.json holds already and measure the rest")
-    parser.add_argument("--merge", nargs="+", metavar="JSON", help="measure nothing: one report of these result files, such as the parts")
+    parser.add_argument(
+        "--merge",
+        nargs="+",
+        metavar="JSON",
+        help="measure nothing: one report of these result files, such as the parts",
+    )
 
 
 def command_line(options: argparse.Namespace) -> str:
@@ -71,20 +96,33 @@ class Session:
 
 
 def oracle(operation: str, problem: Problem, scaled: bool, grad: Tensor, cache: dict) -> dict[str, Tensor]:
-    """fp64 results for the last key/value head of the last batch row; `grad` is the incoming gradient [S, G, D] there."""
+    """fp64 results for the last key/value head of the last batch row; `grad` is the incoming gradient [S, G, D]
+    there."""
     key = (operation, scaled)
     if key not in cache:
         g = problem.shape.geometry
         group = slice(g.heads - g.heads // g.kv_heads, g.heads)
-        inputs = (problem.q[-1, :, group].detach(), problem.k[-1, :, -1].detach(), problem.v[-1, :, -1].detach(), grad,
-                  problem.scale.detach()[group] if scaled else None, g.window)
-        cache[key] = (gate.rotated_attention_slice(*inputs, problem.cos, problem.sin) if operation == "rope_attention"
-                      else gate.attention_slice(*inputs))
+        inputs = (
+            problem.q[-1, :, group].detach(),
+            problem.k[-1, :, -1].detach(),
+            problem.v[-1, :, -1].detach(),
+            grad,
+            problem.scale.detach()[group] if scaled else None,
+            g.window,
+        )
+        cache[key] = (
+            gate.rotated_attention_slice(*inputs, problem.cos, problem.sin)
+            if operation == "rope_attention"
+            else gate.attention_slice(*inputs)
+        )
     return cache[key]
 
 
-def check_attention(operation: str, problem: Problem, contestant: Contestant, run: Run, cache: dict) -> tuple[float, float, tuple]:
-    """Runs a contestant once. Returns its worst error, its peak memory in MiB above the inputs, and (out, grad) for timing."""
+def check_attention(
+    operation: str, problem: Problem, contestant: Contestant, run: Run, cache: dict
+) -> tuple[float, float, tuple]:
+    """Runs a contestant once. Returns its worst error, its peak memory in MiB above the inputs, and (out, grad) for
+    timing."""
     g = problem.shape.geometry
     group = slice(g.heads - g.heads // g.kv_heads, g.heads)
     if operation == "attention_o_proj":
@@ -105,11 +143,15 @@ def check_attention(operation: str, problem: Problem, contestant: Contestant, ru
     errors = [gate.error(found[name].detach(), expected[name], True) for name in found]
     if contestant.scaled:
         found_scale = grads[3]
-        if problem.shape.batch > 1:  # summed over all rows, while the oracle saw the last: take it again from that row alone
+        if (
+            problem.shape.batch > 1
+        ):  # summed over all rows, while the oracle saw the last: take it again from that row alone
             last = torch.zeros_like(grad)
             last[-1] = grad[-1]
             (found_scale,) = torch.autograd.grad(out, run.inputs[3], last, retain_graph=True)
-        errors.append(gate.error(found_scale.detach().reshape(problem.scale.shape)[group], expected["grad_scale"], False))
+        errors.append(
+            gate.error(found_scale.detach().reshape(problem.scale.shape)[group], expected["grad_scale"], False)
+        )
     return max(errors), peak, (out, grad)
 
 
@@ -130,8 +172,13 @@ def check_decode(problem: DecodeProblem, contestant: Contestant, run: Run) -> tu
     before = _peak_reset(problem.device)
     out = run.forward()
     peak = _peak_since(problem.device, before)
-    expected, _ = reference.attention(problem.q[-1:, :, group].double(), problem.k[-1:, :, -1:].double(), problem.v[-1:, :, -1:].double(),
-                                      problem.scale[group].double() if contestant.scaled else None, window=g.window)
+    expected, _ = reference.attention(
+        problem.q[-1:, :, group].double(),
+        problem.k[-1:, :, -1:].double(),
+        problem.v[-1:, :, -1:].double(),
+        problem.scale[group].double() if contestant.scaled else None,
+        window=g.window,
+    )
     return gate.error(out[-1, 0, group], expected[0, 0], False), peak
 
 
@@ -147,7 +194,9 @@ def _peak_since(device: torch.device, before: int) -> float:
     return (torch.cuda.max_memory_allocated(device) - before) / 2**20 if device.type == "cuda" else 0.0
 
 
-def measure(operation: str, problem: Problem, contestants: list[Contestant], session: Session, cache: dict) -> list[dict]:
+def measure(
+    operation: str, problem: Problem, contestants: list[Contestant], session: Session, cache: dict
+) -> list[dict]:
     """Gates every contestant, then times those that passed in turn: a row for each direction of each."""
     rows, forwards, backwards, facts = [], {}, {}, {}
     for contestant in contestants:
@@ -161,35 +210,59 @@ def measure(operation: str, problem: Problem, contestants: list[Contestant], ses
                     worst, peak = check_decode(problem, contestant, run)
                 else:
                     worst, peak, (out, grad) = check_attention(operation, problem, contestant, run, cache)
-                    backwards[contestant.name] = lambda out=out, run=run, grad=grad: torch.autograd.grad(out, run.inputs, grad, retain_graph=True)
+                    backwards[contestant.name] = lambda out=out, run=run, grad=grad: torch.autograd.grad(
+                        out, run.inputs, grad, retain_graph=True
+                    )
                 forwards[contestant.name] = run.forward
                 facts[contestant.name] = (worst, peak)
                 if worst > contestant.tolerance * gate.TOLERANCE[problem.dtype]:
                     status = f"wrong: relative error {worst:.1e}"
-        except Exception as reason:  # peers and compilers fail in many ways, at some shapes only: the row says how, the run goes on
+        except (
+            Exception
+        ) as reason:  # peers and compilers fail in many ways, at some shapes only: the row says how, the run goes on
             status = f"failed: {type(reason).__name__}: {(str(reason).strip() or '?').splitlines()[0][:160]}"
         if status is not None:
             forwards.pop(contestant.name, None), backwards.pop(contestant.name, None)
-            rows.append(_row(operation, "", contestant, problem, session, None, *facts.get(contestant.name, (None, None)), status))
+            rows.append(
+                _row(
+                    operation, "", contestant, problem, session, None, *facts.get(contestant.name, (None, None)), status
+                )
+            )
     timed = [("forward", timing.in_turn(forwards, session.clock, session.row_ms))]
     if operation not in FORWARD_ONLY:
         timed.append(("backward", timing.in_turn(backwards, session.clock, session.row_ms)))
     for direction, times in timed:
-        rows += [_row(operation, direction, c, problem, session, times[c.name], *facts[c.name], "ok")
-                 for c in contestants if c.name in times]
+        rows += [
+            _row(operation, direction, c, problem, session, times[c.name], *facts[c.name], "ok")
+            for c in contestants
+            if c.name in times
+        ]
     return rows
 
 
 def _row(operation, direction, contestant, problem, session, times, worst, peak, status) -> dict:
     shape, g = problem.shape, problem.shape.geometry
     row = dict.fromkeys(report.FIELDS, "")
-    row |= dict(operation=operation, direction=direction, contestant=contestant.name, model=shape.model, batch=shape.batch, seqlen=shape.seqlen,
-                heads=g.heads, kv_heads=g.kv_heads, head_dim=g.head_dim, window="" if g.window is None else g.window,
-                dtype=str(problem.dtype).removeprefix("torch."), status=status)
+    row |= dict(
+        operation=operation,
+        direction=direction,
+        contestant=contestant.name,
+        model=shape.model,
+        batch=shape.batch,
+        seqlen=shape.seqlen,
+        heads=g.heads,
+        kv_heads=g.kv_heads,
+        head_dim=g.head_dim,
+        window="" if g.window is None else g.window,
+        dtype=str(problem.dtype).removeprefix("torch."),
+        status=status,
+    )
     if worst is not None:
         row |= dict(worst_error=float(f"{worst:.2e}"), peak_mib=round(peak, 1))
     if times is not None:
-        row |= dict(ms=round(times.median, 4), ms_p20=round(times.p20, 4), ms_p80=round(times.p80, 4), calls=times.calls)
+        row |= dict(
+            ms=round(times.median, 4), ms_p20=round(times.p20, 4), ms_p80=round(times.p80, 4), calls=times.calls
+        )
         limit = session.ceilings
         if operation in FORWARD_ONLY:
             gbps = shape.moved_elements(operation) * problem.dtype.itemsize / times.median / 1e6
@@ -210,13 +283,21 @@ def show(shape: Shape, operation: str, rows: list[dict], seconds: float) -> None
         if "" in found:
             print(f"  {name:20s} {found['']['status']}")
             continue
-        parts = [f"{d} {r['ms']:9.3f} ms " + (f"{r['gbps']:6.0f} GB/s" if r["gbps"] != "" else f"{r['tflops']:6.1f} TFLOP/s") for d, r in found.items()]
+        parts = [
+            f"{d} {r['ms']:9.3f} ms " + (f"{r['gbps']:6.0f} GB/s" if r["gbps"] != "" else f"{r['tflops']:6.1f} TFLOP/s")
+            for d, r in found.items()
+        ]
         first = next(iter(found.values()))
-        print(f"  {name:20s} {'   '.join(parts)}   error {first['worst_error']:.1e}   peak {first['peak_mib']:.0f} MiB", flush=True)
+        print(
+            f"  {name:20s} {'   '.join(parts)}   error {first['worst_error']:.1e}   peak {first['peak_mib']:.0f} MiB",
+            flush=True,
+        )
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="seal bench", description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="seal bench", description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add_options(parser)
     options = parser.parse_args(argv)
     try:
@@ -234,10 +315,13 @@ def _chosen(option: str, given: str | None, known: list[str]) -> list[str]:
 
 
 def bench(options: argparse.Namespace) -> int:
-    """Runs the benchmark that `add_options` describes. Returns 1 where a contestant was wrong; raises ValueError in one sentence."""
+    """Runs the benchmark that `add_options` describes. Returns 1 where a contestant was wrong; raises ValueError in one
+    sentence."""
     started = time.monotonic()
     if options.merge:
-        record = report.Record(options.output, options.name or "merged", report.joined(options.merge), command_line(options))
+        record = report.Record(
+            options.output, options.name or "merged", report.joined(options.merge), command_line(options)
+        )
         record.save()
         record.finish(all_contestants())
         return 0
@@ -258,7 +342,10 @@ def bench(options: argparse.Namespace) -> int:
         shapes = part_of(shapes, options.part)
 
     facts = report.environment(device)
-    name = options.name or f"{suite or 'shapes'}-{facts['gpu'].removeprefix('NVIDIA ').replace(' ', '-').lower() if on_gpu else 'cpu'}"
+    name = (
+        options.name
+        or f"{suite or 'shapes'}-{facts['gpu'].removeprefix('NVIDIA ').replace(' ', '-').lower() if on_gpu else 'cpu'}"
+    )
     if options.part is not None:
         name += "-part" + options.part.replace("/", "of")
     run = report.Measured(command_line(options), facts, [])
@@ -273,8 +360,11 @@ def bench(options: argparse.Namespace) -> int:
         limits = timing.ceilings(clock, dtype)
         facts["matmul_tflops"], facts["copy_gbps"] = f"{limits.matmul_tflops:.1f}", f"{limits.copy_gbps:.1f}"
     if limits:
-        print(f"{facts['gpu']}, driver {facts['driver']}, torch {facts['torch']}: matrix product {limits.matmul_tflops:.0f} TFLOP/s, "
-              f"copy {limits.copy_gbps:.0f} GB/s", flush=True)
+        print(
+            f"{facts['gpu']}, driver {facts['driver']}, torch {facts['torch']}: matrix product {limits.matmul_tflops:.0f} TFLOP/s, "  # noqa: E501
+            f"copy {limits.copy_gbps:.0f} GB/s",
+            flush=True,
+        )
     if on_gpu:  # on a CPU a call ends when its work ends
         facts["host_us"] = facts.get("host_us") or host_time.sentence(host_time.host_times(device, dtype))
         print(facts["host_us"], flush=True)
@@ -282,12 +372,16 @@ def bench(options: argparse.Namespace) -> int:
 
     left_out = 0
     done = {(*report.group_key(row), row["contestant"]) for row in run.rows}
-    # Contestants under torch.compile come in a second pass: their start-up costs seconds a shape and must not eat the others'
-    # time. The projection, whose rows repeat the attention's, comes last in each.
+    # Contestants under torch.compile come in a second pass: their start-up costs seconds a shape and must not eat the
+    # others' time. The projection, whose rows repeat the attention's, comes last in each.
     passes = sorted(itertools.product(operations, (False, True)), key=lambda p: (p[1], p[0] == "attention_o_proj"))
     for (operation, compiled), shape in itertools.product(passes, shapes):
         group = [c for c in contestants if c.name in only and c.compiled == compiled and operation in c.operations]
-        if not group or (compiled and options.no_compiled) or all((operation, shape.model, shape.batch, shape.seqlen, c.name) in done for c in group):
+        if (
+            not group
+            or (compiled and options.no_compiled)
+            or all((operation, shape.model, shape.batch, shape.seqlen, c.name) in done for c in group)
+        ):
             continue
         if time.monotonic() - started > options.budget_s:
             left_out += 1
@@ -302,11 +396,14 @@ def bench(options: argparse.Namespace) -> int:
 
 
 def resume(run: report.Measured, path: str) -> None:
-    """Puts the rows and ceilings of an earlier, unfinished run into `run`. Raises ValueError where it is not the same run."""
+    """Puts the rows and ceilings of an earlier, unfinished run into `run`. Raises ValueError where it is not the same
+    run."""
     (earlier, *others) = report.load(path)
     for name, value in run.environment.items():
         if others or earlier.environment.get(name) != value:
-            raise ValueError(f"--resume must find an unfinished run of the same {name} {value}, got {path} with {earlier.environment.get(name)}")
+            raise ValueError(
+                f"--resume must find an unfinished run of the same {name} {value}, got {path} with {earlier.environment.get(name)}"  # noqa: E501
+            )
     run.environment.update(earlier.environment)
     run.rows += earlier.rows
 

@@ -1,4 +1,5 @@
 """The one registry of benchmark shapes: attention geometries of real models, and suites of (model, batch, length)."""
+
 from __future__ import annotations
 
 import dataclasses
@@ -33,7 +34,8 @@ MODELS = {
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """One row of the benchmark: causal attention of a model at a batch size and a sequence length (decoding: the keys in the cache)."""
+    """One row of the benchmark: causal attention of a model at a batch size and a sequence length (decoding: the keys
+    in the cache)."""
 
     model: str
     batch: int
@@ -61,7 +63,8 @@ class Shape:
         return self.batch * self.seqlen * (g.heads + g.kv_heads) * g.head_dim
 
     def moved_elements(self, operation: str) -> int:
-        """What an operation that is counted in bytes moves at least: rope reads and writes Q and K, decode reads keys and values."""
+        """What an operation that is counted in bytes moves at least: rope reads and writes Q and K, decode reads keys
+        and values."""
         g = self.geometry
         if operation == "rope":
             return 2 * self.rope_elements
@@ -89,13 +92,20 @@ SUITES: dict[str, list[Shape]] = {
         *_tokens("gemma-7b", (8 * _K,), 32 * _K),
         Shape("llama-3.1-8b", 1, 128 * _K),
     ],
-    "models": [shape for model in ("llama-2-7b", "llama-3.1-8b", "qwen3-14b", "gemma-7b", "gemma-2-9b", "gemma-3-4b-local")
-               for shape in _tokens(model, (1 * _K, 4 * _K, 16 * _K), 16 * _K)],
+    "models": [
+        shape
+        for model in ("llama-2-7b", "llama-3.1-8b", "qwen3-14b", "gemma-7b", "gemma-2-9b", "gemma-3-4b-local")
+        for shape in _tokens(model, (1 * _K, 4 * _K, 16 * _K), 16 * _K)
+    ],
     "lengths": _tokens("llama-3.1-8b", tuple(2**n * _K for n in range(8)), 32 * _K),
     # Where a peer was ahead when it was last looked at.
     "hard": [
-        Shape("llama-2-7b", 32, 1 * _K), Shape("llama-2-7b", 8, 4 * _K), Shape("llama-3.1-70b", 4, 8 * _K),
-        Shape("pythia-4096", 8, 4 * _K), Shape("gemma-7b", 4, 8 * _K), Shape("qwen3.5-heads", 4, 8 * _K),
+        Shape("llama-2-7b", 32, 1 * _K),
+        Shape("llama-2-7b", 8, 4 * _K),
+        Shape("llama-3.1-70b", 4, 8 * _K),
+        Shape("pythia-4096", 8, 4 * _K),
+        Shape("gemma-7b", 4, 8 * _K),
+        Shape("qwen3.5-heads", 4, 8 * _K),
     ],
     "smoke": [Shape("tiny", 2, 48)],
     "decode": [
@@ -109,7 +119,8 @@ SUITES: dict[str, list[Shape]] = {
 
 
 def part_of(shapes: list[Shape], text: str) -> list[Shape]:
-    """The i-th of n parts of about equal work, from "i/n"; together the parts are `shapes`. Raises ValueError in one sentence."""
+    """The i-th of n parts of about equal work, from "i/n"; together the parts are `shapes`. Raises ValueError in one
+    sentence."""
     try:
         part, parts = map(int, text.split("/"))
     except ValueError:
@@ -128,7 +139,9 @@ def parse_shape(text: str) -> Shape:
     """`model:length` or `model:length:batch`, lengths as 8192 or 8k. Raises ValueError in one sentence."""
     parts = text.split(":")
     if len(parts) not in (2, 3) or parts[0] not in MODELS:
-        raise ValueError(f"--shape must be MODEL:LENGTH or MODEL:LENGTH:BATCH with MODEL one of {', '.join(MODELS)}, got {text!r}")
+        raise ValueError(
+            f"--shape must be MODEL:LENGTH or MODEL:LENGTH:BATCH with MODEL one of {', '.join(MODELS)}, got {text!r}"
+        )
     try:
         seqlen = int(parts[1][:-1]) * _K if parts[1].endswith("k") else int(parts[1])
         batch = int(parts[2]) if len(parts) == 3 else max(1, 32 * _K // seqlen)

@@ -1,6 +1,5 @@
 """``seal bench``."""
 
-
 from .options import Command
 
 

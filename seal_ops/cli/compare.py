@@ -1,6 +1,5 @@
 """``seal compare``."""
 
-
 from .options import (
     Command,
     Numbers,
@@ -29,7 +28,7 @@ def options(parser):
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="what is trained")
     parser.add_argument(
         "--rates", type=setting, nargs="+", default=[], metavar="METHOD=RATES",
-        help="learning rates, like LoRA=2e-4 or LoRA=[2e-4,2e-3]: the best on validation samples (default: the paper's)",
+        help="learning rates, like LoRA=2e-4 or LoRA=[2e-4,2e-3]: the best on validation samples (default: the paper's)",  # noqa: E501
     )  # fmt: skip
     parser.add_argument("--rank", type=positive, default=4, help="of LoRA and DoRA")
     parser.add_argument("--alpha", type=positive, default=8, help="of LoRA and DoRA")

@@ -1,6 +1,5 @@
 """``seal data``."""
 
-
 from .options import Command, positive, task, task_options
 
 

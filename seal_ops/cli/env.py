@@ -1,6 +1,5 @@
 """``seal env``."""
 
-
 from .options import Command
 
 

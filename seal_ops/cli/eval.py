@@ -28,7 +28,9 @@ def options(parser):
     parser.add_argument("--output", metavar="FILE", help="JSON with every case")
     parser.add_argument("--csv", metavar="FILE", help="the cases as CSV")
     parser.add_argument("--plot", metavar="FILE", type=plot_file, help="accuracy by length (.png, .svg or .pdf)")
-    parser.add_argument("--compare", metavar="FILE", nargs="+", default=[], help="earlier results to draw beside this one")
+    parser.add_argument(
+        "--compare", metavar="FILE", nargs="+", default=[], help="earlier results to draw beside this one"
+    )
     restart_option(parser)
     backend_option(parser)
 
@@ -69,7 +71,7 @@ def run(args):
 COMMAND = Command(
     "accuracy by length, with 95 % intervals",
     "seal eval --model models/seal-tiny --scales my-scales --lengths 512 1024 2048 --cases 50 \\\n"
-        "  --output result.json --plot result.png",
+    "  --output result.json --plot result.png",
     options,
     run,
 )

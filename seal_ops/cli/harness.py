@@ -1,13 +1,14 @@
 """``seal harness``."""
 
-
 from .options import Command, Numbers, backend_option, load, model_options, positive
 
 
 def options(parser):
     model_options(parser)
     parser.add_argument("--scales", metavar="DIR", help="trained scales to put on the model")
-    parser.add_argument("--tasks", nargs="+", required=True, metavar="TASK", help="longeval_lines, ruler, longbench, ...")
+    parser.add_argument(
+        "--tasks", nargs="+", required=True, metavar="TASK", help="longeval_lines, ruler, longbench, ..."
+    )
     parser.add_argument(
         "--lengths", action=Numbers, default=[4096], help="prompt tokens, for tasks that generate prompts; a run each"
     )
@@ -29,7 +30,12 @@ def run(args):
     results = {}
     for length in args.lengths:
         results[length] = harness.evaluate(
-            model, tokenizer, args.tasks, length=length, cases=args.limit, batch_size=args.batch_size,
+            model,
+            tokenizer,
+            args.tasks,
+            length=length,
+            cases=args.limit,
+            batch_size=args.batch_size,
             chat_template=args.chat,
         )
         print(f"{length} tokens\n{harness.table(results[length])}")

@@ -25,14 +25,18 @@ def options(parser):
     parser.add_argument("--lengths", action=Numbers, required=True, help="tokens a sample fills")
     parser.add_argument("--cases", type=positive, default=20, help="samples at each length")
     parser.add_argument("--granularity", choices=["head", "channel"], default="head", help="what is taken away")
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="how its effect is measured")
+    parser.add_argument(
+        "--methods", nargs="+", choices=METHODS, default=list(METHODS), help="how its effect is measured"
+    )
     parser.add_argument("--factor", type=float, default=0.0, help="what ablation multiplies a scale by")
     parser.add_argument("--units", type=positive, help="ablate only so many, drawn by the seed (channels are many)")
     parser.add_argument("--batch-size", type=positive, help="variants in a forward pass (default: by length)")
     parser.add_argument(
         "--gradient-checkpointing", nargs="?", const="all", choices=["all", "selective"], help="as in seal train"
     )
-    parser.add_argument("--quadrants", action="store_true", help="then scale harmful units x0.9, helpful ones x1.1, measure")
+    parser.add_argument(
+        "--quadrants", action="store_true", help="then scale harmful units x0.9, helpful ones x1.1, measure"
+    )
     parser.add_argument("--quadrant-cases", type=positive, default=50, help="test cases of that, at each length")
     parser.add_argument("--quadrant-measure", choices=["accuracy", "logprob", "gradient"], default="accuracy",
                         help="what decides harmful and helpful")  # fmt: skip
@@ -74,7 +78,9 @@ def run(args):
     measure = "logprob" if "ablation" in args.methods else "gradient"
     change = found.change(measure)
     order = [i for i in change.argsort().tolist() if change[i] == change[i]]
-    print(f"{len(found.units)} {args.granularity}s; largest changes of the answer's log-probability (nats, mean of all cases):")
+    print(
+        f"{len(found.units)} {args.granularity}s; largest changes of the answer's log-probability (nats, mean of all cases):"  # noqa: E501
+    )
     for i in [*order[:5], *order[-5:]] if len(order) > 10 else order:
         layer, *place = found.units[i]
         print(f"   layer {layer:>2} {args.granularity} {'.'.join(map(str, place)):>6}: {change[i]:+8.3f}")

@@ -40,7 +40,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _parser(argv):
-    parser = argparse.ArgumentParser(prog="seal", allow_abbrev=False, description="SEAL: learned head and channel scales for long contexts.")
+    parser = argparse.ArgumentParser(
+        prog="seal", allow_abbrev=False, description="SEAL: learned head and channel scales for long contexts."
+    )
     from ..version import __version__
 
     parser.add_argument("--version", action="version", version=f"seal_ops {__version__}")

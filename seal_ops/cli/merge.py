@@ -1,6 +1,5 @@
 """``seal merge``."""
 
-
 from .options import Command, load, model_options
 
 

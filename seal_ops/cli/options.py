@@ -103,7 +103,8 @@ def _numbers(value):
 
 
 def model_options(parser, required=True):
-    """What :func:`seal_ops.huggingface.loading.load_model` takes; a model of its own kind in commands with ``required=False``.
+    """What :func:`seal_ops.huggingface.loading.load_model` takes; a model of its own kind in commands with
+    ``required=False``.
 
     --model, --device, --dtype; where the model is required also --device-map, --quantization, --revision and
     --trust-remote-code.
@@ -127,10 +128,17 @@ def model_options(parser, required=True):
 def task_options(parser, required=True):
     """--task, --task-option and --chat-format."""
     parser.add_argument(
-        "--task", default="lines" if required else None, help="name of a task (docs/tasks.md), documents:FILE, or module:Class"
+        "--task",
+        default="lines" if required else None,
+        help="name of a task (docs/tasks.md), documents:FILE, or module:Class",
     )
     parser.add_argument(
-        "--task-option", type=setting, nargs="+", default=[], metavar="KEY=VALUE", help="options of the task, like keys=32"
+        "--task-option",
+        type=setting,
+        nargs="+",
+        default=[],
+        metavar="KEY=VALUE",
+        help="options of the task, like keys=32",
     )
     chat_option(parser)
 
@@ -145,7 +153,9 @@ def chat_option(parser):
 
 def backend_option(parser):
     """--backend."""
-    parser.add_argument("--backend", default=None, help="of the fused ops: cuda, triton, cpu, reference (default: chosen)")
+    parser.add_argument(
+        "--backend", default=None, help="of the fused ops: cuda, triton, cpu, reference (default: chosen)"
+    )
 
 
 def task(args):

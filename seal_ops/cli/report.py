@@ -1,6 +1,5 @@
 """``seal report``."""
 
-
 from .options import Command
 
 

@@ -1,6 +1,5 @@
 """``seal train``."""
 
-
 from .options import Command, backend_option, load, model_options, positive, restart_option, task, task_options
 
 

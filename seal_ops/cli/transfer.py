@@ -1,6 +1,5 @@
 """``seal transfer``."""
 
-
 from .options import (
     Command,
     backend_option,

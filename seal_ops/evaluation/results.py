@@ -1,4 +1,5 @@
 """What an evaluation found: records, accuracy with intervals, files."""
+
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -35,7 +36,8 @@ class Evaluation:
     Attributes:
         task: name of the task.
         name: what was evaluated ("base", "SEAL-H"), for tables and plots.
-        settings: what decides the outcome: task, tokenizer, chat format, lengths, cases, seed, fingerprint of the model.
+        settings: what decides the outcome: task, tokenizer, chat format, lengths, cases, seed, fingerprint of the
+            model.
         records: one dict a case: ``length``, ``index``, ``prompt_tokens``, ``answer``, ``output``, ``score`` and the
             sample's ``meta``.
         seconds: time spent on generating and decoding, summed over resumed runs.

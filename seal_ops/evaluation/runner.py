@@ -1,7 +1,9 @@
 """Accuracy of a model on a generated task, by length and by whatever else the samples carry.
 
-Decoding is greedy (:mod:`.decoding`).  Test samples come from other random numbers than training samples, whatever the seeds.
+Decoding is greedy (:mod:`.decoding`).  Test samples come from other random numbers than training samples, whatever the
+seeds.
 """
+
 import os
 import time
 from collections.abc import Iterable
@@ -48,9 +50,9 @@ def evaluate(
         task: a :class:`seal_ops.tasks.Task`, a task's name, or ``"module:Class"``.
         lengths: prompt lengths in tokens (answer and room included), one or more.
         cases: samples at each length.
-        batch_size: prompts in a batch at most; None takes as many as :func:`.decoding.rows_at_once` says.  Where they do not
-            fit into the GPU's memory half as many are taken, with a warning.  An output does not depend on what else is in
-            its batch, up to rounding.
+        batch_size: prompts in a batch at most; None takes as many as :func:`.decoding.rows_at_once` says.  Where they
+            do not fit into the GPU's memory half as many are taken, with a warning.  An output does not depend on what
+            else is in its batch, up to rounding.
         seed: draws the test samples; equal seeds give equal cases, for every model with this tokenizer.
         max_new_tokens: longest output; None for the task's own.
         chat_template: None, True, False or a string: see :class:`seal_ops.tasks.Encoder`.
@@ -136,7 +138,7 @@ def _check_room(task, samples):
     longest = max(len(sample.answer_ids) for sample in samples)
     if longest > task.max_new_tokens + 1:  # the token that ends it apart
         raise ValueError(
-            f"seal_ops.evaluate: max_new_tokens must be at least {longest} for the answers of {task.name} in this tokenizer, "
+            f"seal_ops.evaluate: max_new_tokens must be at least {longest} for the answers of {task.name} in this tokenizer, "  # noqa: E501
             f"got the task's {task.max_new_tokens}"
         )
 

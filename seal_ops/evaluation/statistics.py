@@ -40,7 +40,8 @@ def mcnemar(better: int, worse: int) -> float:
 def paired(first: Sequence[float], second: Sequence[float]) -> Paired:
     """Compares scores of the same cases, in the same order.
 
-    The p-value is the sign test's, which for right and wrong is McNemar's.  The interval is Agresti and Min's (2005) for
+    The p-value is the sign test's, which for right and wrong is McNemar's.  The interval is Agresti and Min's (2005)
+    for
     paired proportions: half a case is added to each of the four outcomes, which keeps it honest where all cases agree.
     """
     if len(first) != len(second) or not first:
@@ -65,7 +66,8 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def spearman(one: torch.Tensor, other: torch.Tensor) -> float:
-    """Spearman's rank correlation of two vectors ``[N]``; ties get the mean of their ranks; NaN where one is constant."""
+    """Spearman's rank correlation of two vectors ``[N]``; ties get the mean of their ranks; NaN where one is
+    constant."""
     if one.shape != other.shape or one.dim() != 1 or len(one) < 2:
         shapes = f"{list(one.shape)} and {list(other.shape)}"
         raise ValueError(f"seal_ops.statistics.spearman: both must be vectors of one length, got {shapes}")

@@ -1,9 +1,10 @@
 """Scales against low-rank adapters on equal samples and cases.
 
-:func:`compare` trains SEAL-H, SEAL-C and the paper's baselines, LoRA and DoRA of rank 4 on q, k, v and o (through PEFT), on
-the same samples, measures all of them on the same test cases and tests the differences.  Every finished step leaves a file
-in the output folder, and a second run continues from there.
+:func:`compare` trains SEAL-H, SEAL-C and the paper's baselines, LoRA and DoRA of rank 4 on q, k, v and o (through
+PEFT), on the same samples, measures all of them on the same test cases and tests the differences.  Every finished step
+leaves a file in the output folder, and a second run continues from there.
 """
+
 import functools
 import json
 import os
@@ -38,8 +39,8 @@ class Comparison:
     Attributes:
         settings: task, lengths, samples, seed and the adapters' form.
         evaluations: ``{name: Evaluation}``, the base first.
-        training: ``{name: dict}`` with ``lr``, ``parameters``, ``seconds``, ``peak_memory``, ``losses`` and, where rates
-            were searched, ``tried``: the validation loss of each.
+        training: ``{name: dict}`` with ``lr``, ``parameters``, ``seconds``, ``peak_memory``, ``losses`` and, where
+            rates were searched, ``tried``: the validation loss of each.
         provenance: model and versions, for people.
     """
 
@@ -51,8 +52,8 @@ class Comparison:
     def tests(self, length: int | None = None) -> list[dict]:
         """Paired tests of every two models on the cases of a length (None: of all lengths).
 
-        Dicts ``first``, ``second``, the fields of :class:`seal_ops.evaluation.statistics.Paired`, and ``p_adjusted`` (Holm, over
-        this list).
+        Dicts ``first``, ``second``, the fields of :class:`seal_ops.evaluation.statistics.Paired`, and ``p_adjusted``
+        (Holm, over this list).
         """
         scores = {}
         for name, evaluation in self.evaluations.items():
@@ -185,7 +186,8 @@ def compare(
 
 
 def trained(load_model_fn, method, folder, draw, *, lr, seed=0, progress=None, **form):
-    """``(model, tokenizer, training)`` of a method: as ``folder`` holds it, else trained there on what ``draw()`` gives."""
+    """``(model, tokenizer, training)`` of a method: as ``folder`` holds it, else trained there on what ``draw()``
+    gives."""
     model, tokenizer, training = adapted(load_model_fn, method, folder, **form)
     if training is None:
         train(model, draw(), lr=lr, seed=seed, output_dir=folder, resume=True, progress=progress)
@@ -204,13 +206,19 @@ def adapted(load_model_fn, method, folder, *, rank=4, alpha=8, target_modules=TA
     try:
         from peft import LoraConfig, PeftModel, get_peft_model
     except ImportError as error:
-        raise ImportError(f"seal_ops.compare: {method} needs the package peft (pip install 'seal_ops[peft]'): {error}") from error
+        raise ImportError(
+            f"seal_ops.compare: {method} needs the package peft (pip install 'seal_ops[peft]'): {error}"
+        ) from error
     if done:
         return PeftModel.from_pretrained(model, folder).eval(), tokenizer, result
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)  # A is random, so that the adapter starts where any other run of it does
         config = LoraConfig(
-            r=rank, lora_alpha=alpha, target_modules=list(target_modules), use_dora=method == "DoRA", task_type="CAUSAL_LM"
+            r=rank,
+            lora_alpha=alpha,
+            target_modules=list(target_modules),
+            use_dora=method == "DoRA",
+            task_type="CAUSAL_LM",
         )
         return get_peft_model(model, config).eval(), tokenizer, result
 

@@ -9,6 +9,7 @@ Two measures of one thing, the change of the answer's log-probability when a uni
 
 The first order is exact for small changes only: expect the two to agree at ``factor=0.9`` and less so at 0.
 """
+
 import json
 import os
 import random
@@ -43,12 +44,13 @@ class HeadImportance:
     """What taking each unit away changes, case by case.
 
     Attributes:
-        settings: what decides the outcome: task, tokenizer, chat format, lengths, cases, seed, granularity, fingerprint of
-            the model.
+        settings: what decides the outcome: task, tokenizer, chat format, lengths, cases, seed, granularity, fingerprint
+            of the model.
         units: ``[layer, head]`` or ``[layer, head, channel]``, all of them.
         ablated: indices into ``units`` of those that were ablated.
-        records: one dict a case: ``length``, ``index``, ``logprob`` and ``exact`` of the whole model, ``ablated_logprob``
-            and ``ablated_exact`` (one value an ablated unit), ``gradient`` (one value a unit: the estimated change).
+        records: one dict a case: ``length``, ``index``, ``logprob`` and ``exact`` of the whole model,
+            ``ablated_logprob`` and ``ablated_exact`` (one value an ablated unit), ``gradient`` (one value a unit: the
+            estimated change).
         seconds: time spent by method.
         provenance: model and versions that wrote it, for people.
     """
@@ -82,7 +84,9 @@ class HeadImportance:
 
     def _changes(self, measure, length):
         if measure not in ("logprob", "accuracy", "gradient"):
-            raise ValueError(f"seal_ops.HeadImportance.change: measure must be logprob, accuracy or gradient, got {measure!r}")
+            raise ValueError(
+                f"seal_ops.HeadImportance.change: measure must be logprob, accuracy or gradient, got {measure!r}"
+            )
         records = [r for r in self.records if length is None or r["length"] == length]
         if not records:
             raise ValueError(f"seal_ops.HeadImportance.change: length must be one of {self.lengths}, got {length}")
@@ -104,8 +108,8 @@ class HeadImportance:
     def agreement(self) -> dict:
         """Spearman's rank correlations over the units that have both values.
 
-        ``{"gradient_ablation": {length: rho}, "lengths": {"a,b": rho}}``: of the gradient's estimate with the ablation's
-        change of the log-probability, and of the ablation's changes at two lengths.
+        ``{"gradient_ablation": {length: rho}, "lengths": {"a,b": rho}}``: of the gradient's estimate with the
+        ablation's change of the log-probability, and of the ablation's changes at two lengths.
         """
         of_methods, of_lengths = {}, {}
         for length in self.lengths:
@@ -324,7 +328,8 @@ def _ablation(model, scales, sample, units, factor, pieces, advance):
 
 
 def _gradient(model, scales, sample, units, factor, checkpointing):
-    """The first-order change by taking each unit down to ``factor``: ``(factor - 1) d log p / d keep`` at ``keep`` = 1."""
+    """The first-order change by taking each unit down to ``factor``: ``(factor - 1) d log p / d keep`` at ``keep`` =
+    1."""
     input_ids = torch.tensor([sample.input_ids], device=model.device)
     keep = ones_to_keep(scales, 1, per_channel=len(units[0]) == 3)
     for tensor in keep.values():
@@ -334,7 +339,9 @@ def _gradient(model, scales, sample, units, factor, checkpointing):
         gradients = torch.autograd.grad(logprob.sum(), list(keep.values()))
     change = torch.cat([(factor - 1) * g.flatten().cpu() for g in gradients])
     if not torch.isfinite(change).all():
-        raise RuntimeError("seal_ops.measure_head_importance: gradients of the scales must be finite, got NaN or infinity")
+        raise RuntimeError(
+            "seal_ops.measure_head_importance: gradients of the scales must be finite, got NaN or infinity"
+        )
     found = {"logprob": _short(logprob.item()), "exact": bool(exact)}
     return {**found, "gradient": [_short(x) for x in change.tolist()]}
 

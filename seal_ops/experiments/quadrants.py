@@ -1,8 +1,9 @@
 """The quadrant experiment of SEAL (arXiv 2501.15225, section 3).
 
-Heads differ in sign, consistently over lengths; scaling the harmful ones by 0.9 and the helpful ones by 1.1 lifted accuracy
-in the paper.
+Heads differ in sign, consistently over lengths; scaling the harmful ones by 0.9 and the helpful ones by 1.1 lifted
+accuracy in the paper.
 """
+
 import os
 
 import torch
@@ -83,7 +84,7 @@ def quadrant_experiment(
                         factor = keep[layer][0]
                         if per_channel and scale.dim() == 1:
                             raise ValueError(
-                                "seal_ops.quadrant_experiment: model must have channel scales, or none, for an influence of "
+                                "seal_ops.quadrant_experiment: model must have channel scales, or none, for an influence of "  # noqa: E501
                                 "channels, got head scales"
                             )
                         scale.copy_(before[layer] * (factor if scale.dim() == 2 else factor[:, 0]))

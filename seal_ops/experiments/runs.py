@@ -1,4 +1,5 @@
 """What all runs over many steps share: a folder that belongs to one run, and its files."""
+
 import json
 import os
 
@@ -15,7 +16,7 @@ def reserve(output, settings: dict, call: str, hint: str = "") -> None:
         atomic_write(path, json.dumps(settings, indent=1) + "\n")
     elif names := differing(read_json_file(path), settings):
         raise ValueError(
-            f"{call}: output {os.fspath(output)} must be new or hold this run, got one with another {', '.join(names)}{hint}"
+            f"{call}: output {os.fspath(output)} must be new or hold this run, got one with another {', '.join(names)}{hint}"  # noqa: E501
         )
 
 
@@ -23,7 +24,7 @@ def require_shipped(model: str, default: str, call: str) -> None:
     """``FileNotFoundError``, one sentence, where the model is the repository's own and the repository is not there."""
     if model == default and not os.path.isdir(model):
         raise FileNotFoundError(
-            f"{call}: model {model} is part of the repository, not of the package; run in a checkout, or give another --model"
+            f"{call}: model {model} is part of the repository, not of the package; run in a checkout, or give another --model"  # noqa: E501
         )
 
 

@@ -1,4 +1,6 @@
-"""``seal study``: comparison, transfer matrix and head influence of one model in one run, with their files and plots."""
+"""``seal study``: comparison, transfer matrix and head influence of one model in one run, with their files and
+plots."""
+
 import json
 import os
 import time
@@ -97,7 +99,9 @@ def run(settings: Settings, output: str, *, progress: bool | None = None, log: C
     names = ", ".join(settings.transfer_tasks)
     log(f"\n2. {settings.transfer_method} trained on each of {names} and measured on each")
     rates = settings.rates.get(settings.transfer_method)
-    chosen = comparison.training.get(settings.transfer_method, {}).get("lr") if isinstance(rates, (list, tuple)) else rates
+    chosen = (
+        comparison.training.get(settings.transfer_method, {}).get("lr") if isinstance(rates, (list, tuple)) else rates
+    )
     found = transfer(
         load_model_fn, settings.transfer_tasks, settings.transfer_tasks, settings.transfer_length, settings.cases,
         output=os.path.join(output, "transfer"), method=settings.transfer_method, lr=chosen, samples=settings.samples,
@@ -106,7 +110,9 @@ def run(settings: Settings, output: str, *, progress: bool | None = None, log: C
     write_transfer(found, output)
     lap("transfer")
 
-    log(f"\n3. Head influence at {', '.join(map(str, settings.heads_lengths))} tokens, {settings.heads_cases} cases each")
+    log(
+        f"\n3. Head influence at {', '.join(map(str, settings.heads_lengths))} tokens, {settings.heads_cases} cases each"  # noqa: E501
+    )
     model, tokenizer = load_model_fn()
     for factor, name in ((0.0, "heads"), (settings.factor, "heads-step")):
         measured = measure_head_importance(
@@ -127,7 +133,7 @@ def run(settings: Settings, output: str, *, progress: bool | None = None, log: C
 
     results = {
         "kind": "seal_ops.study", "settings": json.loads(json.dumps(asdict(settings))), "provenance": origin,
-        "seconds": seconds, "agreement": {"removal": _agreement(output, "heads"), "step": _agreement(output, "heads-step")},
+        "seconds": seconds, "agreement": {"removal": _agreement(output, "heads"), "step": _agreement(output, "heads-step")},  # noqa: E501
     }  # fmt: skip
     path = os.path.join(output, "study.json")
     if os.path.exists(path):  # a run that found everything done must not overwrite how long it took

@@ -1,4 +1,5 @@
 """Training on one task against another: train on each of some tasks, measure on each of some tasks."""
+
 import json
 import os
 from collections.abc import Callable, Sequence
@@ -40,8 +41,13 @@ class Transfer:
                 test = asdict(paired(base, [record["score"] for record in evaluation.records]))
                 cells.append({"trained": trained, "measured": name, **asdict(evaluation.overall), "against_base": test})
         training = {name: {k: v for k, v in t.items() if k != "losses"} for name, t in self.training.items()}
-        content = {"kind": "seal_ops.transfer", "settings": self.settings, "cells": cells, "training": training,
-                   "provenance": self.provenance}
+        content = {
+            "kind": "seal_ops.transfer",
+            "settings": self.settings,
+            "cells": cells,
+            "training": training,
+            "provenance": self.provenance,
+        }
         atomic_write(path, json.dumps(content, indent=1) + "\n")
 
     def save_csv(self, path) -> None:
@@ -97,7 +103,7 @@ def transfer(
         if source is not None:
             model, tokenizer, result.training[name] = trained_model(
                 load_model_fn, method, os.path.join(output, "adapters", name),
-                lambda source=source: source.generate(tokenizer, length, samples, seed, **prompts),
+                lambda source=source, tokenizer=tokenizer: source.generate(tokenizer, length, samples, seed, **prompts),
                 lr=lr, seed=seed, progress=progress, backend=backend,
             )  # fmt: skip
         result.evaluations[name] = {

@@ -1,4 +1,5 @@
 """The attention function that transformers' registry calls: fused where the op has every term, else composed."""
+
 from __future__ import annotations
 
 import torch
@@ -11,8 +12,12 @@ from ..ops.functional import attention, rope, rope_attention
 from .masks import NAME, PLAIN, CallMask, as_tensor, read_mask, with_documents
 from .rotation import MAX_HEAD_DIM, Rotation
 
-_UNSUPPORTED = {"s_aux": "attention sinks", "position_bias": "a position bias", "cache": "a paged cache",
-                "head_mask": "a head mask"}
+_UNSUPPORTED = {
+    "s_aux": "attention sinks",
+    "position_bias": "a position bias",
+    "cache": "a paged cache",
+    "head_mask": "a head mask",
+}
 
 
 class UnsupportedAttention(ValueError):
@@ -23,16 +28,28 @@ class UnknownCaller(RuntimeError):
     """A module of a model without scales calls the attention of models that have them."""
 
     def __init__(self, module: nn.Module):
-        super().__init__(f"seal_ops: {type(module).__name__} must have a config of its own, its config says "
-                         f"attn_implementation={NAME!r} because a model with scales attached shares or gave it; build the "
-                         f"model from another config, or set its attn_implementation")
+        super().__init__(
+            f"seal_ops: {type(module).__name__} must have a config of its own, its config says "
+            f"attn_implementation={NAME!r} because a model with scales attached shares or gave it; build the "
+            f"model from another config, or set its attn_implementation"
+        )
         self.module = module
 
 
-def attention_forward(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
-                      scaling: float | None = None, dropout: float = 0.0, sliding_window: int | None = None,
-                      softcap: float | None = None, is_causal: bool | None = None,
-                      seal_rotation: Rotation | None = None, **kwargs) -> tuple[Tensor, None]:
+def attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    is_causal: bool | None = None,
+    seal_rotation: Rotation | None = None,
+    **kwargs,
+) -> tuple[Tensor, None]:
     """The entry of transformers' attention registry.
 
     query [B, Hq, Sq, D], key and value [B, Hkv, Sk, D], ``attention_mask`` from `attention_mask` above, or a boolean or
@@ -42,24 +59,74 @@ def attention_forward(module: nn.Module, query: Tensor, key: Tensor, value: Tens
     site = getattr(module, "_seal_site", None)
     if site is None and not getattr(module, "_seal_bystander", False):
         raise UnknownCaller(module)
-    return _attend(site, module, query, key, value, attention_mask, scaling, dropout, sliding_window, softcap, is_causal,
-                   seal_rotation, **kwargs)
+    return _attend(
+        site,
+        module,
+        query,
+        key,
+        value,
+        attention_mask,
+        scaling,
+        dropout,
+        sliding_window,
+        softcap,
+        is_causal,
+        seal_rotation,
+        **kwargs,
+    )
 
 
-def plain_attention_forward(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
-                            scaling: float | None = None, dropout: float = 0.0, sliding_window: int | None = None,
-                            softcap: float | None = None, is_causal: bool | None = None, **kwargs) -> tuple[Tensor, None]:
+def plain_attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    is_causal: bool | None = None,
+    **kwargs,
+) -> tuple[Tensor, None]:
     """`attention_forward` for a model without scales, under the name ``PLAIN``."""
-    return _attend(None, module, query, key, value, attention_mask, scaling, dropout, sliding_window, softcap, is_causal,
-                   None, **kwargs)
+    return _attend(
+        None,
+        module,
+        query,
+        key,
+        value,
+        attention_mask,
+        scaling,
+        dropout,
+        sliding_window,
+        softcap,
+        is_causal,
+        None,
+        **kwargs,
+    )
 
 
-def _attend(site, module, query, key, value, attention_mask, scaling, dropout, sliding_window, softcap, is_causal,
-            seal_rotation, **kwargs):
+def _attend(
+    site,
+    module,
+    query,
+    key,
+    value,
+    attention_mask,
+    scaling,
+    dropout,
+    sliding_window,
+    softcap,
+    is_causal,
+    seal_rotation,
+    **kwargs,
+):
     for name, what in _UNSUPPORTED.items():
         if kwargs.get(name) is not None:
-            raise UnsupportedAttention(f"seal_ops.attach: model must have attention without {what}, "
-                                       f"{type(module).__name__} passes {name}")
+            raise UnsupportedAttention(
+                f"seal_ops.attach: model must have attention without {what}, {type(module).__name__} passes {name}"
+            )
     composed = _why_composed(query, key, value, softcap)
     if site is not None and site.probe is not None:
         return site.probe.observe(query, key, value, seal_rotation, composed), None
@@ -71,12 +138,14 @@ def _attend(site, module, query, key, value, attention_mask, scaling, dropout, s
     if scale is not None:
         scale = scale.to(q.device, torch.float64 if q.dtype == torch.float64 else None)
     if seal_rotation is not None and (seal_rotation.q is not query or seal_rotation.k is not key):
-        raise RuntimeError(f"seal_ops: {type(module).__name__} changed q or k after the rotation in this call but not "
-                           f"when it was attached; attach again in the present configuration")
+        raise RuntimeError(
+            f"seal_ops: {type(module).__name__} changed q or k after the rotation in this call but not "
+            f"when it was attached; attach again in the present configuration"
+        )
 
     mask = read_mask(module, attention_mask, q.shape[0], q.shape[1], k.shape[1], sliding_window, is_causal)
     mask = with_documents(mask, module, q, kwargs.get("cu_seq_lens_q"), kwargs.get("cu_seq_lens_k"))
-    k, v = k[:, :mask.keys], v[:, :mask.keys]
+    k, v = k[:, : mask.keys], v[:, : mask.keys]
     common = dict(softmax_scale=scaling, causal=mask.causal, window=mask.window, backend=backend)
     fused = composed is None and dropout == 0 and mask.dense is None
     if seal_rotation is not None:
@@ -107,16 +176,31 @@ def _packed(q: Tensor, k: Tensor, v: Tensor, scale: Tensor | None, mask: CallMas
     packed = [t.flatten(0, 1) for t in (q, k, v)]
     if mask.tokens is None:
         if scale is not None and scale.dim() == 3:
-            raise ValueError(f"seal_ops: packed rows must have scales for all rows alike, got scales for each of {batch} rows")
+            raise ValueError(
+                f"seal_ops: packed rows must have scales for all rows alike, got scales for each of {batch} rows"
+            )
         return attention(*packed, scale, cu_seqlens=mask.cu_seqlens, **common).unflatten(0, (batch, length))
-    out = attention(*(t.index_select(0, mask.tokens) for t in packed), scale, cu_seqlens=mask.cu_seqlens,
-                    max_seqlen=length, **common)
+    out = attention(
+        *(t.index_select(0, mask.tokens) for t in packed),
+        scale,
+        cu_seqlens=mask.cu_seqlens,
+        max_seqlen=length,
+        **common,
+    )
     padded = out.new_zeros(batch * length, *out.shape[1:])
     return padded.index_copy(0, mask.tokens.long(), out).unflatten(0, (batch, length))
 
 
-def _composed(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: Tensor | None, softmax_scale: float | None,
-              dropout: float, softcap: float | None) -> Tensor:
+def _composed(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    scale: Tensor | None,
+    softmax_scale: float | None,
+    dropout: float,
+    softcap: float | None,
+) -> Tensor:
     """Attention from PyTorch's parts, for mask tensors, dropout and soft-capped scores, times the scale.
 
     q [B, Sq, Hq, D], k [B, Sk, Hkv, D], v [B, Sk, Hkv, Dv]; mask boolean or additive, broadcast to [B, Hq, Sq, Sk].
@@ -129,7 +213,7 @@ def _composed(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: Tenso
     elif groups > 1:
         k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
     if mask is not None:
-        mask = mask[..., :k.shape[2]]
+        mask = mask[..., : k.shape[2]]
     if softcap is None:
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, scale=softmax_scale)
     else:

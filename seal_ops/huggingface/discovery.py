@@ -3,6 +3,7 @@
 Nothing here names a model class.  Which modules take part, how many heads they have, and which linear module reads the
 attention output is *observed*, by running the model on two tokens.
 """
+
 from __future__ import annotations
 
 import types
@@ -41,7 +42,9 @@ class _Probe:
         self.active = None
         return results[0]
 
-    def observe(self, query: Tensor, key: Tensor, value: Tensor, rotation: Rotation | None, composed: str | None) -> Tensor:
+    def observe(
+        self, query: Tensor, key: Tensor, value: Tensor, rotation: Rotation | None, composed: str | None
+    ) -> Tensor:
         site = self.site
         site.num_heads, site.num_kv_heads, site.head_dim = query.shape[1], key.shape[1], value.shape[-1]
         site.device, site.dtype, site.composed = query.device, value.dtype, composed
@@ -108,17 +111,22 @@ def find_attention_layers(model: nn.Module) -> list[AttentionLayer]:
     came through transformers' registry.  Warns once where a rotary embedding stays as it was though the seam knows its
     kind.  Raises ValueError where there is no such module, naming what was missing.
     """
+
     def fail(reason: str):
-        return ValueError(f"seal_ops.attach: model must call attention through transformers' attention registry, "
-                          f"{type(model).__name__} {reason}")
+        return ValueError(
+            f"seal_ops.attach: model must call attention through transformers' attention registry, "
+            f"{type(model).__name__} {reason}"
+        )
 
     names = {id(m): n for n, m in model.named_modules()}
     candidates = [AttentionLayer(n, m) for n, m in model.named_modules() if _may_attend(m)]
     if not candidates:
         raise fail("has no module that takes part in it")
     if any(s.module.config._attn_implementation == NAME for s in candidates):
-        raise ValueError(f"seal_ops.attach: model must have a config of its own, this {type(model).__name__} shares its "
-                         f"config object with a model that has scales attached")
+        raise ValueError(
+            f"seal_ops.attach: model must have a config of its own, this {type(model).__name__} shares its "
+            f"config object with a model that has scales attached"
+        )
     if not _offloaded(model) and any(p.is_meta for p in model.parameters()):
         raise ValueError("seal_ops.attach: model must have its weights loaded, found parameters on the meta device")
     failure = _observe(model, candidates, names)
@@ -165,7 +173,9 @@ def _observe(model: nn.Module, candidates: list[AttentionLayer], names: dict[int
 
 def _may_attend(module: nn.Module) -> bool:
     """Whether a module could call attention: it has a config that names an implementation, and code that reads it."""
-    if getattr(module.__dict__.get("config"), "_attn_implementation", None) is None or isinstance(module, PreTrainedModel):
+    if getattr(module.__dict__.get("config"), "_attn_implementation", None) is None or isinstance(
+        module, PreTrainedModel
+    ):
         return False
     if not isinstance(type(module).forward, types.FunctionType):
         return True  # a decorator that hides the code
@@ -196,14 +206,18 @@ def _warn(sites: list[AttentionLayer], failure: Exception | None) -> None:
     for site in sites:
         if site.rotation is None:
             site.unfused = _why_unfused(site.module, failure)
-        for reason in (site.unfused and f"keeps its own rotary embedding: {site.unfused}",
-                       site.composed and site.composed.startswith("head_dim")
-                       and f"runs attention composed from PyTorch's parts: {site.composed}"):
+        for reason in (
+            site.unfused and f"keeps its own rotary embedding: {site.unfused}",
+            site.composed
+            and site.composed.startswith("head_dim")
+            and f"runs attention composed from PyTorch's parts: {site.composed}",
+        ):
             if reason:
                 reasons.setdefault((type(site.module).__name__, reason), []).append(site)
     if reasons:
-        text = "; ".join(f"{name} ({len(found)} of {len(sites)} layers) {reason}"
-                         for (name, reason), found in reasons.items())
+        text = "; ".join(
+            f"{name} ({len(found)} of {len(sites)} layers) {reason}" for (name, reason), found in reasons.items()
+        )
         warnings.warn(f"seal_ops.attach: {text}", stacklevel=4)
 
 

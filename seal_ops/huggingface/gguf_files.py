@@ -1,4 +1,5 @@
 """GGUF files: found by name, and their parts joined, which transformers cannot read."""
+
 from __future__ import annotations
 
 import contextlib
@@ -31,8 +32,10 @@ def source(path: str, call: str, weights: bool = True):
     parts = [os.path.join(folder, f"{match[1]}-{n:05d}-of-{count:05d}.gguf") for n in range(1, count + 1)]
     missing = [os.path.basename(p) for p in parts if not os.path.isfile(p)]
     if missing:
-        raise FileNotFoundError(f"{call}: model must have all of its {count} parts in one local folder, got none of "
-                                f"{', '.join(missing[:3])}{', …' if len(missing) > 3 else ''} in {folder or '.'}")
+        raise FileNotFoundError(
+            f"{call}: model must have all of its {count} parts in one local folder, got none of "
+            f"{', '.join(missing[:3])}{', …' if len(missing) > 3 else ''} in {folder or '.'}"
+        )
     if not weights:
         yield folder or ".", {"gguf_file": os.path.basename(parts[0])}
         return
@@ -40,8 +43,9 @@ def source(path: str, call: str, weights: bool = True):
         try:
             _join(parts, os.path.join(temporary, "whole.gguf"))
         except ImportError:
-            raise ImportError(f"{call}: a .gguf model needs the package gguf, which is not installed (pip install gguf)"
-                              ) from None
+            raise ImportError(
+                f"{call}: a .gguf model needs the package gguf, which is not installed (pip install gguf)"
+            ) from None
         except (ValueError, IndexError, KeyError) as error:
             raise ValueError(f"{call}: model must be GGUF files, got {path}: {' '.join(str(error).split())}") from error
         yield temporary, {"gguf_file": "whole.gguf"}

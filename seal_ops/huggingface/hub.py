@@ -1,4 +1,5 @@
 """What the Hugging Face hub's client raises, said in one clause."""
+
 from __future__ import annotations
 
 
@@ -23,6 +24,7 @@ def reason(error: BaseException) -> str:
     if has(errors.RemoteEntryNotFoundError):
         return "the hub's repository lacks a file that is needed"
     if has(errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, ConnectionError) or any(
-            type(e).__name__ in ("ConnectError", "ConnectTimeout", "ProxyError") for e in chain):  # the HTTP library's
+        type(e).__name__ in ("ConnectError", "ConnectTimeout", "ProxyError") for e in chain
+    ):  # the HTTP library's
         return "there is no such folder, it is not in the cache, and the Hugging Face hub could not be reached"
     return " ".join(str(error).split())[:300] or type(error).__name__

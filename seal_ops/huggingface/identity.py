@@ -4,6 +4,7 @@ Every bit of every tensor is read: hashed where it lies on the CPU, and on a GPU
 2^64, which is exact and independent of the order. A model of 14 GB takes seconds. The two ways give two identities: a
 result of the CPU is not continued on a GPU, where the same weights compute other last digits.
 """
+
 from __future__ import annotations
 
 import functools
@@ -27,11 +28,12 @@ _NUMBERS = ("scaling", "attention_scaling", "sliding_window", "disable_adapters"
 
 @torch.no_grad()
 def fingerprint(model: nn.Module, trainable: bool = True) -> str:
-    """Hash of what a model computes: class, config, every bit of its weights and buffers, adapters on it and their state.
+    """Hash of what a model computes: class, config, every bit of its weights and buffers, adapters on it and their
+    state.
 
-    Scales that are attached count with the values they have, and not at all inside ``seal_ops.disabled``. Where the model
-    came from, its device and the attention implementation do not count. ``trainable=False`` leaves out the parameters
-    that require gradients, and the values of scales.
+    Scales that are attached count with the values they have, and not at all inside ``seal_ops.disabled``. Where the
+    model came from, its device and the attention implementation do not count. ``trainable=False`` leaves out the
+    parameters that require gradients, and the values of scales.
 
     Raises:
         ValueError: a weight that cannot be read.
@@ -64,7 +66,8 @@ def fingerprint(model: nn.Module, trainable: bool = True) -> str:
 
 
 def describe_model(model: nn.Module) -> dict:
-    """What result files say about a model: ``class``, ``name``, ``dtype``, ``device``, ``parameters``, ``fingerprint``."""
+    """What result files say about a model: ``class``, ``name``, ``dtype``, ``device``, ``parameters``,
+    ``fingerprint``."""
     name = getattr(getattr(model, "config", None), "_name_or_path", None)
     dtypes = sorted({str(p.dtype).removeprefix("torch.") for p in model.parameters()})
     return {
@@ -83,7 +86,9 @@ def _settings(config) -> object:
         return None
     content = config.to_dict() if hasattr(config, "to_dict") else vars(config)
     if "peft_type" in content:  # the path of the base and the switch to inference say nothing about the values
-        content = {k: v for k, v in content.items() if k not in ("base_model_name_or_path", "inference_mode", "revision")}
+        content = {
+            k: v for k, v in content.items() if k not in ("base_model_name_or_path", "inference_mode", "revision")
+        }
     return _plain(content)
 
 
@@ -151,8 +156,14 @@ def _tensor(tensor: Tensor) -> list:
     """Shape, dtype and contents of a tensor, of a subclass's inner tensors, and of those it carries as attributes."""
     facts: list = [list(tensor.shape), str(tensor.dtype)]
     if tensor.is_quantized:
-        return [*facts, str(tensor.qscheme()), tensor.q_scale() if tensor.qscheme() == torch.per_tensor_affine else
-                _contents(tensor.q_per_channel_scales()), _contents(tensor.int_repr())]
+        return [
+            *facts,
+            str(tensor.qscheme()),
+            tensor.q_scale()
+            if tensor.qscheme() == torch.per_tensor_affine
+            else _contents(tensor.q_per_channel_scales()),
+            _contents(tensor.int_repr()),
+        ]
     if hasattr(tensor, "__tensor_flatten__"):
         names, context = tensor.__tensor_flatten__()
         return [*facts, str(context), *(fact for name in names for fact in (name, *_tensor(getattr(tensor, name))))]

@@ -3,6 +3,7 @@
 The module's class is exchanged for a subclass, made once for each class, in which only ``forward`` differs.  So copies,
 replicas and pickles of the module stay attached, and hooks that other libraries lay on the instance stay theirs.
 """
+
 from __future__ import annotations
 
 import dataclasses
@@ -29,6 +30,7 @@ class AttentionLayer:
     itself) or None.  ``composed``: why attention is put together from PyTorch's parts, or None.
     ``scaling`` (set by `seal_ops.attach`), called, gives fp32 [Hq], [Hq, D], [B, Hq, 1] or [B, Hq, D].
     """
+
     name: str
     module: nn.Module
     index: int = -1
@@ -64,13 +66,21 @@ class AttentionLayer:
 
 def _is_cache(value) -> bool:
     """A cache, known by its type, or by having ``update`` where it is of no type of transformers'."""
-    return isinstance(value, Cache) or (not isinstance(value, (Tensor, dict)) and callable(getattr(value, "update", None)))
+    return isinstance(value, Cache) or (
+        not isinstance(value, (Tensor, dict)) and callable(getattr(value, "update", None))
+    )
 
 
 def _is_embeddings(value) -> bool:
     """(cos, sin), each [B, S, R]."""
-    return (isinstance(value, (tuple, list)) and len(value) == 2 and all(isinstance(t, Tensor) for t in value)
-            and value[0].dim() == 3 and value[0].shape == value[1].shape and value[0].is_floating_point())
+    return (
+        isinstance(value, (tuple, list))
+        and len(value) == 2
+        and all(isinstance(t, Tensor) for t in value)
+        and value[0].dim() == 3
+        and value[0].shape == value[1].shape
+        and value[0].is_floating_point()
+    )
 
 
 def _waiting(args: tuple, kwargs: dict) -> tuple[tuple, dict]:
@@ -87,7 +97,7 @@ def _waiting(args: tuple, kwargs: dict) -> tuple[tuple, dict]:
     rotation = Rotation(*(args[place] if isinstance(place, int) else kwargs[place]))
     stand_in = (rotation, rotation.sin)
     if isinstance(place, int):
-        args = (*args[:place], stand_in, *args[place + 1:])
+        args = (*args[:place], stand_in, *args[place + 1 :])
     else:
         kwargs = {**kwargs, place: stand_in}
     return args, {**kwargs, "seal_rotation": rotation}
@@ -99,7 +109,7 @@ def attached_class(cls: type, backend: str | None) -> type:
     return _attached_class(cls, backend, cls.forward, rotary_functions(cls.forward))
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _attached_class(cls: type, backend: str | None, original, _state: tuple) -> type:
     fused = with_fused_rotation(original, backend)
 
@@ -109,9 +119,11 @@ def _attached_class(cls: type, backend: str | None, original, _state: tuple) -> 
         if layer is None:  # detached; called by a hook that another library had put round this function
             return original(self, *args, **kwargs)
         if self.config._attn_implementation != NAME:
-            raise RuntimeError(f"seal_ops: attn_implementation must stay {NAME!r} while scales are attached (another one "
-                               f"would leave them out), got {self.config._attn_implementation!r}; set {NAME!r} again, or "
-                               f"call seal_ops.merge or seal_ops.detach first")
+            raise RuntimeError(
+                f"seal_ops: attn_implementation must stay {NAME!r} while scales are attached (another one "
+                f"would leave them out), got {self.config._attn_implementation!r}; set {NAME!r} again, or "
+                f"call seal_ops.merge or seal_ops.detach first"
+            )
         if layer.rotation == "deferred":
             args, kwargs = _waiting(args, kwargs)
         function = fused if layer.rotation else original
@@ -122,9 +134,19 @@ def _attached_class(cls: type, backend: str | None, original, _state: tuple) -> 
     def __reduce_ex__(self, protocol):
         return (_rebuilt, (cls, backend), *super(attached, self).__reduce_ex__(protocol)[2:])
 
-    attached = type(cls.__name__, (cls,), {"forward": forward, "__reduce_ex__": __reduce_ex__, "__module__": cls.__module__,
-                                           "__qualname__": cls.__qualname__, "__doc__": cls.__doc__,
-                                           "_seal_base": cls, "_seal_fused": fused is not None})
+    attached = type(
+        cls.__name__,
+        (cls,),
+        {
+            "forward": forward,
+            "__reduce_ex__": __reduce_ex__,
+            "__module__": cls.__module__,
+            "__qualname__": cls.__qualname__,
+            "__doc__": cls.__doc__,
+            "_seal_base": cls,
+            "_seal_fused": fused is not None,
+        },
+    )
     return attached
 
 

@@ -1,4 +1,5 @@
 """Loads a model: device and precision chosen by what is there, errors in one sentence."""
+
 from __future__ import annotations
 
 import contextlib
@@ -15,8 +16,14 @@ DTYPE_CHOICES = ("default", "auto", *DTYPES)
 QUANTIZATIONS = ("4bit", "8bit")
 
 
-def load_tokenizer(name: str, call: str, *, revision: str | None = None, trust_remote_code: bool = False,
-                   token: str | bool | None = None):
+def load_tokenizer(
+    name: str,
+    call: str,
+    *,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    token: str | bool | None = None,
+):
     """The tokenizer of a folder, hub name or GGUF file; ``OSError``, one sentence, where there is none."""
     from transformers import AutoTokenizer
 
@@ -24,10 +31,19 @@ def load_tokenizer(name: str, call: str, *, revision: str | None = None, trust_r
     return _load(AutoTokenizer, name, call, False, revision=revision, trust_remote_code=trust_remote_code, token=token)
 
 
-def load_model(name: str, *, device: str = "auto", dtype: str = "default", device_map=None,
-               quantization: str | None = None, revision: str | None = None, trust_remote_code: bool = False,
-               attn_implementation: str | None = None, token: str | bool | None = None,
-               call: str = "seal_ops.load_model"):
+def load_model(
+    name: str,
+    *,
+    device: str = "auto",
+    dtype: str = "default",
+    device_map=None,
+    quantization: str | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    attn_implementation: str | None = None,
+    token: str | bool | None = None,
+    call: str = "seal_ops.load_model",
+):
     """Model (in evaluation mode) and tokenizer.
 
     Args:
@@ -56,8 +72,9 @@ def load_model(name: str, *, device: str = "auto", dtype: str = "default", devic
         raise ValueError(f"{call}: dtype must be one of {', '.join(DTYPE_CHOICES)}, got {dtype!r}")
     name = resolve(name, call=call)
     if device_map is not None and device != "auto":
-        raise ValueError(f"{call}: device must be left out where device_map is given, got {device!r} and "
-                         f"{device_map!r}")
+        raise ValueError(
+            f"{call}: device must be left out where device_map is given, got {device!r} and {device_map!r}"
+        )
     where = _device(device, call)
     default = DTYPES["bfloat16" if where.type == "cuda" else "float32"]
     chosen = default if dtype == "default" else DTYPES.get(dtype, "auto")
@@ -107,8 +124,9 @@ def _require(package: str, argument: str, call: str) -> None:
     import importlib.util
 
     if importlib.util.find_spec(package) is None:
-        raise ImportError(f"{call}: {argument} needs the package {package}, which is not installed "
-                          f"(pip install {package})")
+        raise ImportError(
+            f"{call}: {argument} needs the package {package}, which is not installed (pip install {package})"
+        )
 
 
 def shipped(name: str) -> str:
@@ -125,8 +143,9 @@ def _load(kind, name, call, weights=True, **options):
         _require("gguf", "a .gguf model", call)
     there = os.path.isfile(name) if gguf else os.path.isdir(name)
     if os.sep in name and not there and (name.startswith((".", os.sep)) or name.count(os.sep) > (2 if gguf else 1)):
-        raise FileNotFoundError(f"{call}: model must be a folder, a name on the hub or a .gguf file, got {name}, which "
-                                f"does not exist")
+        raise FileNotFoundError(
+            f"{call}: model must be a folder, a name on the hub or a .gguf file, got {name}, which does not exist"
+        )
     try:
         with gguf_files.source(name, call, weights) if gguf else contextlib.nullcontext((name, {})) as (folder, more):
             return kind.from_pretrained(folder, **options, **more)

@@ -1,4 +1,6 @@
-"""Logits at chosen positions of the input, for any causal model: with and without ``logits_to_keep``, with virtual tokens."""
+"""Logits at chosen positions of the input, for any causal model: with and without ``logits_to_keep``, with virtual
+tokens."""
+
 from __future__ import annotations
 
 from torch import Tensor, nn
@@ -9,7 +11,8 @@ _KEPT_IN_CACHE = ("PREFIX_TUNING", "CARTRIDGE")  # PEFT's prompts that are keys 
 
 
 def logits_at(model: nn.Module, positions: Tensor, **inputs) -> Tensor:
-    """Logits ``[B, K, vocabulary]`` at ``positions`` ``[K]`` of ``input_ids``; no others are computed where the model can."""
+    """Logits ``[B, K, vocabulary]`` at ``positions`` ``[K]`` of ``input_ids``; no others are computed where the model
+    can."""
     positions = positions + virtual_tokens(model)
     if accepts(model, "logits_to_keep"):
         return model(**inputs, logits_to_keep=positions).logits
@@ -28,7 +31,8 @@ def learns_prompt(model: nn.Module) -> bool:
 
 
 def prompt_cache(model: nn.Module, rows: int) -> tuple[dict, int]:
-    """Keys and values of a learned prompt for ``rows`` rows: ``({argument of the base's generate: cache}, its positions)``.
+    """Keys and values of a learned prompt for ``rows`` rows: ``({argument of the base's generate: cache}, its
+    positions)``.
 
     PEFT's own ``generate`` puts prompts in by rules that follow neither every release of transformers nor rows that
     differ in length; with a cache before the input there is nothing left to put in.

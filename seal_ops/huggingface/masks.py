@@ -1,10 +1,11 @@
 """Masks, from transformers' mask registry to the attention call.
 
-What the mask registry returns travels through model code that expects None or a tensor of four dimensions, and `generate`
-calls .contiguous() on it.  A mask that is only structure is therefore sent as an *empty* tensor whose sizes are the
-description, [kind, window, 0, keys]; a padded batch as the int32 row [1, 1, 1, T + B + 2] that lists the T real tokens,
-the B + 1 sequence boundaries and the window (0: none); anything else as the boolean mask of torch's SDPA.
+What the mask registry returns travels through model code that expects None or a tensor of four dimensions, and
+`generate` calls .contiguous() on it.  A mask that is only structure is therefore sent as an *empty* tensor whose sizes
+are the description, [kind, window, 0, keys]; a padded batch as the int32 row [1, 1, 1, T + B + 2] that lists the T real
+tokens, the B + 1 sequence boundaries and the window (0: none); anything else as the boolean mask of torch's SDPA.
 """
+
 from __future__ import annotations
 
 import typing
@@ -38,7 +39,8 @@ def _is_packing(mask: Tensor, queries: int) -> bool:
 
 
 def _packing(padding: Tensor, window: int | None) -> Tensor | None:
-    """The real tokens of a padded batch (``padding`` bool [B, S]) as indices into B * S, then cu_seqlens, then the window.
+    """The real tokens of a padded batch (``padding`` bool [B, S]) as indices into B * S, then cu_seqlens, then the
+    window.
 
     None where a windowed row has a hole: packing would bring its tokens nearer to each other than they are.
     """
@@ -54,21 +56,44 @@ def _packing(padding: Tensor, window: int | None) -> Tensor | None:
     return row
 
 
-def attention_mask(batch_size: int, q_length: int, kv_length: int, q_offset: int | Tensor = 0, kv_offset: int = 0,
-                   mask_function=causal_mask_function, attention_mask: Tensor | None = None,
-                   local_size: int | None = None, allow_is_causal_skip: bool = True,
-                   allow_is_bidirectional_skip: bool = False, config=None, device="cpu", **kwargs) -> Tensor:
+def attention_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | Tensor = 0,
+    kv_offset: int = 0,
+    mask_function=causal_mask_function,
+    attention_mask: Tensor | None = None,
+    local_size: int | None = None,
+    allow_is_causal_skip: bool = True,
+    allow_is_bidirectional_skip: bool = False,
+    config=None,
+    device="cpu",
+    **kwargs,
+) -> Tensor:
     """The entry of transformers' mask registry; arguments as transformers documents them for ``sdpa_mask``.
 
     ``attention_mask`` is the boolean padding mask [B, tokens seen].  A causal mask (with or without a sliding window)
     without padding, and a padded batch without a cache, become descriptions for the fused op; a pattern that is not
     proven to be one of these becomes the boolean mask [B, 1, Sq, Sk].
     """
+
     def dense() -> Tensor:
-        return sdpa_mask(batch_size=batch_size, q_length=q_length, kv_length=kv_length, q_offset=q_offset,
-                         kv_offset=kv_offset, mask_function=mask_function, attention_mask=attention_mask,
-                         local_size=local_size, allow_is_causal_skip=False, allow_is_bidirectional_skip=False,
-                         config=config, device=device, **kwargs)
+        return sdpa_mask(
+            batch_size=batch_size,
+            q_length=q_length,
+            kv_length=kv_length,
+            q_offset=q_offset,
+            kv_offset=kv_offset,
+            mask_function=mask_function,
+            attention_mask=attention_mask,
+            local_size=local_size,
+            allow_is_causal_skip=False,
+            allow_is_bidirectional_skip=False,
+            config=config,
+            device=device,
+            **kwargs,
+        )
 
     compiling = torch.compiler.is_compiling()
     if compiling and attention_mask is not None:
@@ -82,7 +107,8 @@ def attention_mask(batch_size: int, q_length: int, kv_length: int, q_offset: int
     window = None
     if local_size is not None:
         if local_size != getattr(config, "sliding_window", None) or local_size == getattr(
-                config, "attention_chunk_size", None):
+            config, "attention_chunk_size", None
+        ):
             return dense()
         window = local_size
     elif mask_function is not causal_mask_function:
@@ -99,7 +125,7 @@ def attention_mask(batch_size: int, q_length: int, kv_length: int, q_offset: int
     if attention_mask is not None:
         if attention_mask.shape[1] < kv_offset + keys:
             return dense()
-        padding = attention_mask[:, kv_offset:kv_offset + keys]
+        padding = attention_mask[:, kv_offset : kv_offset + keys]
         if not bool(padding.all()):
             packing = _packing(padding, window) if keys == q_length > 1 else None
             return dense() if packing is None else packing
@@ -109,9 +135,11 @@ def attention_mask(batch_size: int, q_length: int, kv_length: int, q_offset: int
 class CallMask(typing.NamedTuple):
     """A mask as the attention call needs it: the first ``keys`` keys are real, and one of three more precise terms.
 
-    ``cu_seqlens`` [sequences + 1] divides the tokens of the batch, laid end to end, into sequences; with ``tokens`` [T],
-    indices into B * S, only these (the real tokens of a padded batch).  ``dense``: boolean or additive, [B, 1, Sq, Sk].
+    ``cu_seqlens`` [sequences + 1] divides the tokens of the batch, laid end to end, into sequences; with ``tokens``
+    [T], indices into B * S, only these (the real tokens of a padded batch).  ``dense``: boolean or additive, [B, 1, Sq,
+    Sk].
     """
+
     causal: bool
     window: int | None
     keys: int
@@ -120,28 +148,39 @@ class CallMask(typing.NamedTuple):
     dense: Tensor | None = None
 
 
-def read_mask(module: nn.Module, mask: Tensor | None, batch: int, queries: int, keys: int, sliding_window: int | None,
-              is_causal: bool | None) -> CallMask:
+def read_mask(
+    module: nn.Module,
+    mask: Tensor | None,
+    batch: int,
+    queries: int,
+    keys: int,
+    sliding_window: int | None,
+    is_causal: bool | None,
+) -> CallMask:
     """What the mask argument of an attention call says."""
     if mask is None:  # not from `attention_mask`: the module was called by itself
         causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
         if causal and 1 < queries != keys:  # aligned to the start (SDPA) or to the end (flash-attn)?
-            raise ValueError(f"seal_ops: {type(module).__name__} must be given a mask where {queries} queries meet {keys} "
-                             f"keys, got None, which does not say which keys they may see")
+            raise ValueError(
+                f"seal_ops: {type(module).__name__} must be given a mask where {queries} queries meet {keys} "
+                f"keys, got None, which does not say which keys they may see"
+            )
         return CallMask(causal, sliding_window if causal else None, keys)
     if _is_structure(mask):
-        # A full mask is as good as none: where a model made it without its cache (BERT as a decoder), it counts too few keys.
+        # A full mask is as good as none: where a model made it without its cache (BERT as a decoder), it counts too few
+        # keys.
         causal = mask.shape[0] == _CAUSAL
         return CallMask(causal, mask.shape[1] or None, mask.shape[3] if causal else keys)
     if _is_packing(mask, queries):
         row = mask[0, 0, 0]
         window = mask._seal_window if hasattr(mask, "_seal_window") else int(row[-1])
-        return CallMask(True, window or None, queries, row[:-batch - 2], row[-batch - 2:-1])
+        return CallMask(True, window or None, queries, row[: -batch - 2], row[-batch - 2 : -1])
     return CallMask(False, None, keys, dense=mask)
 
 
-def with_documents(mask: CallMask, module: nn.Module, q: Tensor, cu_seq_lens_q: Tensor | None,
-                   cu_seq_lens_k: Tensor | None) -> CallMask:
+def with_documents(
+    mask: CallMask, module: nn.Module, q: Tensor, cu_seq_lens_q: Tensor | None, cu_seq_lens_k: Tensor | None
+) -> CallMask:
     """The mask, with the documents of packed rows told apart where the caller says where they begin.
 
     ``cu_seq_lens_q`` int32 [documents + 1], as transformers' DataCollatorWithFlattening gives it: boundaries in the
@@ -150,8 +189,10 @@ def with_documents(mask: CallMask, module: nn.Module, q: Tensor, cu_seq_lens_q: 
     if cu_seq_lens_q is None:
         return mask
     if mask.keys != q.shape[1] or (cu_seq_lens_k is not None and cu_seq_lens_k.shape != cu_seq_lens_q.shape):
-        raise ValueError(f"seal_ops: {type(module).__name__} must be given cu_seq_lens_q for queries and keys alike, got "
-                         f"{q.shape[1]} queries and {mask.keys} keys")
+        raise ValueError(
+            f"seal_ops: {type(module).__name__} must be given cu_seq_lens_q for queries and keys alike, got "
+            f"{q.shape[1]} queries and {mask.keys} keys"
+        )
     cu_seqlens = cu_seq_lens_q.to(q.device, torch.int32)
     if mask.dense is None and mask.tokens is None:
         return mask._replace(cu_seqlens=cu_seqlens)

@@ -1,4 +1,6 @@
-"""What a model is asked before a run: training mode, gradient checkpointing, and which arguments it takes; all of it undone."""
+"""What a model is asked before a run: training mode, gradient checkpointing, and which arguments it takes; all of it
+undone."""
+
 from __future__ import annotations
 
 import contextlib

@@ -2,6 +2,7 @@
 
 Only this model is changed: its config's entry for attention, and the class of its attention modules.
 """
+
 from __future__ import annotations
 
 import types
@@ -33,13 +34,14 @@ class Patch:
         text = f"rotation fused in {self.num_fused_rotations} of {len(self.sites)} layers"
         composed = sorted({s.composed for s in self.sites if s.composed})
         if composed:
-            text += (f", attention composed in {sum(s.composed is not None for s in self.sites)} "
-                     f"({', '.join(composed)})")
+            text += f", attention composed in {sum(s.composed is not None for s in self.sites)} ({', '.join(composed)})"
         return text
 
     def install(self) -> None:
         for config, _ in self.configs:
-            config._attn_implementation_internal = NAME  # the property would also reach sub-models such as a vision tower
+            config._attn_implementation_internal = (
+                NAME  # the property would also reach sub-models such as a vision tower
+            )
         for site in self.sites:
             module = site.module
             module.__dict__["_seal_site"] = site
@@ -61,14 +63,17 @@ class Patch:
             module = site.module
             module.__dict__.pop("_seal_site", None)
             attached = type(module)
-            if "_seal_base" in attached.__dict__:  # else another library's subclass is on top; ours calls the original now
+            if (
+                "_seal_base" in attached.__dict__
+            ):  # else another library's subclass is on top; ours calls the original now
                 module.__class__ = attached._seal_base
                 _rebind(module, attached.forward)
         self.installed = False
 
 
 def _rebind(module: nn.Module, previous: types.FunctionType) -> None:
-    """Bound methods of ``module`` to the previous class's forward, kept or left by accelerate's hooks, become the present one's."""
+    """Bound methods of ``module`` to the previous class's forward, kept or left by accelerate's hooks, become the
+    present one's."""
     for name in ("_old_forward", "forward"):
         method = module.__dict__.get(name)
         if isinstance(method, types.MethodType) and method.__func__ is previous and method.__self__ is module:

@@ -1,8 +1,10 @@
 """Which module reads the attention output, and whether a scale could multiply what it reads.
 
-Observed on values: the attention module is run with a known attention output, then with every channel of it times its own
-factor, then with every head times its own.  The factors are powers of two, so a step that is linear shows them exactly.
+Observed on values: the attention module is run with a known attention output, then with every channel of it times its
+own factor, then with every head times its own.  The factors are powers of two, so a step that is linear shows them
+exactly.
 """
+
 from __future__ import annotations
 
 import dataclasses
@@ -22,8 +24,11 @@ def is_linear(module: nn.Module) -> bool:
     if isinstance(module, (nn.Linear, Conv1D)) or hasattr(module, "in_features"):
         return True
     tensors = (*module.parameters(recurse=False), *module.buffers(recurse=False))
-    return not any(True for _ in module.children()) and not isinstance(module, nn.Embedding) and any(
-        t.dim() == 2 and min(t.shape) > 1 for t in tensors)
+    return (
+        not any(True for _ in module.children())
+        and not isinstance(module, nn.Embedding)
+        and any(t.dim() == 2 and min(t.shape) > 1 for t in tensors)
+    )
 
 
 def attention_output(query: Tensor, head_dim: int, run: str | None) -> Tensor:
@@ -43,6 +48,7 @@ def _factor(run: str, heads: int, head_dim: int) -> Tensor:
 @dataclasses.dataclass
 class Reading:
     """What one linear module was given in each run."""
+
     module: nn.Module
     inputs: dict[str | None, Tensor] = dataclasses.field(default_factory=dict)
 
@@ -68,8 +74,11 @@ class Readers:
         inside = {id(m) for m in first.module.modules()}
         # A second module that reads the output as well would have to be scaled with the first.
         others = [r for r in reached[1:] if id(r.module) not in inside]
-        layer.commutes = tuple(g for g in ("head", "channel") if self._commutes(first, g, layer, out)
-                               and not any(self._commutes(r, g, layer, out) for r in others))
+        layer.commutes = tuple(
+            g
+            for g in ("head", "channel")
+            if self._commutes(first, g, layer, out) and not any(self._commutes(r, g, layer, out) for r in others)
+        )
 
     @staticmethod
     def _commutes(reading: Reading, granularity: str, layer: AttentionLayer, out: Tensor) -> bool:

@@ -2,6 +2,7 @@
 
 Only copies are changed.  A forward is copied with its rotary function replaced; its class and file stay as they are.
 """
+
 from __future__ import annotations
 
 import functools
@@ -38,7 +39,7 @@ def _halves(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
 # --------------------------------------------------------------------------------------------------------------------
 # Recognising a rotary function
 # --------------------------------------------------------------------------------------------------------------------
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _is_half_split(function, device: str = "cpu") -> bool | None:
     """Whether ``function(q, k, cos, sin)`` is the half-split rotation, also where only the first R < D channels turn.
 
@@ -62,7 +63,7 @@ def _is_half_split(function, device: str = "cpu") -> bool | None:
 def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """The half-split rotation of x [B, H, S, D] by cos and sin [B, S, R]."""
     (c, s), size = (t[:, None] for t in _halves(cos, sin)), cos.shape[-1] // 2
-    first, second, rest = x[..., :size], x[..., size:2 * size], x[..., 2 * size:]
+    first, second, rest = x[..., :size], x[..., size : 2 * size], x[..., 2 * size :]
     return torch.cat([first * c - second * s, second * c + first * s, rest], -1)
 
 
@@ -79,7 +80,7 @@ def _may_be_rotary(name: str, function) -> bool:
     if not callable(function) or isinstance(function, type):
         return False
     code = getattr(inspect.unwrap(function), "__code__", None)
-    arguments = code.co_varnames[:code.co_argcount] if code else ()
+    arguments = code.co_varnames[: code.co_argcount] if code else ()
     return "rotary" in name or {"cos", "sin"} <= set(arguments)
 
 
@@ -130,7 +131,8 @@ def names_used(function, depth: int = 0) -> set[str]:
 # Replacing it
 # --------------------------------------------------------------------------------------------------------------------
 def _replacement(original, backend: str | None):
-    """Takes the place of a half-split ``original(q, k, cos, sin, unsqueeze_dim=1)``; q [B, Hq, S, D], k [B, Hkv, S, D]."""
+    """Takes the place of a half-split ``original(q, k, cos, sin, unsqueeze_dim=1)``; q [B, Hq, S, D], k [B, Hkv, S,
+    D]."""
     parameter = inspect.signature(original).parameters.get("unsqueeze_dim")
     default = 1 if parameter is None or parameter.default is inspect.Parameter.empty else parameter.default
 
@@ -205,7 +207,7 @@ def unreplaced(cls: type) -> str | None:
     """
     try:
         source = inspect.getsource(cls)
-        words = set(re.findall(r"\w+", source[source.index("class "):]))  # a decorator of the class may name it unused
+        words = set(re.findall(r"\w+", source[source.index("class ") :]))  # a decorator of the class may name it unused
     except (OSError, TypeError, ValueError):
         words = set()
     scope = getattr(sys.modules.get(cls.__module__), "__dict__", {})

@@ -1,4 +1,5 @@
 """Scale and offset in their four user-facing shapes, seen as one: [B or 1, Hq, D or 1] (docs/ops.md, "Tensors")."""
+
 from __future__ import annotations
 
 from torch import Tensor

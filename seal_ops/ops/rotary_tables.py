@@ -3,6 +3,7 @@
 Where transformers has a schedule, its own function computes it (`ROPE_INIT_FUNCTIONS`: linear, dynamic, yarn, longrope,
 llama3). Written here are only those that it lacks: static NTK-aware, and Giraffe's truncated and power bases.
 """
+
 from __future__ import annotations
 
 import torch
@@ -12,9 +13,16 @@ _TRANSFORMERS = ("linear", "dynamic", "yarn", "longrope", "llama3")
 TYPES = ("default", "ntk", "truncated", "power", *_TRANSFORMERS)
 
 
-def rope_frequencies(head_dim: int, rope_type: str = "default", *, base: float = 10_000.0, seq_len: int | None = None,
-                     max_position_embeddings: int = 4096, partial_rotary_factor: float = 1.0,
-                     **parameters) -> tuple[Tensor, float]:
+def rope_frequencies(
+    head_dim: int,
+    rope_type: str = "default",
+    *,
+    base: float = 10_000.0,
+    seq_len: int | None = None,
+    max_position_embeddings: int = 4096,
+    partial_rotary_factor: float = 1.0,
+    **parameters,
+) -> tuple[Tensor, float]:
     """Inverse frequencies fp32 `[R/2]` (radians per position, R = head_dim * partial_rotary_factor) and the factor that
     multiplies cos and sin (1 but for YaRN and LongRoPE).
 
@@ -33,20 +41,25 @@ def rope_frequencies(head_dim: int, rope_type: str = "default", *, base: float =
     """
     rotary_dim = int(head_dim * partial_rotary_factor)
     if rotary_dim < 2 or rotary_dim % 2:
-        raise ValueError(f"rope_frequencies: head_dim * partial_rotary_factor must be even and at least 2, got {rotary_dim}")
+        raise ValueError(
+            f"rope_frequencies: head_dim * partial_rotary_factor must be even and at least 2, got {rotary_dim}"
+        )
     if rope_type in _TRANSFORMERS:
-        return _from_transformers(head_dim, rope_type, base, seq_len, max_position_embeddings, partial_rotary_factor,
-                                  parameters)
+        return _from_transformers(
+            head_dim, rope_type, base, seq_len, max_position_embeddings, partial_rotary_factor, parameters
+        )
     wanted = {"default": (), "ntk": ("factor",), "power": ("k",), "truncated": ("low", "high", "rho")}
     if rope_type not in wanted:
         raise ValueError(f"rope_frequencies: rope_type must be one of {', '.join(TYPES)}, got {rope_type!r}")
     if set(parameters) != set(wanted[rope_type]):
-        raise ValueError(f"rope_frequencies: rope_type {rope_type!r} takes the parameters "
-                         f"{list(wanted[rope_type])}, got {sorted(parameters)}")
+        raise ValueError(
+            f"rope_frequencies: rope_type {rope_type!r} takes the parameters "
+            f"{list(wanted[rope_type])}, got {sorted(parameters)}"
+        )
     if rope_type == "ntk":
         base = base * parameters["factor"] ** (rotary_dim / (rotary_dim - 2))
     fraction = torch.arange(0, rotary_dim, 2, dtype=torch.float64) / rotary_dim
-    frequencies = base ** -fraction
+    frequencies = base**-fraction
     if rope_type == "power":
         frequencies = frequencies * (1 - fraction) ** parameters["k"]
     elif rope_type == "truncated":
@@ -70,18 +83,24 @@ def _from_transformers(head_dim, rope_type, base, seq_len, max_position_embeddin
         config.original_max_position_embeddings = original
     config.rope_theta = base
     config.partial_rotary_factor = partial_rotary_factor
-    config.rope_parameters = {"rope_type": rope_type, "rope_theta": base, "partial_rotary_factor": partial_rotary_factor,
-                              **parameters}
+    config.rope_parameters = {
+        "rope_type": rope_type,
+        "rope_theta": base,
+        "partial_rotary_factor": partial_rotary_factor,
+        **parameters,
+    }
     try:
         frequencies, factor = ROPE_INIT_FUNCTIONS[rope_type](config, torch.device("cpu"), seq_len=seq_len)
     except KeyError as missing:
-        raise ValueError(f"rope_frequencies: rope_type {rope_type!r} needs the parameter {missing}, "
-                         f"got {sorted(parameters)}") from None
+        raise ValueError(
+            f"rope_frequencies: rope_type {rope_type!r} needs the parameter {missing}, got {sorted(parameters)}"
+        ) from None
     return frequencies.float(), float(factor)
 
 
-def rope_tables(length: int | Tensor, frequencies: Tensor, attention_factor: float = 1.0,
-                device: torch.device | str | None = None) -> tuple[Tensor, Tensor]:
+def rope_tables(
+    length: int | Tensor, frequencies: Tensor, attention_factor: float = 1.0, device: torch.device | str | None = None
+) -> tuple[Tensor, Tensor]:
     """cos and sin, fp32 `[N, R/2]`, for positions 0..length-1 or an explicit tensor of positions `[N]`.
 
     The angle is formed in fp64: at position 131,071 an fp32 product is already off by up to 0.004 radians.
@@ -89,5 +108,3 @@ def rope_tables(length: int | Tensor, frequencies: Tensor, attention_factor: flo
     positions = torch.arange(length) if isinstance(length, int) else length
     angle = torch.outer(positions.double(), frequencies.double().to(positions.device))
     return tuple((f(angle) * attention_factor).float().to(device or positions.device) for f in (torch.cos, torch.sin))
-
-

@@ -1,7 +1,8 @@
 """One self-contained HTML file that joins what a run left in a folder: its tables, plots and settings.
 
-Files are recognised by what is in them: evaluations, training results, comparisons, transfer matrices, head influence, quadrant
-experiments, demos and studies (JSON), any other CSV, and plots (SVG, or PNG where there is no SVG of the same name).
+Files are recognised by what is in them: evaluations, training results, comparisons, transfer matrices, head influence,
+quadrant experiments, demos and studies (JSON), any other CSV, and plots (SVG, or PNG where there is no SVG of the same
+name).
 """
 
 import base64
@@ -35,7 +36,9 @@ _CAPTIONS = {
 }
 
 
-def write_report(folder: str | os.PathLike, output: str | os.PathLike | None = None, *, title: str | None = None) -> str:
+def write_report(
+    folder: str | os.PathLike, output: str | os.PathLike | None = None, *, title: str | None = None
+) -> str:
     """Writes the report of ``folder`` and returns its path.
 
     Args:
@@ -52,7 +55,9 @@ def write_report(folder: str | os.PathLike, output: str | os.PathLike | None = N
     output = os.path.join(folder, NAME) if output is None else os.fspath(output)
     sections = _sections(folder, _files(folder))
     if not sections:
-        raise ValueError(f"seal_ops.report: folder must hold results (JSON, CSV) or plots (SVG, PNG), got none in {folder}")
+        raise ValueError(
+            f"seal_ops.report: folder must hold results (JSON, CSV) or plots (SVG, PNG), got none in {folder}"
+        )
     title = title or os.path.basename(os.path.abspath(folder))
     body, contents = [], []
     for i, (heading, parts) in enumerate(sections):
@@ -234,7 +239,7 @@ def _quadrants(content):
     lengths = [cell["length"] for cell in next(iter(content["accuracy"].values()))]
     rows = [(name, *(_cell(cell) for cell in cells)) for name, cells in content["accuracy"].items()]
     sizes = ", ".join(f"{len(units)} {name}" for name, units in content["units"].items())
-    note = f"<p>Heads by the sign of their removal's effect on {content['measure']} at every length: {html.escape(sizes)}.</p>"
+    note = f"<p>Heads by the sign of their removal's effect on {content['measure']} at every length: {html.escape(sizes)}.</p>"  # noqa: E501
     return note + _table(("", *(f"{n} tokens" for n in lengths)), rows)
 
 
@@ -279,7 +284,7 @@ def _evaluations(evaluations):
         if wrong:
             shown = [(r["length"], r["index"], r["score"], r["answer"], r["output"]) for r in wrong[:MOST_WRONG]]
             table = _table(("tokens", "case", "score", "expected", "written"), shown, text=(3, 4))
-            summary = f"{evaluation.name or name}, {evaluation.task}: {len(wrong)} of {len(evaluation.records)} cases not right"
+            summary = f"{evaluation.name or name}, {evaluation.task}: {len(wrong)} of {len(evaluation.records)} cases not right"  # noqa: E501
             yield f"<details><summary>{html.escape(summary)}, the first {len(shown)}</summary>{table}</details>"
 
 

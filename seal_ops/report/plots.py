@@ -1,8 +1,8 @@
 """Plots of evaluations and of learned scales, readable in print, in grey and by colour-blind readers.
 
 Series differ in colour (Okabe and Ito's palette), marker and line style; heat maps (cividis, or purple to orange around
-zero) carry their numbers.  Every function writes PNG, SVG or PDF by the suffix of ``path`` (one, or a list), each file in
-one step, and keeps no state of matplotlib's.
+zero) carry their numbers.  Every function writes PNG, SVG or PDF by the suffix of ``path`` (one, or a list), each file
+in one step, and keeps no state of matplotlib's.
 """
 
 import os
@@ -136,7 +136,9 @@ def depth_by_length(evaluation: Evaluation, path, *, bins: int = 5, title: str |
     """
     depths = sorted({record.get("depth") for record in evaluation.records}, key=lambda d: -1 if d is None else d)
     if not depths or depths[0] is None:
-        raise ValueError(f"seal_ops.plots.depth_by_length: evaluation must have a depth for every case, {evaluation.task} has none")
+        raise ValueError(
+            f"seal_ops.plots.depth_by_length: evaluation must have a depth for every case, {evaluation.task} has none"
+        )
     if len(depths) <= 11:
         rows, labels = depths, [f"{d:.0%}" for d in depths]
         row_of = rows.index
@@ -161,25 +163,31 @@ def depth_by_length(evaluation: Evaluation, path, *, bins: int = 5, title: str |
     save(fig, path)
 
 
-def head_influence(panels: Mapping[str, Sequence[Sequence[float]]], path, *, label: str, title: str | None = None) -> None:
+def head_influence(
+    panels: Mapping[str, Sequence[Sequence[float]]], path, *, label: str, title: str | None = None
+) -> None:
     """Heat maps layers x heads of what a head's removal changes, one panel an entry, on one colour scale.
 
     Args:
-        panels: ``{title: grid}`` as :meth:`seal_ops.experiments.head_importance.HeadImportance.grid` gives them; NaN stays white.
+        panels: ``{title: grid}`` as :meth:`seal_ops.experiments.head_importance.HeadImportance.grid` gives them; NaN
+            stays white.
         label: what the colours measure, with its unit.
     """
     heads = max(len(row) for grid in panels.values() for row in grid)
     layers = max(len(grid) for grid in panels.values())
     size = max(0.14, min(0.62, 9 / heads))
     fig, axes = figure(
-        len(panels), width=len(panels) * (0.9 + heads * size) + 1.0, height=1.6 + layers * min(size, 0.42), squeeze=False
+        len(panels),
+        width=len(panels) * (0.9 + heads * size) + 1.0,
+        height=1.6 + layers * min(size, 0.42),
+        squeeze=False,
     )
     known = [abs(v) for grid in panels.values() for row in grid for v in row if v == v]
     extreme = max([*known, 1e-9])
     for ax, (name, grid) in zip(axes[0], panels.items(), strict=True):
         rows = [[*row, *[float("nan")] * (heads - len(row))] for row in grid]
         image = _heat(
-            fig, ax, rows, range(heads), range(len(rows)), limits=extreme, fmt="{:+.2g}", numbers=heads <= 12 and layers <= 24,
+            fig, ax, rows, range(heads), range(len(rows)), limits=extreme, fmt="{:+.2g}", numbers=heads <= 12 and layers <= 24,  # noqa: E501
             label=label if ax is axes[0][-1] else None,
         )  # fmt: skip
         image.axes.invert_yaxis()  # the first layer at the bottom, as models are drawn
@@ -249,7 +257,9 @@ def cost(rows: Sequence[Mapping], path, *, title: str | None = None) -> None:
     ]
     kinds = [kind for kind in kinds if any(row.get(kind[0]) for row in rows)]
     names = [row["name"] for row in rows]
-    fig, axes = figure(len(kinds), width=1.0 + 2.5 * len(kinds), height=1.1 + 0.4 * len(rows), squeeze=False, sharey=True)
+    fig, axes = figure(
+        len(kinds), width=1.0 + 2.5 * len(kinds), height=1.1 + 0.4 * len(rows), squeeze=False, sharey=True
+    )
     for ax, (key, label, unit, fmt) in zip(axes[0], kinds, strict=True):
         values = [(row.get(key) or 0) / unit for row in rows]
         bars = ax.barh(names, values, color=[_nth(COLOURS, i) for i in range(len(rows))], height=0.62)
@@ -267,7 +277,8 @@ def cost(rows: Sequence[Mapping], path, *, title: str | None = None) -> None:
 
 
 def _heat(fig, ax, values, columns, rows, *, limits, fmt, label, numbers=True):
-    """A heat map with labelled cells; ``limits`` is (low, high), or one number for a scale around 0 in both directions."""
+    """A heat map with labelled cells; ``limits`` is (low, high), or one number for a scale around 0 in both
+    directions."""
     from matplotlib.colors import SymLogNorm
 
     if isinstance(limits, tuple):

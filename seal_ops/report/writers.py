@@ -1,4 +1,5 @@
 """The files of every kind of result: JSON, CSV, plots, and tables for the terminal."""
+
 import json
 import os
 from collections.abc import Mapping
@@ -92,7 +93,7 @@ def describe_agreement(found) -> str:
     """Spearman's correlations in one line."""
     both = found.agreement()
     parts = [f"{rho:.2f} at {length}" for length, rho in both["gradient_ablation"].items()]
-    text = f"   gradient and ablation (scale x{found.settings['factor']:g}), Spearman: {', '.join(parts) or 'not measured'}"
+    text = f"   gradient and ablation (scale x{found.settings['factor']:g}), Spearman: {', '.join(parts) or 'not measured'}"  # noqa: E501
     across = [f"{rho:.2f} between {pair.replace(',', ' and ')}" for pair, rho in both["lengths"].items()]
     return text + (f"; ablation {', '.join(across)} tokens" if across else "")
 
@@ -104,7 +105,13 @@ def write_quadrants(
     cells = {name: evaluation.cells() for name, evaluation in results.items()}
     of_groups = {name: [units[i] for i in group] for name, group in groups.items()}
     origin = next((evaluation.provenance for evaluation in results.values()), {})
-    content = {"kind": "seal_ops.quadrants", "measure": measure, "units": of_groups, "accuracy": cells, "provenance": origin}
+    content = {
+        "kind": "seal_ops.quadrants",
+        "measure": measure,
+        "units": of_groups,
+        "accuracy": cells,
+        "provenance": origin,
+    }
     atomic_write(os.path.join(output, "quadrants.json"), json.dumps(content, indent=1) + "\n")
     title = f"Harmful heads down, helpful heads up ({len(groups['harmful'])} and {len(groups['helpful'])})"
     plots.accuracy_by_length(list(results.values()), files(output, "quadrants"), title=title)

@@ -71,7 +71,8 @@ def make(name: str, **options) -> Task:
 
 
 def get(task) -> Task:
-    """The task of a name, of ``"documents:FILE.jsonl"``, of ``"module:Class"`` (a task of one's own), or the task itself.
+    """The task of a name, of ``"documents:FILE.jsonl"``, of ``"module:Class"`` (a task of one's own), or the task
+    itself.
 
     Raises:
         ValueError: no task of that name; the message lists the names.
@@ -87,12 +88,14 @@ def get(task) -> Task:
         try:
             found = getattr(importlib.import_module(module), attribute)
         except (ImportError, AttributeError) as error:
-            raise ValueError(f"seal_ops.tasks.get: task {task!r} must name an importable module:Class, got {error}") from None
+            raise ValueError(
+                f"seal_ops.tasks.get: task {task!r} must name an importable module:Class, got {error}"
+            ) from None
         found = found() if isinstance(found, type) else found
         if isinstance(found, Task):
             return found
     raise ValueError(
-        f"seal_ops.tasks.get: task must be one of {', '.join(_TASKS)}, 'documents:FILE', a Task or 'module:Class', got {task!r}"
+        f"seal_ops.tasks.get: task must be one of {', '.join(_TASKS)}, 'documents:FILE', a Task or 'module:Class', got {task!r}"  # noqa: E501
     )
 
 

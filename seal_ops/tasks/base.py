@@ -1,7 +1,7 @@
 """What a task is: generated prompts that fill a token length, their answers, and how an output is scored.
 
-A task is one class in one file.  It writes the text for a number of ``units`` (lines, sentences, paragraphs, whatever it
-repeats) and scores an output; finding the number of units that fills a token length, the chat format, the label mask
+A task is one class in one file.  It writes the text for a number of ``units`` (lines, sentences, paragraphs, whatever
+it repeats) and scores an output; finding the number of units that fills a token length, the chat format, the label mask
 and the seeds are done here, for any tokenizer::
 
     class Colours(Task):
@@ -180,12 +180,16 @@ class Encoder:
             if start < 0:
                 if message.get("role") != "assistant":
                     continue  # templates leave out or rewrite what they please of the others
-                raise ValueError(f"{where}: the chat template must keep what the assistant says, got {said[:60]!r} without it")
+                raise ValueError(
+                    f"{where}: the chat template must keep what the assistant says, got {said[:60]!r} without it"
+                )
             end = start + len(said)
             if message.get("role") == "assistant" and said:
                 inside = [i for i, (a, b) in enumerate(places) if a < end and b > start]
                 last = behind = inside[-1]
-                while behind + 1 < len(ids) and ids[behind] not in marks and not text[end : places[behind + 1][0]].strip():
+                while (
+                    behind + 1 < len(ids) and ids[behind] not in marks and not text[end : places[behind + 1][0]].strip()
+                ):
                     behind += 1
                 if ids[behind] in marks:
                     last = behind
@@ -225,7 +229,9 @@ class Encoder:
         unknown = getattr(self.tokenizer, "unk_token_id", None)
         if unknown is not None and unknown in sample.input_ids:
             pieces = re.findall(r"\s*\S+", sample.prompt + " " + sample.answer)
-            lost = next((p for p in dict.fromkeys(pieces) if unknown in self._encode(p, special=False)), "its chat format")
+            lost = next(
+                (p for p in dict.fromkeys(pieces) if unknown in self._encode(p, special=False)), "its chat format"
+            )
             raise ValueError(
                 f"{self.caller}: the tokenizer {_name(self.tokenizer)} needs a token for every word of the task, "
                 f"got the unknown token for {lost.strip()!r}"
@@ -235,8 +241,8 @@ class Encoder:
         score = task.score(sample, text)
         if score < 1:
             raise ValueError(
-                f"{self.caller}: the answer {sample.answer[:80]!r}, in the tokens of {_name(self.tokenizer)} and read as an "
-                f"output is (up to {task.stop!r}, without special tokens), must score 1, got {score:g} for {text[:80]!r}"
+                f"{self.caller}: the answer {sample.answer[:80]!r}, in the tokens of {_name(self.tokenizer)} and read as an "  # noqa: E501
+                f"output is (up to {task.stop!r}, without special tokens), must score 1, got {score:g} for {text[:80]!r}"  # noqa: E501
             )
 
 
@@ -252,7 +258,8 @@ class Task:
         unit: what one unit is called in messages.
         max_new_tokens: the most that an output may be long.
         room: tokens kept free behind the answer within the length.
-        stop: an answer ends at this text (leading white space and reasoning apart) besides the end token; None for never.
+        stop: an answer ends at this text (leading white space and reasoning apart) besides the end token; None for
+            never.
     """
 
     name = ""
@@ -305,7 +312,8 @@ class Task:
             progress: draw a bar; None draws where stderr is a terminal.
 
         Raises:
-            ValueError: the length is too short for one unit, or the tokenizer cannot write an answer (:meth:`Encoder.check`).
+            ValueError: the length is too short for one unit, or the tokenizer cannot write an answer
+                (:meth:`Encoder.check`).
         """
         if split not in SPLITS:
             raise ValueError(f"seal_ops.tasks.{self.name}: split must be one of {', '.join(SPLITS)}, got {split!r}")
@@ -357,6 +365,6 @@ class Task:
         if best is None:
             needed = len(draw(1)) + self.room
             raise ValueError(
-                f"seal_ops.tasks.{self.name}: length must be at least {needed} tokens to hold one {self.unit}, got {length}"
+                f"seal_ops.tasks.{self.name}: length must be at least {needed} tokens to hold one {self.unit}, got {length}"  # noqa: E501
             )
         return best

@@ -28,12 +28,13 @@ class DocumentQA(Task):
         path: the file.
         prompt: a template with ``{context}`` and ``{question}``.
         held_out: share of the documents that belong to the split "test", with all questions about them. Which they are
-            depends on their text only, so that a file that grows keeps its split. 0 and 1 put all into "train" or "test".
+            depends on their text only, so that a file that grows keeps its split. 0 and 1 put all into "train" or
+            "test".
         max_new_tokens: longest output; an answer that is longer is refused when it is evaluated.
 
     ``length`` is a limit here, not a target: a document that is too long loses its middle, as in LongBench, and a short
-    one is taken as it is.  The score is LongBench's word F1 with the best of the answers.  ``meta``: ``row`` (line of the
-    file, from 1), ``answers``, ``kept`` (share of the document's words in the prompt).
+    one is taken as it is.  The score is LongBench's word F1 with the best of the answers.  ``meta``: ``row`` (line of
+    the file, from 1), ``answers``, ``kept`` (share of the document's words in the prompt).
     """
 
     name = "documents"
@@ -42,11 +43,15 @@ class DocumentQA(Task):
 
     def __init__(self, path, prompt: str = PROMPT, held_out: float = 0.5, max_new_tokens: int = 100):
         if "{context}" not in prompt or "{question}" not in prompt:
-            raise ValueError(f"seal_ops.tasks.documents: prompt must contain {{context}} and {{question}}, got {prompt[:60]!r}")
+            raise ValueError(
+                f"seal_ops.tasks.documents: prompt must contain {{context}} and {{question}}, got {prompt[:60]!r}"
+            )
         if not 0 <= held_out <= 1:
             raise ValueError(f"seal_ops.tasks.documents: held_out must be in [0, 1], got {held_out!r}")
         if not isinstance(max_new_tokens, int) or max_new_tokens < 1:
-            raise ValueError(f"seal_ops.tasks.documents: max_new_tokens must be an integer of at least 1, got {max_new_tokens!r}")
+            raise ValueError(
+                f"seal_ops.tasks.documents: max_new_tokens must be an integer of at least 1, got {max_new_tokens!r}"
+            )
         self.path, self.prompt, self.held_out = os.fspath(path), prompt, held_out
         self.max_new_tokens = max_new_tokens
         # Part of an evaluation's settings: a file that changed cannot be resumed.
@@ -64,7 +69,7 @@ class DocumentQA(Task):
         rows = self.rows(split)
         if samples > len(rows):
             raise ValueError(
-                f"seal_ops.tasks.documents: samples must be at most {len(rows)} (the rows of split {split!r} in {self.path}), "
+                f"seal_ops.tasks.documents: samples must be at most {len(rows)} (the rows of split {split!r} in {self.path}), "  # noqa: E501
                 f"got {samples}"
             )
         # Another seed takes other rows, a longer list starts with the shorter one.
@@ -86,7 +91,9 @@ class DocumentQA(Task):
             prompt = self.prompt.replace("{question}", row["input"]).replace("{context}", context.strip())
             prompt_ids, answer_ids = encoder(prompt, row["answers"][0])
             share = kept / max(len(words), 1)
-            return Sample(prompt_ids, answer_ids, prompt, row["answers"][0], {**meta, "answers": row["answers"], "kept": share})
+            return Sample(
+                prompt_ids, answer_ids, prompt, row["answers"][0], {**meta, "answers": row["answers"], "kept": share}
+            )
 
         whole = draw(len(words))
         if len(whole) + self.room <= length:
@@ -94,7 +101,7 @@ class DocumentQA(Task):
         low, high, best = 0, len(words), draw(0)
         if len(best) + self.room > length:
             raise ValueError(
-                f"seal_ops.tasks.documents: length must be at least {len(best) + self.room} tokens for the question in line "
+                f"seal_ops.tasks.documents: length must be at least {len(best) + self.room} tokens for the question in line "  # noqa: E501
                 f"{meta['row']} of {self.path}, got {length}"
             )
         while high - low > 1:
@@ -139,12 +146,18 @@ def _read(path, changed, size):
             try:
                 row = json.loads(line)
             except ValueError as error:
-                raise ValueError(f"seal_ops.tasks.documents: {path}, line {number} must be a JSON object, got {error}") from None
+                raise ValueError(
+                    f"seal_ops.tasks.documents: {path}, line {number} must be a JSON object, got {error}"
+                ) from None
             texts = isinstance(row, dict) and all(isinstance(row.get(key), str) for key in ("context", "input"))
             answers = row.get("answers") if texts else None
-            if not answers or not isinstance(answers, list) or not all(isinstance(a, str) and a.strip() for a in answers):
+            if (
+                not answers
+                or not isinstance(answers, list)
+                or not all(isinstance(a, str) and a.strip() for a in answers)
+            ):
                 raise ValueError(
-                    f"seal_ops.tasks.documents: {path}, line {number} must have the texts context and input and a list of answers, "
+                    f"seal_ops.tasks.documents: {path}, line {number} must have the texts context and input and a list of answers, "  # noqa: E501
                     f"got {sorted(row) if isinstance(row, dict) else type(row).__name__}"
                 )
             rows.append((number, row))

@@ -1,8 +1,8 @@
 """Filler text, and the base of tasks that hide sentences in it.
 
-Two fillers, both free of rights and made here: "noise" repeats five short sentences, as passkey tests do (Mohtashami and
-Jaggi, 2023); "prose" writes sentences from a small grammar, so that no two paragraphs are equal and none says anything
-about the world that a model could know.
+Two fillers, both free of rights and made here: "noise" repeats five short sentences, as passkey tests do (Mohtashami
+and Jaggi, 2023); "prose" writes sentences from a small grammar, so that no two paragraphs are equal and none says
+anything about the world that a model could know.
 """
 
 import random
@@ -18,18 +18,43 @@ NOISE = (
 )
 
 _PEOPLE = (
-    "the ferryman", "an old teacher", "the baker's niece", "a travelling clockmaker", "the new librarian",
-    "her neighbour", "a group of students", "the captain", "his younger brother", "the gardener", "a tired postman",
-    "the two painters", "the mayor", "a quiet visitor", "the night nurse", "the carpenter",
+    "the ferryman",
+    "an old teacher",
+    "the baker's niece",
+    "a travelling clockmaker",
+    "the new librarian",
+    "her neighbour",
+    "a group of students",
+    "the captain",
+    "his younger brother",
+    "the gardener",
+    "a tired postman",
+    "the two painters",
+    "the mayor",
+    "a quiet visitor",
+    "the night nurse",
+    "the carpenter",
 )
 _DEEDS = (
-    "walked along the harbour", "repaired the wooden gate", "waited for the morning train", "counted the empty chairs",
-    "wrote a long letter", "carried the boxes upstairs", "listened to the rain", "talked about the harvest",
-    "looked for a missing glove", "closed the shutters", "painted the fence again", "sat under the chestnut tree",
-    "bought bread and salt", "told the same story twice", "crossed the narrow bridge", "forgot to lock the shed",
+    "walked along the harbour",
+    "repaired the wooden gate",
+    "waited for the morning train",
+    "counted the empty chairs",
+    "wrote a long letter",
+    "carried the boxes upstairs",
+    "listened to the rain",
+    "talked about the harvest",
+    "looked for a missing glove",
+    "closed the shutters",
+    "painted the fence again",
+    "sat under the chestnut tree",
+    "bought bread and salt",
+    "told the same story twice",
+    "crossed the narrow bridge",
+    "forgot to lock the shed",
 )
 _TIMES = (
-    "before sunrise", "late in the evening", "on the first day of spring", "after the meeting", "during the long winter",
+    "before sunrise", "late in the evening", "on the first day of spring", "after the meeting", "during the long winter",  # noqa: E501
     "while the kettle boiled", "as soon as the fog lifted", "for the third time that week", "a little after noon",
     "when nobody was looking", "between two showers", "at the end of the market",
 )  # fmt: skip
@@ -62,8 +87,8 @@ class Haystack(Task):
 
     Args:
         filler: "prose" or "noise".
-        depths: sample ``i`` is asked for a fact at depth ``(i mod depths) / (depths - 1)``: 0 is the text's start, 1 its
-            end. One depth means the middle.
+        depths: sample ``i`` is asked for a fact at depth ``(i mod depths) / (depths - 1)``: 0 is the text's start, 1
+            its end. One depth means the middle.
 
     A subclass defines :meth:`hide`.
     """

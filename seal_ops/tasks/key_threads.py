@@ -35,13 +35,17 @@ class KeyThreads(Task):
         if not isinstance(hops, int) or not 1 <= hops <= 100:
             raise ValueError(f"seal_ops.tasks.threads: hops must be an integer from 1 to 100, got {hops!r}")
         if direction not in DIRECTIONS:
-            raise ValueError(f"seal_ops.tasks.threads: direction must be one of {', '.join(DIRECTIONS)}, got {direction!r}")
+            raise ValueError(
+                f"seal_ops.tasks.threads: direction must be one of {', '.join(DIRECTIONS)}, got {direction!r}"
+            )
         self.hops, self.direction = hops, direction
 
     def write(self, rng, units, *, index, split):
         most = (len(ADJECTIVES) * len(NOUNS) - self.hops - 1) // 2
         if units > most:
-            raise ValueError(f"seal_ops.tasks.threads: length must ask for at most {most} pairs (distinct words), got {units}")
+            raise ValueError(
+                f"seal_ops.tasks.threads: length must ask for at most {most} pairs (distinct words), got {units}"
+            )
         drawn = rng.sample(range(len(ADJECTIVES) * len(NOUNS)), 2 * units + self.hops + 1)
         words = [f"{ADJECTIVES[k // len(NOUNS)]}-{NOUNS[k % len(NOUNS)]}" for k in drawn]
         thread = words[: self.hops + 1]
@@ -49,7 +53,9 @@ class KeyThreads(Task):
         links = list(zip(thread, thread[1:], strict=False))
         order = {"forward": links, "backward": links[::-1], "random": rng.sample(links, len(links))}[self.direction]
         places = sorted((rng.random() for _ in links), reverse=True)
-        for place, link in zip(places, reversed(order), strict=True):  # from the back: an insertion moves no later place
+        for place, link in zip(
+            places, reversed(order), strict=True
+        ):  # from the back: an insertion moves no later place
             pairs.insert(round(place * units), link)
         record = "{\n" + ",\n".join(f"{json.dumps(k)}: {json.dumps(v)}" for k, v in pairs) + "\n}\n"
         meta = {

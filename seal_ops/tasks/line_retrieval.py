@@ -1,7 +1,7 @@
 """Line retrieval in the wording of LongEval (Li et al., 2023): the value of one line among as many as fit.
 
-The wording is LongEval's, keys are drawn from :mod:`seal_ops.tasks.vocabulary`.  An output is right when its last run of
-digits is the number, as LongEval scores it.
+The wording is LongEval's, keys are drawn from :mod:`seal_ops.tasks.vocabulary`.  An output is right when its last run
+of digits is the number, as LongEval scores it.
 """
 
 import re
@@ -12,12 +12,10 @@ from .vocabulary import ADJECTIVES, NOUNS
 HEADER = (
     "Below is a record of lines I want you to remember. Each line begins with 'line <line index>' and contains a "
     "'<REGISTER_CONTENT>' at the end of the line as a numerical value. For each line index, memorize its corresponding "
-    "<REGISTER_CONTENT>. At the end of the record, I will ask you to retrieve the corresponding <REGISTER_CONTENT> of a "
+    "<REGISTER_CONTENT>. At the end of the record, I will ask you to retrieve the corresponding <REGISTER_CONTENT> of a "  # noqa: E501
     "certain line index. Now the record start:\n\n"
 )
-QUESTION = (
-    "\nNow the record is over. Tell me what is the <REGISTER_CONTENT> in line {key}? I need the number.\n"
-)
+QUESTION = "\nNow the record is over. Tell me what is the <REGISTER_CONTENT> in line {key}? I need the number.\n"
 ANSWER = "The <REGISTER_CONTENT> in line {key} is {number}."
 MAX_NUMBER = 50_000
 
@@ -25,8 +23,8 @@ MAX_NUMBER = 50_000
 class LineRetrieval(Task):
     """``line {adjective}-{noun}: REGISTER_CONTENT is <{1..50000}>``, and the question for one of the lines.
 
-    ``meta``: ``key``, ``number``, ``line`` (which line was asked, from 0), ``depth`` (its place in [0, 1]: 0 is the first
-    line, farthest from the question).
+    ``meta``: ``key``, ``number``, ``line`` (which line was asked, from 0), ``depth`` (its place in [0, 1]: 0 is the
+    first line, farthest from the question).
     """
 
     name = "lines"
@@ -35,7 +33,7 @@ class LineRetrieval(Task):
     def write(self, rng, units, *, index, split):
         if units > len(ADJECTIVES) * len(NOUNS):
             raise ValueError(
-                f"seal_ops.tasks.lines: length must ask for at most {len(ADJECTIVES) * len(NOUNS)} lines (distinct keys), "
+                f"seal_ops.tasks.lines: length must ask for at most {len(ADJECTIVES) * len(NOUNS)} lines (distinct keys), "  # noqa: E501
                 f"got {units} lines"
             )
         line = int(rng.random() * units)

@@ -23,9 +23,7 @@ ANSWERS = "The special magic numbers for {key} mentioned in the provided text ar
 
 def draw_keys(rng, split: str, count: int) -> list[str]:
     """``count`` distinct keys ``{adjective}-{noun}``; training and test share none."""
-    pairs = [
-        (a, n) for a in range(len(ADJECTIVES)) for n in range(len(NOUNS)) if (a + n) % 2 == (split == "test")
-    ]
+    pairs = [(a, n) for a in range(len(ADJECTIVES)) for n in range(len(NOUNS)) if (a + n) % 2 == (split == "test")]
     return [f"{ADJECTIVES[a]}-{NOUNS[n]}" for a, n in rng.sample(pairs, count)]
 
 

@@ -1,7 +1,8 @@
-"""Needle in a haystack as SEAL (arXiv 2501.15225) trains it: an invented sentence in filler, and a question for its end.
+"""Needle in a haystack as SEAL (arXiv 2501.15225) trains it: an invented sentence in filler, and a question for its
+end.
 
-A needle starts with what the question asks and ends with the answer, and nothing of it is knowledge of the world.  Towns,
-and with them needles, of test samples never occur in training.
+A needle starts with what the question asks and ends with the answer, and nothing of it is knowledge of the world.
+Towns, and with them needles, of test samples never occur in training.
 """
 
 from .haystack import Haystack
@@ -19,8 +20,41 @@ WHO = (
     "lighthouse keeper", "night watchman", "chief astronomer", "bridge builder", "youngest judge", "retired pilot",
     "clock repairer", "royal gardener", "map maker", "piano tuner",
 )  # fmt: skip
-_START = ("Bran", "Cal", "Dor", "Elm", "Fen", "Gar", "Hol", "Ist", "Kel", "Lor", "Mar", "Nor", "Ost", "Pel", "Quen", "Rav")
-_END = ("bury", "dale", "eth", "ford", "gate", "heim", "low", "mere", "ness", "ova", "pool", "ridge", "stow", "ton", "wick")
+_START = (
+    "Bran",
+    "Cal",
+    "Dor",
+    "Elm",
+    "Fen",
+    "Gar",
+    "Hol",
+    "Ist",
+    "Kel",
+    "Lor",
+    "Mar",
+    "Nor",
+    "Ost",
+    "Pel",
+    "Quen",
+    "Rav",
+)
+_END = (
+    "bury",
+    "dale",
+    "eth",
+    "ford",
+    "gate",
+    "heim",
+    "low",
+    "mere",
+    "ness",
+    "ova",
+    "pool",
+    "ridge",
+    "stow",
+    "ton",
+    "wick",
+)
 
 
 class Needle(Haystack):

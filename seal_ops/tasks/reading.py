@@ -1,4 +1,6 @@
-"""How an output is read, from token ids to the text that is scored: the same for a label and for what a model writes."""
+"""How an output is read, from token ids to the text that is scored: the same for a label and for what a model
+writes."""
+
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
@@ -7,7 +9,8 @@ OPEN, CLOSE = "<think>", "</think>"  # around what a model writes for itself bef
 
 
 def read_output(tokenizer, ids: Sequence[int], ends: Collection[int], stop: str | None, opened: bool = False) -> str:
-    """The answer in an output: up to the first id of ``ends``, decoded without special tokens, and then :func:`final_answer`."""
+    """The answer in an output: up to the first id of ``ends``, decoded without special tokens, and then
+    :func:`final_answer`."""
     cut = next((i for i, token in enumerate(ids) if token in ends), None)
     return final_answer(tokenizer.decode(ids[:cut], skip_special_tokens=True), stop, opened)
 

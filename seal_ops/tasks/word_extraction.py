@@ -43,7 +43,9 @@ class CommonWords(Task):
         pool = [f"{ADJECTIVES[k // len(NOUNS)]}-{NOUNS[k % len(NOUNS)]}" for k in rng.sample(range(distinct), distinct)]
         words, rest = pool[: self.common], pool[self.common :]
         if units > RARE * len(rest):
-            raise ValueError(f"seal_ops.tasks.words: length must ask for at most {RARE * len(rest)} entries, got {units}")
+            raise ValueError(
+                f"seal_ops.tasks.words: length must ask for at most {RARE * len(rest)} entries, got {units}"
+            )
         rare = [rest[i // RARE] for i in range(units)]
         entries = words * repeats + rare
         rng.shuffle(entries)

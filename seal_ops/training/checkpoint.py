@@ -1,4 +1,5 @@
 """The checkpoint of a training run: one safetensors file with values, optimiser, random state and losses."""
+
 from __future__ import annotations
 
 import os

@@ -1,4 +1,5 @@
 """Batches of samples, for our loop and for transformers' ``Trainer``."""
+
 import os
 from collections.abc import Sequence
 
@@ -14,12 +15,12 @@ class Collator:
     Args:
         pad_token_id: what fills the padding; masked, so that any id will do.
         label_positions_only: also pass ``logits_to_keep`` and ``shift_labels``, so that the model computes logits where
-            there are labels and nowhere else.  None for true, except where ``Trainer`` would spread a batch over several
-            GPUs by ``nn.DataParallel``, which cuts every tensor along its first dimension.
+            there are labels and nowhere else.  None for true, except where ``Trainer`` would spread a batch over
+            several GPUs by ``nn.DataParallel``, which cuts every tensor along its first dimension.
         tokenizer, chat_template, chat_template_kwargs: for samples that are text: see :func:`.samples.to_rows`.
 
-    Samples are those of :func:`.samples.to_rows`: of a task, token ids with labels, texts or conversations. Returns tensors
-    ``input_ids``, ``attention_mask``, ``labels`` ``[B, S]`` (int64), and with ``label_positions_only``
+    Samples are those of :func:`.samples.to_rows`: of a task, token ids with labels, texts or conversations. Returns
+    tensors ``input_ids``, ``attention_mask``, ``labels`` ``[B, S]`` (int64), and with ``label_positions_only``
     ``logits_to_keep`` ``[K]`` (positions whose next token is a label in some row) and ``shift_labels`` ``[B, K]``.
     ``Trainer`` needs ``remove_unused_columns=False``.
     """

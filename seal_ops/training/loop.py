@@ -6,6 +6,7 @@ the label positions alone: at 31k tokens and a vocabulary of 32k the full ones w
 The same parameters train inside transformers' ``Trainer``: give it a list of samples, :class:`seal_ops.Collator` and
 ``remove_unused_columns=False``.
 """
+
 import contextlib
 import functools
 import hashlib
@@ -87,8 +88,8 @@ def train(
     Args:
         model: a causal language model with scales attached (:func:`seal_ops.attach`), or a frozen one with another
             adapter (PEFT), which then needs ``lr``.
-        samples: samples of a task (:mod:`seal_ops.tasks`), or dicts, in a list or a ``datasets.Dataset``: token ids with
-            labels, prompt and answer, conversations or texts; see :func:`seal_ops.training.samples.to_rows`.
+        samples: samples of a task (:mod:`seal_ops.tasks`), or dicts, in a list or a ``datasets.Dataset``: token ids
+            with labels, prompt and answer, conversations or texts; see :func:`seal_ops.training.samples.to_rows`.
         tokenizer, chat_template, chat_template_kwargs: for samples that are text.
         lr: constant learning rate; None for the paper's: 1e-2 (head) or 2e-2 (channel).  It is worth a search: see
             docs/training.md.
@@ -112,7 +113,8 @@ def train(
         A :class:`TrainResult`.
 
     Raises:
-        ValueError: nothing to train, scales that are not fp32, no samples, a bad setting, or a checkpoint of another run.
+        ValueError: nothing to train, scales that are not fp32, no samples, a bad setting, or a checkpoint of another
+            run.
         RuntimeError: a trained parameter without a finite gradient at the first step (it is named), or a loss that is
             not finite.
     """
@@ -276,7 +278,7 @@ def _trained(model, scales) -> dict[str, torch.nn.Parameter]:
                 raise ValueError(f"seal_ops.train: every scale must require gradients, got layer {layer}'s frozen")
             if scale.dtype not in (torch.float32, torch.float64):
                 raise ValueError(
-                    f"seal_ops.train: scales must be torch.float32 (near 1 a 16-bit step is larger than the optimiser's), "
+                    f"seal_ops.train: scales must be torch.float32 (near 1 a 16-bit step is larger than the optimiser's), "  # noqa: E501
                     f"got {scale.dtype} in layer {layer}"
                 )
     return trained
@@ -287,7 +289,7 @@ def _check_gradients(trained):
         if parameter.grad is None or not torch.isfinite(parameter.grad).all():
             got = "no gradient" if parameter.grad is None else "a gradient that is not finite"
             raise RuntimeError(
-                f"seal_ops.train: every trained parameter needs a finite gradient at the first step, got {got} for {name}"
+                f"seal_ops.train: every trained parameter needs a finite gradient at the first step, got {got} for {name}"  # noqa: E501
                 + (" (with gradient checkpointing, use_reentrant must be False)" if parameter.grad is None else "")
             )
 
@@ -298,7 +300,9 @@ def _writable(folder):
         if not os.access(folder, os.W_OK):
             raise PermissionError(13, "no permission to write")
     except OSError as error:
-        raise OSError(f"seal_ops.train: output_dir must be a writable folder, got {folder} ({error.strerror})") from None
+        raise OSError(
+            f"seal_ops.train: output_dir must be a writable folder, got {folder} ({error.strerror})"
+        ) from None
     return os.fspath(folder)
 
 

@@ -2,6 +2,8 @@
 
 from ..adapters.model_card import METHODS
 
-NAMES = {granularity: name for granularity, (name, _) in METHODS.items()}  # what the paper calls scales of a granularity
+NAMES = {
+    granularity: name for granularity, (name, _) in METHODS.items()
+}  # what the paper calls scales of a granularity
 GRANULARITIES = {name: granularity for granularity, name in NAMES.items()}
 LEARNING_RATES = {"SEAL-H": 1e-2, "SEAL-C": 2e-2, "LoRA": 2e-4, "DoRA": 2e-4}

@@ -1,4 +1,5 @@
 """What is trained on, in any of the usual forms: samples of a task, token ids with labels, texts, conversations."""
+
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
@@ -31,7 +32,8 @@ def to_rows(
 
     An item is a :class:`seal_ops.tasks.Sample` or a dict with
 
-    * ``input_ids`` and, where not all of them are trained, ``labels``; what an ``attention_mask`` leaves out is dropped;
+    * ``input_ids`` and, where not all of them are trained, ``labels``; what an ``attention_mask`` leaves out is
+      dropped;
     * ``prompt`` and ``answer`` (or ``completion``), texts; the answer is trained;
     * ``messages``, a conversation; what the assistant says is trained, with the token that ends its turn;
     * ``text``; all of it is trained.

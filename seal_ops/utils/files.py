@@ -1,6 +1,7 @@
 """Files that are replaced in one step: a reader sees the old content or the new, never half of it.
 
-What a process leaves that was killed inside a write is removed by the next write of the same machine into the same folder.
+What a process leaves that was killed inside a write is removed by the next write of the same machine into the same
+folder.
 """
 
 import contextlib
@@ -23,8 +24,8 @@ _OLD = 86_400  # seconds after which no write can still be going on
 def replacing(path):
     """Yields the path of an empty file to write; it takes the place of ``path`` if nothing was raised.
 
-    The file lies in a folder of its own beside ``path``, for what writes it may need temporary files itself (safetensors
-    does).  The parent folder is created.  Raises ``OSError`` naming the path where it cannot be written.
+    The file lies in a folder of its own beside ``path``, for what writes it may need temporary files itself
+    (safetensors does).  The parent folder is created.  Raises ``OSError`` naming the path where it cannot be written.
     """
     path = os.fspath(path)
     with replacing_files(os.path.dirname(path) or ".", os.path.basename(path)) as folder:

@@ -7,7 +7,8 @@ import torch
 
 
 class Pieces:
-    """Runs work on pieces of at most ``size`` items; where one does not fit into the GPU's memory, on halves from then on.
+    """Runs work on pieces of at most ``size`` items; where one does not fit into the GPU's memory, on halves from then
+    on.
 
     Args:
         size: items of a piece at first.
@@ -18,7 +19,8 @@ class Pieces:
         self.size, self.call = size, call
 
     def run(self, items: Sequence, work: Callable[[Sequence], object]) -> Iterator[tuple[Sequence, object]]:
-        """Yields ``(piece, work(piece))`` in order. Raises what ``work`` raises, and OutOfMemoryError for a single item."""
+        """Yields ``(piece, work(piece))`` in order. Raises what ``work`` raises, and OutOfMemoryError for a single
+        item."""
         start = 0
         while start < len(items):
             piece = items[start : start + self.size]
@@ -32,7 +34,8 @@ class Pieces:
                 self.size = len(piece) // 2
                 torch.cuda.empty_cache()
                 warnings.warn(
-                    f"{self.call}: {len(piece)} at once do not fit into the GPU's memory; going on with {self.size}", stacklevel=3
+                    f"{self.call}: {len(piece)} at once do not fit into the GPU's memory; going on with {self.size}",
+                    stacklevel=3,
                 )
                 continue
             start += len(piece)

@@ -20,13 +20,14 @@ def resume(load: Callable[[object], Result], output, settings: dict, call: str) 
     found = load(output)
     if names := differing(found.settings, settings):
         raise ValueError(
-            f"{call}: output {output} must come from the same model and settings to resume, got another {', '.join(names)}"
+            f"{call}: output {output} must come from the same model and settings to resume, got another {', '.join(names)}"  # noqa: E501
         )
     return found
 
 
 def load_result(kind: type[Result], path, what: str) -> Result:
-    """A dataclass from the JSON that its ``save`` wrote, which may hold more; ``ValueError`` where it is no ``what``."""
+    """A dataclass from the JSON that its ``save`` wrote, which may hold more; ``ValueError`` where it is no
+    ``what``."""
     fields = dataclasses.fields(kind)
     with open(path, encoding="utf-8") as file:
         try:

@@ -1,4 +1,5 @@
 """Shared by the tests of adapters."""
+
 import pytest
 import torch
 from families import FAMILIES, randomise

@@ -1,4 +1,5 @@
 """The files of an adapter: damaged ones, those of other models, and saves that fail or are killed."""
+
 import json
 import os
 import shutil
@@ -35,33 +36,60 @@ def tamper(folder, change):
 FIRST = "layers.0.scale"
 
 
-@pytest.mark.parametrize("damage, error, message", [
-    (lambda f: (f / CONFIG_FILE).unlink(), FileNotFoundError, "save_directory must hold adapter_config.json"),
-    (lambda f: (f / WEIGHTS_FILE).unlink(), FileNotFoundError, "save_directory must hold adapter_model.safetensors"),
-    (lambda f: (f / CONFIG_FILE).write_text("{"), ValueError, "must be JSON"),
-    (lambda f: (f / CONFIG_FILE).write_text("[]"), ValueError, "must be a JSON object, got list"),
-    (lambda f: (f / WEIGHTS_FILE).write_bytes(b"\x80\x04pickle"), ValueError, "must be a safetensors file"),
-    (lambda f: os.truncate(f / WEIGHTS_FILE, 200), ValueError, "must be a safetensors file"),
-    (lambda f: edit(f, peft_type="LORA"), ValueError, "must have peft_type 'SEAL', got 'LORA'"),
-    (lambda f: edit(f, format_version=3), ValueError, "must have format_version 1 to 2, got 3"),
-    (lambda f: edit(f, granularity="layer"), ValueError, "must have granularity 'head' or 'channel', got 'layer'"),
-    (lambda f: edit(f, layers=[0]), ValueError, "layers, num_heads and head_dim of one length, got 1, 2, 2"),
-    (lambda f: edit(f, layers=[0, -1]), ValueError, r"layers as a list of integers of at least 0, got \[0, -1\]"),
-    (lambda f: edit(f, layers=[False, True]), ValueError,
-     r"layers as a list of integers of at least 0, got \[False, True\]"),
-    (lambda f: edit(f, layers=[0, 0]), ValueError, r"every layer once in layers, got \[0, 0\]"),
-    (lambda f: edit(f, head_dim=[16, "16"]), ValueError, "head_dim as a list of integers of at least 1, got"),
-    (lambda f: edit(f, granularity="head"), ValueError,
-     r"layers.0.scale must be float32 of shape \[4\], got .*\[4, 16\]"),
-    (lambda f: edit(f, model_type="mistral"), ValueError, "adapter for model type 'llama', got one for 'mistral'"),
-    (lambda f: tamper(f, lambda t: t.pop(FIRST)), ValueError, r"got missing \['layers.0.scale'\] and unexpected \[\]"),
-    (lambda f: tamper(f, lambda t: t.update(x=torch.ones(1))), ValueError, r"unexpected \['x'\]"),
-    (lambda f: tamper(f, lambda t: t.update({FIRST: torch.ones(4, 15)})), ValueError,
-     r"of shape \[4, 16\], got .*\[4, 15\]"),
-    (lambda f: tamper(f, lambda t: t.update({FIRST: torch.ones(4, 16).bfloat16()})), ValueError,
-     "float32 .*, got torch.bfloat16"),
-    (lambda f: tamper(f, lambda t: t[FIRST].fill_(float("nan"))), ValueError, "must be finite, got NaN or infinity"),
-])
+@pytest.mark.parametrize(
+    "damage, error, message",
+    [
+        (lambda f: (f / CONFIG_FILE).unlink(), FileNotFoundError, "save_directory must hold adapter_config.json"),
+        (
+            lambda f: (f / WEIGHTS_FILE).unlink(),
+            FileNotFoundError,
+            "save_directory must hold adapter_model.safetensors",
+        ),
+        (lambda f: (f / CONFIG_FILE).write_text("{"), ValueError, "must be JSON"),
+        (lambda f: (f / CONFIG_FILE).write_text("[]"), ValueError, "must be a JSON object, got list"),
+        (lambda f: (f / WEIGHTS_FILE).write_bytes(b"\x80\x04pickle"), ValueError, "must be a safetensors file"),
+        (lambda f: os.truncate(f / WEIGHTS_FILE, 200), ValueError, "must be a safetensors file"),
+        (lambda f: edit(f, peft_type="LORA"), ValueError, "must have peft_type 'SEAL', got 'LORA'"),
+        (lambda f: edit(f, format_version=3), ValueError, "must have format_version 1 to 2, got 3"),
+        (lambda f: edit(f, granularity="layer"), ValueError, "must have granularity 'head' or 'channel', got 'layer'"),
+        (lambda f: edit(f, layers=[0]), ValueError, "layers, num_heads and head_dim of one length, got 1, 2, 2"),
+        (lambda f: edit(f, layers=[0, -1]), ValueError, r"layers as a list of integers of at least 0, got \[0, -1\]"),
+        (
+            lambda f: edit(f, layers=[False, True]),
+            ValueError,
+            r"layers as a list of integers of at least 0, got \[False, True\]",
+        ),
+        (lambda f: edit(f, layers=[0, 0]), ValueError, r"every layer once in layers, got \[0, 0\]"),
+        (lambda f: edit(f, head_dim=[16, "16"]), ValueError, "head_dim as a list of integers of at least 1, got"),
+        (
+            lambda f: edit(f, granularity="head"),
+            ValueError,
+            r"layers.0.scale must be float32 of shape \[4\], got .*\[4, 16\]",
+        ),
+        (lambda f: edit(f, model_type="mistral"), ValueError, "adapter for model type 'llama', got one for 'mistral'"),
+        (
+            lambda f: tamper(f, lambda t: t.pop(FIRST)),
+            ValueError,
+            r"got missing \['layers.0.scale'\] and unexpected \[\]",
+        ),
+        (lambda f: tamper(f, lambda t: t.update(x=torch.ones(1))), ValueError, r"unexpected \['x'\]"),
+        (
+            lambda f: tamper(f, lambda t: t.update({FIRST: torch.ones(4, 15)})),
+            ValueError,
+            r"of shape \[4, 16\], got .*\[4, 15\]",
+        ),
+        (
+            lambda f: tamper(f, lambda t: t.update({FIRST: torch.ones(4, 16).bfloat16()})),
+            ValueError,
+            "float32 .*, got torch.bfloat16",
+        ),
+        (
+            lambda f: tamper(f, lambda t: t[FIRST].fill_(float("nan"))),
+            ValueError,
+            "must be finite, got NaN or infinity",
+        ),
+    ],
+)
 def test_damaged_adapters(saved, damage, error, message):
     damage(saved)
     model = LLAMA.build()
@@ -71,12 +99,23 @@ def test_damaged_adapters(saved, damage, error, message):
     assert_untouched(model)
 
 
-@pytest.mark.parametrize("family, overrides, message", [
-    ("llama", dict(num_hidden_layers=1), r"must be an adapter for the 1 attention layers \[0\], got one with layer 1"),
-    ("llama", dict(num_attention_heads=8, head_dim=16), "8 heads of 16 channels in layer 0, got one for 4 heads of 16"),
-    ("llama", dict(head_dim=8), "4 heads of 8 channels in layer 0, got one for 4 heads of 16"),
-    ("mistral", {}, "must be an adapter for model type 'mistral', got one for 'llama'"),
-])
+@pytest.mark.parametrize(
+    "family, overrides, message",
+    [
+        (
+            "llama",
+            dict(num_hidden_layers=1),
+            r"must be an adapter for the 1 attention layers \[0\], got one with layer 1",
+        ),
+        (
+            "llama",
+            dict(num_attention_heads=8, head_dim=16),
+            "8 heads of 16 channels in layer 0, got one for 4 heads of 16",
+        ),
+        ("llama", dict(head_dim=8), "4 heads of 8 channels in layer 0, got one for 4 heads of 16"),
+        ("mistral", {}, "must be an adapter for model type 'mistral', got one for 'llama'"),
+    ],
+)
 def test_adapter_for_another_model(saved, family, overrides, message):
     model = FAMILIES[family].build(**overrides)
     with pytest.raises(ValueError, match=message):
@@ -108,23 +147,61 @@ def test_a_failing_save_keeps_the_old_files(saved, monkeypatch):
 
 # -- every field, every kind of wrong value --------------------------------------------------------------------------
 
-FIELDS = ("peft_type", "format_version", "seal_ops_version", "granularity", "layers", "num_heads", "head_dim",
-          "model_type", "base_model_name_or_path")
+FIELDS = (
+    "peft_type",
+    "format_version",
+    "seal_ops_version",
+    "granularity",
+    "layers",
+    "num_heads",
+    "head_dim",
+    "model_type",
+    "base_model_name_or_path",
+)
 MISSING = object()
 NESTED = "[" * 100_000
 VALUES = {
-    "missing": MISSING, "null": None, "true": True, "false": False, "text": "x", "empty text": "", "number": 1.5,
-    "integer": 7, "nan": float("nan"), "infinity": float("inf"), "huge": 10**30, "negative": -1, "list": [],
-    "object": {}, "list of one": [0], "of text": ["0", "1"], "of bools": [False, True], "of floats": [0.0, 1.0],
-    "of nan": [float("nan")] * 2, "of null": [None] * 2,
-    "negatives": [-1, 0], "twice": [0, 0], "huge layer": [0, 10**30], "huge numbers": [10**30] * 2, "zeros": [0, 0],
-    "lists": [[0], [1]], "long": list(range(5000)), "long text": "y" * 100_000,
+    "missing": MISSING,
+    "null": None,
+    "true": True,
+    "false": False,
+    "text": "x",
+    "empty text": "",
+    "number": 1.5,
+    "integer": 7,
+    "nan": float("nan"),
+    "infinity": float("inf"),
+    "huge": 10**30,
+    "negative": -1,
+    "list": [],
+    "object": {},
+    "list of one": [0],
+    "of text": ["0", "1"],
+    "of bools": [False, True],
+    "of floats": [0.0, 1.0],
+    "of nan": [float("nan")] * 2,
+    "of null": [None] * 2,
+    "negatives": [-1, 0],
+    "twice": [0, 0],
+    "huge layer": [0, 10**30],
+    "huge numbers": [10**30] * 2,
+    "zeros": [0, 0],
+    "lists": [[0], [1]],
+    "long": list(range(5000)),
+    "long text": "y" * 100_000,
 }
 # What a field may well hold; the rest is refused.
-ALLOWED = {("seal_ops_version", "text"), ("seal_ops_version", "empty text"), ("seal_ops_version", "long text"),
-           ("base_model_name_or_path", "null"), ("base_model_name_or_path", "text"),
-           ("base_model_name_or_path", "empty text"), ("base_model_name_or_path", "long text"),
-           ("model_type", "null"), ("model_type", "empty text")}
+ALLOWED = {
+    ("seal_ops_version", "text"),
+    ("seal_ops_version", "empty text"),
+    ("seal_ops_version", "long text"),
+    ("base_model_name_or_path", "null"),
+    ("base_model_name_or_path", "text"),
+    ("base_model_name_or_path", "empty text"),
+    ("base_model_name_or_path", "long text"),
+    ("model_type", "null"),
+    ("model_type", "empty text"),
+}
 
 
 def refused(model, folder):
@@ -158,9 +235,21 @@ def test_every_field_with_a_wrong_value(saved, untouched_model, field, kind):
 
 
 @pytest.mark.parametrize("field", FIELDS)
-@pytest.mark.parametrize("text", [NESTED, '{"a": ' * 100_000, "9" * 5000, "1e999999",
-                                  "\ud800".encode("utf-8", "surrogatepass"),
-                                  b"\xff\xfe", "'x'", "//", ""], ids=lambda text: repr(text)[:12])
+@pytest.mark.parametrize(
+    "text",
+    [
+        NESTED,
+        '{"a": ' * 100_000,
+        "9" * 5000,
+        "1e999999",
+        "\ud800".encode("utf-8", "surrogatepass"),
+        b"\xff\xfe",
+        "'x'",
+        "//",
+        "",
+    ],
+    ids=lambda text: repr(text)[:12],
+)
 def test_every_field_with_what_is_no_json(saved, untouched_model, field, text):
     content = json.loads((saved / CONFIG_FILE).read_text())
     content[field] = "HERE"
@@ -177,15 +266,25 @@ def test_every_field_twice(saved, untouched_model, field):
     refused(untouched_model, saved)
 
 
-@pytest.mark.parametrize("change", [
-    lambda t, n: t.pop(n), lambda t, n: t.update({n: t[n].half()}), lambda t, n: t.update({n: t[n].double()}),
-    lambda t, n: t.update({n: t[n].int()}), lambda t, n: t.update({n: t[n] > 0}),
-    lambda t, n: t.update({n: t[n].T.contiguous()}), lambda t, n: t.update({n: t[n][:, 0].contiguous()}),
-    lambda t, n: t.update({n: t[n][None]}),
-    lambda t, n: t.update({n: torch.zeros(0)}), lambda t, n: t.update({n: torch.tensor(1.0)}),
-    lambda t, n: t[n].view(-1)[-1:].fill_(float("inf")), lambda t, n: t[n].view(-1)[3:4].fill_(float("nan")),
-    lambda t, n: t.update({n + "x": t.pop(n)}), lambda t, n: t.update({"layers.7.scale": t[n].clone()}),
-])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda t, n: t.pop(n),
+        lambda t, n: t.update({n: t[n].half()}),
+        lambda t, n: t.update({n: t[n].double()}),
+        lambda t, n: t.update({n: t[n].int()}),
+        lambda t, n: t.update({n: t[n] > 0}),
+        lambda t, n: t.update({n: t[n].T.contiguous()}),
+        lambda t, n: t.update({n: t[n][:, 0].contiguous()}),
+        lambda t, n: t.update({n: t[n][None]}),
+        lambda t, n: t.update({n: torch.zeros(0)}),
+        lambda t, n: t.update({n: torch.tensor(1.0)}),
+        lambda t, n: t[n].view(-1)[-1:].fill_(float("inf")),
+        lambda t, n: t[n].view(-1)[3:4].fill_(float("nan")),
+        lambda t, n: t.update({n + "x": t.pop(n)}),
+        lambda t, n: t.update({"layers.7.scale": t[n].clone()}),
+    ],
+)
 @pytest.mark.parametrize("name", ["layers.0.scale", "layers.1.scale"])
 def test_every_tensor_with_a_wrong_value(saved, untouched_model, name, change):
     tamper(saved, lambda tensors: change(tensors, name))
@@ -212,12 +311,14 @@ def test_a_folder_in_the_place_of_a_file(saved, untouched_model):
 
 # -- saves that are killed -------------------------------------------------------------------------------------------
 
+
 def killed_after(number, function):
     """Runs ``function`` in a child that dies, without clean-up, at its ``number``-th step on disk; False if it ends."""
     child = os.fork()
     if child == 0:
         import builtins
         import tempfile
+
         left = [number]
 
         def dying(real):
@@ -226,6 +327,7 @@ def killed_after(number, function):
                 if left[0] == 0:
                     os._exit(9)
                 return real(*args, **kwargs)
+
             return step
 
         builtins.open, tempfile.mkdtemp = dying(open), dying(tempfile.mkdtemp)
@@ -266,5 +368,7 @@ def test_a_killed_save_leaves_the_old_adapter_or_the_new(saved, granularity):
             (saved / name).write_bytes(data)
         number += 1
     assert seen == {"old", "new"} and number > 10
-    assert all(torch.equal(a, b) for a, b in zip(seal_ops.load(LLAMA.build(), saved).values().values(),
-                                                  scales.values().values()))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(seal_ops.load(LLAMA.build(), saved).values().values(), scales.values().values())
+    )

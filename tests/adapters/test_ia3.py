@@ -1,4 +1,5 @@
 """PEFT's (IA)^3 files, in and out."""
+
 import pytest
 import torch
 import transformers
@@ -59,12 +60,19 @@ def test_ia3_out_of_some_layers(peft, tmp_path):
     assert close(logits(adapted, tokens()), logits(model, tokens()))
 
 
-@pytest.mark.parametrize("targets, message", [
-    (dict(target_modules=["k_proj", "o_proj"], feedforward_modules=["o_proj"]),
-     r"must scale only the output projection \(o_proj\) .*k_proj.ia3_l"),
-    (dict(target_modules=["o_proj"], feedforward_modules=[]),
-     r"of shape \[1, 64\] .*, got torch.float32 of shape \[64, 1\]"),
-])
+@pytest.mark.parametrize(
+    "targets, message",
+    [
+        (
+            dict(target_modules=["k_proj", "o_proj"], feedforward_modules=["o_proj"]),
+            r"must scale only the output projection \(o_proj\) .*k_proj.ia3_l",
+        ),
+        (
+            dict(target_modules=["o_proj"], feedforward_modules=[]),
+            r"of shape \[1, 64\] .*, got torch.float32 of shape \[64, 1\]",
+        ),
+    ],
+)
 def test_other_ia3_adapters_are_refused(peft, targets, message, tmp_path):
     ia3(peft, LLAMA.build(), **targets).save_pretrained(tmp_path)
     model = LLAMA.build()
@@ -92,10 +100,12 @@ def test_load_points_to_the_importer(peft, tmp_path):
 @pytest.mark.parametrize("granularity", ["head", "channel"])
 def test_ia3_of_projections_of_other_names(peft, granularity, tmp_path):
     """GPT-2's c_proj: a Conv1D whose name the MLP's has too."""
+
     def build():
         torch.manual_seed(0)
-        config = transformers.GPT2Config(vocab_size=97, n_embd=64, n_layer=2, n_head=4, n_positions=64,
-                                         initializer_range=0.2)
+        config = transformers.GPT2Config(
+            vocab_size=97, n_embd=64, n_layer=2, n_head=4, n_positions=64, initializer_range=0.2
+        )
         return transformers.GPT2LMHeadModel(config).eval()
 
     model = build()

@@ -1,4 +1,5 @@
 """Merging: what becomes of the weights, what is refused, and that nothing is half written."""
+
 import pytest
 import torch
 import transformers
@@ -55,11 +56,14 @@ def overflow(model):
     model.seal_scales.layers["1"].scale.data.fill_(1e6)
 
 
-@pytest.mark.parametrize("change, message", [
-    (quantise, "layers.1.self_attn.o_proj must be a plain torch.nn.Linear in 16 or more bits, got Quantised"),
-    (share, "layers.1.self_attn.o_proj must have a weight of its own, got a weight that two layers share"),
-    (overflow, "layers.1.self_attn.o_proj must stay finite in torch.float16, got scales that overflow it"),
-])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (quantise, "layers.1.self_attn.o_proj must be a plain torch.nn.Linear in 16 or more bits, got Quantised"),
+        (share, "layers.1.self_attn.o_proj must have a weight of its own, got a weight that two layers share"),
+        (overflow, "layers.1.self_attn.o_proj must stay finite in torch.float16, got scales that overflow it"),
+    ],
+)
 def test_refused_merges_change_nothing(change, message):
     model = LLAMA.build()
     randomise(seal_ops.attach(model, "head"))
@@ -77,6 +81,7 @@ def projections(model):
 
 def prune(model):
     from torch.nn.utils import prune
+
     for projection in projections(model):
         prune.l1_unstructured(projection, "weight", 0.3)
 
@@ -98,12 +103,15 @@ def parametrized(model):
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 @pytest.mark.parametrize("when", ["before attach", "after attach"])
-@pytest.mark.parametrize("change, message", [
-    (prune, "o_proj must have its weight as a parameter, got one that is computed anew"),
-    (weight_norm, "o_proj must have its weight as a parameter, got one that is computed anew"),
-    (spectral_norm, "o_proj must have its weight as a parameter, got one that is computed anew"),
-    (parametrized, "o_proj must be a plain torch.nn.Linear .*got ParametrizedLinear"),
-])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (prune, "o_proj must have its weight as a parameter, got one that is computed anew"),
+        (weight_norm, "o_proj must have its weight as a parameter, got one that is computed anew"),
+        (spectral_norm, "o_proj must have its weight as a parameter, got one that is computed anew"),
+        (parametrized, "o_proj must be a plain torch.nn.Linear .*got ParametrizedLinear"),
+    ],
+)
 def test_a_weight_that_is_computed_is_refused(change, message, when):
     model = LLAMA.build()
     if when == "before attach":
@@ -121,6 +129,7 @@ def test_a_weight_that_is_computed_is_refused(change, message, when):
 def test_an_interrupted_merge_can_go_on(interrupted, monkeypatch):
     """Killed by the user in any layer, the model computes what it did, and a second merge finishes."""
     from seal_ops.adapters import merging
+
     model = LLAMA.build(num_hidden_layers=3)
     scales = seal_ops.attach(model, "channel")
     randomise(scales)
@@ -174,21 +183,49 @@ def gpt2():
 
 
 def neox():
-    return transformers.GPTNeoXConfig(vocab_size=97, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
-                                      num_attention_heads=4, initializer_range=0.2)
+    return transformers.GPTNeoXConfig(
+        vocab_size=97,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        initializer_range=0.2,
+    )
 
 
 def opt():
-    return transformers.OPTConfig(vocab_size=97, hidden_size=64, ffn_dim=96, num_hidden_layers=2, num_attention_heads=4,
-                                  max_position_embeddings=64, word_embed_proj_dim=64, init_std=0.2)
+    return transformers.OPTConfig(
+        vocab_size=97,
+        hidden_size=64,
+        ffn_dim=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=64,
+        word_embed_proj_dim=64,
+        init_std=0.2,
+    )
 
 
 def gated():
     return transformers.Qwen3NextConfig(
-        vocab_size=97, hidden_size=64, intermediate_size=96, num_hidden_layers=4, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=16, num_experts=2, num_experts_per_tok=1, moe_intermediate_size=32,
-        shared_expert_intermediate_size=32, linear_num_key_heads=2, linear_num_value_heads=2, linear_key_head_dim=16,
-        linear_value_head_dim=16, initializer_range=0.2, pad_token_id=0)
+        vocab_size=97,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        num_experts=2,
+        num_experts_per_tok=1,
+        moe_intermediate_size=32,
+        shared_expert_intermediate_size=32,
+        linear_num_key_heads=2,
+        linear_num_value_heads=2,
+        linear_key_head_dim=16,
+        linear_value_head_dim=16,
+        initializer_range=0.2,
+        pad_token_id=0,
+    )
 
 
 @pytest.mark.filterwarnings("ignore:seal_ops.attach")

@@ -1,4 +1,5 @@
 """Scales and PEFT's adapters on one model, in either order."""
+
 import warnings
 
 import pytest
@@ -27,8 +28,9 @@ def test_together_with_lora(peft):
 
 
 def lora(peft, model, *modules, **options):
-    config = peft.LoraConfig(r=2, target_modules=list(modules), task_type="CAUSAL_LM", init_lora_weights=False,
-                             **options)
+    config = peft.LoraConfig(
+        r=2, target_modules=list(modules), task_type="CAUSAL_LM", init_lora_weights=False, **options
+    )
     return peft.get_peft_model(model, config).eval()
 
 
@@ -169,6 +171,7 @@ def test_prompt_tuning(peft):
 @pytest.mark.parametrize("order", ["attach first", "LoRA first"])
 def test_a_run_that_trains_both_saves_both(peft, order, tmp_path):
     from seal_ops.tasks.base import Sample
+
     model = LLAMA.build()
     if order == "attach first":
         scales = seal_ops.attach(model, "channel")

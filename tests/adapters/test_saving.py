@@ -1,4 +1,5 @@
 """What is saved and loaded of a model with scales through the model's own verbs, on one process and on several."""
+
 import copy
 import json
 import pickle
@@ -69,8 +70,9 @@ def test_pushing_the_model_pushes_the_scales(tmp_path, monkeypatch):
     """``push_to_hub=True`` uploads from a folder in which the scales are."""
     pushed = []
 
-    def push(self, repo_id, *, commit_message=None, private=None, token=None, revision=None, create_pr=False,
-             **options):
+    def push(
+        self, repo_id, *, commit_message=None, private=None, token=None, revision=None, create_pr=False, **options
+    ):
         folder = tmp_path / f"pushed-{len(pushed)}"
         self.save_pretrained(folder)
         pushed.append((repo_id, private, (folder / "seal_scales" / "default" / CONFIG_FILE).exists()))
@@ -109,7 +111,7 @@ def test_a_card_is_written_and_ones_own_is_kept(tmp_path):
     assert (tmp_path / CARD_FILE).read_text() == "mine"
 
 
-@pytest.mark.parametrize("name, expected", [("org/model-7b", "base_model: \"org/model-7b\"\n"), ("/data/model", None)])
+@pytest.mark.parametrize("name, expected", [("org/model-7b", 'base_model: "org/model-7b"\n'), ("/data/model", None)])
 def test_only_a_name_on_the_hub_is_a_cards_base_model(tmp_path, name, expected):
     model = LLAMA.build()
     model.config._name_or_path = name
@@ -154,6 +156,7 @@ def test_deepspeeds_partitions_are_gathered(tmp_path, monkeypatch):
     """A stand-in for DeepSpeed's ZeRO-3: parameters are empty but inside its context."""
     import sys
     import types
+
     model, _ = build("head")
     whole = {id(p): p.data for p in model.seal_scales.parameters()}
 
@@ -218,8 +221,10 @@ def test_layers_are_named_as_in_the_model(tmp_path):
     old.mkdir()
     (old / CONFIG_FILE).write_text(json.dumps({**content, "format_version": 1, "layers": [0, 1]}))
     import safetensors.torch
-    safetensors.torch.save_file({f"layers.{rank}.scale": expected[n] for rank, n in enumerate((1, 3))},
-                                old / "adapter_model.safetensors")
+
+    safetensors.torch.save_file(
+        {f"layers.{rank}.scale": expected[n] for rank, n in enumerate((1, 3))}, old / "adapter_model.safetensors"
+    )
     for folder in (tmp_path, old):
         loaded = seal_ops.load(model, folder)
         assert {n: s.tolist() for n, s in loaded.items()} == {n: s.tolist() for n, s in expected.items()}
@@ -227,7 +232,18 @@ def test_layers_are_named_as_in_the_model(tmp_path):
 
 
 def hybrid():
-    return transformers.JambaConfig(vocab_size=97, hidden_size=64, intermediate_size=96, num_hidden_layers=4,
-                                    num_attention_heads=4, num_key_value_heads=2, attn_layer_period=2,
-                                    attn_layer_offset=1, num_experts=1, mamba_d_state=4, mamba_dt_rank=4,
-                                    use_mamba_kernels=False, pad_token_id=0)
+    return transformers.JambaConfig(
+        vocab_size=97,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        attn_layer_period=2,
+        attn_layer_offset=1,
+        num_experts=1,
+        mamba_d_state=4,
+        mamba_dt_rank=4,
+        use_mamba_kernels=False,
+        pad_token_id=0,
+    )

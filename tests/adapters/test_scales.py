@@ -1,4 +1,5 @@
 """The scales as an object: parameters, casting, frameworks, rows, and the refusals of attach."""
+
 import copy
 
 import pytest
@@ -15,6 +16,7 @@ LLAMA = FAMILIES["llama"]
 
 
 # -- parameters ------------------------------------------------------------------------------------------------------
+
 
 def test_only_trainable_parameters():
     model = LLAMA.build()
@@ -42,9 +44,11 @@ def test_layers_that_are_not_named_have_no_scale():
     assert torch.equal(logits(model, tokens()), with_both) and not close(with_both, base)
 
 
-@pytest.mark.parametrize("cast", [lambda m: m.to(torch.bfloat16), lambda m: m.half(),
-                                  lambda m: m.to("cpu", torch.float64)],
-                         ids=["bfloat16", "half", "float64"])
+@pytest.mark.parametrize(
+    "cast",
+    [lambda m: m.to(torch.bfloat16), lambda m: m.half(), lambda m: m.to("cpu", torch.float64)],
+    ids=["bfloat16", "half", "float64"],
+)
 def test_casting_the_model_keeps_the_scales_in_fp32(cast):
     model = LLAMA.build()
     scales = seal_ops.attach(model, "channel")
@@ -80,6 +84,7 @@ def test_autocast():
 
 # -- frameworks ------------------------------------------------------------------------------------------------------
 
+
 def test_model_save_pretrained_stays_plain(tmp_path):
     model = LLAMA.build()
     own = logits(model, tokens())
@@ -98,9 +103,19 @@ def test_inside_the_trainer(tmp_path):
     base = {n: p.clone() for n, p in model.named_parameters() if not n.startswith("seal_scales")}
     samples = [dict(input_ids=row, labels=row) for row in tokens(4, 16)]
     arguments = transformers.TrainingArguments(
-        str(tmp_path), max_steps=3, per_device_train_batch_size=2, learning_rate=1e-2, lr_scheduler_type="constant",
-        weight_decay=0.0, report_to=[], use_cpu=True, save_strategy="no", disable_tqdm=True,
-        gradient_checkpointing=True, gradient_checkpointing_kwargs=dict(use_reentrant=False))
+        str(tmp_path),
+        max_steps=3,
+        per_device_train_batch_size=2,
+        learning_rate=1e-2,
+        lr_scheduler_type="constant",
+        weight_decay=0.0,
+        report_to=[],
+        use_cpu=True,
+        save_strategy="no",
+        disable_tqdm=True,
+        gradient_checkpointing=True,
+        gradient_checkpointing_kwargs=dict(use_reentrant=False),
+    )
     trainer = transformers.Trainer(model, arguments, train_dataset=samples)
     trainer.train()
     assert trainer.get_num_trainable_parameters() == 2 * 4 * 16
@@ -109,6 +124,7 @@ def test_inside_the_trainer(tmp_path):
 
 
 # -- rows ------------------------------------------------------------------------------------------------------------
+
 
 def test_rows_take_mappings_restore_and_carry_gradients():
     model = LLAMA.build()
@@ -126,12 +142,17 @@ def test_rows_take_mappings_restore_and_carry_gradients():
         assert close(logits(model, tokens()), expected)
 
 
-@pytest.mark.parametrize("rows, message", [
-    (torch.ones(3, 2, 4), r"seal_ops.Scales.rows: rows must have 2 entries, one a layer, got 3"),
-    ({5: torch.ones(2, 4)}, r"seal_ops.Scales.rows: layers must be among \[0, 1\], got 5"),
-    ({0: torch.ones(2, 3)},
-     r"seal_ops.Scales.rows: rows of layer 0 must have shape \[B, 4\] or \[B, 4, 16\], got \[2, 3, 1\]"),
-])
+@pytest.mark.parametrize(
+    "rows, message",
+    [
+        (torch.ones(3, 2, 4), r"seal_ops.Scales.rows: rows must have 2 entries, one a layer, got 3"),
+        ({5: torch.ones(2, 4)}, r"seal_ops.Scales.rows: layers must be among \[0, 1\], got 5"),
+        (
+            {0: torch.ones(2, 3)},
+            r"seal_ops.Scales.rows: rows of layer 0 must have shape \[B, 4\] or \[B, 4, 16\], got \[2, 3, 1\]",
+        ),
+    ],
+)
 def test_bad_rows(rows, message):
     scales = seal_ops.attach(LLAMA.build(), "head")
     with pytest.raises(ValueError, match=message), scales.rows(rows):
@@ -140,13 +161,17 @@ def test_bad_rows(rows, message):
 
 # -- refusals of attach ----------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("arguments, message", [
-    (dict(granularity="layer"), "granularity must be 'head' or 'channel', got 'layer'"),
-    (dict(layers=[0, 2]), r"layers must be indices from 0 to 1, got \[0, 2\]"),
-    (dict(layers=[]), r"layers must be indices from 0 to 1, got \[\]"),
-    (dict(backend="cuda"), "cuda"),
-    (dict(backend="tpu"), "tpu"),
-])
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (dict(granularity="layer"), "granularity must be 'head' or 'channel', got 'layer'"),
+        (dict(layers=[0, 2]), r"layers must be indices from 0 to 1, got \[0, 2\]"),
+        (dict(layers=[]), r"layers must be indices from 0 to 1, got \[\]"),
+        (dict(backend="cuda"), "cuda"),
+        (dict(backend="tpu"), "tpu"),
+    ],
+)
 def test_bad_arguments(arguments, message):
     model = LLAMA.build()
     with pytest.raises(ValueError, match=message):
@@ -157,8 +182,12 @@ def test_bad_arguments(arguments, message):
 
 def test_attached_twice_and_not_at_all(tmp_path):
     model = LLAMA.build()
-    for call in (seal_ops.detach, seal_ops.merge, lambda m: seal_ops.disabled(m).__enter__(),
-                 lambda m: export_ia3(m, tmp_path)):
+    for call in (
+        seal_ops.detach,
+        seal_ops.merge,
+        lambda m: seal_ops.disabled(m).__enter__(),
+        lambda m: export_ia3(m, tmp_path),
+    ):
         with pytest.raises(ValueError, match="model must have scales attached, this LlamaForCausalLM has none"):
             call(model)
     scales = seal_ops.attach(model)
@@ -182,9 +211,19 @@ def test_a_shared_config_object_is_refused():
 
 
 def gpt_oss():
-    return transformers.GptOssForCausalLM(transformers.GptOssConfig(
-        vocab_size=97, hidden_size=64, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=16, num_local_experts=2, num_experts_per_tok=1))
+    return transformers.GptOssForCausalLM(
+        transformers.GptOssConfig(
+            vocab_size=97,
+            hidden_size=64,
+            intermediate_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=16,
+            num_local_experts=2,
+            num_experts_per_tok=1,
+        )
+    )
 
 
 def bloom():
@@ -209,13 +248,16 @@ class Homemade(nn.Module):
         return self.attention.o_proj(torch.zeros(*input_ids.shape, 8))
 
 
-@pytest.mark.parametrize("build, message", [
-    (gpt_oss, "seal_ops.attach: model must have attention without attention sinks, GptOssAttention passes s_aux"),
-    (bloom, "transformers' attention registry, BloomForCausalLM has no module that takes part in it"),
-    (lambda: nn.Linear(3, 3), "transformers' attention registry, Linear has no module that takes part in it"),
-    (Homemade, "transformers' attention registry, Homemade has no module that takes part in it"),
-    (weightless, "model must have its weights loaded, found parameters on the meta device"),
-])
+@pytest.mark.parametrize(
+    "build, message",
+    [
+        (gpt_oss, "seal_ops.attach: model must have attention without attention sinks, GptOssAttention passes s_aux"),
+        (bloom, "transformers' attention registry, BloomForCausalLM has no module that takes part in it"),
+        (lambda: nn.Linear(3, 3), "transformers' attention registry, Linear has no module that takes part in it"),
+        (Homemade, "transformers' attention registry, Homemade has no module that takes part in it"),
+        (weightless, "model must have its weights loaded, found parameters on the meta device"),
+    ],
+)
 def test_models_without_a_known_seam(build, message):
     model = build()
     with pytest.raises(ValueError, match=message):

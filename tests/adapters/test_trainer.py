@@ -1,4 +1,5 @@
 """transformers' Trainer with scales: resuming, the best checkpoint, what is on disk, with the callback and without."""
+
 import warnings
 
 import pytest
@@ -16,9 +17,19 @@ BATCH = [dict(input_ids=row, labels=row) for row in tokens(8, 12, seed=3)]
 
 
 def trainer(folder, model, callbacks, steps=8, **options):
-    settings = dict(max_steps=steps, save_steps=4, per_device_train_batch_size=2, learning_rate=0.05, weight_decay=0.0,
-                    lr_scheduler_type="constant", report_to=[], use_cpu=True, disable_tqdm=True, logging_steps=1,
-                    seed=0)
+    settings = dict(
+        max_steps=steps,
+        save_steps=4,
+        per_device_train_batch_size=2,
+        learning_rate=0.05,
+        weight_decay=0.0,
+        lr_scheduler_type="constant",
+        report_to=[],
+        use_cpu=True,
+        disable_tqdm=True,
+        logging_steps=1,
+        seed=0,
+    )
     arguments = transformers.TrainingArguments(str(folder), **{**settings, **options})
     return transformers.Trainer(model, arguments, train_dataset=BATCH, eval_dataset=BATCH, callbacks=callbacks)
 
@@ -41,8 +52,9 @@ def test_eight_steps_are_four_and_a_resume(tmp_path, save_base_model, granularit
     whole = trained(tmp_path, [seal_ops.SealCallback(save_base_model)], granularity)
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*holds no scales")
-        resumed = trained(tmp_path, [seal_ops.SealCallback(save_base_model)], granularity,
-                          resume=str(tmp_path / "checkpoint-4"))
+        resumed = trained(
+            tmp_path, [seal_ops.SealCallback(save_base_model)], granularity, resume=str(tmp_path / "checkpoint-4")
+        )
     assert same(whole, resumed)
     assert all((scale - 1).abs().max() > 0.05 for scale in whole.values())
 
@@ -71,16 +83,28 @@ def test_a_checkpoint_without_the_base_model(tmp_path):
 def test_the_best_checkpoint_comes_back(tmp_path, save_base_model):
     model = LLAMA.build()
     scales = seal_ops.attach(model, "head")
-    run = trainer(tmp_path, model, [seal_ops.SealCallback(save_base_model)], steps=4, save_steps=1, eval_steps=1,
-                  eval_strategy="steps", load_best_model_at_end=True, metric_for_best_model="loss",
-                  greater_is_better=True, save_total_limit=1)  # the first step counts as the best one
+    run = trainer(
+        tmp_path,
+        model,
+        [seal_ops.SealCallback(save_base_model)],
+        steps=4,
+        save_steps=1,
+        eval_steps=1,
+        eval_strategy="steps",
+        load_best_model_at_end=True,
+        metric_for_best_model="loss",
+        greater_is_better=True,
+        save_total_limit=1,
+    )  # the first step counts as the best one
     run.train()
     losses = [entry["eval_loss"] for entry in run.state.log_history if "eval_loss" in entry]
     assert losses[0] == max(losses) > losses[-1]
     assert run.evaluate()["eval_loss"] == pytest.approx(losses[0], abs=1e-6)
     assert [p.name for p in tmp_path.glob("checkpoint-*")] == ["checkpoint-1"]
-    assert same({n: s.detach() for n, s in scales.items()},
-                {n: s.detach() for n, s in seal_ops.load(LLAMA.build(), tmp_path / "checkpoint-1").items()})
+    assert same(
+        {n: s.detach() for n, s in scales.items()},
+        {n: s.detach() for n, s in seal_ops.load(LLAMA.build(), tmp_path / "checkpoint-1").items()},
+    )
     run.save_model(tmp_path / "final")  # a whole model again, with plain weights
     weights = safetensors.torch.load_file(tmp_path / "final" / "model.safetensors")
     assert "model.embed_tokens.weight" in weights and not any("seal_scales" in n for n in weights)
@@ -134,5 +158,7 @@ def test_a_model_is_saved_whole_after_an_interrupted_run(tmp_path, save_base_mod
     loaded, info = type(model).from_pretrained(tmp_path / "final", output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
     assert torch.equal(loaded.model.embed_tokens.weight, model.model.embed_tokens.weight)
-    assert same({n: s.detach() for n, s in seal_ops.load(loaded, tmp_path / "final").items()},
-                {n: s.detach() for n, s in scales.items()})
+    assert same(
+        {n: s.detach() for n, s in seal_ops.load(loaded, tmp_path / "final").items()},
+        {n: s.detach() for n, s in scales.items()},
+    )

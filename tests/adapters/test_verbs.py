@@ -1,4 +1,5 @@
 """PEFT's verbs on `Scales`: named adapters, switched and mixed in a batch, the hub, and counts."""
+
 import types
 
 import pytest
@@ -80,9 +81,15 @@ def test_gradients_of_one_adapter_a_row():
     assert all(p.grad.abs().max() > 0 for p in scales.parameters())
 
 
-@pytest.mark.parametrize("selected, root, folders", [
-    (None, None, ["a", "b", "c"]), (["b"], "b", []), (["default"], "default", []), (None, "default", ["x"]),
-])
+@pytest.mark.parametrize(
+    "selected, root, folders",
+    [
+        (None, None, ["a", "b", "c"]),
+        (["b"], "b", []),
+        (["default"], "default", []),
+        (None, "default", ["x"]),
+    ],
+)
 def test_saving_and_loading_by_name(tmp_path, selected, root, folders):
     """The default or the only adapter lies in the folder itself, others in folders of their names."""
     if "x" in folders or selected == ["default"]:
@@ -102,7 +109,7 @@ def test_saving_and_loading_by_name(tmp_path, selected, root, folders):
     again = LLAMA.build()
     loaded = seal_ops.load(again, tmp_path if root else tmp_path / folders[0], adapter_name=root or folders[0])
     assert torch.equal(logits(again, tokens(5)), expected[root or folders[0]])
-    for name in folders[0 if root else 1:]:
+    for name in folders[0 if root else 1 :]:
         loaded.load_adapter(tmp_path, name, subfolder=name)
         assert torch.equal(logits(again, tokens(5)), expected[root or folders[0]]), "not activated yet"
         loaded.set_adapter(name)
@@ -148,19 +155,27 @@ def test_a_refused_load_leaves_the_scales(tmp_path, saved):
     assert torch.equal(logits(model, tokens(5)), expected["c"]) and sorted(scales.adapter_names) == ["a", "b", "c"]
 
 
-@pytest.mark.parametrize("call, message", [
-    (lambda s: s.set_adapter("nobody"), r"set_adapter: adapter_name must be among \['c', .*\], got 'nobody'"),
-    (lambda s: s.delete_adapter("c"), "delete_adapter: adapter_name must not be the active adapter, got 'c'"),
-    (lambda s: s.add_adapter("a"), "add_adapter: adapter_name must be a new name"),
-    (lambda s: s.add_adapter("base"), "add_adapter: adapter_name must be a new name"),
-    (lambda s: s.add_adapter("../up"), "add_adapter: adapter_name must be a new name"),
-    (lambda s: s.add_adapter(3), "add_adapter: adapter_name must be a new name"),
-    (lambda s: s.add_adapter("d", "layer"), "add_adapter: granularity must be 'head' or 'channel', got 'layer'"),
-    (lambda s: s.add_adapter("d", layers=[7]), r"add_adapter: layers must be indices from 0 to 1, got \[7\]"),
-    (lambda s: s.adapters_per_row(["a", "z"]).__enter__(), "adapters_per_row: adapter_names must be among .*, got 'z'"),
-    (lambda s: s.save_pretrained("x", selected_adapters=["z"]),
-     "save_pretrained: selected_adapters must be among .*'z'"),
-])
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda s: s.set_adapter("nobody"), r"set_adapter: adapter_name must be among \['c', .*\], got 'nobody'"),
+        (lambda s: s.delete_adapter("c"), "delete_adapter: adapter_name must not be the active adapter, got 'c'"),
+        (lambda s: s.add_adapter("a"), "add_adapter: adapter_name must be a new name"),
+        (lambda s: s.add_adapter("base"), "add_adapter: adapter_name must be a new name"),
+        (lambda s: s.add_adapter("../up"), "add_adapter: adapter_name must be a new name"),
+        (lambda s: s.add_adapter(3), "add_adapter: adapter_name must be a new name"),
+        (lambda s: s.add_adapter("d", "layer"), "add_adapter: granularity must be 'head' or 'channel', got 'layer'"),
+        (lambda s: s.add_adapter("d", layers=[7]), r"add_adapter: layers must be indices from 0 to 1, got \[7\]"),
+        (
+            lambda s: s.adapters_per_row(["a", "z"]).__enter__(),
+            "adapters_per_row: adapter_names must be among .*, got 'z'",
+        ),
+        (
+            lambda s: s.save_pretrained("x", selected_adapters=["z"]),
+            "save_pretrained: selected_adapters must be among .*'z'",
+        ),
+    ],
+)
 def test_wrong_names(call, message):
     _, scales, _ = three()
     with pytest.raises(ValueError, match="^seal_ops.Scales." + message):
@@ -190,8 +205,10 @@ def test_verbs_of_peft(capsys, saved):
 
 # -- the hub ---------------------------------------------------------------------------------------------------------
 
+
 def test_a_repository_is_fetched(monkeypatch, saved):
     import huggingface_hub
+
     asked = []
 
     def snapshot_download(repo_id, **options):
@@ -201,8 +218,16 @@ def test_a_repository_is_fetched(monkeypatch, saved):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     model = LLAMA.build()
     seal_ops.load(model, "user/scales", revision="v1", token="secret")
-    assert asked == [("user/scales", dict(revision="v1", token="secret", allow_patterns=[
-        "adapter_config.json", "adapter_model.safetensors", "seal_scales/*"]))]
+    assert asked == [
+        (
+            "user/scales",
+            dict(
+                revision="v1",
+                token="secret",
+                allow_patterns=["adapter_config.json", "adapter_model.safetensors", "seal_scales/*"],
+            ),
+        )
+    ]
     seal_ops.detach(model)
     with pytest.raises(FileNotFoundError, match="adapter_config.json"):
         seal_ops.load(model, "user/scales", subfolder="deeper")
@@ -211,8 +236,10 @@ def test_a_repository_is_fetched(monkeypatch, saved):
 
 def test_no_hub(monkeypatch):
     model = LLAMA.build()
-    message = ("^seal_ops.load: save_directory must be a folder or a name on the hub, got 'nobody/nothing': there is "
-               "no such folder, it is not in the cache, and the Hugging Face hub could not be reached$")
+    message = (
+        "^seal_ops.load: save_directory must be a folder or a name on the hub, got 'nobody/nothing': there is "
+        "no such folder, it is not in the cache, and the Hugging Face hub could not be reached$"
+    )
     with pytest.raises(FileNotFoundError, match=message):
         seal_ops.load(model, "nobody/nothing")
 
@@ -233,6 +260,7 @@ def test_pushing(monkeypatch, tmp_path):
     import os
 
     import huggingface_hub
+
     calls = []
 
     class Api:

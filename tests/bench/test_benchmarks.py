@@ -1,4 +1,5 @@
 """The benchmark harness on the CPU: its oracle, its gate, its registry, its files."""
+
 import csv
 import dataclasses
 import json
@@ -19,9 +20,17 @@ def test_the_block_oracle_agrees_with_the_reference(window, monkeypatch):
     k, v = torch.randn(2, 1, 150, 1, 16, dtype=torch.float64)
     scale = torch.randn(3, 16, dtype=torch.float64)
     out, lse = reference.attention(q, k, v, scale, window=window)
-    grads = reference.attention_backward(grad_out, None, q, k, v, out, lse, scale, None, needs=(True,) * 4 + (False,), window=window)
+    grads = reference.attention_backward(
+        grad_out, None, q, k, v, out, lse, scale, None, needs=(True,) * 4 + (False,), window=window
+    )
     found = gate.attention_slice(q[0], k[0, :, 0], v[0, :, 0], grad_out[0], scale, window)
-    for name, expected in (("out", out[0]), ("grad_q", grads[0][0]), ("grad_k", grads[1][0, :, 0]), ("grad_v", grads[2][0, :, 0]), ("grad_scale", grads[3])):
+    for name, expected in (
+        ("out", out[0]),
+        ("grad_q", grads[0][0]),
+        ("grad_k", grads[1][0, :, 0]),
+        ("grad_v", grads[2][0, :, 0]),
+        ("grad_scale", grads[3]),
+    ):
         torch.testing.assert_close(found[name], expected, rtol=1e-9, atol=1e-9)
 
 
@@ -29,7 +38,9 @@ def test_the_gate_sees_a_wrong_tail_and_a_nan():
     exact = torch.randn(1600, 4) / torch.arange(1, 1601)[:, None]
     wrong_tail = exact.clone()
     wrong_tail[-100:] *= 1.1
-    assert gate.error(wrong_tail, exact, by_section=False) < 1e-3 < 0.09 < gate.error(wrong_tail, exact, by_section=True)
+    assert (
+        gate.error(wrong_tail, exact, by_section=False) < 1e-3 < 0.09 < gate.error(wrong_tail, exact, by_section=True)
+    )
     broken = exact.clone()
     broken[3, 1] = torch.nan
     assert gate.error(broken, exact, by_section=True) == float("inf")
@@ -47,7 +58,10 @@ def test_a_wrong_contestant_is_reported_and_never_timed():
     session = run.Session(device, torch.float32, timing.Clock(device), None, row_ms=2)
     rows = run.measure_shape("attention", shapes.SUITES["smoke"][0], [right, cheat], session)
     assert [(r["contestant"], r["direction"], r["status"][:5]) for r in rows] == [
-        ("cheat", "", "wrong"), ("seal-cpu", "forward", "ok"), ("seal-cpu", "backward", "ok")]
+        ("cheat", "", "wrong"),
+        ("seal-cpu", "forward", "ok"),
+        ("seal-cpu", "backward", "ok"),
+    ]
     assert rows[0]["ms"] == "" and rows[0]["worst_error"] > 0.1
 
 
@@ -59,13 +73,36 @@ def test_a_contestant_that_fails_gets_a_row_and_the_others_go_on():
 
     device = torch.device("cpu")
     session = run.Session(device, torch.float32, timing.Clock(device), None, row_ms=2)
-    rows = run.measure_shape("rope", shapes.SUITES["smoke"][0], [dataclasses.replace(right, name="broken", prepare=explode), right], session)
-    assert [(r["contestant"], r["status"]) for r in rows] == [("broken", "failed: KeyError: 'no kernel image\\nsecond line'"), ("seal-cpu", "ok")]
+    rows = run.measure_shape(
+        "rope", shapes.SUITES["smoke"][0], [dataclasses.replace(right, name="broken", prepare=explode), right], session
+    )
+    assert [(r["contestant"], r["status"]) for r in rows] == [
+        ("broken", "failed: KeyError: 'no kernel image\\nsecond line'"),
+        ("seal-cpu", "ok"),
+    ]
 
 
 def test_the_command_writes_rows_with_the_environment_and_a_plot(tmp_path, capsys):
     names = "seal-cpu,sdpa,hf-sdpa,hf-rotary,scaled-sdpa,peft-ia3"
-    assert bench.main(["--suite", "smoke", "--only", names, "--row-ms", "2", "--output", str(tmp_path), "--name", "r", "--device", "cpu"]) == 0
+    assert (
+        bench.main(
+            [
+                "--suite",
+                "smoke",
+                "--only",
+                names,
+                "--row-ms",
+                "2",
+                "--output",
+                str(tmp_path),
+                "--name",
+                "r",
+                "--device",
+                "cpu",
+            ]
+        )
+        == 0
+    )
     with open(tmp_path / "r.csv") as file:
         rows = list(csv.DictReader(file))
     timed = {(r["operation"], r["contestant"], r["direction"]) for r in rows if r["status"] == "ok"}
@@ -73,14 +110,26 @@ def test_the_command_writes_rows_with_the_environment_and_a_plot(tmp_path, capsy
         assert (operation, "seal-cpu", "forward") in timed
     assert ("attention", "sdpa", "backward") in timed and ("rope_attention", "hf-sdpa", "backward") in timed
     assert ("attention_o_proj", "peft-ia3", "backward") in timed
-    assert {r["torch"] for r in rows} == {torch.__version__} and all(r["command"].startswith("seal bench --suite smoke") for r in rows)
-    assert all(float(r["ms_p20"]) <= float(r["ms"]) <= float(r["ms_p80"]) and float(r["worst_error"]) < 1e-4 for r in rows if r["status"] == "ok")
+    assert {r["torch"] for r in rows} == {torch.__version__} and all(
+        r["command"].startswith("seal bench --suite smoke") for r in rows
+    )
+    assert all(
+        float(r["ms_p20"]) <= float(r["ms"]) <= float(r["ms_p80"]) and float(r["worst_error"]) < 1e-4
+        for r in rows
+        if r["status"] == "ok"
+    )
     stored = json.loads((tmp_path / "r.json").read_text())
     assert len(stored["rows"]) == len(rows) and stored["environment"]["torch"] == torch.__version__
     table = (tmp_path / "r.md").read_text()
     assert "Times faster seal_ops (cpu) is" in table and "PEFT (IA)³" in table
-    forward, sdpa = (next(float(r["ms"]) for r in rows if (r["operation"], r["contestant"], r["direction"]) == ("attention", name, "forward"))
-                     for name in ("seal-cpu", "sdpa"))
+    forward, sdpa = (
+        next(
+            float(r["ms"])
+            for r in rows
+            if (r["operation"], r["contestant"], r["direction"]) == ("attention", name, "forward")
+        )
+        for name in ("seal-cpu", "sdpa")
+    )
     assert f"| tiny 48 × 2 | {sdpa / forward:.2f} / " in table
     assert (tmp_path / "r.png").read_bytes()[:4] == b"\x89PNG"
     assert "seal-cpu" in capsys.readouterr().out
@@ -90,14 +139,40 @@ def test_decoding_is_counted_in_bytes_and_checked(tmp_path, monkeypatch):
     """The suite `decode` means the operation `decode`; a contestant that misses the last key is wrong."""
     monkeypatch.setitem(shapes.SUITES, "decode", [shapes.Shape("tiny", 2, 48)])
     honest = contestants.all_contestants()
-    cheat = dataclasses.replace(next(c for c in honest if c.name == "decode-sdpa"), name="cheat",
-                                prepare=lambda operation, p: contestants.Run(lambda: p.v[:, -1:].repeat_interleave(2, 2)))
+    cheat = dataclasses.replace(
+        next(c for c in honest if c.name == "decode-sdpa"),
+        name="cheat",
+        prepare=lambda operation, p: contestants.Run(lambda: p.v[:, -1:].repeat_interleave(2, 2)),
+    )
     monkeypatch.setattr(run, "all_contestants", lambda folder=None: [*honest, cheat])
-    assert bench.main(["--suite", "decode", "--only", "seal-cpu,decode-sdpa,cheat", "--row-ms", "2", "--out", str(tmp_path), "--name", "d", "--device", "cpu"]) == 1
+    assert (
+        bench.main(
+            [
+                "--suite",
+                "decode",
+                "--only",
+                "seal-cpu,decode-sdpa,cheat",
+                "--row-ms",
+                "2",
+                "--out",
+                str(tmp_path),
+                "--name",
+                "d",
+                "--device",
+                "cpu",
+            ]
+        )
+        == 1
+    )
     with open(tmp_path / "d.csv") as file:
         rows = {r["contestant"]: r for r in csv.DictReader(file)}
-    assert rows["cheat"]["status"].startswith("wrong") and {rows[n]["status"] for n in ("seal-cpu", "decode-sdpa")} == {"ok"}
-    assert {r["operation"] for r in rows.values()} == {"decode"} and {r["direction"] for r in rows.values()} == {"", "forward"}
+    assert rows["cheat"]["status"].startswith("wrong") and {rows[n]["status"] for n in ("seal-cpu", "decode-sdpa")} == {
+        "ok"
+    }
+    assert {r["operation"] for r in rows.values()} == {"decode"} and {r["direction"] for r in rows.values()} == {
+        "",
+        "forward",
+    }
     assert rows["seal-cpu"]["gbps"] and not rows["seal-cpu"]["tflops"]
     assert shapes.Shape("llama-3.1-8b", 3, 32768).moved_elements("decode") == 3 * 2 * 32768 * 8 * 128
     assert shapes.Shape("gemma-3-4b-local", 1, 32768).moved_elements("decode") == 2 * 1024 * 4 * 256
@@ -105,26 +180,47 @@ def test_decoding_is_counted_in_bytes_and_checked(tmp_path, monkeypatch):
 
 
 def test_parts_are_measured_one_by_one_resumed_and_merged(tmp_path, capsys):
-    options = ["--shape", "tiny:48:1", "--shape", "tiny:33:2", "--only", "seal-cpu,sdpa,hf-sdpa,hf-rotary", "--row-ms", "2", "--output", str(tmp_path), "--device", "cpu"]
+    options = [
+        "--shape",
+        "tiny:48:1",
+        "--shape",
+        "tiny:33:2",
+        "--only",
+        "seal-cpu,sdpa,hf-sdpa,hf-rotary",
+        "--row-ms",
+        "2",
+        "--output",
+        str(tmp_path),
+        "--device",
+        "cpu",
+    ]
     assert bench.main([*options, "--name", "cut", "--part", "1/2", "--ops", "attention"]) == 0
     first = json.loads((tmp_path / "cut-part1of2.json").read_text())["rows"]
     assert bench.main([*options, "--name", "cut", "--part", "1/2", "--resume"]) == 0
     rows = json.loads((tmp_path / "cut-part1of2.json").read_text())["rows"]
-    assert rows[:len(first)] == first and {r["operation"] for r in rows} == set(contestants.OPERATIONS) - {"decode"} and len({r["seqlen"] for r in rows}) == 1
+    assert (
+        rows[: len(first)] == first
+        and {r["operation"] for r in rows} == set(contestants.OPERATIONS) - {"decode"}
+        and len({r["seqlen"] for r in rows}) == 1
+    )
     assert bench.main([*options, "--name", "cut", "--part", "2/2"]) == 0
     parts = [str(tmp_path / f"cut-part{n}of2.json") for n in (1, 2)]
     assert bench.main(["--merge", *parts, "--name", "whole", "--output", str(tmp_path)]) == 0
     with open(tmp_path / "whole.csv") as file:
         merged = list(csv.DictReader(file))
-    assert {(r["seqlen"], r["batch"]) for r in merged} == {("48", "1"), ("33", "2")} and "--part 1/2" in merged[0]["command"]
+    assert {(r["seqlen"], r["batch"]) for r in merged} == {("48", "1"), ("33", "2")} and "--part 1/2" in merged[0][
+        "command"
+    ]
     assert len(json.loads((tmp_path / "whole.json").read_text())["runs"]) == 2
     assert "| tiny 33 × 2 |" in (tmp_path / "whole.md").read_text() and (tmp_path / "whole.png").exists()
     capsys.readouterr()
-    for arguments, sentence in ((["--merge", parts[0], parts[0]], "must get every operation at a shape from one file"),
-                                (["--merge", str(tmp_path / "whole.md")], "expected a JSON file that seal bench wrote")):
+    for arguments, expected in (
+        (["--merge", parts[0], parts[0]], "must get every operation at a shape from one file"),
+        (["--merge", str(tmp_path / "whole.md")], "expected a JSON file that seal bench wrote"),
+    ):
         with pytest.raises(SystemExit):
             bench.main([*arguments, "--output", str(tmp_path)])
-        assert sentence in capsys.readouterr().err
+        assert expected in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("parts", [1, 2, 3, 4, 9])
@@ -139,9 +235,17 @@ def test_no_time_left_means_no_rows_and_it_is_said(tmp_path, capsys):
     assert "rows were left out" in capsys.readouterr().out and not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("arguments, sentence", [
-    (["--shape", "gpt:8k"], "--shape must be MODEL:LENGTH"), (["--shape", "gemma-7b:8x"], "a length like 8192 or 8k"),
-    (["--part", "3/2"], "--part must be I/N"), (["--part", "x"], "--part must be I/N"), (["--ops", "softmax"], "--ops must name some of"), (["--only", "fa9"], "--only must name some of")])
+@pytest.mark.parametrize(
+    "arguments, sentence",
+    [
+        (["--shape", "gpt:8k"], "--shape must be MODEL:LENGTH"),
+        (["--shape", "gemma-7b:8x"], "a length like 8192 or 8k"),
+        (["--part", "3/2"], "--part must be I/N"),
+        (["--part", "x"], "--part must be I/N"),
+        (["--ops", "softmax"], "--ops must name some of"),
+        (["--only", "fa9"], "--only must name some of"),
+    ],
+)
 def test_bad_arguments_get_one_sentence(arguments, sentence, capsys):
     with pytest.raises(SystemExit) as stopped:
         bench.main(arguments)
@@ -159,7 +263,11 @@ def test_shapes_and_their_work():
 
 
 def test_times_are_the_median_and_every_call_is_taken_at_least_twice():
-    times = timing.in_turn({"a": lambda: None, "b": lambda: torch.ones(200, 200) @ torch.ones(200, 200)}, timing.Clock(torch.device("cpu")), 1)
+    times = timing.in_turn(
+        {"a": lambda: None, "b": lambda: torch.ones(200, 200) @ torch.ones(200, 200)},
+        timing.Clock(torch.device("cpu")),
+        1,
+    )
     assert all(t.calls >= 2 and t.p20 <= t.median <= t.p80 for t in times.values())
     assert timing.Times.of([3.0, 1.0, 2.0, 10.0, 2.0]) == timing.Times(2.0, 2.0, 10.0, 5)
 

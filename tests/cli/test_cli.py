@@ -47,7 +47,20 @@ def test_data_train_eval_merge(capsys, folder, tmp_path):
     assert code == 0, err
     assert tasks.read(data) == tasks.lines(tokenizer(), length=190, samples=3)
 
-    train = ["train", "--model", folder, "--granularity", "channel", "--data", data, "--output", scales, "--lr", 0.2, *TINY]
+    train = [
+        "train",
+        "--model",
+        folder,
+        "--granularity",
+        "channel",
+        "--data",
+        data,
+        "--output",
+        scales,
+        "--lr",
+        0.2,
+        *TINY,
+    ]
     code, out, err = seal(capsys, *train)
     assert code == 0, err
     assert "64 scales trained in 3 steps" in out and (scales / "adapter_model.safetensors").exists()
@@ -74,7 +87,21 @@ def test_data_train_eval_merge(capsys, folder, tmp_path):
 
 def test_demo(capsys, folder, tmp_path, monkeypatch):
     output = tmp_path / "demo"
-    arguments = ["demo", "--model", folder, "--output", output, "--lengths", 230, 190, "--cases", 3, "--samples", 2, *TINY]
+    arguments = [
+        "demo",
+        "--model",
+        folder,
+        "--output",
+        output,
+        "--lengths",
+        230,
+        190,
+        "--cases",
+        3,
+        "--samples",
+        2,
+        *TINY,
+    ]
     code, out, err = seal(capsys, *arguments)
     assert code == 0, err
     results = json.loads((output / "results.json").read_text())
@@ -120,11 +147,11 @@ def test_full_demo_measures_200_cases(monkeypatch, capsys):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["eval", "--model", "{tmp}/none", "--lengths", "200"], "seal eval: model must be a folder.* which does not exist"),
+        (["eval", "--model", "{tmp}/none", "--lengths", "200"], "seal eval: model must be a folder.* which does not exist"),  # noqa: E501
         (["eval", "--model", "{tmp}", "--lengths", "200"], "seal eval: .* could not be loaded"),
         (["eval", "--model", "{model}", "--lengths", "50"], "tasks.lines: length must be at least 1.. tokens"),
         (["eval", "--model", "{model}", "--lengths", "200", "--task", "liens"], "task must be one of"),
-        (["eval", "--model", "{model}", "--lengths", "200", "--scales", "{tmp}"], "seal_ops.load: .*adapter_config.json"),
+        (["eval", "--model", "{model}", "--lengths", "200", "--scales", "{tmp}"], "seal_ops.load: .*adapter_config.json"),  # noqa: E501
         (["eval", "--model", "{model}", "--lengths", "200", "--device", "quantum"], "device must be auto, cpu"),
         (["train", "--model", "{model}", "--granularity", "head", "--output", "{tmp}/s"], "--length must be given"),
         (["train", "--model", "{model}", "--granularity", "head", "--length", "200", "--output", "{tmp}/file/s"],
@@ -189,7 +216,9 @@ def test_examples_run(script, folder, tmp_path, monkeypatch, capsys):
     runpy.run_path(os.path.join(EXAMPLES, script), run_name="__main__")
     assert (tmp_path / "scales" / "adapter_model.safetensors").exists()
     if script == "train_scales.py":
-        lines = {line.split()[0]: line.split(None, 1)[1] for line in capsys.readouterr().out.splitlines() if "{" in line}
+        lines = {
+            line.split()[0]: line.split(None, 1)[1] for line in capsys.readouterr().out.splitlines() if "{" in line
+        }
         assert list(lines) == ["base", "trained", "disabled", "merged"]
         assert lines["base"] == lines["disabled"] and lines["trained"] == lines["merged"]
 

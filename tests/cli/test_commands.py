@@ -20,7 +20,15 @@ def test_heads(capsys, folder, tmp_path):  # noqa: F811
     code, out, err = seal(capsys, *arguments, "--quadrants", "--quadrant-cases", 1)
     assert code == 0, err
     assert "8 heads" in out and "Spearman" in out and "harmful x0.9" in out
-    names = {"heads.json", "heads.csv", "heads.png", "heads.svg", "heads-agreement.png", "quadrants.json", "quadrants.png"}
+    names = {
+        "heads.json",
+        "heads.csv",
+        "heads.png",
+        "heads.svg",
+        "heads-agreement.png",
+        "quadrants.json",
+        "quadrants.png",
+    }
     assert names <= set(os.listdir(output))
     assert HeadImportance.load(output / "heads.json").lengths == [190, 210]
     code, _, err = seal(capsys, *arguments, "--methods", "gradient", "--quadrants")
@@ -40,7 +48,7 @@ def test_channels_by_gradient_alone(capsys, folder, tmp_path):  # noqa: F811
 
 def test_transfer_and_report(capsys, folder, tmp_path):  # noqa: F811
     code, out, err = seal(
-        capsys, "transfer", "--model", folder, *TINY, "--train-tasks", "lines", "--eval-tasks", "lines", "own_tasks:Colours",
+        capsys, "transfer", "--model", folder, *TINY, "--train-tasks", "lines", "--eval-tasks", "lines", "own_tasks:Colours",  # noqa: E501
         "--length", 190, "--cases", 1, "--samples", 1, "--method", "SEAL-H", "--output", tmp_path,
     )  # fmt: skip
     assert code == 0, err
@@ -82,7 +90,7 @@ def test_study(capsys, folder, tmp_path):  # noqa: F811
 def test_config_files(capsys, folder, tmp_path):  # noqa: F811
     config, result = tmp_path / "eval.yaml", tmp_path / "result.json"
     config.write_text(
-        f"model: {folder}\ndevice: cpu\nlengths: 190\ncases: 3\ntask: passkey\ntask_option: {{depths: 2, filler: noise}}\n"
+        f"model: {folder}\ndevice: cpu\nlengths: 190\ncases: 3\ntask: passkey\ntask_option: {{depths: 2, filler: noise}}\n"  # noqa: E501
         f"chat-format: off\noutput: {result}\n"
     )
     code, _, err = seal(capsys, "eval", "--config", config, "--cases", 2, "--task", "lines", "--task-option", "a=1")
@@ -97,7 +105,9 @@ def test_config_files(capsys, folder, tmp_path):  # noqa: F811
     assert found.settings["chat_template"] is False, "YAML's off"
 
 
-@pytest.mark.parametrize("text, expected", [("off", False), ("on", True), ("auto", None), ("'a {prompt} b'", "a {prompt} b")])
+@pytest.mark.parametrize(
+    "text, expected", [("off", False), ("on", True), ("auto", None), ("'a {prompt} b'", "a {prompt} b")]
+)
 def test_yaml_chat_formats(tmp_path, text, expected):
     path = tmp_path / "c.yaml"
     path.write_text(f"chat-format: {text}\n")

@@ -215,7 +215,11 @@ def test_fixed_cache_and_transformers_generate_agree(monkeypatch):
 
 def test_fixed_cache_is_left_to_models_that_it_fits():
     assert static_decoding.supports(model())
-    for change in ({"sliding_window": 8}, {"_attn_implementation_internal": "eager"}, {"layer_types": ["sliding_attention"]}):
+    for change in (
+        {"sliding_window": 8},
+        {"_attn_implementation_internal": "eager"},
+        {"layer_types": ["sliding_attention"]},
+    ):
         lm = model()
         for name, value in change.items():
             setattr(lm.config, name, value)
@@ -243,7 +247,7 @@ def test_attention_implementation_is_given_back(monkeypatch):
 
 
 def test_text_is_decoded_only_where_a_stop_can_end(monkeypatch):
-    lm, tok = model().eval(), tokenizer()
+    tok = tokenizer()
     decoded = []
     outputs = _Outputs(tok, {tok.eos_token_id}, 1, 50, "\n")
     text = outputs._text

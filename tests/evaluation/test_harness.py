@@ -41,7 +41,9 @@ def lengths_seen(monkeypatch):
 
     seen, original = [], HFLM._model_generate
     monkeypatch.setattr(
-        HFLM, "_model_generate", lambda self, context, *a, **k: seen.append(context.shape[1]) or original(self, context, *a, **k)
+        HFLM,
+        "_model_generate",
+        lambda self, context, *a, **k: seen.append(context.shape[1]) or original(self, context, *a, **k),
     )
     return seen
 
@@ -72,7 +74,9 @@ def test_a_prompt_is_cut_only_where_it_is_asked_for(monkeypatch, caplog):
         harness.evaluate(model().eval(), tokenizer(), ["longeval_lines"], length=300, cases=1, max_length=200)
     assert seen == [100] and "Left truncation applied" in caplog.text
     monkeypatch.setattr(harness, "ROOM", 0)
-    with pytest.raises(ValueError, match=r"prompts must be at most 200 tokens \(300 with the output\), got one of 2\d\d") as raised:
+    with pytest.raises(
+        ValueError, match=r"prompts must be at most 200 tokens \(300 with the output\), got one of 2\d\d"
+    ) as raised:
         harness.evaluate(few_positions(100), tokenizer(), ["longeval_lines"], length=300, cases=1)
     assert "\n" not in str(raised.value)
 

@@ -131,7 +131,9 @@ class Shades(Colours):
 
 
 def test_transfer(tmp_path):
-    found = transfer(load_model_fn, [Colours(), Shades()], [Shades(), Colours()], 60, 2, output=tmp_path, samples=2, lr=1e-2)
+    found = transfer(
+        load_model_fn, [Colours(), Shades()], [Shades(), Colours()], 60, 2, output=tmp_path, samples=2, lr=1e-2
+    )
     rows, columns, values = found.matrix()
     assert rows == ["base", "colours", "shades"] and columns == ["shades", "colours"]
     assert all(0 <= v <= 1 for line in values for v in line)
@@ -145,10 +147,22 @@ def test_transfer(tmp_path):
 @pytest.mark.parametrize(
     "call, message",
     [
-        (lambda p: compare(load_model_fn, "lines", [LENGTH], 1, output=p, methods=["IA3"]), "methods must be among SEAL-H"),
-        (lambda p: compare(load_model_fn, "lines", [LENGTH], 1, output=p, rates={"lora": 1}), "methods must be among .* got 'lora'"),
-        (lambda p: compare(load_model_fn, "lines", [LENGTH], 1, output=p, rates={"LoRA": []}), "rates must be positive numbers"),
-        (lambda p: transfer(load_model_fn, ["lines"], ["lines"], LENGTH, 1, output=p, method="none"), "method must be one of"),
+        (
+            lambda p: compare(load_model_fn, "lines", [LENGTH], 1, output=p, methods=["IA3"]),
+            "methods must be among SEAL-H",
+        ),
+        (
+            lambda p: compare(load_model_fn, "lines", [LENGTH], 1, output=p, rates={"lora": 1}),
+            "methods must be among .* got 'lora'",
+        ),
+        (
+            lambda p: compare(load_model_fn, "lines", [LENGTH], 1, output=p, rates={"LoRA": []}),
+            "rates must be positive numbers",
+        ),
+        (
+            lambda p: transfer(load_model_fn, ["lines"], ["lines"], LENGTH, 1, output=p, method="none"),
+            "method must be one of",
+        ),
         (lambda p: mcnemar(-1, 2), "counts must not be negative"),
     ],
 )

@@ -115,7 +115,9 @@ def test_tokenizers_are_told_apart_and_calls_do_not_count():
 def test_the_shipped_model_is_missed_before_a_folder_is_claimed(run, call, tmp_path, monkeypatch):
     """As from an installed wheel, outside a checkout."""
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(FileNotFoundError, match=f"{call}: model models/seal-tiny is part of the repository, .* run in a checkout"):
+    with pytest.raises(
+        FileNotFoundError, match=f"{call}: model models/seal-tiny is part of the repository, .* run in a checkout"
+    ):
         run.run(run.Settings(), str(tmp_path / "out"), log=lambda line: None)
     assert not (tmp_path / "out").exists()
     missing = run.Settings(model=str(tmp_path / "none"))
@@ -142,7 +144,9 @@ def test_demo_refuses_another_model_of_the_same_name_and_a_strange_merged_folder
         again()
     lm.model.layers[0].mlp.up_proj.weight.data[-1, -1] += 1
     lm.save_pretrained(tmp_path / "model")
-    with pytest.raises(ValueError, match="seal demo: output .* got one with another fingerprint .give another --output, or --restart"):
+    with pytest.raises(
+        ValueError, match="seal demo: output .* got one with another fingerprint .give another --output, or --restart"
+    ):
         again()
 
 
@@ -151,7 +155,6 @@ def test_transfer_needs_tasks_of_different_names(tmp_path):
     with pytest.raises(ValueError, match="seal_ops.transfer: measured must hold tasks of different names, got"):
         transfer(lambda: (model(), tokenizer()), [], pair, LENGTH, 1, output=tmp_path / "x")
     assert not (tmp_path / "x").exists()
-
 
 
 @pytest.mark.parametrize("run", RUNS)

@@ -1,5 +1,6 @@
 """Tests that need a GPU; run_all.sh runs them together with the shared suite. Without one they are skipped, not
 passed."""
+
 import fcntl
 import os
 import tempfile
@@ -53,7 +54,7 @@ def pytest_collection_modifyitems(config, items):
         part, parts = map(int, os.environ["SEAL_PART"].split("/"))
         if not 1 <= part <= parts:
             raise pytest.UsageError(f"SEAL_PART must be i/n with 1 <= i <= n, got {os.environ['SEAL_PART']}")
-        kept = items[part - 1::parts]
+        kept = items[part - 1 :: parts]
         config.hook.pytest_deselected(items=[item for n, item in enumerate(items) if n % parts != part - 1])
         items[:] = kept
     if torch.cuda.is_available():

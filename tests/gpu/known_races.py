@@ -1,19 +1,24 @@
-"""Tells racecheck's known false positives from real hazards. usage: known_races.py LOG [CSRC]; exit code 1 where a hazard is left.
+"""Tells racecheck's known false positives from real hazards. usage: known_races.py LOG [CSRC]; exit code 1 where a
+hazard is left.
 
 Known, one by one:
 * `bulk_load` (1-D cp.async.bulk into shared memory) of the rows' lse2 and delta: racecheck does not connect the copy's
   completion on its mbarrier with the ld.shared that follow the wait on it, and reports each as a race; the tensor form
-  (cp.async.bulk.tensor) it follows. The order is that of every other stage: the reader waits for the phase that the copy's
-  bytes complete, and a stage is copied into again only after each warp has joined (__syncwarp, or a warp-wide stmatrix
-  of values computed from what it read) and one lane arrived at the stage's "empty" mbarrier.
-  Known only where every other access stands on a line that reads lse2 or delta, or in read_columns, which reads nothing else.
-* `shared.p` of attention_backward_wide: one warpgroup hands P to the other through two mbarriers, p_full and p_empty. Each warp
-  ends its accesses with __syncwarp and one lane arrives for all 32; racecheck credits the order to that lane alone.
+  (cp.async.bulk.tensor) it follows. The order is that of every other stage: the reader waits for the phase that the
+  copy's bytes complete, and a stage is copied into again only after each warp has joined (__syncwarp, or a warp-wide
+  stmatrix of values computed from what it read) and one lane arrived at the stage's "empty" mbarrier.
+  Known only where every other access stands on a line that reads lse2 or delta, or in read_columns, which reads nothing
+  else.
+* `shared.p` of attention_backward_wide: one warpgroup hands P to the other through two mbarriers, p_full and p_empty.
+  Each warp ends its accesses with __syncwarp and one lane arrives for all 32; racecheck credits the order to that lane
+  alone.
   Known only where both accesses stand on lines with exactly that expression.
-* The tile (and its scale row) of the forward, the task of the backward's main kernel: the warp that picks them hands them to all
-  others through two mbarriers, full and empty; again each warp ends its accesses with __syncwarp and one lane arrives.
+* The tile (and its scale row) of the forward, the task of the backward's main kernel: the warp that picks them hands
+  them to all others through two mbarriers, full and empty; again each warp ends its accesses with __syncwarp and one
+  lane arrives.
   Known only where every write is by that warp's own functions, and every other access reads.
 """
+
 import pathlib
 import re
 import sys
@@ -52,7 +57,9 @@ def known(hazard: str, csrc: pathlib.Path) -> bool:
     found = accesses(hazard, csrc)
     others = [line for said, line in found if BULK not in said]
     if len(others) < len(found):
-        return len(others) > 0 and all(COPIED.search(line) or READER in said for said, line in found if BULK not in said)
+        return len(others) > 0 and all(
+            COPIED.search(line) or READER in said for said, line in found if BULK not in said
+        )
     writes = [said for said, _ in found if hazard.split(said)[0].endswith("Write access at ")]
     if writes and len(writes) < len(found) and all(PICKERS.match(said) for said in writes):
         return not any(PICKERS.match(said) for said, _ in found if said not in writes)
@@ -65,7 +72,9 @@ def main(path: str, csrc: str = "csrc") -> int:
     left = [h for h in found if not known(h, pathlib.Path(csrc))]
     for hazard in left:
         print("not known:", re.sub(r"\s+", " ", hazard)[:600])
-    print(f"known_races: {len(found)} reports, {len(found) - len(left)} of them known false positives, {len(left)} left")
+    print(
+        f"known_races: {len(found)} reports, {len(found) - len(left)} of them known false positives, {len(left)} left"
+    )
     return 1 if left or not found else 0
 
 

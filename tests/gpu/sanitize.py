@@ -52,7 +52,9 @@ def decode():
                 yield seal_ops.attention(q[:, :queries], k[:, :keys], v[:, :keys], scale, scale, **BACKEND)
             yield seal_ops.attention(q[:, :queries], k, v, scale, window=600, **BACKEND)
         q, k, v = tensors(1200, head_dim=head_dim, batch=None, dtype=torch.float16)
-        cu_q, cu_k = (torch.tensor(lengths, device="cuda", dtype=torch.int32) for lengths in ([0, 1, 1, 40], [0, 700, 700, 1200]))
+        cu_q, cu_k = (
+            torch.tensor(lengths, device="cuda", dtype=torch.int32) for lengths in ([0, 1, 1, 40], [0, 700, 700, 1200])
+        )
         yield seal_ops.attention(q[:40], k, v, cu_seqlens=cu_q, cu_seqlens_k=cu_k, max_seqlen=4, **BACKEND)
 
 

@@ -1,9 +1,11 @@
 """Inputs at the very start and the very end of mapped device memory: a kernel that touches anything beside them faults.
 
-The caching allocator hides such accesses, because a tensor mostly has mapped neighbours. Here every input lies in a mapping of
-its own with address ranges on both sides that are reserved and not mapped. A copy engine's box that holds no row of its tensor
+The caching allocator hides such accesses, because a tensor mostly has mapped neighbours. Here every input lies in a
+mapping of its own with address ranges on both sides that are reserved and not mapped. A copy engine's box that holds no
+row of its tensor
 is such an access: the hardware translates its address although it transfers nothing.
 """
+
 import ctypes
 
 import pytest
@@ -16,8 +18,14 @@ from seal_ops.ops.dispatch import why_not
 
 
 class _Properties(ctypes.Structure):  # CUmemAllocationProp: pinned memory of device `id`
-    _fields_ = [("type", ctypes.c_int), ("handle_types", ctypes.c_int), ("location", ctypes.c_int), ("id", ctypes.c_int),
-                ("metadata", ctypes.c_void_p), ("flags", ctypes.c_ubyte * 8)]
+    _fields_ = [
+        ("type", ctypes.c_int),
+        ("handle_types", ctypes.c_int),
+        ("location", ctypes.c_int),
+        ("id", ctypes.c_int),
+        ("metadata", ctypes.c_void_p),
+        ("flags", ctypes.c_ubyte * 8),
+    ]
 
 
 class _Access(ctypes.Structure):  # CUmemAccessDesc: read and write from device `id`
@@ -31,7 +39,9 @@ class Mappings:
         self.driver = ctypes.CDLL("libcuda.so.1")
         self.properties = _Properties(1, 0, 1, torch.cuda.current_device(), None, (ctypes.c_ubyte * 8)())
         granularity = ctypes.c_size_t()
-        self.call("cuMemGetAllocationGranularity", ctypes.byref(granularity), ctypes.byref(self.properties), ctypes.c_int(0))
+        self.call(
+            "cuMemGetAllocationGranularity", ctypes.byref(granularity), ctypes.byref(self.properties), ctypes.c_int(0)
+        )
         self.granularity = granularity.value
         self.made = []
 
@@ -53,11 +63,23 @@ class Mappings:
         return start.value
 
     def place(self, tensor: torch.Tensor, side: str) -> torch.Tensor:
-        """A contiguous copy of `tensor` whose first byte is the first of a mapping ("start"), or whose last is the last ("end")."""
+        """A contiguous copy of `tensor` whose first byte is the first of a mapping ("start"), or whose last is the last
+        ("end")."""
         needed = tensor.numel() * tensor.element_size()
         size = -(-needed // self.granularity) * self.granularity
         address = self.allocate(size) + (size - needed if side == "end" else 0)
-        memory = type("Memory", (), {"__cuda_array_interface__": {"shape": (needed,), "typestr": "|u1", "data": (address, False), "version": 2}})()
+        memory = type(
+            "Memory",
+            (),
+            {
+                "__cuda_array_interface__": {
+                    "shape": (needed,),
+                    "typestr": "|u1",
+                    "data": (address, False),
+                    "version": 2,
+                }
+            },
+        )()
         placed = torch.as_tensor(memory, device="cuda").view(tensor.dtype).view(tensor.shape)
         assert placed.data_ptr() == address
         return placed.copy_(tensor)
@@ -80,11 +102,18 @@ def mappings(device):
 
 
 CASES = [
-    Case((1,) * 9, (1,) * 9, heads=(6, 1), head_dim=128, scale="head", offset=True), Case((1023, 3), (1023, 3), heads=(6, 2), head_dim=256, scale=None),
-    Case((70, 0, 65, 1), (0, 65, 70, 1), heads=(4, 2), scale="channel"), Case((3, 129, 0), (200, 1, 5), heads=(4, 4), head_dim=128, causal=False),
-    Case((130, 5), (130, 5), heads=(2, 1), head_dim=160, window=9), Case((65, 66), (65, 66), heads=(2, 2), head_dim=96),
-    Case(1, 1, heads=(4, 2), batch=3), Case(113, 203, heads=(6, 2), batch=2, scale="channel", offset=True), Case(203, 113, heads=(4, 1), head_dim=128, scale="head"),
-    Case(129, 129, heads=(4, 4), head_dim=256, causal=False), Case(217, 217, heads=(2, 2), head_dim=160, batch=2)]
+    Case((1,) * 9, (1,) * 9, heads=(6, 1), head_dim=128, scale="head", offset=True),
+    Case((1023, 3), (1023, 3), heads=(6, 2), head_dim=256, scale=None),
+    Case((70, 0, 65, 1), (0, 65, 70, 1), heads=(4, 2), scale="channel"),
+    Case((3, 129, 0), (200, 1, 5), heads=(4, 4), head_dim=128, causal=False),
+    Case((130, 5), (130, 5), heads=(2, 1), head_dim=160, window=9),
+    Case((65, 66), (65, 66), heads=(2, 2), head_dim=96),
+    Case(1, 1, heads=(4, 2), batch=3),
+    Case(113, 203, heads=(6, 2), batch=2, scale="channel", offset=True),
+    Case(203, 113, heads=(4, 1), head_dim=128, scale="head"),
+    Case(129, 129, heads=(4, 4), head_dim=256, causal=False),
+    Case(217, 217, heads=(2, 2), head_dim=160, batch=2),
+]
 
 
 @pytest.mark.parametrize("deterministic", [False, True])
@@ -98,15 +127,21 @@ def test_attention(backend, device, mappings, case, side, deterministic):
     grad_out, _ = gradients_of(case, inputs)
 
     def results(place):
-        leaves = {n: place(inputs[n]).requires_grad_() for n in ("q", "k", "v", "scale", "offset") if inputs[n] is not None}
-        out, lse = seal_ops.attention(**{**inputs, **leaves}, deterministic=deterministic, return_lse=True, backend=backend)
+        leaves = {
+            n: place(inputs[n]).requires_grad_() for n in ("q", "k", "v", "scale", "offset") if inputs[n] is not None
+        }
+        out, lse = seal_ops.attention(
+            **{**inputs, **leaves}, deterministic=deterministic, return_lse=True, backend=backend
+        )
         return out.detach(), lse.detach(), *torch.autograd.grad(out, list(leaves.values()), place(grad_out))
 
     for got, want in zip(results(lambda t: mappings.place(t, side)), results(torch.clone)):
         if deterministic:
             assert torch.equal(got, want)
         else:
-            torch.testing.assert_close(got, want, rtol=1e-2, atol=1e-2 * float(want[want.isfinite()].abs().amax()) if want.numel() else 0)
+            torch.testing.assert_close(
+                got, want, rtol=1e-2, atol=1e-2 * float(want[want.isfinite()].abs().amax()) if want.numel() else 0
+            )
 
 
 @pytest.mark.parametrize("side", ["start", "end"])

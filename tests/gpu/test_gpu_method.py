@@ -1,4 +1,5 @@
 """The method on a GPU: the identity of a model there, batches that do not fit, and a run that is resumed."""
+
 import time
 import warnings
 

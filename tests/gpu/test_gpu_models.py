@@ -1,4 +1,5 @@
 """Whole models on the GPU: the seam with the kernels behind it, against the untouched model and plain PyTorch."""
+
 import pytest
 import torch
 from families import FAMILIES, largest, logits, randomise, scale_by_hooks, tokens, untouched
@@ -48,14 +49,21 @@ def test_padding_and_caches(family, head_dim, backend):
     scales = seal_ops.attach(model, "channel", backend=backend)
     randomise(scales)
     ids = tokens(2, 150).cuda()
-    plain, double = (FAMILIES[family].build(torch.bfloat16, **SIZES[head_dim], initializer_range=0.05,
-                                            max_position_embeddings=512).to("cuda", d) for d in (None, torch.float64))
+    plain, double = (
+        FAMILIES[family]
+        .build(torch.bfloat16, **SIZES[head_dim], initializer_range=0.05, max_position_embeddings=512)
+        .to("cuda", d)
+        for d in (None, torch.float64)
+    )
     for reference in (plain, double):
         scale_by_hooks(reference, dict(scales.items()), head_dim)
     own, exact = logits(plain, ids), logits(double, ids)
     for cache in (DynamicCache(config=model.config), StaticCache(config=model.config, max_cache_len=256)):
         with torch.no_grad():
-            pieces = [model(p, past_key_values=cache).logits for p in (ids[:, :100], ids[:, 100:140], *ids[:, 140:].split(1, 1))]
+            pieces = [
+                model(p, past_key_values=cache).logits
+                for p in (ids[:, :100], ids[:, 100:140], *ids[:, 140:].split(1, 1))
+            ]
         assert_as_good(torch.cat(pieces, 1), own, exact)
     for side in ("left", "right"):
         at = slice(40, None) if side == "left" else slice(None, 110)

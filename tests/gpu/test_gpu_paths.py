@@ -43,7 +43,7 @@ def check(backend, device, case, dtype, op="attention", modes=(False, True)):
             return seal_ops.attention(q, k, v, **arguments)
         return seal_ops.rope_attention(q, k, v, *rotation.tables, **arguments)
 
-    for deterministic in modes:
+    for deterministic in modes:  # noqa: B007 (read by `function`)
         assert_close(run(function, case, inputs), exact, plain)
 
 

@@ -1,4 +1,6 @@
-"""What surrounds the arithmetic: poisoned memory, repeatability, streams, devices, CUDA graphs, torch.compile, huge tensors."""
+"""What surrounds the arithmetic: poisoned memory, repeatability, streams, devices, CUDA graphs, torch.compile, huge
+tensors."""
+
 import pytest
 import torch
 from cases import Case, gradients_of, make, run, run_plain
@@ -19,9 +21,13 @@ def skip_unless(backend, op, head_dim):
         pytest.skip(reason)
 
 
-ODD = [Case(113, 203, heads=(6, 2), batch=2, scale="channel", offset=True), Case(203, 113, heads=(4, 1), head_dim=128, scale="head"),
-       Case(217, 217, heads=(4, 2), head_dim=128, window=33, scale="row-channel", batch=2, lse=True),
-       Case(129, 129, heads=(4, 4), head_dim=256, causal=False, scale="channel"), Case((70, 0, 65, 1), (0, 65, 70, 1), heads=(4, 2), scale="channel")]
+ODD = [
+    Case(113, 203, heads=(6, 2), batch=2, scale="channel", offset=True),
+    Case(203, 113, heads=(4, 1), head_dim=128, scale="head"),
+    Case(217, 217, heads=(4, 2), head_dim=128, window=33, scale="row-channel", batch=2, lse=True),
+    Case(129, 129, heads=(4, 4), head_dim=256, causal=False, scale="channel"),
+    Case((70, 0, 65, 1), (0, 65, 70, 1), heads=(4, 2), scale="channel"),
+]
 
 
 @pytest.mark.parametrize("deterministic", [False, True])
@@ -48,14 +54,17 @@ def test_nothing_reads_memory_that_nobody_wrote(backend, device, case, determini
     assert_close(got, expected, plain)
 
 
-REPEATED = [(Case(512, 512, heads=(8, 2), head_dim=64, batch=2, scale="channel", offset=True), "attention"),
-            (Case(640, 640, heads=(8, 2), head_dim=128, batch=2, scale="channel"), "rope_attention"),
-            (Case(384, 384, heads=(4, 4), head_dim=256, batch=2, scale="head"), "attention"),
-            (Case((300, 0, 129, 211), (300, 0, 129, 211), heads=(8, 2), head_dim=128, scale="channel"), "attention")]
+REPEATED = [
+    (Case(512, 512, heads=(8, 2), head_dim=64, batch=2, scale="channel", offset=True), "attention"),
+    (Case(640, 640, heads=(8, 2), head_dim=128, batch=2, scale="channel"), "rope_attention"),
+    (Case(384, 384, heads=(4, 4), head_dim=256, batch=2, scale="head"), "attention"),
+    (Case((300, 0, 129, 211), (300, 0, 129, 211), heads=(8, 2), head_dim=128, scale="channel"), "attention"),
+]
 
 
 def backward_of(backend, case, op, deterministic):
-    """A function that runs the backward op once on fixed inputs and returns its five gradients, and the forward's out."""
+    """A function that runs the backward op once on fixed inputs and returns its five gradients, and the forward's
+    out."""
     device = torch.device("cuda", 0)
     inputs = make(case, torch.bfloat16, device)
     grad_out, _ = gradients_of(case, inputs)
@@ -75,7 +84,9 @@ def backward_of(backend, case, op, deterministic):
 def test_a_thousand_deterministic_backwards_are_equal_bit_for_bit(backend, device, case, op):
     again = backward_of(backend, case, op, True)
     first = again()
-    different = torch.zeros((), dtype=torch.int64, device=device)  # counted on the device: a comparison on the host would sync
+    different = torch.zeros(
+        (), dtype=torch.int64, device=device
+    )  # counted on the device: a comparison on the host would sync
     for _ in range(1000):
         for a, b in zip(first, again()):
             different += (a != b).sum()
@@ -131,7 +142,9 @@ def test_a_second_device(backend, device):
         assert got[name].device.index == 1 and torch.equal(got[name].to(device), value), name
     cos, sin = rope_tables(300, rope_frequencies(128)[0])
     inputs = make(case, torch.bfloat16, torch.device("cuda", 1))
-    here = seal_ops.rope(inputs["q"].to(device), inputs["k"].to(device), cos.to(device), sin.to(device), backend=backend)
+    here = seal_ops.rope(
+        inputs["q"].to(device), inputs["k"].to(device), cos.to(device), sin.to(device), backend=backend
+    )
     there = seal_ops.rope(inputs["q"], inputs["k"], cos.to("cuda:1"), sin.to("cuda:1"), backend=backend)
     assert all(torch.equal(a, b.to(device)) for a, b in zip(here, there))
 
@@ -187,7 +200,10 @@ def test_inductor_compiles_one_graph(backend, device, op):
     compiled = torch.compile(layer, fullgraph=True, dynamic=True)
     with torch._dynamo.config.patch(error_on_recompile=True):
         for length in (257, 391):
-            q, k, v = (torch.randn(2, length, heads, 64, device=device, dtype=torch.bfloat16, requires_grad=True) for heads in (4, 2, 2))
+            q, k, v = (
+                torch.randn(2, length, heads, 64, device=device, dtype=torch.bfloat16, requires_grad=True)
+                for heads in (4, 2, 2)
+            )
             gradients = [torch.autograd.grad(f(q, k, v), (q, k, v, scale)) for f in (compiled, layer)]
             for a, b in zip(*gradients):
                 torch.testing.assert_close(a, b, rtol=3e-2, atol=3e-2 * float(b.abs().max()))
@@ -208,12 +224,16 @@ def test_more_than_2_31_elements(backend, device, layout, alone):
     arguments = dict(causal=True, backend=backend)
     out, lse = torch.ops.seal.attention(q, k, v, scale, **arguments)
     needs = [True, True, True, True, False]
-    grads = torch.ops.seal.attention_backward(q, None, q, k, v, out, lse, scale, needs=needs, deterministic=True, **arguments)
+    grads = torch.ops.seal.attention_backward(
+        q, None, q, k, v, out, lse, scale, needs=needs, deterministic=True, **arguments
+    )
     for rows in (slice(0, 1), slice(batch - 1, batch)):
         small = [t[rows].contiguous() for t in (q, k, v)]
         want, want_lse = torch.ops.seal.attention(*small, scale, **arguments)
         torch.testing.assert_close(out[rows], want, rtol=1e-2, atol=1e-2)
         torch.testing.assert_close(lse[rows], want_lse, rtol=1e-4, atol=1e-4)
-        expected = torch.ops.seal.attention_backward(small[0], None, *small, want, want_lse, scale, needs=needs, deterministic=True, **arguments)
+        expected = torch.ops.seal.attention_backward(
+            small[0], None, *small, want, want_lse, scale, needs=needs, deterministic=True, **arguments
+        )
         for got, exact in zip(grads[:3], expected[:3]):
             torch.testing.assert_close(got[rows], exact, rtol=2e-2, atol=2e-2 * float(exact.abs().max()))

@@ -1,6 +1,8 @@
-"""The PTX kit piece by piece on a Hopper GPU: every form of matrix operand, tensor copies with their bounds, stmatrix and
-the bulk reduction, each against a few lines of PyTorch. Builds ptx_kit.cu with nvcc (seconds); skipped without GPU or nvcc.
+"""The PTX kit piece by piece on a Hopper GPU: every form of matrix operand, tensor copies with their bounds, stmatrix
+and the bulk reduction, each against a few lines of PyTorch. Builds ptx_kit.cu with nvcc (seconds); skipped without GPU
+or nvcc.
 """
+
 import ctypes
 import functools
 import pathlib
@@ -14,7 +16,9 @@ import torch
 HERE = pathlib.Path(__file__).parent
 
 pytestmark = [
-    pytest.mark.skipif(not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0), reason="needs a Hopper GPU"),
+    pytest.mark.skipif(
+        not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0), reason="needs a Hopper GPU"
+    ),
     pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc"),
 ]
 
@@ -22,8 +26,22 @@ pytestmark = [
 @functools.cache
 def kit() -> ctypes.CDLL:
     library = pathlib.Path(tempfile.mkdtemp()) / "ptx_kit.so"
-    subprocess.run(["nvcc", "-std=c++17", "-gencode=arch=compute_90a,code=sm_90a", "-O2", "-Xcompiler", "-fPIC", "-shared",
-                    f"-I{HERE.parents[1] / 'csrc'}", "-o", library, HERE / "ptx_kit.cu"], check=True)
+    subprocess.run(
+        [
+            "nvcc",
+            "-std=c++17",
+            "-gencode=arch=compute_90a,code=sm_90a",
+            "-O2",
+            "-Xcompiler",
+            "-fPIC",
+            "-shared",
+            f"-I{HERE.parents[1] / 'csrc'}",
+            "-o",
+            library,
+            HERE / "ptx_kit.cu",
+        ],
+        check=True,
+    )
     return ctypes.CDLL(str(library))
 
 
@@ -41,7 +59,7 @@ def test_products():
     count = kit().kit_products(rows)
     assert count > 15
     for index in range(count):
-        n, k, a_source, b_major, half = rows[5 * index:5 * index + 5]
+        n, k, a_source, b_major, half = rows[5 * index : 5 * index + 5]
         dtype = torch.float16 if half else torch.bfloat16
         a, b = torch.randn(64, k, device="cuda", dtype=dtype), torch.randn(k, n, device="cuda", dtype=dtype)
         stored_a = a.T.contiguous() if a_source == 1 else a
@@ -50,7 +68,9 @@ def test_products():
         succeed(kit().kit_product(index, pointer(stored_a), pointer(stored_b), pointer(c)))
         expected = a.double() @ b.double()
         error = (c - expected).norm() / expected.norm()
-        assert error < 1e-5, f"N {n} K {k} A {('K', 'MN', 'registers')[a_source]} B {('K', 'MN')[b_major]} {dtype}: {error:.2e}"
+        assert error < 1e-5, (
+            f"N {n} K {k} A {('K', 'MN', 'registers')[a_source]} B {('K', 'MN')[b_major]} {dtype}: {error:.2e}"
+        )
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -68,8 +88,23 @@ def test_copies_end_with_the_sequence(packed, head_dim):
             for column in range(0, head_dim, 64):
                 target = torch.full_like(source, float("nan"))
                 seen = torch.full((box, 64), float("nan"), device="cuda").bfloat16()
-                succeed(kit().kit_copy(pointer(source), pointer(target), batch, rows, heads, head_dim, packed, row, 1, column,
-                                       length, first, pointer(seen)))
+                succeed(
+                    kit().kit_copy(
+                        pointer(source),
+                        pointer(target),
+                        batch,
+                        rows,
+                        heads,
+                        head_dim,
+                        packed,
+                        row,
+                        1,
+                        column,
+                        length,
+                        first,
+                        pointer(seen),
+                    )
+                )
                 there, width = max(0, min(box, length - row)), min(64, head_dim - column)
                 begin = (first if packed else 0) + row
                 where = (0 if packed else sequence, slice(begin, begin + there), 1, slice(column, column + width))

@@ -1,4 +1,5 @@
 """Fixtures of the seam's tests."""
+
 import pytest
 import torch
 
@@ -19,10 +20,17 @@ def _one_thread():
 def called(monkeypatch) -> list[str]:
     """The names of what the seam calls for an attention, in order."""
     names = []
-    for module, name in ((seam, "attention"), (seam, "rope"), (rotation, "rope"), (seam, "rope_attention"),
-                         (seam, "_composed")):
-        def spy(*args, _name=name, _function=getattr(module, name), **kwargs):
+    for module, name in (
+        (seam, "attention"),
+        (seam, "rope"),
+        (rotation, "rope"),
+        (seam, "rope_attention"),
+        (seam, "_composed"),
+    ):
+
+        def spy(*args, _name=name, _function=getattr(module, name), **kwargs):  # noqa: B008
             names.append(_name + ("-packed" if kwargs.get("cu_seqlens") is not None else ""))
             return _function(*args, **kwargs)
+
         monkeypatch.setattr(module, name, spy)
     return names

@@ -1,4 +1,5 @@
 """Discovery: the output projection by value, gates, layer numbers, sizes that the ops do not take, quantised bases."""
+
 import pytest
 import torch
 import transformers
@@ -10,8 +11,17 @@ import seal_ops
 from seal_ops.huggingface.discovery import find_attention_layers
 
 LLAMA = FAMILIES["llama"]
-SMALL = dict(vocab_size=97, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
-             pad_token_id=0, bos_token_id=1, eos_token_id=2, initializer_range=0.2)
+SMALL = dict(
+    vocab_size=97,
+    hidden_size=64,
+    intermediate_size=96,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    pad_token_id=0,
+    bos_token_id=1,
+    eos_token_id=2,
+    initializer_range=0.2,
+)
 
 
 def build(config: str, **overrides):
@@ -21,16 +31,20 @@ def build(config: str, **overrides):
 
 # -- the output projection -------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("config, overrides, name", [
-    ("LlamaConfig", {}, "o_proj"),
-    ("GPTNeoXConfig", {}, "dense"),
-    ("PhiConfig", {}, "dense"),
-    ("OPTConfig", dict(ffn_dim=96, word_embed_proj_dim=64), "out_proj"),
-    ("PersimmonConfig", {}, "dense"),
-    ("Lfm2Config", dict(num_key_value_heads=2, layer_types=["full_attention"] * 2), "out_proj"),
-    ("GPT2Config", dict(n_embd=64, n_layer=2, n_head=4, n_inner=96), "c_proj"),
-    ("BertConfig", dict(is_decoder=True), "dense"),  # outside the attention module
-])
+
+@pytest.mark.parametrize(
+    "config, overrides, name",
+    [
+        ("LlamaConfig", {}, "o_proj"),
+        ("GPTNeoXConfig", {}, "dense"),
+        ("PhiConfig", {}, "dense"),
+        ("OPTConfig", dict(ffn_dim=96, word_embed_proj_dim=64), "out_proj"),
+        ("PersimmonConfig", {}, "dense"),
+        ("Lfm2Config", dict(num_key_value_heads=2, layer_types=["full_attention"] * 2), "out_proj"),
+        ("GPT2Config", dict(n_embd=64, n_layer=2, n_head=4, n_inner=96), "c_proj"),
+        ("BertConfig", dict(is_decoder=True), "dense"),  # outside the attention module
+    ],
+)
 def test_the_output_projection_is_found_by_value(config, overrides, name):
     model = build(config, **overrides)
     for layer in find_attention_layers(model):
@@ -58,17 +72,27 @@ def per_head(x):
     return x.unflatten(-1, (4, 16))
 
 
-@pytest.mark.parametrize("between, commutes", [
-    (lambda m, x, h: x * torch.sigmoid(h @ m.k_proj.weight.T).repeat(1, 1, 2), ("head", "channel")),  # Qwen3-Next's gate
-    (lambda m, x, h: (per_head(x) * torch.sigmoid(h[..., :4, None])).flatten(-2), ("head", "channel")),  # one a head
-    (lambda m, x, h: (per_head(x).roll(1, -1)).flatten(-2), ("head",)),  # channels of a head change places
-    (lambda m, x, h: (per_head(x) @ m.k_proj.weight[:16, :16]).flatten(-2), ("head",)),  # a matrix in each head
-    (lambda m, x, h: x / (1e-6 + x.norm(dim=-1, keepdim=True)), ()),  # BitNet's norm
-    (lambda m, x, h: nn.functional.normalize(per_head(x), dim=-1).flatten(-2), ()),
-    (lambda m, x, h: per_head(x).flip(-2).flatten(-2), ()),  # heads change places
-    (lambda m, x, h: x + 1, ()),
-    (lambda m, x, h: x.relu(), ()),
-], ids=["gate", "head-gate", "roll", "matrix", "norm", "head-norm", "flip", "bias", "relu"])
+@pytest.mark.parametrize(
+    "between, commutes",
+    [
+        (
+            lambda m, x, h: x * torch.sigmoid(h @ m.k_proj.weight.T).repeat(1, 1, 2),
+            ("head", "channel"),
+        ),  # Qwen3-Next's gate
+        (
+            lambda m, x, h: (per_head(x) * torch.sigmoid(h[..., :4, None])).flatten(-2),
+            ("head", "channel"),
+        ),  # one a head
+        (lambda m, x, h: (per_head(x).roll(1, -1)).flatten(-2), ("head",)),  # channels of a head change places
+        (lambda m, x, h: (per_head(x) @ m.k_proj.weight[:16, :16]).flatten(-2), ("head",)),  # a matrix in each head
+        (lambda m, x, h: x / (1e-6 + x.norm(dim=-1, keepdim=True)), ()),  # BitNet's norm
+        (lambda m, x, h: nn.functional.normalize(per_head(x), dim=-1).flatten(-2), ()),
+        (lambda m, x, h: per_head(x).flip(-2).flatten(-2), ()),  # heads change places
+        (lambda m, x, h: x + 1, ()),
+        (lambda m, x, h: x.relu(), ()),
+    ],
+    ids=["gate", "head-gate", "roll", "matrix", "norm", "head-norm", "flip", "bias", "relu"],
+)
 def test_what_may_stand_between_attention_and_its_projection(monkeypatch, between, commutes):
     calls = []
 
@@ -79,8 +103,11 @@ def test_what_may_stand_between_attention_and_its_projection(monkeypatch, betwee
     # The hook that changes the input must come before the one that observes it.
     model = rewritten(monkeypatch, watched)
     original = nn.Linear.register_forward_pre_hook
-    monkeypatch.setattr(nn.Linear, "register_forward_pre_hook",
-                        lambda self, hook, **kw: original(self, hook, **{**kw, "prepend": "with_kwargs" not in kw}))
+    monkeypatch.setattr(
+        nn.Linear,
+        "register_forward_pre_hook",
+        lambda self, hook, **kw: original(self, hook, **{**kw, "prepend": "with_kwargs" not in kw}),
+    )
     layers = find_attention_layers(model)
     assert calls and [layer.commutes for layer in layers] == [commutes] * 2
 
@@ -103,15 +130,51 @@ def test_a_second_reader_of_the_output_forbids_merging(monkeypatch):
     assert all(layer.commutes == () for layer in find_attention_layers(model))
 
 
-@pytest.mark.parametrize("config, overrides", [
-    ("Qwen3NextConfig", dict(num_key_value_heads=2, head_dim=16, num_hidden_layers=4, num_experts=2, num_experts_per_tok=1,
-                             moe_intermediate_size=32, shared_expert_intermediate_size=32, linear_num_value_heads=4,
-                             linear_num_key_heads=2, linear_key_head_dim=16, linear_value_head_dim=16)),
-    ("Qwen3_5TextConfig", dict(num_key_value_heads=2, head_dim=16, num_hidden_layers=4, linear_num_value_heads=4,
-                               linear_num_key_heads=2, linear_key_head_dim=16, linear_value_head_dim=16)),
-    ("AfmoeConfig", dict(num_key_value_heads=2, head_dim=16, num_experts=2, num_experts_per_tok=1, sliding_window=8,
-                         moe_intermediate_size=32, num_dense_layers=1)),
-])
+@pytest.mark.parametrize(
+    "config, overrides",
+    [
+        (
+            "Qwen3NextConfig",
+            dict(
+                num_key_value_heads=2,
+                head_dim=16,
+                num_hidden_layers=4,
+                num_experts=2,
+                num_experts_per_tok=1,
+                moe_intermediate_size=32,
+                shared_expert_intermediate_size=32,
+                linear_num_value_heads=4,
+                linear_num_key_heads=2,
+                linear_key_head_dim=16,
+                linear_value_head_dim=16,
+            ),
+        ),
+        (
+            "Qwen3_5TextConfig",
+            dict(
+                num_key_value_heads=2,
+                head_dim=16,
+                num_hidden_layers=4,
+                linear_num_value_heads=4,
+                linear_num_key_heads=2,
+                linear_key_head_dim=16,
+                linear_value_head_dim=16,
+            ),
+        ),
+        (
+            "AfmoeConfig",
+            dict(
+                num_key_value_heads=2,
+                head_dim=16,
+                num_experts=2,
+                num_experts_per_tok=1,
+                sliding_window=8,
+                moe_intermediate_size=32,
+                num_dense_layers=1,
+            ),
+        ),
+    ],
+)
 @pytest.mark.parametrize("granularity", ["head", "channel"])
 def test_gated_models_merge(config, overrides, granularity):
     model = build(config, **overrides)
@@ -124,9 +187,18 @@ def test_gated_models_merge(config, overrides, granularity):
 
 # -- numbers ---------------------------------------------------------------------------------------------------------
 
+
 def test_layers_of_a_hybrid_have_the_models_numbers():
-    model = build("JambaConfig", num_hidden_layers=4, num_key_value_heads=2, attn_layer_period=2, attn_layer_offset=1,
-                  num_experts=2, mamba_dt_rank=8, use_mamba_kernels=False)
+    model = build(
+        "JambaConfig",
+        num_hidden_layers=4,
+        num_key_value_heads=2,
+        attn_layer_period=2,
+        attn_layer_offset=1,
+        num_experts=2,
+        mamba_dt_rank=8,
+        use_mamba_kernels=False,
+    )
     layers = find_attention_layers(model)
     assert [layer.index for layer in layers] == [layer.module.layer_idx for layer in layers] == [1, 3]
 
@@ -140,15 +212,20 @@ def test_layers_without_numbers_of_their_own_are_counted():
 
 # -- sizes -------------------------------------------------------------------------------------------------------------
 
+
 @pytest.mark.parametrize("family", ["llama", "cohere"])
 def test_a_head_dim_above_the_ops_runs_composed(family, called):
     model = FAMILIES[family].build(head_dim=320)
     base = untouched(model)
-    with pytest.warns(UserWarning, match=r"\(2 of 2 layers\) runs attention composed from PyTorch's parts: head_dim 320 "
-                                         r"above 256"):
+    with pytest.warns(
+        UserWarning,
+        match=r"\(2 of 2 layers\) runs attention composed from PyTorch's parts: head_dim 320 "
+        r"above 256",
+    ):
         scales = seal_ops.attach(model, "channel")
-    assert scales.attachment.seam.summary() == ("rotation fused in 0 of 2 layers, attention composed in 2 (head_dim 320 "
-                                                "above 256)")
+    assert scales.attachment.seam.summary() == (
+        "rotation fused in 0 of 2 layers, attention composed in 2 (head_dim 320 above 256)"
+    )
     assert close(logits(model, tokens()), logits(base, tokens()))
     randomise(scales)
     expected = logits(model, tokens())
@@ -160,6 +237,7 @@ def test_a_head_dim_above_the_ops_runs_composed(family, called):
 
 
 # -- bases without parameters ------------------------------------------------------------------------------------------
+
 
 class Packed(nn.Module):
     """As GPTQ's and AWQ's: buffers only, in another layout, and no ``in_features``."""

@@ -1,4 +1,5 @@
 """Every causal language model of the installed transformers, at a tiny size: what it attaches, computes, merges."""
+
 import warnings
 
 import causal_lms
@@ -60,8 +61,10 @@ def test_family(family):
     assert close(got, expected)
     assert largest(expected, base) > 1e-3 * base.abs().max()  # the scales matter
 
-    for a, b in zip(scaled_reference.gradients(model, ids, leaves.values()),
-                    scaled_reference.gradients(reference, ids, reference_leaves.values())):
+    for a, b in zip(
+        scaled_reference.gradients(model, ids, leaves.values()),
+        scaled_reference.gradients(reference, ids, reference_leaves.values()),
+    ):
         assert torch.isfinite(a).all() and b.abs().max() > 0
         assert largest(a, b) <= 1e-3 * b.abs().max()
 
@@ -84,8 +87,10 @@ def check_padding(model, reference, ids) -> None:
     options = dict(max_new_tokens=3, do_sample=False, eos_token_id=None, pad_token_id=0)
 
     def generate(m):
-        return (m.generate(row, attention_mask=torch.ones_like(row), **options)[:, 7:],
-                m.generate(padded, attention_mask=attention_mask, **options)[:, 7 + width:])
+        return (
+            m.generate(row, attention_mask=torch.ones_like(row), **options)[:, 7:],
+            m.generate(padded, attention_mask=attention_mask, **options)[:, 7 + width :],
+        )
 
     try:
         expected = generate(reference)

@@ -68,7 +68,19 @@ def quantised(lm):
     projection(lm).register_buffer("qzeros", torch.arange(5, dtype=torch.uint8))
 
 
-CHANGES = [last_column, last_value, last_bit, two_signs, swapped_rows, rope_theta, ntk, softmax_scale, rounded, epsilon, quantised]
+CHANGES = [
+    last_column,
+    last_value,
+    last_bit,
+    two_signs,
+    swapped_rows,
+    rope_theta,
+    ntk,
+    softmax_scale,
+    rounded,
+    epsilon,
+    quantised,
+]
 
 
 @pytest.mark.parametrize("change", CHANGES, ids=lambda f: f.__name__)
@@ -152,7 +164,7 @@ def test_a_long_prompt_is_no_other_model(kind):
     """These embeddings overwrite their frequencies while they run."""
     config = model().config
     config.max_position_embeddings = 32
-    config.rope_parameters = {"rope_type": kind, "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16,
+    config.rope_parameters = {"rope_type": kind, "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16,  # noqa: E501
                               "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}  # fmt: skip
     lm = AutoModelForCausalLM.from_config(config).eval()
     before, frequencies = fingerprint(lm), lm.model.rotary_emb.inv_freq.clone()

@@ -1,4 +1,5 @@
 """What happens to an attached model afterwards: other implementations, pickles, replicas, hooks, shared configs."""
+
 import copy
 import io
 import pickle
@@ -21,6 +22,7 @@ def attached(family: str = "llama", granularity: str = "channel"):
 
 
 # -- another attention implementation ----------------------------------------------------------------------------------
+
 
 @pytest.mark.parametrize("other", ["eager", "sdpa"])
 @pytest.mark.parametrize("family", ["llama", "cohere"])  # with and without a fused rotation
@@ -47,6 +49,7 @@ def test_detach_leaves_an_implementation_chosen_since():
 
 
 # -- copies --------------------------------------------------------------------------------------------------------
+
 
 def saved_and_loaded(model):
     file = io.BytesIO()
@@ -111,6 +114,7 @@ def test_replicas_compute_with_their_own_weights():
 
 
 # -- accelerate's hooks ----------------------------------------------------------------------------------------------
+
 
 @pytest.fixture
 def hooks():
@@ -177,6 +181,7 @@ def test_cpu_offload(order):
 
 # -- shared configs ----------------------------------------------------------------------------------------------------
 
+
 def test_a_second_model_on_the_same_config_is_refused_while_the_first_is_attached():
     first = LLAMA.build()
     second = transformers.LlamaForCausalLM(first.config).eval()
@@ -193,14 +198,26 @@ def test_a_second_model_on_the_same_config_is_refused_while_the_first_is_attache
 
 def test_a_whole_model_may_have_attention_without_scales():
     """Modules that two tokens do not reach (cross-attention without an image) go on without scales."""
-    config = transformers.MllamaTextConfig(vocab_size=97, hidden_size=64, intermediate_size=96, num_hidden_layers=3,
-                                           num_attention_heads=4, num_key_value_heads=2, cross_attention_layers=[1],
-                                           pad_token_id=0, initializer_range=0.2)
+    config = transformers.MllamaTextConfig(
+        vocab_size=97,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        cross_attention_layers=[1],
+        pad_token_id=0,
+        initializer_range=0.2,
+    )
     torch.manual_seed(0)
     model = transformers.MllamaForCausalLM(config).eval()
     ids, states = tokens(), torch.randn(2, 6, 64)
-    arguments = dict(cross_attention_states=states, cross_attention_mask=torch.zeros(2, 1, 21, 6), use_cache=False,
-                     full_text_row_masked_out_mask=torch.ones(2, 1, 21, 1))
+    arguments = dict(
+        cross_attention_states=states,
+        cross_attention_mask=torch.zeros(2, 1, 21, 6),
+        use_cache=False,
+        full_text_row_masked_out_mask=torch.ones(2, 1, 21, 1),
+    )
     with torch.no_grad():
         expected = model(ids, **arguments).logits
         scales = seal_ops.attach(model)
@@ -213,14 +230,20 @@ def test_a_whole_model_may_have_attention_without_scales():
 
 # -- models of several parts -------------------------------------------------------------------------------------------
 
+
 def llava():
     """A vision tower, and a text model whose config is a part of the whole."""
     torch.manual_seed(0)
-    sizes = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, initializer_range=0.2)
+    sizes = dict(
+        hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, initializer_range=0.2
+    )
     config = transformers.LlavaConfig(
         text_config=transformers.LlamaConfig(vocab_size=97, num_key_value_heads=2, pad_token_id=0, **sizes),
         vision_config=transformers.CLIPVisionConfig(image_size=8, patch_size=4, projection_dim=64, **sizes),
-        image_token_id=96, image_seq_length=4, vision_feature_layer=-1)
+        image_token_id=96,
+        image_seq_length=4,
+        vision_feature_layer=-1,
+    )
     return transformers.LlavaForConditionalGeneration(config).eval()
 
 
@@ -250,6 +273,7 @@ def test_a_vision_tower_goes_on_as_it_was():
 def test_only_the_config_that_attention_reads_is_changed():
     """Where the text model's config is the whole's, its other parts' entries stay."""
     import causal_lms
+
     model = causal_lms.build("phi4_multimodal")
     parts = [model.config.vision_config, model.config.audio_config]
     before = [part._attn_implementation for part in parts]
@@ -260,6 +284,7 @@ def test_only_the_config_that_attention_reads_is_changed():
 
 # -- state -------------------------------------------------------------------------------------------------------------
 
+
 def test_attach_leaves_modes_and_hooks():
     model = LLAMA.build().train()
     model.model.layers[1].mlp.eval()
@@ -267,7 +292,7 @@ def test_attach_leaves_modes_and_hooks():
     handle = model.model.layers[0].self_attn.o_proj.register_forward_pre_hook(lambda *a: calls.append(1))
     modes = [m.training for m in model.modules()]
     seal_ops.attach(model)
-    assert [m.training for m in model.modules()][:len(modes)] == modes
+    assert [m.training for m in model.modules()][: len(modes)] == modes
     seal_ops.detach(model)
     assert [m.training for m in model.modules()] == modes
     calls.clear()
@@ -278,6 +303,7 @@ def test_attach_leaves_modes_and_hooks():
 
 def test_prepared_restores_the_mode_of_every_module():
     from seal_ops.huggingface.modes import prepared
+
     model = attached()
     model.train()
     model.model.layers[1].mlp.eval()

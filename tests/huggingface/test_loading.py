@@ -1,4 +1,5 @@
 """Models by folder, hub name and GGUF file: precision, quantisation, and one sentence where there is nothing."""
+
 import types
 
 import pytest
@@ -21,8 +22,9 @@ def folder(tmp_path):
     return tmp_path / "model"
 
 
-@pytest.mark.parametrize("dtype, expected", [("auto", torch.float16), ("default", torch.float32),
-                                             ("bfloat16", torch.bfloat16)])
+@pytest.mark.parametrize(
+    "dtype, expected", [("auto", torch.float16), ("default", torch.float32), ("bfloat16", torch.bfloat16)]
+)
 def test_precision(folder, dtype, expected):
     model, _ = load_model(str(folder), dtype=dtype, device="cpu")
     assert {p.dtype for p in model.parameters()} == {expected} and not model.training
@@ -30,12 +32,24 @@ def test_precision(folder, dtype, expected):
 
 def test_merging_keeps_the_checkpoints_precision(folder, tmp_path):
     from seal_ops.cli.main import main
+
     model, _ = load_model(str(folder), dtype="auto", device="cpu")
     randomise(seal_ops.attach(model, "channel"))
     model.seal_scales.save_pretrained(tmp_path / "scales")
     expected = logits(model, tokens())
-    assert not main(["merge", "--model", str(folder), "--scales", str(tmp_path / "scales"), "--output",
-                     str(tmp_path / "merged"), "--device", "cpu"])
+    assert not main(
+        [
+            "merge",
+            "--model",
+            str(folder),
+            "--scales",
+            str(tmp_path / "scales"),
+            "--output",
+            str(tmp_path / "merged"),
+            "--device",
+            "cpu",
+        ]
+    )
     merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype="auto").eval()
     assert merged.dtype == torch.float16
     assert (logits(merged, tokens()) - expected).abs().max() < 0.02 * expected.abs().max()
@@ -73,24 +87,42 @@ def test_quantised(folder, quantization):
         seal_ops.merge(model)
 
 
-@pytest.mark.parametrize("options, error, message", [
-    (dict(dtype="float8"), ValueError, "dtype must be one of default, auto, float32, bfloat16, float16, got 'float8'"),
-    (dict(device="gpu"), ValueError, "device must be auto, cpu, cuda or cuda:N, got 'gpu'"),
-    (dict(device="cpu", device_map="auto"), ValueError, "device must be left out where device_map is given"),
-    (dict(quantization="2bit"), ValueError, "quantization must be one of 4bit, 8bit, got '2bit'"),
-])
+@pytest.mark.parametrize(
+    "options, error, message",
+    [
+        (
+            dict(dtype="float8"),
+            ValueError,
+            "dtype must be one of default, auto, float32, bfloat16, float16, got 'float8'",
+        ),
+        (dict(device="gpu"), ValueError, "device must be auto, cpu, cuda or cuda:N, got 'gpu'"),
+        (dict(device="cpu", device_map="auto"), ValueError, "device must be left out where device_map is given"),
+        (dict(quantization="2bit"), ValueError, "quantization must be one of 4bit, 8bit, got '2bit'"),
+    ],
+)
 def test_bad_arguments(folder, options, error, message):
     with pytest.raises(error, match="^seal_ops.load_model: " + message):
         load_model(str(folder), **options)
 
 
-@pytest.mark.parametrize("name, error, message", [
-    ("/no/such/folder", FileNotFoundError, "must be a folder, a name on the hub or a .gguf file, got /no/such/folder"),
-    ("./nothing.gguf", FileNotFoundError, "got ./nothing.gguf, which does not exist"),
-    ("nobody/nothing", OSError, "nobody/nothing could not be loaded: there is no such folder, it is not in the cache, "
-                                "and the Hugging Face hub could not be reached"),
-    ("{tmp}", OSError, "could not be loaded: "),
-])
+@pytest.mark.parametrize(
+    "name, error, message",
+    [
+        (
+            "/no/such/folder",
+            FileNotFoundError,
+            "must be a folder, a name on the hub or a .gguf file, got /no/such/folder",
+        ),
+        ("./nothing.gguf", FileNotFoundError, "got ./nothing.gguf, which does not exist"),
+        (
+            "nobody/nothing",
+            OSError,
+            "nobody/nothing could not be loaded: there is no such folder, it is not in the cache, "
+            "and the Hugging Face hub could not be reached",
+        ),
+        ("{tmp}", OSError, "could not be loaded: "),
+    ],
+)
 def test_nothing_there(tmp_path, name, error, message):
     if name.endswith(".gguf"):
         pytest.importorskip("gguf")
@@ -101,6 +133,7 @@ def test_nothing_there(tmp_path, name, error, message):
 
 def test_a_missing_package_is_named(folder, monkeypatch):
     import importlib.util
+
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ImportError, match="quantization needs the package bitsandbytes, which is not installed"):
         load_model(str(folder), device="cpu", quantization="4bit")
@@ -108,9 +141,17 @@ def test_a_missing_package_is_named(folder, monkeypatch):
 
 # -- GGUF ------------------------------------------------------------------------------------------------------------
 
-_GGUF = {"self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
-         "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
-         "mlp.down_proj": "ffn_down", "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm"}
+_GGUF = {
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+}
 
 
 @pytest.fixture
@@ -119,8 +160,11 @@ def whole(tmp_path):
     gguf = pytest.importorskip("gguf")
     model = LLAMA.build(tie_word_embeddings=False, num_key_value_heads=4)
     config = model.config
-    tensors = {"token_embd.weight": model.model.embed_tokens.weight, "output.weight": model.lm_head.weight,
-               "output_norm.weight": model.model.norm.weight}
+    tensors = {
+        "token_embd.weight": model.model.embed_tokens.weight,
+        "output.weight": model.lm_head.weight,
+        "output_norm.weight": model.model.norm.weight,
+    }
     for n, layer in enumerate(model.model.layers):
         for ours, theirs in _GGUF.items():
             weight = layer.get_submodule(ours).weight

@@ -1,4 +1,5 @@
 """Masks on their way through transformers: what becomes structure, what stays a tensor, what is refused."""
+
 import pytest
 import torch
 import transformers
@@ -21,8 +22,15 @@ def test_a_padded_row_costs_its_tokens_whatever_the_window():
     config = transformers.MistralConfig(sliding_window=2048)
     padding = torch.ones(4, 3000, dtype=torch.bool)
     padding[1, :700] = False
-    row = masks.attention_mask(4, 3000, 3000, attention_mask=padding, config=config, local_size=2048,
-                               mask_function=transformers.masking_utils.sliding_window_causal_mask_function(2048))
+    row = masks.attention_mask(
+        4,
+        3000,
+        3000,
+        attention_mask=padding,
+        config=config,
+        local_size=2048,
+        mask_function=transformers.masking_utils.sliding_window_causal_mask_function(2048),
+    )
     assert row.contiguous().numel() == 4 * 3000 - 700 + 4 + 2
     read = masks.read_mask(nn.Module(), row, 4, 3000, 3000, None, None)
     assert read.window == 2048 and read.tokens.shape == (11300,)
@@ -48,9 +56,21 @@ def test_windowed_rows_with_holes(family):
 def chunked():
     torch.manual_seed(0)
     config = transformers.Llama4TextConfig(
-        vocab_size=97, hidden_size=64, intermediate_size=96, intermediate_size_mlp=96, num_hidden_layers=4,
-        num_attention_heads=4, num_key_value_heads=2, head_dim=16, attention_chunk_size=6, num_local_experts=2,
-        pad_token_id=0, bos_token_id=1, eos_token_id=2, initializer_range=0.2)
+        vocab_size=97,
+        hidden_size=64,
+        intermediate_size=96,
+        intermediate_size_mlp=96,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        attention_chunk_size=6,
+        num_local_experts=2,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        initializer_range=0.2,
+    )
     return transformers.AutoModelForCausalLM.from_config(config).eval()
 
 
@@ -78,7 +98,9 @@ def test_no_mask_where_queries_meet_more_keys_is_refused():
     name = "cache" if "cache" in type(attention).forward.__wrapped__.__code__.co_varnames else "past_key_values"
     with torch.no_grad():
         attention(hidden, **arguments, **{name: cache})
-        with pytest.raises(ValueError, match="LlamaAttention must be given a mask where 4 queries meet 8 keys, got None"):
+        with pytest.raises(
+            ValueError, match="LlamaAttention must be given a mask where 4 queries meet 8 keys, got None"
+        ):
             attention(hidden, **arguments, **{name: cache})
 
 
@@ -89,6 +111,7 @@ def test_an_integer_mask_of_four_dimensions_is_not_taken_for_a_packed_row():
 
 # -- packed rows -------------------------------------------------------------------------------------------------------
 
+
 def packed(lengths=(9, 12), kwargs: bool = True):
     """A batch of DataCollatorWithFlattening, and its documents."""
     documents = [tokens(1, n, seed=n)[0] for n in lengths]
@@ -98,8 +121,11 @@ def packed(lengths=(9, 12), kwargs: bool = True):
     return batch, documents
 
 
-@pytest.mark.parametrize("extra", [{}, {"use_cache": True}, {"attention_mask": True}, {"static": True}],
-                         ids=["plain", "cache", "mask-of-ones", "static-cache"])
+@pytest.mark.parametrize(
+    "extra",
+    [{}, {"use_cache": True}, {"attention_mask": True}, {"static": True}],
+    ids=["plain", "cache", "mask-of-ones", "static-cache"],
+)
 @pytest.mark.parametrize("family", ["llama", "mistral", "gemma2", "cohere"])
 def test_documents_of_a_packed_row_do_not_mix(family, extra, called):
     model, _ = attached(family)
@@ -135,39 +161,51 @@ def test_documents_on_a_filled_cache_are_refused():
     cache = transformers.DynamicCache(config=model.config)
     with torch.no_grad():
         model(batch["input_ids"], past_key_values=cache)
-        with pytest.raises(ValueError, match="must be given cu_seq_lens_q for queries and keys alike, got 21 queries and 42"):
+        with pytest.raises(
+            ValueError, match="must be given cu_seq_lens_q for queries and keys alike, got 21 queries and 42"
+        ):
             model(**batch, past_key_values=cache)
 
 
 # -- faults that these tests must notice -------------------------------------------------------------------------------
 
 
-
-
-@pytest.mark.parametrize("fault, check", [
-    ("chunk for window", lambda: test_chunks_are_no_sliding_window(21)),
-    ("holes packed", lambda: test_windowed_rows_with_holes("mistral")),
-    ("window lost", lambda: test_windowed_rows_with_holes("mistral")),
-    ("documents ignored", lambda: test_documents_of_a_packed_row_do_not_mix("llama", {"use_cache": True}, [])),
-    ("no mask guessed", test_no_mask_where_queries_meet_more_keys_is_refused),
-])
+@pytest.mark.parametrize(
+    "fault, check",
+    [
+        ("chunk for window", lambda: test_chunks_are_no_sliding_window(21)),
+        ("holes packed", lambda: test_windowed_rows_with_holes("mistral")),
+        ("window lost", lambda: test_windowed_rows_with_holes("mistral")),
+        ("documents ignored", lambda: test_documents_of_a_packed_row_do_not_mix("llama", {"use_cache": True}, [])),
+        ("no mask guessed", test_no_mask_where_queries_meet_more_keys_is_refused),
+    ],
+)
 def test_the_faults_of_once_are_noticed(fault, check, monkeypatch):
     """Each fault is put in, and the check above it must fail."""
     from seal_ops.huggingface import attention
+
     if fault == "chunk for window":
         entry = masks.attention_mask
 
         class Windowed:  # a config that takes the chunk for a window
             def __init__(self, config):
-                self.__dict__.update(config.__dict__, sliding_window=config.attention_chunk_size, attention_chunk_size=None)
+                self.__dict__.update(
+                    config.__dict__, sliding_window=config.attention_chunk_size, attention_chunk_size=None
+                )
 
         def faulty(*args, config=None, **kwargs):
             return entry(*args, config=Windowed(config), **kwargs)
+
         monkeypatch.setitem(masks.AttentionMaskInterface._global_mapping, masks.NAME, faulty)
     elif fault in ("holes packed", "window lost"):
         packing = masks._packing
-        monkeypatch.setattr(masks, "_packing", lambda padding, window: _with_window(packing(padding, None), window)
-                            if fault == "holes packed" else packing(padding, None))
+        monkeypatch.setattr(
+            masks,
+            "_packing",
+            lambda padding, window: (
+                _with_window(packing(padding, None), window) if fault == "holes packed" else packing(padding, None)
+            ),
+        )
     elif fault == "documents ignored":
         monkeypatch.setattr(attention, "with_documents", lambda mask, *args: mask)
     else:

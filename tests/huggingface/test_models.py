@@ -1,4 +1,5 @@
 """Every family against its untouched self: scale 1, merged weights, padding, caches, generation, gradients."""
+
 import copy
 import inspect
 
@@ -42,7 +43,8 @@ def test_what_is_observed(family, granularity):
     scales = seal_ops.attach(model, granularity)
     shape = (4,) if granularity == "head" else (4, expected.head_dim)
     assert [(layer, tuple(s.shape), s.dtype) for layer, s in scales.items()] == [
-        (layer, shape, torch.float32) for layer in expected.layers]
+        (layer, shape, torch.float32) for layer in expected.layers
+    ]
     for site in scales.attachment.seam.sites:
         assert site.num_kv_heads == model.config.num_key_value_heads
         assert site.direct == expected.mergeable
@@ -80,7 +82,9 @@ def test_a_step_before_o_proj_is_refused_for_merging_only(family):
     scale_by_hooks(plain, dict(scales.items()), FAMILIES[family].head_dim)
     assert close(logits(model, tokens()), logits(plain, tokens()))
     before = {n: t.clone() for n, t in model.state_dict().items()}
-    with pytest.raises(ValueError, match=r"seal_ops.merge: model.layers.0.self_attn.o_proj must read the attention output"):
+    with pytest.raises(
+        ValueError, match=r"seal_ops.merge: model.layers.0.self_attn.o_proj must read the attention output"
+    ):
         seal_ops.merge(model)
     assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items()) and model.seal_scales is scales
 
@@ -88,8 +92,9 @@ def test_a_step_before_o_proj_is_refused_for_merging_only(family):
 @every_family
 def test_detach_restores_bit_for_bit(family):
     model = FAMILIES[family].build()
-    next(m for n, m in model.model.layers[0].named_children() if n in ("mlp", "feed_forward", "block_sparse_moe")
-         ).requires_grad_(False)
+    next(
+        m for n, m in model.model.layers[0].named_children() if n in ("mlp", "feed_forward", "block_sparse_moe")
+    ).requires_grad_(False)
     bystander = FAMILIES[family].build()
     before, ids = untouched(model), tokens()
     flags = {n: p.requires_grad for n, p in model.named_parameters()}
@@ -130,7 +135,11 @@ def test_save_and_load_round_trip(family, granularity, tmp_path):
     scales = seal_ops.attach(model, granularity)
     randomise(scales)
     scales.save_pretrained(tmp_path / "adapter")
-    assert sorted(p.name for p in (tmp_path / "adapter").iterdir()) == ["README.md", "adapter_config.json", "adapter_model.safetensors"]
+    assert sorted(p.name for p in (tmp_path / "adapter").iterdir()) == [
+        "README.md",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    ]
     loaded = seal_ops.load(other, tmp_path / "adapter")
     assert loaded.config == scales.config
     assert all(torch.equal(a, b) for (_, a), (_, b) in zip(loaded.items(), scales.items()))
@@ -152,7 +161,7 @@ def test_padding(family, side, lengths):
     got = logits(model, padded, attention_mask=attention_mask, position_ids=position_ids)
     assert torch.isfinite(got).all()
     for row, (n, at) in enumerate(zip(lengths, where)):
-        assert close(got[row, at], logits(model, ids[row:row + 1, :n])[0])
+        assert close(got[row, at], logits(model, ids[row : row + 1, :n])[0])
 
 
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
@@ -162,7 +171,9 @@ def test_caches_in_pieces(family, cache):
     model = FAMILIES[family].build()
     randomise(seal_ops.attach(model, "head"))
     ids = tokens(2, 17)
-    values = DynamicCache(config=model.config) if cache == "dynamic" else StaticCache(config=model.config, max_cache_len=24)
+    values = (
+        DynamicCache(config=model.config) if cache == "dynamic" else StaticCache(config=model.config, max_cache_len=24)
+    )
     pieces = []
     with torch.no_grad():
         for piece in (ids[:, :7], ids[:, 7:13], *ids[:, 13:].split(1, 1)):
@@ -174,8 +185,11 @@ def test_caches_in_pieces(family, cache):
 @pytest.mark.parametrize("padded", [False, True], ids=["unpadded", "left-padded"])
 @mergeable_family
 def test_generate_token_for_token_as_merged(family, padded, cache):
-    if family == "llama4" and cache == "static" and "block_sequence_ids" not in inspect.signature(
-            create_chunked_causal_mask).parameters:
+    if (
+        family == "llama4"
+        and cache == "static"
+        and "block_sequence_ids" not in inspect.signature(create_chunked_causal_mask).parameters
+    ):
         pytest.skip("this release of transformers cannot generate with a static cache and chunks")
     model = FAMILIES[family].build()
     randomise(seal_ops.attach(model, "channel"))
@@ -183,8 +197,12 @@ def test_generate_token_for_token_as_merged(family, padded, cache):
     attention_mask = torch.ones_like(ids)
     if padded:
         ids[0, :5], attention_mask[0, :5] = 0, 0
-    options = dict(attention_mask=attention_mask, max_new_tokens=9, do_sample=False,
-                   cache_implementation="static" if cache == "static" else None)
+    options = dict(
+        attention_mask=attention_mask,
+        max_new_tokens=9,
+        do_sample=False,
+        cache_implementation="static" if cache == "static" else None,
+    )
     got = model.generate(ids, **options)
     assert got.shape == (2, 21)
     assert torch.equal(got, seal_ops.merge(model).generate(ids, **options))
@@ -236,7 +254,7 @@ def test_padded_training_batch(family):
     ids, lengths = tokens(2, 19), (19, 11)
     total = 0
     for row, n in enumerate(lengths):
-        logs = model(ids[row:row + 1, :n], use_cache=False).logits.log_softmax(-1)
+        logs = model(ids[row : row + 1, :n], use_cache=False).logits.log_softmax(-1)
         total = total - logs[0, :-1].gather(1, ids[row, 1:n, None]).sum()
     expected = torch.autograd.grad(total, list(scales.parameters()))
     attention_mask = (torch.arange(19) < torch.tensor(lengths)[:, None]).long()
@@ -278,12 +296,13 @@ def test_batch_of_rows_with_their_own_scales(family):
         with torch.no_grad():
             for layer, scale in scales.items():
                 scale.copy_(rows[layer, row])
-        assert close(got[row], logits(model, ids[row:row + 1])[0])
+        assert close(got[row], logits(model, ids[row : row + 1])[0])
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral"])
 def test_compiled_as_a_whole(family):
-    """One graph, eager results. (transformers cannot see padding or packing while it is traced and makes a mask tensor.)"""
+    """One graph, eager results. (transformers cannot see padding or packing while it is traced and makes a mask
+    tensor.)"""
     model = FAMILIES[family].build()
     randomise(seal_ops.attach(model, "channel"))
     eager = logits(model, tokens())
@@ -293,7 +312,8 @@ def test_compiled_as_a_whole(family):
 
 @pytest.mark.parametrize("family", ["llama", "mistral"])
 def test_compiled_by_layer_keeps_the_fused_op(family):
-    """Layers compiled one by one: one graph each, shared, with the fused op, also for another length and in training."""
+    """Layers compiled one by one: one graph each, shared, with the fused op, also for another length and in
+    training."""
     model = FAMILIES[family].build()
     scales = seal_ops.attach(model, "channel")
     randomise(scales)
@@ -313,20 +333,28 @@ def test_compiled_by_layer_keeps_the_fused_op(family):
     for n, want in expected.items():
         assert close(logits(model, tokens(length=n)), want)
     for graph in graphs:
-        assert sum(n.target == torch.ops.seal.rope_attention.default or n.target == torch.ops.seal.rope_attention
-                   for n in graph.graph.nodes) == 1
+        assert (
+            sum(
+                n.target == torch.ops.seal.rope_attention.default or n.target == torch.ops.seal.rope_attention
+                for n in graph.graph.nodes
+            )
+            == 1
+        )
     assert len(graphs) <= 4  # a layer each, then once more for lengths that vary
     loss_of(model, tokens()).backward()
     assert all(largest(s.grad, g) <= 1e-5 * g.abs().max().item() for (_, s), g in zip(scales.items(), gradients))
 
 
-@pytest.mark.parametrize("family, whole, cached, padded", [
-    ("llama", ["rope_attention"], ["rope", "attention"], ["rope", "attention-packed"]),
-    ("mistral", ["rope_attention"], ["rope", "attention"], ["rope", "attention-packed"]),
-    ("phi3", ["rope_attention"], ["rope", "attention"], ["rope", "attention-packed"]),
-    ("cohere", ["attention"], ["attention"], ["attention-packed"]),
-    ("gemma2", ["rope", "_composed"], ["rope", "_composed"], ["rope", "_composed"]),
-])
+@pytest.mark.parametrize(
+    "family, whole, cached, padded",
+    [
+        ("llama", ["rope_attention"], ["rope", "attention"], ["rope", "attention-packed"]),
+        ("mistral", ["rope_attention"], ["rope", "attention"], ["rope", "attention-packed"]),
+        ("phi3", ["rope_attention"], ["rope", "attention"], ["rope", "attention-packed"]),
+        ("cohere", ["attention"], ["attention"], ["attention-packed"]),
+        ("gemma2", ["rope", "_composed"], ["rope", "_composed"], ["rope", "_composed"]),
+    ],
+)
 def test_the_fused_ops_run(called, family, whole, cached, padded):
     model = FAMILIES[family].build()
     seal_ops.attach(model, "head")
@@ -382,9 +410,11 @@ def test_a_forced_backend_runs_everything(monkeypatch):
     seal_ops.attach(model, "head", backend="reference")
     backends = []
     for module, name in ((seam, "attention"), (seam, "rope"), (rotation, "rope"), (seam, "rope_attention")):
+
         def spy(*args, _function=getattr(module, name), **kwargs):  # noqa: B008
             backends.append(kwargs["backend"])
             return _function(*args, **kwargs)
+
         monkeypatch.setattr(module, name, spy)
     ids = tokens()
     logits(model, ids)
@@ -406,4 +436,6 @@ def test_padding_with_a_window_of_one_token(side):
         attention_mask = attention_mask.flip(1)
     real = attention_mask.bool()
     ids = tokens(2, 9) * attention_mask
-    assert close(logits(model, ids, attention_mask=attention_mask)[real], logits(own, ids, attention_mask=attention_mask)[real])
+    assert close(
+        logits(model, ids, attention_mask=attention_mask)[real], logits(own, ids, attention_mask=attention_mask)[real]
+    )

@@ -1,4 +1,5 @@
 """The rotary embedding stays fused whatever is laid round a forward, and where it does not, `attach` says so."""
+
 import functools
 import inspect
 import re
@@ -45,10 +46,12 @@ def assert_fused(model: nn.Module, called: list[str]) -> None:
 
 # -- decorators ------------------------------------------------------------------------------------------------------
 
+
 def with_wraps(forward):
     @functools.wraps(forward)
     def wrapper(*args, **kwargs):
         return forward(*args, **kwargs)
+
     return wrapper
 
 
@@ -63,12 +66,22 @@ def twice(forward):
 def deprecating(old: str, new: str):
     """transformers' own decorator, for any pair of names."""
     from transformers.utils.deprecation import deprecate_kwarg
+
     return deprecate_kwarg(old, version="99.0", new_name=new)
 
 
-@pytest.mark.parametrize("decorate", [with_wraps, without_wraps, twice, torch.no_grad(),
-                                      deprecating("layer_past", CACHE), deprecating("mask", "attention_mask")],
-                         ids=["wraps", "no-wraps", "two", "no_grad", "deprecate-cache", "deprecate-mask"])
+@pytest.mark.parametrize(
+    "decorate",
+    [
+        with_wraps,
+        without_wraps,
+        twice,
+        torch.no_grad(),
+        deprecating("layer_past", CACHE),
+        deprecating("mask", "attention_mask"),
+    ],
+    ids=["wraps", "no-wraps", "two", "no_grad", "deprecate-cache", "deprecate-mask"],
+)
 def test_decorated_forwards_stay_fused(decorate, monkeypatch, called):
     monkeypatch.setattr(ATTENTION, "forward", decorate(ATTENTION.forward))
     assert_fused(LLAMA.build(), called)
@@ -83,6 +96,7 @@ def test_a_decorator_goes_on_working(monkeypatch):
         def wrapper(self, *args, **kwargs):
             seen.append(self.layer_idx)
             return forward(self, *args, **kwargs)
+
         return wrapper
 
     monkeypatch.setattr(ATTENTION, "forward", counting(ATTENTION.forward))
@@ -110,8 +124,11 @@ def test_a_rotation_out_of_sight_is_reported_and_right(monkeypatch):
     monkeypatch.setattr(ATTENTION, "forward", Opaque(ATTENTION.forward))
     model = LLAMA.build()
     expected = logits(model, tokens())
-    with pytest.warns(UserWarning, match=r"^seal_ops.attach: LlamaAttention \(2 of 2 layers\) keeps its own rotary "
-                                         r"embedding: its forward hides the rotary function apply_rotary_pos_emb$"):
+    with pytest.warns(
+        UserWarning,
+        match=r"^seal_ops.attach: LlamaAttention \(2 of 2 layers\) keeps its own rotary "
+        r"embedding: its forward hides the rotary function apply_rotary_pos_emb$",
+    ):
         scales = seal_ops.attach(model)
     assert scales.attachment.seam.summary() == "rotation fused in 0 of 2 layers"
     assert close(logits(model, tokens()), expected)
@@ -123,13 +140,16 @@ def test_a_forward_replaced_on_the_instance_is_reported(recwarn):
     for layer in model.model.layers[:1]:
         forward = layer.self_attn.forward
         layer.self_attn.forward = lambda *args, _forward=forward, **kwargs: _forward(*args, **kwargs)
-    with pytest.warns(UserWarning, match=rf"LlamaAttention \(1 of 2 layers\) .* replaced on the instance \(by {__name__}\)"):
+    with pytest.warns(
+        UserWarning, match=rf"LlamaAttention \(1 of 2 layers\) .* replaced on the instance \(by {__name__}\)"
+    ):
         scales = seal_ops.attach(model)
     assert scales.attachment.seam.summary() == "rotation fused in 1 of 2 layers"
     assert close(logits(model, tokens()), expected)
 
 
 # -- another library's rotary function -------------------------------------------------------------------------------
+
 
 def foreign(function):
     function.__module__ = "fastlib.rope"
@@ -138,13 +158,17 @@ def foreign(function):
 
 def test_another_librarys_rotary_function_is_replaced_where_it_computes_the_same(monkeypatch, called):
     own = modeling_llama.apply_rotary_pos_emb
-    monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb",
-                        foreign(lambda q, k, cos, sin, position_ids=None, unsqueeze_dim=1: own(q, k, cos, sin)))
+    monkeypatch.setattr(
+        modeling_llama,
+        "apply_rotary_pos_emb",
+        foreign(lambda q, k, cos, sin, position_ids=None, unsqueeze_dim=1: own(q, k, cos, sin)),
+    )
     assert_fused(LLAMA.build(), called)
 
 
 def test_another_librarys_rotary_function_that_cannot_be_tried_is_reported(monkeypatch):
     """As Liger's, which runs on a GPU only."""
+
     def apply_rotary_pos_emb(q, k, cos, sin, position_ids=None, unsqueeze_dim=1):
         if q.shape[-1] == 8:  # the trial
             raise RuntimeError("no GPU")
@@ -164,6 +188,7 @@ def test_another_rotation_is_left_alone_without_a_warning():
 
 
 # -- renames ---------------------------------------------------------------------------------------------------------
+
 
 def renamed(replacements: dict[str, str]) -> type:
     """transformers' Llama with words of its attention class, and of the call of it, changed, as a release might."""
@@ -186,14 +211,18 @@ def renamed(replacements: dict[str, str]) -> type:
 CALL = r"= apply_rotary_pos_emb\(query_states, key_states, cos, sin\)"
 
 
-@pytest.mark.parametrize("replacements", [
-    {r"\bapply_rotary_pos_emb\b": "turn"},
-    {r"\bposition_embeddings\b": "cos_and_sin"},
-    {rf"\b{CACHE}\b": "memory"},
-    {CALL: "= (lambda: apply_rotary_pos_emb(query_states, key_states, cos, sin))()"},
-    {CALL: "= [apply_rotary_pos_emb(*x, cos, sin) for x in [(query_states, key_states)]][0]"},
-    {CALL: "= apply_rotary_pos_emb(q=query_states, k=key_states, cos=cos, sin=sin, unsqueeze_dim=1)"},
-], ids=["function", "embeddings", "cache", "lambda", "comprehension", "keywords"])
+@pytest.mark.parametrize(
+    "replacements",
+    [
+        {r"\bapply_rotary_pos_emb\b": "turn"},
+        {r"\bposition_embeddings\b": "cos_and_sin"},
+        {rf"\b{CACHE}\b": "memory"},
+        {CALL: "= (lambda: apply_rotary_pos_emb(query_states, key_states, cos, sin))()"},
+        {CALL: "= [apply_rotary_pos_emb(*x, cos, sin) for x in [(query_states, key_states)]][0]"},
+        {CALL: "= apply_rotary_pos_emb(q=query_states, k=key_states, cos=cos, sin=sin, unsqueeze_dim=1)"},
+    ],
+    ids=["function", "embeddings", "cache", "lambda", "comprehension", "keywords"],
+)
 def test_renames_stay_fused(replacements, called):
     torch.manual_seed(0)
     kind = renamed(replacements)
@@ -212,15 +241,20 @@ def test_renames_stay_fused(replacements, called):
 
 def test_a_rotary_function_of_the_class_is_reported():
     """Found through `self`, where it cannot be replaced for one copy."""
-    kind = renamed({CALL: "= self.rotary(query_states, key_states, cos, sin)",
-                    r"class LlamaAttention\(nn.Module\):": "class LlamaAttention(nn.Module):\n"
-                                                           "    rotary = staticmethod(apply_rotary_pos_emb)\n"})
+    kind = renamed(
+        {
+            CALL: "= self.rotary(query_states, key_states, cos, sin)",
+            r"class LlamaAttention\(nn.Module\):": "class LlamaAttention(nn.Module):\n"
+            "    rotary = staticmethod(apply_rotary_pos_emb)\n",
+        }
+    )
     model = kind(LLAMA.build().config.__class__(**LLAMA.build().config.to_dict())).eval()
     with pytest.warns(UserWarning, match="LlamaAttention .2 of 2 layers. keeps its own rotary embedding"):
         seal_ops.attach(model)
 
 
 # -- caches ----------------------------------------------------------------------------------------------------------
+
 
 def caches(model):
     yield transformers.DynamicCache(config=model.config)
@@ -229,7 +263,8 @@ def caches(model):
 
 
 class QuantisedLike(transformers.DynamicCache):
-    """Stands for transformers' quantised caches, whose back ends are not installed here: a subclass of the cache type."""
+    """Stands for transformers' quantised caches, whose back ends are not installed here: a subclass of the cache
+    type."""
 
 
 class Foreign:

@@ -73,7 +73,7 @@ def each(results, names=("out", "lse", *GRADIENTS)):
 
 
 def test_right_results_pass_and_wrong_ones_are_named(results):
-    for case, right, exact, plain in results:
+    for _, right, exact, plain in results:
         assert_close(right, exact, plain)
         for name in right:
             with pytest.raises(AssertionError, match=f"^{name}: row or sequence .* allowed"):

@@ -1,4 +1,5 @@
 """attention on every backend: against the oracle, under autograd and torch.compile, on ugly inputs."""
+
 import pytest
 import torch
 from cases import SMALL, Case, gradients_of, make, run, run_plain
@@ -65,8 +66,19 @@ def test_only_what_needs_a_gradient_is_computed(backend, device):
     tolerance = max(1e-5, 2 * torch.finfo(inputs["q"].dtype).eps)
     for wanted in [(0,), (1, 2), (3,), (4,), (2, 3), ()]:
         needs = [n in wanted for n in range(5)]
-        got = seal.attention_backward(grad_out, None, inputs["q"], inputs["k"], inputs["v"], out, lse, inputs["scale"],
-                                      inputs["offset"], needs=needs, backend=backend)
+        got = seal.attention_backward(
+            grad_out,
+            None,
+            inputs["q"],
+            inputs["k"],
+            inputs["v"],
+            out,
+            lse,
+            inputs["scale"],
+            inputs["offset"],
+            needs=needs,
+            backend=backend,
+        )
         for n, name in enumerate(names):
             if needs[n]:  # another path through the kernels and another order of summation may round differently
                 error, size = (got[n] - whole[name]).abs().max().item(), whole[name].abs().max().item()
@@ -95,8 +107,10 @@ def test_expanded_batch_and_grad_out(backend, device):
     one = {**inputs, **{n: inputs[n][:1].expand(3, -1, -1, -1) for n in ("q", "k", "v")}}
     copies = {**inputs, **{n: one[n].contiguous() for n in ("q", "k", "v")}}
     ones = torch.ones((), dtype=inputs["q"].dtype, device=device).expand(inputs["q"].shape)
-    for a, b in zip(run(call(backend), case, one, (ones, None)).values(),
-                    run(call(backend), case, copies, (ones.contiguous(), None)).values()):
+    for a, b in zip(
+        run(call(backend), case, one, (ones, None)).values(),
+        run(call(backend), case, copies, (ones.contiguous(), None)).values(),
+    ):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
 
 
@@ -105,24 +119,35 @@ def test_opcheck(backend, device, case):
     if backend == "triton" and device.type == "cpu" and case is not SMALL[2]:
         pytest.skip("one case is enough under the interpreter")
     inputs = make(case, half(backend, device), device)
-    leaves = {n: t.requires_grad_() if isinstance(t, torch.Tensor) and t.is_floating_point() else t
-              for n, t in inputs.items()}
+    leaves = {
+        n: t.requires_grad_() if isinstance(t, torch.Tensor) and t.is_floating_point() else t for n, t in inputs.items()
+    }
     positional = [leaves.pop(n, None) for n in ("q", "k", "v", "scale", "offset", "cu_seqlens", "cu_seqlens_k")]
     opcheck(seal.attention.default, positional, dict(leaves, backend=backend), rtol=1e-2, atol=1e-2)
     out, lse = (t.detach() for t in seal.attention(*positional, **leaves, backend=backend))
     detached = [t if t is None else t.detach() for t in positional]
     grad_out, grad_lse = gradients_of(case, inputs)
     needs = [True, True, True, detached[3] is not None, detached[4] is not None]
-    opcheck(seal.attention_backward.default,
-            [grad_out, grad_lse, *detached[:3], out, lse, *detached[3:5], None, None, None, None, *detached[5:]],
-            dict(leaves, needs=needs, backend=backend, deterministic=True), rtol=1e-2, atol=1e-2)
+    opcheck(
+        seal.attention_backward.default,
+        [grad_out, grad_lse, *detached[:3], out, lse, *detached[3:5], None, None, None, None, *detached[5:]],
+        dict(leaves, needs=needs, backend=backend, deterministic=True),
+        rtol=1e-2,
+        atol=1e-2,
+    )
 
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
-@pytest.mark.parametrize("case", [
-    Case(4, 6, heads=(2, 1), head_dim=8, scale="channel", offset=True, lse=True), Case(5, 3, head_dim=8, scale="head"),
-    Case(6, 6, head_dim=8, window=2, causal=False, scale=None, lse=True),
-    Case((2, 0, 4), (3, 1, 4), heads=(2, 1), head_dim=8, scale="row-channel")], ids=str)
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(4, 6, heads=(2, 1), head_dim=8, scale="channel", offset=True, lse=True),
+        Case(5, 3, head_dim=8, scale="head"),
+        Case(6, 6, head_dim=8, window=2, causal=False, scale=None, lse=True),
+        Case((2, 0, 4), (3, 1, 4), heads=(2, 1), head_dim=8, scale="row-channel"),
+    ],
+    ids=str,
+)
 def test_gradcheck_in_fp64(backend, case):
     inputs = make(case, torch.float64, "cpu")
     if inputs["scale"] is not None:

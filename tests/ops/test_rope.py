@@ -1,4 +1,5 @@
 """rope and rope_attention on every backend, and the frequency schedules."""
+
 import math
 
 import pytest
@@ -72,6 +73,7 @@ def test_rope_at_far_positions(backend, device):
 
 def test_rope_equals_transformers():
     from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
     q, k, cos, sin = inputs("cpu", torch.float32)
     double = lambda t: torch.cat((t[:11], t[:11]), -1)[None]
     want = apply_rotary_pos_emb(q.transpose(1, 2), k.transpose(1, 2), double(cos), double(sin))
@@ -79,8 +81,11 @@ def test_rope_equals_transformers():
         torch.testing.assert_close(a, b.transpose(1, 2))
 
 
-@pytest.mark.parametrize("options", [
-    dict(), dict(interleaved=True), dict(window=4, softmax_scale=0.3)], ids=["half-split", "interleaved", "window"])
+@pytest.mark.parametrize(
+    "options",
+    [dict(), dict(interleaved=True), dict(window=4, softmax_scale=0.3)],
+    ids=["half-split", "interleaved", "window"],
+)
 def test_rope_attention_is_rope_then_attention(backend, device, options):
     dtype = half(backend, device)
     q, k, cos, sin = inputs(device, dtype, head_dim=64, rotary=64)
@@ -95,12 +100,23 @@ def test_rope_attention_is_rope_then_attention(backend, device, options):
         out = function(*leaves)
         return out, *torch.autograd.grad(out, leaves, g)
 
-    fused = gradients(lambda q, k, v, s: seal_ops.rope_attention(q, k, v, cos, sin, scale=s, **options, backend=backend))
-    exact = gradients(lambda q, k, v, s: seal_ops.attention(
-        *seal_ops.rope(q.double(), k.double(), cos, sin, **inter, backend="reference"), v.double(), s.double(), **rest,
-        backend="reference"))
-    steps = gradients(lambda q, k, v, s: seal_ops.attention(
-        *seal_ops.rope(q, k, cos, sin, **inter, backend=backend), v, s, **rest, backend=backend))
+    fused = gradients(
+        lambda q, k, v, s: seal_ops.rope_attention(q, k, v, cos, sin, scale=s, **options, backend=backend)
+    )
+    exact = gradients(
+        lambda q, k, v, s: seal_ops.attention(
+            *seal_ops.rope(q.double(), k.double(), cos, sin, **inter, backend="reference"),
+            v.double(),
+            s.double(),
+            **rest,
+            backend="reference",
+        )
+    )
+    steps = gradients(
+        lambda q, k, v, s: seal_ops.attention(
+            *seal_ops.rope(q, k, cos, sin, **inter, backend=backend), v, s, **rest, backend=backend
+        )
+    )
     for a, b, c in zip(fused, exact, steps):
         error, unfused = ((t.double() - b.double()).abs().max() for t in (a, c))
         assert error <= 1.5 * unfused + torch.finfo(dtype).eps * b.abs().max()
@@ -127,20 +143,30 @@ def test_packed_positions():
 def test_rope_opcheck_and_gradcheck(backend, device):
     q, k, cos, sin = inputs(device, half(backend, device), batch=1, sq=5, sk=5)
     at = torch.arange(5, device=device)
-    opcheck(seal.rope.default, [q.requires_grad_(), k.requires_grad_(), cos, sin, at],
-            dict(interleaved=True, backend=backend), rtol=1e-2, atol=1e-2)
+    opcheck(
+        seal.rope.default,
+        [q.requires_grad_(), k.requires_grad_(), cos, sin, at],
+        dict(interleaved=True, backend=backend),
+        rtol=1e-2,
+        atol=1e-2,
+    )
     q, k, cos, sin = inputs(device, half(backend, device), batch=1, sq=5, sk=5, head_dim=64, rotary=64)
     scale = torch.randn(4, 64, device=device, requires_grad=True)
-    opcheck(seal.rope_attention.default,
-            [q.requires_grad_(), k.requires_grad_(), torch.randn_like(k).requires_grad_(), cos, sin, None, None, scale],
-            dict(backend=backend), rtol=1e-2, atol=1e-2)
+    opcheck(
+        seal.rope_attention.default,
+        [q.requires_grad_(), k.requires_grad_(), torch.randn_like(k).requires_grad_(), cos, sin, None, None, scale],
+        dict(backend=backend),
+        rtol=1e-2,
+        atol=1e-2,
+    )
     if backend in ("cpu", "reference"):
         q, k, cos, sin = inputs(device, torch.float64, batch=1, sq=3, sk=4, heads=(2, 1), head_dim=8, rotary=4)
         v = torch.randn_like(k)
         scale = torch.randn(2, 8, dtype=torch.float64)
         torch.autograd.gradcheck(
             lambda q, k, v, s: seal_ops.rope_attention(q, k, v, cos, sin, scale=s, interleaved=True, backend=backend),
-            [t.requires_grad_() for t in (q, k, v, scale)])
+            [t.requires_grad_() for t in (q, k, v, scale)],
+        )
         torch.autograd.gradcheck(lambda q, k: seal_ops.rope(q, k, cos, sin, backend=backend), [q, k])
 
 
@@ -148,10 +174,16 @@ def test_rope_opcheck_and_gradcheck(backend, device):
 
 BASE = rope_frequencies(64)[0].double()
 FROM_TRANSFORMERS = {
-    "linear": dict(factor=4.0), "dynamic": dict(factor=2.0), "yarn": dict(factor=4.0, original_max_position_embeddings=256),
+    "linear": dict(factor=4.0),
+    "dynamic": dict(factor=2.0),
+    "yarn": dict(factor=4.0, original_max_position_embeddings=256),
     "llama3": dict(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=256),
-    "longrope": dict(short_factor=[1.0] * 32, long_factor=[1.0 + i / 8 for i in range(32)], factor=4.0,
-                     original_max_position_embeddings=256),
+    "longrope": dict(
+        short_factor=[1.0] * 32,
+        long_factor=[1.0 + i / 8 for i in range(32)],
+        factor=4.0,
+        original_max_position_embeddings=256,
+    ),
 }
 
 
@@ -160,10 +192,15 @@ def test_schedules_equal_those_of_a_transformers_model(rope_type):
     """cos and sin of our tables against LlamaRotaryEmbedding's own, at a length beyond the original window."""
     from transformers import LlamaConfig
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
     parameters, length = FROM_TRANSFORMERS[rope_type], 1000
     window = 1024 if "original_max_position_embeddings" in parameters else 512
-    config = LlamaConfig(hidden_size=128, num_attention_heads=2, max_position_embeddings=window,
-                         rope_parameters={"rope_type": rope_type, "rope_theta": 10_000.0, **parameters})
+    config = LlamaConfig(
+        hidden_size=128,
+        num_attention_heads=2,
+        max_position_embeddings=window,
+        rope_parameters={"rope_type": rope_type, "rope_theta": 10_000.0, **parameters},
+    )
     if "original_max_position_embeddings" in parameters:
         config.original_max_position_embeddings = parameters["original_max_position_embeddings"]
     cos, sin = LlamaRotaryEmbedding(config)(torch.zeros(1), torch.arange(length)[None])
@@ -184,17 +221,22 @@ def test_schedules_of_our_own():
     low, high, rho = 2 * math.pi / 2048, 2 * math.pi / 16, 2 * math.pi / 512
     truncated = rope_frequencies(64, "truncated", low=low, high=high, rho=rho)[0].double()
     for f, t in zip(BASE, truncated):
-        torch.testing.assert_close(t, f if f >= high else torch.tensor(rho if f > low else 0.0).double(), rtol=1e-6, atol=0)
+        torch.testing.assert_close(
+            t, f if f >= high else torch.tensor(rho if f > low else 0.0).double(), rtol=1e-6, atol=0
+        )
     assert rope_frequencies(64, partial_rotary_factor=0.25)[0].shape == (8,)
 
 
-@pytest.mark.parametrize("arguments,sentence", [
-    (dict(rope_type="cubic"), "rope_type must be one of default, ntk"),
-    (dict(rope_type="ntk"), r"takes the parameters \['factor'\], got \[\]"),
-    (dict(rope_type="linear"), "needs the parameter 'factor'"),
-    (dict(rope_type="truncated", low=2.0, high=1.0, rho=0.1), "0 <= low <= high, got 2.0 and 1.0"),
-    (dict(partial_rotary_factor=0.01), "must be even and at least 2, got 0"),
-])
+@pytest.mark.parametrize(
+    "arguments,sentence",
+    [
+        (dict(rope_type="cubic"), "rope_type must be one of default, ntk"),
+        (dict(rope_type="ntk"), r"takes the parameters \['factor'\], got \[\]"),
+        (dict(rope_type="linear"), "needs the parameter 'factor'"),
+        (dict(rope_type="truncated", low=2.0, high=1.0, rho=0.1), "0 <= low <= high, got 2.0 and 1.0"),
+        (dict(partial_rotary_factor=0.01), "must be even and at least 2, got 0"),
+    ],
+)
 def test_bad_schedules(arguments, sentence):
     with pytest.raises(ValueError, match=sentence):
         rope_frequencies(64, **arguments)

@@ -1,4 +1,5 @@
 """What is particular to the Triton backend; that it honours the contract is tests/ops/test_ops.py's business."""
+
 import subprocess
 import sys
 
@@ -53,17 +54,19 @@ def test_visited_blocks_hold_every_pair_and_full_blocks_nothing_else(of_keys, sq
     _blocks[(tiles,)](found, sq, sk, *(None if w < 0 else w for w in (left, right)), m, n, of_keys)
     for t, (begin, full_begin, full_end, end) in enumerate(found.tolist()):
         assert 0 <= begin <= full_begin <= full_end <= end
-        mine = seen[t * tile:(t + 1) * tile]
+        mine = seen[t * tile : (t + 1) * tile]
         outside = torch.ones(seen.shape[1], dtype=torch.bool)
-        outside[begin * block:end * block] = False
+        outside[begin * block : end * block] = False
         assert not mine[:, outside].any(), f"tile {t} leaves out pairs beyond blocks {begin}..{end}"
         assert full_end * block <= seen.shape[1] or full_begin == full_end
-        assert mine[:, full_begin * block:full_end * block].all(), f"tile {t} takes {full_begin}..{full_end} for full"
+        assert mine[:, full_begin * block : full_end * block].all(), f"tile {t} takes {full_begin}..{full_end} for full"
 
 
 @triton.jit
 def _owners(owner_ptr, cu_ptr, num_seqs, tiles, BLOCK: tl.constexpr):
-    head, batch, seq, tile, start, length, _, _ = tiling.locate(tl.program_id(0), tiles, 1, num_seqs, cu_ptr, cu_ptr, 0, 0, BLOCK)
+    head, batch, seq, tile, start, length, _, _ = tiling.locate(
+        tl.program_id(0), tiles, 1, num_seqs, cu_ptr, cu_ptr, 0, 0, BLOCK
+    )
     rows = tile * BLOCK + tl.arange(0, BLOCK)
     tl.atomic_add(owner_ptr + start + rows, seq + 1, mask=rows < length)
 
@@ -79,6 +82,7 @@ def test_every_packed_token_has_exactly_one_tile(lengths):
 
 def direct(q, k, v, scale=None, offset=None, **arguments):
     """attention under autograd, straight into the backend."""
+
     class Function(torch.autograd.Function):
         @staticmethod
         def forward(ctx, q, k, v, scale, offset):
@@ -90,7 +94,9 @@ def direct(q, k, v, scale=None, offset=None, **arguments):
         def backward(ctx, grad_out, grad_lse):
             q, k, v, scale, offset, out, lse = ctx.saved_tensors
             needs = (True, True, True, scale is not None, offset is not None)
-            found = kernels.attention_backward(grad_out, grad_lse, q, k, v, out, lse, scale, offset, needs=needs, **arguments)
+            found = kernels.attention_backward(
+                grad_out, grad_lse, q, k, v, out, lse, scale, offset, needs=needs, **arguments
+            )
             return tuple(g if need else None for g, need in zip(found, needs))
 
     return Function.apply(q, k, v, scale, offset)
@@ -98,8 +104,8 @@ def direct(q, k, v, scale=None, offset=None, **arguments):
 
 @pytest.mark.parametrize("case", [SMALL[4], SMALL[5], SMALL[9], SMALL[12]], ids=str)
 def test_pointers_give_what_descriptors_give(case, monkeypatch):
-    """GPUs without TMA read tiles through pointers; here both ways run. Compiled, they differ in the layout of a tile and so in
-    the order of some sums; the interpreter has one order."""
+    """GPUs without TMA read tiles through pointers; here both ways run. Compiled, they differ in the layout of a tile
+    and so in the order of some sums; the interpreter has one order."""
     inputs = make(case, torch.float16, DEVICE)
     through_descriptors = run(direct, case, inputs)
     monkeypatch.setenv("SEAL_TRITON_TMA", "0")
@@ -180,7 +186,7 @@ def test_refusals_are_sentences():
 
 
 def test_importing_the_library_does_not_load_the_kernels():
-    code = "import sys, seal_ops, seal_ops.ops.backends.triton; sys.exit('seal_ops.ops.backends.triton.forward' in sys.modules)"
+    code = "import sys, seal_ops, seal_ops.ops.backends.triton; sys.exit('seal_ops.ops.backends.triton.forward' in sys.modules)"  # noqa: E501
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
@@ -200,10 +206,13 @@ def test_a_new_length_compiles_nothing():
     assert variants() == before
 
 
-@pytest.mark.skipif(DEVICE.type != "cuda" or torch.cuda.get_device_properties(0).total_memory < 70 << 30,
-                    reason="needs 50 GB of GPU memory")
+@pytest.mark.skipif(
+    DEVICE.type != "cuda" or torch.cuda.get_device_properties(0).total_memory < 70 << 30,
+    reason="needs 50 GB of GPU memory",
+)
 def test_more_than_two_to_the_31_elements():
-    """The last rows of 2.2e9 elements, against the oracle on a slice of the sequence: a window of 64 sees nothing else."""
+    """The last rows of 2.2e9 elements, against the oracle on a slice of the sequence: a window of 64 sees nothing
+    else."""
     from seal_ops.ops.backends import reference
 
     length, heads, tail = 540_000, 32, 100
@@ -212,14 +221,22 @@ def test_more_than_two_to_the_31_elements():
     scale = torch.randn(heads, 128, device=DEVICE)
     assert q.numel() > 2**31
     out, lse = kernels.attention(q, k, v, scale, window=64)
-    grad_q, grad_k, grad_v, *_ = kernels.attention_backward(grad_out, None, q, k, v, out, lse, scale, needs=NEEDS, window=64)
+    grad_q, grad_k, grad_v, *_ = kernels.attention_backward(
+        grad_out, None, q, k, v, out, lse, scale, needs=NEEDS, window=64
+    )
     ends = [t[:, -n:].double() for t, n in ((grad_out, tail), (q, tail), (k, 2 * tail), (v, 2 * tail))]
     exact_out, exact_lse = reference.attention(*ends[1:], scale.double(), window=64)
-    exact = reference.attention_backward(ends[0], None, *ends[1:], exact_out, exact_lse, scale.double(), needs=NEEDS, window=64)
+    exact = reference.attention_backward(
+        ends[0], None, *ends[1:], exact_out, exact_lse, scale.double(), needs=NEEDS, window=64
+    )
     seen_by_tail = 36  # the last keys, whose queries are all in the slice
-    for got, want in ((out[:, -tail:], exact_out), (lse[..., -tail:], exact_lse), (grad_q[:, -tail:], exact[0]),
-                      (grad_k[:, -seen_by_tail:], exact[1][:, -seen_by_tail:]),
-                      (grad_v[:, -seen_by_tail:], exact[2][:, -seen_by_tail:])):
+    for got, want in (
+        (out[:, -tail:], exact_out),
+        (lse[..., -tail:], exact_lse),
+        (grad_q[:, -tail:], exact[0]),
+        (grad_k[:, -seen_by_tail:], exact[1][:, -seen_by_tail:]),
+        (grad_v[:, -seen_by_tail:], exact[2][:, -seen_by_tail:]),
+    ):
         error = (got.double() - want).abs().max() / want.abs().max()
         assert error < 2e-2, error
 

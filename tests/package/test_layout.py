@@ -58,7 +58,9 @@ def test_an_import_that_goes_up_is_seen(tmp_path, monkeypatch):
 
 
 def test_only_four_files_at_the_top():
-    assert {p.name for p in ROOT.glob("*.py")} == {"__init__.py", "__main__.py", "version.py"} and (ROOT / "py.typed").exists()
+    assert {p.name for p in ROOT.glob("*.py")} == {"__init__.py", "__main__.py", "version.py"} and (
+        ROOT / "py.typed"
+    ).exists()
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))

@@ -1,4 +1,6 @@
-"""The package itself: one list of sources, one list of schemas, the environment report, an install without a compiler."""
+"""The package itself: one list of sources, one list of schemas, the environment report, an install without a
+compiler."""
+
 import os
 import pathlib
 import re
@@ -11,10 +13,10 @@ import pytest
 import torch
 
 import seal_ops
-from seal_ops.utils import elf
 from seal_ops.ops.dispatch import OPS, extension
 from seal_ops.ops.environment import facts, report
 from seal_ops.ops.registration import schemas
+from seal_ops.utils import elf
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
@@ -62,27 +64,57 @@ def test_importing_the_kernels_needs_no_transformers():
 def test_pure_python_has_the_same_ops(tmp_path):
     """Without an extension the schemas come from Python: install so, and run an op in a fresh interpreter."""
     env = {**os.environ, "SEAL_BUILD_EXT": "0"}
-    subprocess.run([sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation", "--target",
-                    str(tmp_path / "site"), str(ROOT)], check=True, env=env, capture_output=True)
+    subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "pip",
+            "install",
+            "-q",
+            "--no-deps",
+            "--no-build-isolation",
+            "--target",
+            str(tmp_path / "site"),
+            str(ROOT),
+        ],
+        check=True,
+        env=env,
+        capture_output=True,
+    )
     assert not list((tmp_path / "site/seal_ops").glob("_C*"))
-    code = ("import torch, seal_ops, pathlib; q = torch.randn(1, 4, 2, 8);"
-            "assert str(pathlib.Path(seal_ops.__file__)).startswith(SITE), seal_ops.__file__;"
-            "print(seal_ops.attention(q, q, q).shape, seal_ops.backends('cpu')['attention']['cuda'])")
-    done = subprocess.run([sys.executable, "-c", code.replace("SITE", repr(str(tmp_path)))], capture_output=True, text=True,
-                          cwd=tmp_path, env={**env, "PYTHONPATH": str(tmp_path / "site")})
+    code = (
+        "import torch, seal_ops, pathlib; q = torch.randn(1, 4, 2, 8);"
+        "assert str(pathlib.Path(seal_ops.__file__)).startswith(SITE), seal_ops.__file__;"
+        "print(seal_ops.attention(q, q, q).shape, seal_ops.backends('cpu')['attention']['cuda'])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code.replace("SITE", repr(str(tmp_path)))],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={**env, "PYTHONPATH": str(tmp_path / "site")},
+    )
     assert done.returncode == 0, done.stderr
     assert "[1, 4, 2, 8]" in done.stdout and "the C++ extension was not built" in done.stdout
 
 
-@pytest.mark.parametrize("name,value,sentence", [
-    ("SEAL_BUILD_CUDA", "yes", "SEAL_BUILD_CUDA must be auto, 0 or 1, got 'yes'"),
-    ("SEAL_BUILD_CUDA", "1", "SEAL_BUILD_CUDA=1, but "),
-])
+@pytest.mark.parametrize(
+    "name,value,sentence",
+    [
+        ("SEAL_BUILD_CUDA", "yes", "SEAL_BUILD_CUDA must be auto, 0 or 1, got 'yes'"),
+        ("SEAL_BUILD_CUDA", "1", "SEAL_BUILD_CUDA=1, but "),
+    ],
+)
 def test_a_wrong_build_variable_is_one_sentence(name, value, sentence):
     if value == "1" and torch.version.cuda is not None:
         pytest.skip("CUDA can be built here")
-    done = subprocess.run([sys.executable, "setup.py", "--version"], capture_output=True, text=True, cwd=ROOT,
-                          env={**os.environ, name: value, "SEAL_BUILD_EXT": "1"})
+    done = subprocess.run(
+        [sys.executable, "setup.py", "--version"],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, name: value, "SEAL_BUILD_EXT": "1"},
+    )
     assert done.returncode != 0 and f"seal_ops build: {sentence}" in done.stderr
 
 
@@ -96,7 +128,8 @@ extern "C" void probe(int n) { std::ostringstream s; s << n; throw std::runtime_
 
 @pytest.mark.skipif(sys.platform != "linux" or COMPILER is None, reason="needs Linux and a C++ compiler")
 def test_a_static_libstdcxx_is_undone_and_found(tmp_path, monkeypatch):
-    """The build's linker input makes a compiler with a static libstdc++ by default use the shared one; without it the reader says so."""
+    """The build's linker input makes a compiler with a static libstdc++ by default use the shared one; without it the
+    reader says so."""
     wrapper = tmp_path / "static-g++"
     wrapper.write_text(f'#!/bin/sh\nexec {COMPILER} -static-libstdc++ "$@"\n')
     wrapper.chmod(0o755)
@@ -105,11 +138,13 @@ def test_a_static_libstdcxx_is_undone_and_found(tmp_path, monkeypatch):
     build = runpy.run_path(str(ROOT / "setup.py"))
     for inputs, count in (([], 100), (build["dynamic_runtime"](), 0)):
         library = tmp_path / f"{count}.so"
-        subprocess.run([str(wrapper), "-shared", "-fPIC", "-o", str(library), str(tmp_path / "probe.cpp"), *inputs], check=True)
+        subprocess.run(
+            [str(wrapper), "-shared", "-fPIC", "-o", str(library), str(tmp_path / "probe.cpp"), *inputs], check=True
+        )
         found = elf.read(library)
         assert len(found.own_std) >= count and (found.fault is None) == (count == 0) == (not found.own_std), found
         assert build["elf"]().read(library).fault == found.fault
-        assert (f"{len(found.own_std)} std:: symbols of its own" in str(found))
+        assert f"{len(found.own_std)} std:: symbols of its own" in str(found)
     with pytest.raises(ValueError, match="must be a 64-bit little-endian ELF file"):
         elf.read(tmp_path / "probe.cpp")
 
@@ -126,4 +161,6 @@ def test_no_source_of_the_ops_uses_a_stream():
     for path in (ROOT / "csrc").rglob("*"):
         if path.suffix in (".cpp", ".h", ".cu", ".cuh"):
             code = re.sub(r"//.*", "", path.read_text())
-            assert not re.search(r"TORCH_CHECK|TORCH_INTERNAL_ASSERT|c10::str\(|stringstream|<iostream>|std::cout|std::cerr", code), path
+            assert not re.search(
+                r"TORCH_CHECK|TORCH_INTERNAL_ASSERT|c10::str\(|stringstream|<iostream>|std::cout|std::cerr", code
+            ), path

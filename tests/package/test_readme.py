@@ -1,4 +1,5 @@
 """The README's snippets run as printed, and what it points to exists."""
+
 import pathlib
 import re
 import shutil
@@ -24,7 +25,9 @@ def test_snippet_runs_as_printed(snippet, tmp_path, monkeypatch):
     if "out" in names:
         assert names["out"].shape == names["q"].shape and names["s"].grad.abs().sum() > 0
     elif "scales" in names:
-        assert {"adapter_config.json", "adapter_model.safetensors"} <= {p.name for p in (tmp_path / "my-scales").iterdir()}
+        assert {"adapter_config.json", "adapter_model.safetensors"} <= {
+            p.name for p in (tmp_path / "my-scales").iterdir()
+        }
         assert not any("seal" in n.lower() for n, _ in names["model"].named_parameters())
     else:
         assert "300" in str(names["result"]) and "600" in str(names["result"])

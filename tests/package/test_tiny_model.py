@@ -1,4 +1,5 @@
-"""The shipped retrieval model: it loads offline, its tokenizer fits the tasks, and its training writes their wording."""
+"""The shipped retrieval model: it loads offline, its tokenizer fits the tasks, and its training writes their
+wording."""
 
 import importlib
 import os
@@ -53,7 +54,8 @@ def test_every_word_and_digit_is_one_token(tokenizer):
 
 
 @pytest.mark.parametrize(
-    "text", ["", "The <REGISTER_CONTENT> in line amber-anchor is 12345.\n\n", "Grüße, 世界 \t\r\n 🙂  x", "  two  spaces\n"]
+    "text",
+    ["", "The <REGISTER_CONTENT> in line amber-anchor is 12345.\n\n", "Grüße, 世界 \t\r\n 🙂  x", "  two  spaces\n"],
 )
 def test_tokenizer_round_trip(tokenizer, text):
     ids = tokenizer(text).input_ids

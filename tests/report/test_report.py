@@ -49,7 +49,9 @@ def folder(tmp_path_factory):
     tmp_path = tmp_path_factory.mktemp("study")
     writers.write_comparison(comparison(), tmp_path)
     settings = {"measured": ["lines", "passkey"], "method": "SEAL-C", "length": 512}
-    rows = {row: {t: evaluation(row, i, t, (512,)) for t in settings["measured"]} for i, row in enumerate(("base", "lines"))}
+    rows = {
+        row: {t: evaluation(row, i, t, (512,)) for t in settings["measured"]} for i, row in enumerate(("base", "lines"))
+    }
     writers.write_transfer(Transfer(settings, rows, {}), tmp_path)
     found = made(units=8)
     found.units = [[u // 4, u % 4] for u in range(8)]
@@ -95,13 +97,22 @@ def test_report_is_one_whole_file(folder):
     page = Page(open(write_report(folder, title="A & B"), encoding="utf-8").read())
     assert page.open == [], "every tag is closed"
     text = " ".join(page.text)
-    for heading in ("A & B", "Comparison of methods", "Transfer", "Head influence", "Quadrant experiment", "Evaluations"):
+    for heading in (
+        "A & B",
+        "Comparison of methods",
+        "Transfer",
+        "Head influence",
+        "Quadrant experiment",
+        "Evaluations",
+    ):
         assert heading in text
     assert "beta & gamma" in text and "exact McNemar" in text and "<script>alert('no')</script>" in text
     assert len(page.images) == 6 and all(source.startswith("data:image/svg+xml;base64,") for source in page.images)
     assert page.tags.count("script") == 1, "what a model wrote is text"
     assert all(link[0] == "#" and link[1:] in page.ids for link in page.links)
-    assert not re.search(r'(src|href)="(?!data:|#)', open(folder / "report.html").read()), "needs nothing from elsewhere"
+    assert not re.search(r'(src|href)="(?!data:|#)', open(folder / "report.html").read()), (
+        "needs nothing from elsewhere"
+    )
 
 
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium on PATH; the page is parsed by the test above instead")
@@ -120,7 +131,7 @@ def test_report_opens_in_a_browser(folder, tmp_path):
     text = (folder / "report.html").read_text(encoding="utf-8").replace("</body>", probe)
     (tmp_path / "probed.html").write_text(text, encoding="utf-8")
     done = subprocess.run(
-        [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", f"--user-data-dir={tmp_path}/p",
+        [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", f"--user-data-dir={tmp_path}/p",  # noqa: E501
          "--virtual-time-budget=4000", "--window-size=1000,800", "--dump-dom", (tmp_path / "probed.html").as_uri()],
         capture_output=True, text=True, timeout=120,
     )  # fmt: skip

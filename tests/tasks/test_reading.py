@@ -1,4 +1,5 @@
-"""One invariant: a model that writes exactly what it was trained to write scores 1, for every task, template and tokenizer."""
+"""One invariant: a model that writes exactly what it was trained to write scores 1, for every task, template and
+tokenizer."""
 
 import json
 
@@ -105,7 +106,9 @@ class Deaf(Colours):
 
 @pytest.mark.parametrize("task", [Cut(), Deaf()])
 def test_a_task_whose_own_answer_is_wrong_is_refused(task):
-    with pytest.raises(ValueError, match=rf"seal_ops.tasks.{task.name}: the answer 'The \w+\.', .* must score 1, got 0 for ") as caught:
+    with pytest.raises(
+        ValueError, match=rf"seal_ops.tasks.{task.name}: the answer 'The \w+\.', .* must score 1, got 0 for "
+    ) as caught:
         task(tokenizer(), 60, 1)
     assert "\n" not in str(caught.value)
 

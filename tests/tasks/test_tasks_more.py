@@ -174,7 +174,9 @@ def test_all_questions_about_a_document_are_in_one_split(tmp_path):
         for i in range(30):
             for question in range(3):
                 context = f"Text {i}" + " and so on." * 5 + " " * question  # white space makes no other document
-                file.write(json.dumps({"context": context, "input": f"Question {question}?", "answers": ["It is so."]}) + "\n")
+                file.write(
+                    json.dumps({"context": context, "input": f"Question {question}?", "answers": ["It is so."]}) + "\n"
+                )
     task = tasks.get(f"documents:{path}")
     train, test = ({row["context"].strip() for _, row in task.rows(split)} for split in ("train", "test"))
     assert len(train) + len(test) == 30 and min(len(train), len(test)) > 5 and not train & test
@@ -182,10 +184,14 @@ def test_all_questions_about_a_document_are_in_one_split(tmp_path):
 
 def test_answers_of_several_lines_count_whole(tmp_path):
     path = tmp_path / "qa.jsonl"
-    path.write_text(json.dumps({"context": "Text.", "input": "Which?", "answers": ["First line.\n\nSecond line."]}) + "\n")
+    path.write_text(
+        json.dumps({"context": "Text.", "input": "Which?", "answers": ["First line.\n\nSecond line."]}) + "\n"
+    )
     task = tasks.make("documents", path=path, held_out=1, max_new_tokens=7)
     assert task.stop is None and task(TOKENIZER, 200, 1, split="test")
-    with pytest.raises(ValueError, match=r"max_new_tokens must be at least \d+ for the answers of documents .* got the task's 7"):
+    with pytest.raises(
+        ValueError, match=r"max_new_tokens must be at least \d+ for the answers of documents .* got the task's 7"
+    ):
         seal_ops.evaluate(model(), TOKENIZER, task, 200, 1)
     with pytest.raises(ValueError, match="max_new_tokens must be an integer of at least 1, got 0"):
         tasks.make("documents", path=path, max_new_tokens=0)
@@ -252,7 +258,10 @@ def test_bad_documents(tmp_path, content, message):
         (lambda: tasks.make("threads", direction="up"), "direction must be one of forward, backward, random"),
         (lambda: tasks.make("documents"), "documents needs the option path"),
         (lambda: tasks.get("documents:/no/such/file"), "No such file"),
-        (lambda: tasks.needle(TOKENIZER, length=30), "length must be at least .* to hold one sentence of filler, got 30"),
+        (
+            lambda: tasks.needle(TOKENIZER, length=30),
+            "length must be at least .* to hold one sentence of filler, got 30",
+        ),
     ],
 )
 def test_errors(call, message):

@@ -38,6 +38,7 @@ def test_killed_at_every_step_of_every_write(tmp_path, job):
 
 @pytest.mark.parametrize("step, fault", [("replaced", "no random state"), ("half written", "in place")])
 def test_kills_show_a_fault(tmp_path, step, fault):
-    """A model with dropout that goes on with other random numbers, and a checkpoint that is not replaced in one step."""
+    """A model with dropout that goes on with other random numbers, and a checkpoint that is not replaced in one
+    step."""
     found = kill("train", tmp_path / "run", "once", step, 2, fault)
     assert found["kills"] == 1 and found["wrong"]

@@ -35,7 +35,9 @@ def test_tokens_in_dicts_and_datasets_train_alike():
 def test_prompt_and_answer_as_a_task_writes_them():
     rows = [{"prompt": s.prompt, "answer": s.answer} for s in SAMPLES]
     assert losses(rows, tokenizer=tokenizer()) == losses(SAMPLES)
-    assert losses([{"prompt": s.prompt, "completion": s.answer} for s in SAMPLES], tokenizer=tokenizer()) == losses(SAMPLES)
+    assert losses([{"prompt": s.prompt, "completion": s.answer} for s in SAMPLES], tokenizer=tokenizer()) == losses(
+        SAMPLES
+    )
 
 
 def test_text_trains_every_token():
@@ -51,7 +53,7 @@ def test_text_trains_every_token():
 def test_conversations_train_what_the_assistant_says(template):
     tok = chat_tokenizer(template)
     messages = [{"role": "user", "content": "What is 2?"}, {"role": "assistant", "content": "It is 2."},
-                {"role": "user", "content": "It is 3."}, {"role": "assistant", "content": " It is 3.\nIndeed. "}]  # fmt: skip
+                {"role": "user", "content": "It is 3."}, {"role": "assistant", "content": " It is 3.\nIndeed. "}]  # fmt: skip  # noqa: E501
     (row,) = to_rows([{"messages": messages}], tok)
     trained = [tok.decode([i]) if k != -100 else "\0" for i, k in zip(row.input_ids, row.labels, strict=True)]
     parts = [part for part in "".join(trained).split("\0") if part]

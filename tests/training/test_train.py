@@ -108,7 +108,12 @@ def test_resume_after_kill_is_bit_for_bit(tmp_path, request):
     folder = str(tmp_path / "run")
     whole = with_scales("channel")
     expected = train(whole, SAMPLES, epochs=2)
-    script = KILLED.format(tests=str(request.path.parent), fixtures=str(request.path.parents[1] / "fixtures"), threads=torch.get_num_threads(), folder=folder)
+    script = KILLED.format(
+        tests=str(request.path.parent),
+        fixtures=str(request.path.parents[1] / "fixtures"),
+        threads=torch.get_num_threads(),
+        folder=folder,
+    )
     killed = subprocess.run([sys.executable, "-c", script], cwd=request.config.rootpath, capture_output=True, text=True)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert [p.name for p in (tmp_path / "run").iterdir()] == [CHECKPOINT]
@@ -213,7 +218,11 @@ def _frozen_scale():
 @pytest.mark.parametrize(
     "make, options, message",
     [
-        (model, {}, "must have scales attached .* got a LlamaForCausalLM without scales and with every parameter trainable"),
+        (
+            model,
+            {},
+            "must have scales attached .* got a LlamaForCausalLM without scales and with every parameter trainable",
+        ),
         (lambda: model().requires_grad_(False), {}, "without scales and with no trainable parameter"),
         (_bf16_scales, {}, "scales must be torch.float32 .* got torch.bfloat16 in layer 1"),
         (_frozen_scale, {}, "every scale must require gradients, got layer 0's frozen"),
@@ -278,7 +287,10 @@ def test_transformers_trainer(tmp_path, label_positions_only):
         disable_tqdm=True,
     )
     Trainer(
-        model=lm, args=arguments, train_dataset=SAMPLES, data_collator=Collator(label_positions_only=label_positions_only)
+        model=lm,
+        args=arguments,
+        train_dataset=SAMPLES,
+        data_collator=Collator(label_positions_only=label_positions_only),
     ).train()
     train(ours, SAMPLES, batch_size=6, epochs=2)
     for layer, scale in values(ours).items():

@@ -22,7 +22,11 @@ def test_writers_may_use_temporary_files_of_their_own(tmp_path):
 
 def test_nothing_is_left_and_nothing_changes_where_a_writer_fails(tmp_path):
     atomic_write(tmp_path / "a", "old")
-    for writer in (lambda: replacing(tmp_path / "a"), lambda: replacing_files(tmp_path), lambda: replacing_folder(tmp_path / "b")):
+    for writer in (
+        lambda: replacing(tmp_path / "a"),
+        lambda: replacing_files(tmp_path),
+        lambda: replacing_folder(tmp_path / "b"),
+    ):
         with pytest.raises(RuntimeError), writer() as temporary:
             if os.path.isdir(temporary):
                 atomic_write(os.path.join(temporary, "a"), "new")
@@ -39,7 +43,9 @@ def test_files_go_up_with_the_modes_of_new_files(tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["x", "y", "z"]
 
 
-KILLED = "import os, signal\nfrom seal_ops.utils.files import {0}\nwith {0}({1!r}): os.kill(os.getpid(), signal.SIGKILL)"
+KILLED = (
+    "import os, signal\nfrom seal_ops.utils.files import {0}\nwith {0}({1!r}): os.kill(os.getpid(), signal.SIGKILL)"
+)
 
 
 @pytest.mark.parametrize("kind", ["replacing", "replacing_files", "replacing_folder"])

@@ -73,6 +73,8 @@ def test_an_output_does_not_depend_on_its_batch():
     seal_ops.attach(lm, "channel")
     torch.nn.init.uniform_(lm.seal_scales.layers["1"].scale, 0.5, 1.5)
     options = {"max_new_tokens": 12}
-    records = [seal_ops.evaluate(lm, tok, "lines", [190, 230], 7, batch_size=n, **options).records for n in (1, 3, 7, None)]
+    records = [
+        seal_ops.evaluate(lm, tok, "lines", [190, 230], 7, batch_size=n, **options).records for n in (1, 3, 7, None)
+    ]
     assert records[0] == records[1] == records[2] == records[3]
     assert decoding.rows_at_once(lm, 100) > 7

@@ -1,7 +1,7 @@
 """lm-evaluation-harness on a model object, with the scales that are on it.
 
-The harness has RULER, LongBench and much more; it lacks LongEval's line retrieval, which is ``longeval_lines`` here (the
-folder :data:`FOLDER`; ``lm_eval --include_path`` takes it too).  The package ``lm_eval`` is needed only when used.
+The harness has RULER, LongBench and much more; it lacks LongEval's line retrieval, which is ``longeval_lines`` here
+(the folder :data:`FOLDER`; ``lm_eval --include_path`` takes it too).  The package ``lm_eval`` is needed only when used.
 """
 
 import contextlib
@@ -28,7 +28,9 @@ def require() -> None:
     try:
         import lm_eval  # noqa: F401
     except ImportError as error:
-        raise ImportError(f"seal_ops.lm_eval: needs the package lm_eval (pip install 'seal_ops[harness]'): {error}") from error
+        raise ImportError(
+            f"seal_ops.lm_eval: needs the package lm_eval (pip install 'seal_ops[harness]'): {error}"
+        ) from error
 
 
 def evaluate(
@@ -51,9 +53,11 @@ def evaluate(
         length: prompt tokens, for tasks that generate their prompts (RULER reports 4096, 8192, ... 131072 only).
         cases: of each task; None for all (50 of longeval_lines).
         batch_size: prompts in a batch, padded on the left.
-        chat_template: True for prompts in the tokenizer's chat format, None for that where it has one; reasoning is off.
-        max_length: tokens of a prompt and its output.  None for what ``length`` needs, and at least the model's window; a
-            longer prompt is refused.  Given: a longer prompt loses its beginning, as the harness has it, with a warning.
+        chat_template: True for prompts in the tokenizer's chat format, None for that where it has one; reasoning is
+            off.
+        max_length: tokens of a prompt and its output.  None for what ``length`` needs, and at least the model's window;
+            a longer prompt is refused.  Given: a longer prompt loses its beginning, as the harness has it, with a
+            warning.
 
     Returns:
         What ``lm_eval.simple_evaluate`` returns: ``["results"][task]["acc,none"]``, ``["samples"]`` and so on, and
@@ -99,7 +103,7 @@ def _wrapped(model, tokenizer, batch_size, length, max_length):
             if whole and left_truncate_len and ids.shape[1] > left_truncate_len:
                 raise ValueError(
                     f"seal_ops.lm_eval.evaluate: prompts must be at most {left_truncate_len} tokens "
-                    f"({self.max_length} with the output), got one of {ids.shape[1]}; max_length lets it be longer, or cut"
+                    f"({self.max_length} with the output), got one of {ids.shape[1]}; max_length lets it be longer, or cut"  # noqa: E501
                 )
             return ids, mask
 
@@ -108,7 +112,9 @@ def _wrapped(model, tokenizer, batch_size, length, max_length):
     # The harness fits prompts into the window that the config speaks of, less the output: a length equal to it, too.
     most = max(window(model) or 0, length + ROOM) if whole else max_length
     # It changes the tokenizer's padding.
-    return Whole(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size, max_length=most, **options)
+    return Whole(
+        pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size, max_length=most, **options
+    )
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 ATen knows neither scale and offset, nor a gradient into the log-sum-exp, nor queries that see no key; each is added
 around it. Packed sequences are run one after the other.
 """
+
 from __future__ import annotations
 
 import math
@@ -55,7 +56,7 @@ class _Batch:
     def __init__(self, q: Tensor, k: Tensor, v: Tensor, sigma: float, left: int, right: int):
         self.sq, self.sk = q.shape[1], k.shape[1]
         self.empty = mask.empty_rows(self.sq, self.sk, right)
-        self.q, self.k, self.v = q[:, self.empty:].transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        self.q, self.k, self.v = q[:, self.empty :].transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         self.sign, self.sigma = (sigma > 0) - (sigma < 0), abs(sigma) or 1.0
         if self.sign <= 0:
             self.q = self.q * self.sign
@@ -122,8 +123,10 @@ def _batches(q, k, cu_seqlens, cu_seqlens_k):
     """(rows of the scale, index into q, index into k); an index yields [B, S, H, D]."""
     if cu_seqlens is None:
         return [(slice(None), lambda t: t, lambda t: t)]
-    return [(slice(n, n + 1), lambda t, s=rq: t[s][None], lambda t, s=rk: t[s][None])
-            for n, (rq, rk) in enumerate(mask.sequences(q, k, cu_seqlens, cu_seqlens_k))]
+    return [
+        (slice(n, n + 1), lambda t, s=rq: t[s][None], lambda t, s=rk: t[s][None])
+        for n, (rq, rk) in enumerate(mask.sequences(q, k, cu_seqlens, cu_seqlens_k))
+    ]
 
 
 def _rows(factor: Tensor | None, rows: slice, q: Tensor) -> Tensor | None:
@@ -148,8 +151,22 @@ def _unscaled(out: Tensor, scale: Tensor | None, offset: Tensor | None) -> Tenso
     return out / scale if bool(((size > 1e-2) & (size < 1e2)).all()) else None
 
 
-def attention(q, k, v, scale=None, offset=None, *, softmax_scale=None, causal=True, window=None, cu_seqlens=None,
-              cu_seqlens_k=None, max_seqlen=None, max_seqlen_k=None, deterministic=False):
+def attention(
+    q,
+    k,
+    v,
+    scale=None,
+    offset=None,
+    *,
+    softmax_scale=None,
+    causal=True,
+    window=None,
+    cu_seqlens=None,
+    cu_seqlens_k=None,
+    max_seqlen=None,
+    max_seqlen_k=None,
+    deterministic=False,
+):
     """Forward of docs/ops.md on the CPU; fp16, bf16, fp32, fp64."""
     sigma = 1.0 / math.sqrt(q.shape[-1]) if softmax_scale is None else softmax_scale
     left, right = mask.bounds(causal, window)
@@ -161,17 +178,39 @@ def attention(q, k, v, scale=None, offset=None, *, softmax_scale=None, causal=Tr
         o, l = batch.forward()
         s, t = _rows(scale, rows, q), _rows(offset, rows, q)
         into = pick_q(out).transpose(1, 2)
-        into[:, :, batch.empty:] = o if s is None else (o * s).to(o.dtype)
+        into[:, :, batch.empty :] = o if s is None else (o * s).to(o.dtype)
         if t is not None:
             into += t
-        lse_of(pick_q)[:, :, batch.empty:] = l
+        lse_of(pick_q)[:, :, batch.empty :] = l
     return out, lse
 
 
-def attention_backward(grad_out, grad_lse, q, k, v, out, lse, scale=None, offset=None, *, needs=(True,) * 5, cos=None,
-                       sin=None, positions=None, positions_k=None, interleaved=False, softmax_scale=None, causal=True,
-                       window=None, cu_seqlens=None, cu_seqlens_k=None, max_seqlen=None, max_seqlen_k=None,
-                       deterministic=False):
+def attention_backward(
+    grad_out,
+    grad_lse,
+    q,
+    k,
+    v,
+    out,
+    lse,
+    scale=None,
+    offset=None,
+    *,
+    needs=(True,) * 5,
+    cos=None,
+    sin=None,
+    positions=None,
+    positions_k=None,
+    interleaved=False,
+    softmax_scale=None,
+    causal=True,
+    window=None,
+    cu_seqlens=None,
+    cu_seqlens_k=None,
+    max_seqlen=None,
+    max_seqlen_k=None,
+    deterministic=False,
+):
     """Backward of docs/ops.md on the CPU. ATen wants the unscaled output; see `_unscaled` for where it comes from."""
     heads, head_dim = q.shape[-2:]
     sigma = 1.0 / math.sqrt(head_dim) if softmax_scale is None else softmax_scale
@@ -187,14 +226,14 @@ def attention_backward(grad_out, grad_lse, q, k, v, out, lse, scale=None, offset
         g = pick_q(grad_out).transpose(1, 2)
         if needs[4]:
             doffset[rows] = g.sum(2, dtype=statistics)
-        g = g[:, :, batch.empty:].to(statistics)
+        g = g[:, :, batch.empty :].to(statistics)
         s = _rows(scale, rows, q)
-        o = _unscaled(pick_q(out).transpose(1, 2)[:, :, batch.empty:], s, offset)
+        o = _unscaled(pick_q(out).transpose(1, 2)[:, :, batch.empty :], s, offset)
         if o is None:
             o, l = batch.forward(statistics)
         else:
             l = lse if cu_seqlens is None else pick_q(lse.transpose(0, 1)).transpose(1, 2)
-            l = l[:, :, batch.empty:]
+            l = l[:, :, batch.empty :]
         if needs[3]:
             dscale[rows] = (g * o).sum(2)
         if not any(needs[:3]):
@@ -202,17 +241,24 @@ def attention_backward(grad_out, grad_lse, q, k, v, out, lse, scale=None, offset
         dl = grad_lse
         if dl is not None:
             dl = dl if cu_seqlens is None else pick_q(dl.transpose(0, 1)).transpose(1, 2)
-            dl = dl[:, :, batch.empty:]
+            dl = dl[:, :, batch.empty :]
         grads = batch.backward(g if s is None else g * s, o, l, dl)
-        pick_q(dq).transpose(1, 2)[:, :, batch.empty:] = grads[0]
+        pick_q(dq).transpose(1, 2)[:, :, batch.empty :] = grads[0]
         pick_k(dk).copy_(grads[1].transpose(1, 2))
         pick_k(dv).copy_(grads[2].transpose(1, 2))
     if cos is not None:
         dq, dk = rope(dq, dk, cos, sin, positions, positions_k, interleaved=interleaved, inverse=True)
-    found = [dq, dk, dv, factors.reduce_to(dscale, scale) if needs[3] else None,
-             factors.reduce_to(doffset, offset) if needs[4] else None]
-    return tuple(t if want else q.new_empty(0, dtype=statistics if n > 2 else q.dtype)
-                 for n, (want, t) in enumerate(zip(needs, found)))
+    found = [
+        dq,
+        dk,
+        dv,
+        factors.reduce_to(dscale, scale) if needs[3] else None,
+        factors.reduce_to(doffset, offset) if needs[4] else None,
+    ]
+    return tuple(
+        t if want else q.new_empty(0, dtype=statistics if n > 2 else q.dtype)
+        for n, (want, t) in enumerate(zip(needs, found))
+    )
 
 
 def rope(q, k, cos, sin, positions=None, positions_k=None, *, interleaved=False, inverse=False):
@@ -220,8 +266,9 @@ def rope(q, k, cos, sin, positions=None, positions_k=None, *, interleaved=False,
     return _rope(q, k, cos, sin, positions, positions_k, interleaved=interleaved, inverse=inverse, dtype=_statistics(q))
 
 
-def rope_attention(q, k, v, cos, sin, positions=None, positions_k=None, scale=None, offset=None, *, interleaved=False,
-                   **arguments):
+def rope_attention(
+    q, k, v, cos, sin, positions=None, positions_k=None, scale=None, offset=None, *, interleaved=False, **arguments
+):
     """rope, then attention."""
     q, k = rope(q, k, cos, sin, positions, positions_k, interleaved=interleaved)
     return (*attention(q, k, v, scale, offset, **arguments), q, k)

@@ -1,8 +1,9 @@
 """The oracle: every op written once, to be read. Slow, whole score matrices, computed in fp64 whatever comes in.
 
-It follows the formulae of docs/ops.md ("Mathematics") literally, forward and backward, and honours every argument of the
-contract; all backends are tested against it. Results come back in the dtypes of the contract.
+It follows the formulae of docs/ops.md ("Mathematics") literally, forward and backward, and honours every argument of
+the contract; all backends are tested against it. Results come back in the dtypes of the contract.
 """
+
 from __future__ import annotations
 
 import math
@@ -42,8 +43,22 @@ def _sigma(softmax_scale: float | None, head_dim: int) -> float:
     return 1.0 / math.sqrt(head_dim) if softmax_scale is None else softmax_scale
 
 
-def attention(q, k, v, scale=None, offset=None, *, softmax_scale=None, causal=True, window=None, cu_seqlens=None,
-              cu_seqlens_k=None, max_seqlen=None, max_seqlen_k=None, deterministic=False):
+def attention(
+    q,
+    k,
+    v,
+    scale=None,
+    offset=None,
+    *,
+    softmax_scale=None,
+    causal=True,
+    window=None,
+    cu_seqlens=None,
+    cu_seqlens_k=None,
+    max_seqlen=None,
+    max_seqlen_k=None,
+    deterministic=False,
+):
     """out = scale * softmax(sigma q k^T + mask) v + offset, and the log-sum-exp."""
     heads, head_dim = q.shape[-2:]
     left, right = mask.bounds(causal, window)
@@ -61,10 +76,32 @@ def attention(q, k, v, scale=None, offset=None, *, softmax_scale=None, causal=Tr
     return out, lse
 
 
-def attention_backward(grad_out, grad_lse, q, k, v, out, lse, scale=None, offset=None, *, needs=(True,) * 5, cos=None,
-                       sin=None, positions=None, positions_k=None, interleaved=False, softmax_scale=None, causal=True,
-                       window=None, cu_seqlens=None, cu_seqlens_k=None, max_seqlen=None, max_seqlen_k=None,
-                       deterministic=False):
+def attention_backward(
+    grad_out,
+    grad_lse,
+    q,
+    k,
+    v,
+    out,
+    lse,
+    scale=None,
+    offset=None,
+    *,
+    needs=(True,) * 5,
+    cos=None,
+    sin=None,
+    positions=None,
+    positions_k=None,
+    interleaved=False,
+    softmax_scale=None,
+    causal=True,
+    window=None,
+    cu_seqlens=None,
+    cu_seqlens_k=None,
+    max_seqlen=None,
+    max_seqlen_k=None,
+    deterministic=False,
+):
     """The gradients, from recomputed probabilities: out and lse are not read, so nothing saved can mislead it."""
     heads, head_dim = q.shape[-2:]
     group = heads // k.shape[-2]
@@ -97,8 +134,10 @@ def attention_backward(grad_out, grad_lse, q, k, v, out, lse, scale=None, offset
         found[3] = factors.reduce_to(dscale, scale).to(scale.dtype)
     if offset is not None:
         found[4] = factors.reduce_to(doffset, offset).to(offset.dtype)
-    return tuple(t if want and t is not None else q.new_empty(0, dtype=_statistics(q) if n > 2 else q.dtype)
-                 for n, (want, t) in enumerate(zip(needs, found)))
+    return tuple(
+        t if want and t is not None else q.new_empty(0, dtype=_statistics(q) if n > 2 else q.dtype)
+        for n, (want, t) in enumerate(zip(needs, found))
+    )
 
 
 def _sum_groups(per_query_head: Tensor, kv_heads: int) -> Tensor:
@@ -111,11 +150,12 @@ def _statistics(q: Tensor) -> torch.dtype:
 
 
 def angles(table: Tensor, positions: Tensor | None, length: int, first: int, dtype: torch.dtype) -> Tensor:
-    """cos or sin of every token, [S, 1, R/2] or [B, S, 1, R/2], from a table [N, R/2] or values per token [B, S, R/2]."""
+    """cos or sin of every token, [S, 1, R/2] or [B, S, 1, R/2], from a table [N, R/2] or values per token [B, S,
+    R/2]."""
     if table.dim() == 3:
         values = table
     elif positions is None:
-        values = table[first:first + length]
+        values = table[first : first + length]
     else:
         values = table[positions.long()]
     return values.to(dtype)[..., None, :]
@@ -124,7 +164,7 @@ def angles(table: Tensor, positions: Tensor | None, length: int, first: int, dty
 def turn(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
     """Rotates the first R channels of x [..., S, H, D] by angles [..., S, 1, R/2]."""
     half = cos.shape[-1]
-    turned, rest = x[..., :2 * half].to(cos.dtype), x[..., 2 * half:].to(cos.dtype)
+    turned, rest = x[..., : 2 * half].to(cos.dtype), x[..., 2 * half :].to(cos.dtype)
     a, b = (turned[..., 0::2], turned[..., 1::2]) if interleaved else (turned[..., :half], turned[..., half:])
     a, b = a * cos - b * sin, b * cos + a * sin
     turned = torch.stack((a, b), -1).flatten(-2) if interleaved else torch.cat((a, b), -1)
@@ -142,8 +182,9 @@ def rope(q, k, cos, sin, positions=None, positions_k=None, *, interleaved=False,
     return tuple(rotated)
 
 
-def rope_attention(q, k, v, cos, sin, positions=None, positions_k=None, scale=None, offset=None, *, interleaved=False,
-                   **arguments):
+def rope_attention(
+    q, k, v, cos, sin, positions=None, positions_k=None, scale=None, offset=None, *, interleaved=False, **arguments
+):
     """rope, then attention; the rotated q and k are what a backward needs."""
     q, k = rope(q, k, cos, sin, positions, positions_k, interleaved=interleaved)
     return (*attention(q, k, v, scale, offset, **arguments), q, k)

@@ -1,8 +1,9 @@
 """The Triton backend: the four ops on any GPU that Triton supports, with no compiler installed.
 
-Importing this package does not import Triton; the first call does. Under TRITON_INTERPRET=1 (set before that first call) the
-same kernels run on CPU tensors, which is how they are tested without a GPU.
+Importing this package does not import Triton; the first call does. Under TRITON_INTERPRET=1 (set before that first
+call) the same kernels run on CPU tensors, which is how they are tested without a GPU.
 """
+
 from __future__ import annotations
 
 import importlib.util
@@ -19,10 +20,11 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
 
 
-def why_not(op: str, dtype: torch.dtype | None = None, head_dim: int | None = None,
-            device: torch.device | str | None = None) -> str | None:
-    """One sentence saying why this backend cannot run seal::`op` on such tensors, or None if it can. What is not given is
-    not asked about."""
+def why_not(
+    op: str, dtype: torch.dtype | None = None, head_dim: int | None = None, device: torch.device | str | None = None
+) -> str | None:
+    """One sentence saying why this backend cannot run seal::`op` on such tensors, or None if it can. What is not given
+    is not asked about."""
     if importlib.util.find_spec("triton") is None:
         return "backend triton: triton is not installed (pip install triton)"
     if device is not None and torch.device(device).type != "cuda" and not interpreted():
@@ -37,23 +39,27 @@ def why_not(op: str, dtype: torch.dtype | None = None, head_dim: int | None = No
 def attention(*args, **kwargs):
     """seal::attention; returns (out, lse)."""
     from .forward import attention
+
     return attention(*args, **kwargs)
 
 
 def attention_backward(*args, **kwargs):
     """seal::attention_backward; returns the gradients of q, k, v, scale and offset."""
     from .backward import attention_backward
+
     return attention_backward(*args, **kwargs)
 
 
 def rope(*args, **kwargs):
     """seal::rope; returns (q_rotated, k_rotated)."""
     from .rotary import rope
+
     return rope(*args, **kwargs)
 
 
-def rope_attention(q, k, v, cos, sin, positions=None, positions_k=None, scale=None, offset=None, *, interleaved=False,
-                   **arguments):
+def rope_attention(
+    q, k, v, cos, sin, positions=None, positions_k=None, scale=None, offset=None, *, interleaved=False, **arguments
+):
     """seal::rope_attention; returns (out, lse, q_rotated, k_rotated)."""
     q_rotated, k_rotated = rope(q, k, cos, sin, positions, positions_k, interleaved=interleaved)
     return (*attention(q_rotated, k_rotated, v, scale, offset, **arguments), q_rotated, k_rotated)

@@ -1,13 +1,15 @@
-"""Backward attention without atomics, so bitwise repeatable: every gradient element is written by the one program that owns it.
+"""Backward attention without atomics, so bitwise repeatable: every gradient element is written by the one program that
+owns it.
 
     _dkdv  owns a tile of keys of one key/value head, walks the query blocks of all query heads of its group
     _dq    owns a tile of queries of one head, walks the key blocks
 
 Seven matrix products instead of the five of a kernel that adds grad_q atomically; no fp32 copy of grad_q in exchange.
 
-The gradient of the scale is nearly free: grad_scale_c = sum_k V_kc (P^T g)_kc, and P^T g is what _dkdv accumulates anyway
-before it multiplies with the scale. So it is exact where the scale is 0.
+The gradient of the scale is nearly free: grad_scale_c = sum_k V_kc (P^T g)_kc, and P^T g is what _dkdv accumulates
+anyway before it multiplies with the scale. So it is exact where the scale is 0.
 """
+
 import torch
 import triton
 import triton.language as tl
@@ -33,9 +35,32 @@ from .tiling import (
 
 
 @triton.jit
-def _query_loop(dk, dv, k, v, q_source, g_source, statistics, batch, head, start, row, column, keys, blocks, bounds, qk_scale,
-                BLOCK_M: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl.constexpr,
-                PACKED: tl.constexpr, NEED_DK: tl.constexpr, NEED_DV: tl.constexpr, TMA: tl.constexpr):
+def _query_loop(
+    dk,
+    dv,
+    k,
+    v,
+    q_source,
+    g_source,
+    statistics,
+    batch,
+    head,
+    start,
+    row,
+    column,
+    keys,
+    blocks,
+    bounds,
+    qk_scale,
+    BLOCK_M: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    MASKED: tl.constexpr,
+    PACKED: tl.constexpr,
+    NEED_DK: tl.constexpr,
+    NEED_DV: tl.constexpr,
+    TMA: tl.constexpr,
+):
     """Adds dS^T Q to dk and P^T g to dv over the full query blocks, or over the masked ones."""
     len_q = bounds[0]
     lower, upper = loop_range(blocks, MASKED)
@@ -67,15 +92,43 @@ def _query_loop(dk, dv, k, v, q_source, g_source, statistics, batch, head, start
 
 
 @triton.jit(do_not_specialize=["num_seqs", "len_q", "len_k", "tiles", "left", "right"])
-def _dkdv(q_source, k_source, v_source, scaled_v_source, g_source, statistics, dk_ptr, dv_ptr, part_ptr, sums_ptr, cu_q_ptr,
-          cu_k_ptr, scale, sigma, qk_scale, num_seqs, len_q, len_k, tiles, kv_heads, left, right, GROUP: tl.constexpr,
-          HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TMA: tl.constexpr):
+def _dkdv(
+    q_source,
+    k_source,
+    v_source,
+    scaled_v_source,
+    g_source,
+    statistics,
+    dk_ptr,
+    dv_ptr,
+    part_ptr,
+    sums_ptr,
+    cu_q_ptr,
+    cu_k_ptr,
+    scale,
+    sigma,
+    qk_scale,
+    num_seqs,
+    len_q,
+    len_k,
+    tiles,
+    kv_heads,
+    left,
+    right,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    TMA: tl.constexpr,
+):
     PACKED: tl.constexpr = cu_q_ptr is not None
     NEED_DK: tl.constexpr = dk_ptr is not None
     NEED_DV: tl.constexpr = (dv_ptr is not None) or (sums_ptr is not None)
     all_k = len_k
     kv_head, batch, seq, tile, start_k, len_k, start_q, len_q = locate(
-        tl.program_id(0), tiles, kv_heads, num_seqs, cu_k_ptr, cu_q_ptr, len_k, len_q, BLOCK_N)
+        tl.program_id(0), tiles, kv_heads, num_seqs, cu_k_ptr, cu_q_ptr, len_k, len_q, BLOCK_N
+    )
     first = tile * BLOCK_N  # causal: the first keys are seen most often, so the longest programs come first
     if first >= len_k:
         return
@@ -99,20 +152,75 @@ def _dkdv(q_source, k_source, v_source, scaled_v_source, g_source, statistics, d
             dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
         if scaled_v_source is not None:
             v = load_rows(scaled_v_source, batch, head, start_k, first, len_k, BLOCK_N, HEAD_DIM, BLOCK_D, TMA, True)
-        dk, dv = _query_loop(dk, dv, k, v, q_source, g_source, statistics, batch, head, start_q, row, column, keys, blocks,
-                             bounds, qk_scale, BLOCK_M, HEAD_DIM, BLOCK_D, False, PACKED, NEED_DK, NEED_DV, TMA)
-        dk, dv = _query_loop(dk, dv, k, v, q_source, g_source, statistics, batch, head, start_q, row, column, keys, blocks,
-                             bounds, qk_scale, BLOCK_M, HEAD_DIM, BLOCK_D, True, PACKED, NEED_DK, NEED_DV, TMA)
+        dk, dv = _query_loop(
+            dk,
+            dv,
+            k,
+            v,
+            q_source,
+            g_source,
+            statistics,
+            batch,
+            head,
+            start_q,
+            row,
+            column,
+            keys,
+            blocks,
+            bounds,
+            qk_scale,
+            BLOCK_M,
+            HEAD_DIM,
+            BLOCK_D,
+            False,
+            PACKED,
+            NEED_DK,
+            NEED_DV,
+            TMA,
+        )
+        dk, dv = _query_loop(
+            dk,
+            dv,
+            k,
+            v,
+            q_source,
+            g_source,
+            statistics,
+            batch,
+            head,
+            start_q,
+            row,
+            column,
+            keys,
+            blocks,
+            bounds,
+            qk_scale,
+            BLOCK_M,
+            HEAD_DIM,
+            BLOCK_D,
+            True,
+            PACKED,
+            NEED_DK,
+            NEED_DV,
+            TMA,
+        )
         if NEED_DV and scale is not None:
             if sums_ptr is not None:
-                plain_v = load_rows(v_source, batch, kv_head, start_k, first, len_k, BLOCK_N, HEAD_DIM, BLOCK_D, TMA, True)
+                plain_v = load_rows(
+                    v_source, batch, kv_head, start_k, first, len_k, BLOCK_N, HEAD_DIM, BLOCK_D, TMA, True
+                )
                 product_sum = tl.sum(tl.where(valid, plain_v.to(tl.float32) * dv, 0.0), 0)
                 number = batch * tiles + (tl.program_id(0) % tiles)
-                tl.store(sums_ptr + (number.to(tl.int64) * kv_heads * GROUP + head) * HEAD_DIM + d, product_sum,
-                         mask=d < HEAD_DIM)
+                tl.store(
+                    sums_ptr + (number.to(tl.int64) * kv_heads * GROUP + head) * HEAD_DIM + d,
+                    product_sum,
+                    mask=d < HEAD_DIM,
+                )
             dv *= load_factor(scale, seq, head, HEAD_DIM, BLOCK_D)
-            if GROUP > 1 and dv_ptr is not None:  # every head has its own scale: the group's sum waits in memory, where only
-                if member > 0:                    # this program touches it
+            if (
+                GROUP > 1 and dv_ptr is not None
+            ):  # every head has its own scale: the group's sum waits in memory, where only
+                if member > 0:  # this program touches it
                     tl.debug_barrier()
                     dv += tl.load(part_ptr + at, mask=valid, other=0.0)
                 if member < GROUP - 1:
@@ -124,9 +232,28 @@ def _dkdv(q_source, k_source, v_source, scaled_v_source, g_source, statistics, d
 
 
 @triton.jit
-def _key_loop(dq, q, g, lse, delta, k_source, v_source, batch, kv_head, start, rows, blocks, bounds, qk_scale,
-              BLOCK_N: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl.constexpr, PACKED: tl.constexpr,
-              TMA: tl.constexpr):
+def _key_loop(
+    dq,
+    q,
+    g,
+    lse,
+    delta,
+    k_source,
+    v_source,
+    batch,
+    kv_head,
+    start,
+    rows,
+    blocks,
+    bounds,
+    qk_scale,
+    BLOCK_N: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    MASKED: tl.constexpr,
+    PACKED: tl.constexpr,
+    TMA: tl.constexpr,
+):
     """Adds dS K to dq over the full key blocks, or over the masked ones."""
     len_k = bounds[1]
     lower, upper = loop_range(blocks, MASKED)
@@ -147,13 +274,38 @@ def _key_loop(dq, q, g, lse, delta, k_source, v_source, batch, kv_head, start, r
 
 
 @triton.jit(do_not_specialize=["num_seqs", "len_q", "len_k", "columns", "tiles", "left", "right"])
-def _dq(q_source, k_source, v_source, g_source, statistics_ptr, dq_ptr, cu_q_ptr, cu_k_ptr, scale, sigma, qk_scale, num_seqs,
-        len_q, len_k, columns, tiles, heads, left, right, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-        BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TMA: tl.constexpr):
+def _dq(
+    q_source,
+    k_source,
+    v_source,
+    g_source,
+    statistics_ptr,
+    dq_ptr,
+    cu_q_ptr,
+    cu_k_ptr,
+    scale,
+    sigma,
+    qk_scale,
+    num_seqs,
+    len_q,
+    len_k,
+    columns,
+    tiles,
+    heads,
+    left,
+    right,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    TMA: tl.constexpr,
+):
     PACKED: tl.constexpr = cu_q_ptr is not None
     all_q = len_q
     head, batch, seq, tile, start_q, len_q, start_k, len_k = locate(
-        tl.program_id(0), tiles, heads, num_seqs, cu_q_ptr, cu_k_ptr, len_q, len_k, BLOCK_M)
+        tl.program_id(0), tiles, heads, num_seqs, cu_q_ptr, cu_k_ptr, len_q, len_k, BLOCK_M
+    )
     first = (tl.cdiv(len_q, BLOCK_M) - 1 - tile) * BLOCK_M  # causal: the longest rows first
     if first < 0:
         return
@@ -171,13 +323,56 @@ def _dq(q_source, k_source, v_source, g_source, statistics_ptr, dq_ptr, cu_q_ptr
     delta = tl.load(statistics_ptr + tl.num_programs(0).to(tl.int64) // tiles * columns + at, mask=inside, other=0.0)
 
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    dq = _key_loop(dq, q, g, lse, delta, k_source, v_source, batch, head // GROUP, start_k, rows, blocks, bounds, qk_scale,
-                   BLOCK_N, HEAD_DIM, BLOCK_D, False, PACKED, TMA)
-    dq = _key_loop(dq, q, g, lse, delta, k_source, v_source, batch, head // GROUP, start_k, rows, blocks, bounds, qk_scale,
-                   BLOCK_N, HEAD_DIM, BLOCK_D, True, PACKED, TMA)
+    dq = _key_loop(
+        dq,
+        q,
+        g,
+        lse,
+        delta,
+        k_source,
+        v_source,
+        batch,
+        head // GROUP,
+        start_k,
+        rows,
+        blocks,
+        bounds,
+        qk_scale,
+        BLOCK_N,
+        HEAD_DIM,
+        BLOCK_D,
+        False,
+        PACKED,
+        TMA,
+    )
+    dq = _key_loop(
+        dq,
+        q,
+        g,
+        lse,
+        delta,
+        k_source,
+        v_source,
+        batch,
+        head // GROUP,
+        start_k,
+        rows,
+        blocks,
+        bounds,
+        qk_scale,
+        BLOCK_N,
+        HEAD_DIM,
+        BLOCK_D,
+        True,
+        PACKED,
+        TMA,
+    )
     tokens = batch.to(tl.int64) * all_q + start_q + rows
-    tl.store(dq_ptr + (tokens * heads + head)[:, None] * HEAD_DIM + d[None, :], (dq * sigma).to(dq_ptr.dtype.element_ty),
-             mask=inside[:, None] & (d[None, :] < HEAD_DIM))
+    tl.store(
+        dq_ptr + (tokens * heads + head)[:, None] * HEAD_DIM + d[None, :],
+        (dq * sigma).to(dq_ptr.dtype.element_ty),
+        mask=inside[:, None] & (d[None, :] < HEAD_DIM),
+    )
 
 
 class _Call:
@@ -188,8 +383,12 @@ class _Call:
         self.like, self.scale, self.statistics, self.geometry = q, scale, statistics, geometry
         self.factor = factor_arguments(scale, geometry)
         self.numbers = (geometry.sigma, geometry.sigma * LOG2E, geometry.num_seqs, geometry.len_q, geometry.len_k)
-        self.constants = dict(GROUP=geometry.group, HEAD_DIM=geometry.head_dim, BLOCK_D=padded_head_dim(geometry.head_dim),
-                              TMA=uses_tma(q))
+        self.constants = dict(
+            GROUP=geometry.group,
+            HEAD_DIM=geometry.head_dim,
+            BLOCK_D=padded_head_dim(geometry.head_dim),
+            TMA=uses_tma(q),
+        )
 
     def grad_q(self):
         geometry = self.geometry
@@ -197,10 +396,26 @@ class _Call:
 
         def launch(tile):
             _dq[(geometry.programs(geometry.len_q, tile.m, geometry.heads),)](
-                self.rows_q.source(tile.m), self.rows_k.source(tile.n), self.rows_v.source(tile.n), self.rows_g.source(tile.m),
-                self.statistics.tensor, result, geometry.cu_q, geometry.cu_k, self.factor, *self.numbers,
-                self.statistics.columns, geometry.tiles(geometry.len_q, tile.m), geometry.heads, geometry.left,
-                geometry.right, BLOCK_M=tile.m, BLOCK_N=tile.n, **self.constants, **tile.options)
+                self.rows_q.source(tile.m),
+                self.rows_k.source(tile.n),
+                self.rows_v.source(tile.n),
+                self.rows_g.source(tile.m),
+                self.statistics.tensor,
+                result,
+                geometry.cu_q,
+                geometry.cu_k,
+                self.factor,
+                *self.numbers,
+                self.statistics.columns,
+                geometry.tiles(geometry.len_q, tile.m),
+                geometry.heads,
+                geometry.left,
+                geometry.right,
+                BLOCK_M=tile.m,
+                BLOCK_N=tile.n,
+                **self.constants,
+                **tile.options,
+            )
 
         choose("dq" if self.scale is None or geometry.packed else "dq_scaled", self.like, launch)
         return result
@@ -230,18 +445,60 @@ class _Call:
             if need_scale:  # packed: a sequence may own a tile too many, whose sum stays zero
                 sums = torch.zeros(tiles * geometry.batch, geometry.heads, geometry.head_dim, device=device)
             _dkdv[(geometry.programs(geometry.len_k, tile.n, geometry.kv_heads),)](
-                self.rows_q.source(tile.m), self.rows_k.source(tile.n), self.rows_v.source(tile.n),
-                None if scaled is None else scaled.source(tile.n), self.rows_g.source(tile.m), self.statistics.source(tile.m),
-                grad_k, grad_v, part, sums, geometry.cu_q, geometry.cu_k, self.factor, *self.numbers, tiles, geometry.kv_heads,
-                geometry.left, geometry.right, BLOCK_M=tile.m, BLOCK_N=tile.n, **self.constants, **tile.options)
+                self.rows_q.source(tile.m),
+                self.rows_k.source(tile.n),
+                self.rows_v.source(tile.n),
+                None if scaled is None else scaled.source(tile.n),
+                self.rows_g.source(tile.m),
+                self.statistics.source(tile.m),
+                grad_k,
+                grad_v,
+                part,
+                sums,
+                geometry.cu_q,
+                geometry.cu_k,
+                self.factor,
+                *self.numbers,
+                tiles,
+                geometry.kv_heads,
+                geometry.left,
+                geometry.right,
+                BLOCK_M=tile.m,
+                BLOCK_N=tile.n,
+                **self.constants,
+                **tile.options,
+            )
 
         tile = choose(kernel, self.like, launch)
         return sum_tiles(sums, self.scale, geometry, geometry.cu_k, tile.n) if need_scale else None
 
 
-def attention_backward(grad_out, grad_lse, q, k, v, out, lse, scale=None, offset=None, *, needs=(True,) * 5, cos=None, sin=None,
-                       positions=None, positions_k=None, interleaved=False, softmax_scale=None, causal=True, window=None,
-                       cu_seqlens=None, cu_seqlens_k=None, max_seqlen=None, max_seqlen_k=None, deterministic=False):
+def attention_backward(
+    grad_out,
+    grad_lse,
+    q,
+    k,
+    v,
+    out,
+    lse,
+    scale=None,
+    offset=None,
+    *,
+    needs=(True,) * 5,
+    cos=None,
+    sin=None,
+    positions=None,
+    positions_k=None,
+    interleaved=False,
+    softmax_scale=None,
+    causal=True,
+    window=None,
+    cu_seqlens=None,
+    cu_seqlens_k=None,
+    max_seqlen=None,
+    max_seqlen_k=None,
+    deterministic=False,
+):
     """seal::attention_backward (docs/ops.md). Repeatable whether or not `deterministic` asks for it."""
     geometry = Geometry.of(q, k, softmax_scale, causal, window, cu_seqlens, cu_seqlens_k)
     need_q, need_k, need_v = needs[:3]
@@ -250,7 +507,8 @@ def attention_backward(grad_out, grad_lse, q, k, v, out, lse, scale=None, offset
     if q.numel() == 0:
         grad_q, grad_k, grad_v, grad_scale, grad_offset = (
             torch.zeros(t.shape, dtype=t.dtype, device=t.device) if need else None
-            for t, need in zip((q, k, v, scale, offset), (need_q, need_k, need_v, need_scale, need_offset)))
+            for t, need in zip((q, k, v, scale, offset), (need_q, need_k, need_v, need_scale, need_offset))
+        )
     else:
         with on_device(q):
             rows_g = Rows(grad_out)
@@ -268,9 +526,15 @@ def attention_backward(grad_out, grad_lse, q, k, v, out, lse, scale=None, offset
                 if need_k or need_v or need_scale:
                     grad_k, grad_v, grad_scale = call.grad_k_v_scale(k, v, need_k, need_v, need_scale)
                 if cos is not None and (need_q or need_k):
-                    rotate_in_place(grad_q, grad_k, geometry.len_q, geometry.len_k, cos, sin, positions, positions_k,
-                                    interleaved)
+                    rotate_in_place(
+                        grad_q, grad_k, geometry.len_q, geometry.len_k, cos, sin, positions, positions_k, interleaved
+                    )
     absent, no_sum = q.new_empty(0), q.new_empty(0, dtype=torch.float32)
-    return tuple(gradient if need else nothing for gradient, need, nothing in zip(
-        (grad_q, grad_k, grad_v, grad_scale, grad_offset), (need_q, need_k, need_v, need_scale, need_offset),
-        (absent, absent, absent, no_sum, no_sum)))
+    return tuple(
+        gradient if need else nothing
+        for gradient, need, nothing in zip(
+            (grad_q, grad_k, grad_v, grad_scale, grad_offset),
+            (need_q, need_k, need_v, need_scale, need_offset),
+            (absent, absent, absent, no_sum, no_sum),
+        )
+    )

@@ -1,8 +1,10 @@
 """Forward attention: out = scale * softmax(sigma Q K^T + mask) V + offset, and the log-sum-exp.
 
-One program owns a tile of query rows of one head. It walks the key blocks that need no mask first, then the few that do (the
-diagonal, the far edge of a window, the tail of the sequence), with the running maximum and sum of an online softmax in base 2.
+One program owns a tile of query rows of one head. It walks the key blocks that need no mask first, then the few that do
+(the diagonal, the far edge of a window, the tail of the sequence), with the running maximum and sum of an online
+softmax in base 2.
 """
+
 import torch
 import triton
 import triton.language as tl
@@ -18,13 +20,37 @@ _LN2 = tl.constexpr(LN2)
 
 
 @triton.jit(do_not_specialize=["num_seqs", "len_q", "len_k", "tiles", "left", "right"])
-def _forward(q_source, k_source, v_source, out_ptr, lse_ptr, cu_q_ptr, cu_k_ptr, scale, offset, qk_scale, num_seqs, len_q,
-             len_k, tiles, heads, left, right, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-             BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, POSITIVE: tl.constexpr, TMA: tl.constexpr):
+def _forward(
+    q_source,
+    k_source,
+    v_source,
+    out_ptr,
+    lse_ptr,
+    cu_q_ptr,
+    cu_k_ptr,
+    scale,
+    offset,
+    qk_scale,
+    num_seqs,
+    len_q,
+    len_k,
+    tiles,
+    heads,
+    left,
+    right,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    POSITIVE: tl.constexpr,
+    TMA: tl.constexpr,
+):
     PACKED: tl.constexpr = cu_q_ptr is not None
     all_q = len_q  # tokens of a batch row, or of all packed sequences
     head, batch, seq, tile, start_q, len_q, start_k, len_k = locate(
-        tl.program_id(0), tiles, heads, num_seqs, cu_q_ptr, cu_k_ptr, len_q, len_k, BLOCK_M)
+        tl.program_id(0), tiles, heads, num_seqs, cu_q_ptr, cu_k_ptr, len_q, len_k, BLOCK_M
+    )
     first = (tl.cdiv(len_q, BLOCK_M) - 1 - tile) * BLOCK_M  # causal: the longest rows first, so that the tail is short
     if first < 0:
         return
@@ -36,10 +62,50 @@ def _forward(q_source, k_source, v_source, out_ptr, lse_ptr, cu_q_ptr, cu_k_ptr,
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    acc, total, top = key_loop(acc, total, top, q, k_source, v_source, batch, head // GROUP, start_k, rows, blocks, bounds,
-                               qk_scale, BLOCK_N, HEAD_DIM, BLOCK_D, False, PACKED, POSITIVE, TMA)
-    acc, total, top = key_loop(acc, total, top, q, k_source, v_source, batch, head // GROUP, start_k, rows, blocks, bounds,
-                               qk_scale, BLOCK_N, HEAD_DIM, BLOCK_D, True, PACKED, POSITIVE, TMA)
+    acc, total, top = key_loop(
+        acc,
+        total,
+        top,
+        q,
+        k_source,
+        v_source,
+        batch,
+        head // GROUP,
+        start_k,
+        rows,
+        blocks,
+        bounds,
+        qk_scale,
+        BLOCK_N,
+        HEAD_DIM,
+        BLOCK_D,
+        False,
+        PACKED,
+        POSITIVE,
+        TMA,
+    )
+    acc, total, top = key_loop(
+        acc,
+        total,
+        top,
+        q,
+        k_source,
+        v_source,
+        batch,
+        head // GROUP,
+        start_k,
+        rows,
+        blocks,
+        bounds,
+        qk_scale,
+        BLOCK_N,
+        HEAD_DIM,
+        BLOCK_D,
+        True,
+        PACKED,
+        POSITIVE,
+        TMA,
+    )
 
     d = tl.arange(0, BLOCK_D)
     lse = tl.where(total > 0, (top + tl.log2(total)) * _LN2, float("-inf"))
@@ -50,14 +116,32 @@ def _forward(q_source, k_source, v_source, out_ptr, lse_ptr, cu_q_ptr, cu_k_ptr,
         acc = acc + load_factor(offset, seq, head, HEAD_DIM, BLOCK_D)
     inside = rows < len_q
     tokens = batch.to(tl.int64) * all_q + start_q + rows
-    tl.store(out_ptr + (tokens * heads + head)[:, None] * HEAD_DIM + d[None, :], acc.to(out_ptr.dtype.element_ty),
-             mask=inside[:, None] & (d[None, :] < HEAD_DIM))
+    tl.store(
+        out_ptr + (tokens * heads + head)[:, None] * HEAD_DIM + d[None, :],
+        acc.to(out_ptr.dtype.element_ty),
+        mask=inside[:, None] & (d[None, :] < HEAD_DIM),
+    )
     tl.store(lse_ptr + (batch * heads + head).to(tl.int64) * all_q + start_q + rows, lse, mask=inside)
 
 
-def attention(q, k, v, scale=None, offset=None, *, softmax_scale=None, causal=True, window=None, cu_seqlens=None,
-              cu_seqlens_k=None, max_seqlen=None, max_seqlen_k=None, deterministic=False):
-    """seal::attention (docs/ops.md). max_seqlen only tells that queries are few, and nothing here is ever nondeterministic."""
+def attention(
+    q,
+    k,
+    v,
+    scale=None,
+    offset=None,
+    *,
+    softmax_scale=None,
+    causal=True,
+    window=None,
+    cu_seqlens=None,
+    cu_seqlens_k=None,
+    max_seqlen=None,
+    max_seqlen_k=None,
+    deterministic=False,
+):
+    """seal::attention (docs/ops.md). max_seqlen only tells that queries are few, and nothing here is ever
+    nondeterministic."""
     geometry = Geometry.of(q, k, softmax_scale, causal, window, cu_seqlens, cu_seqlens_k)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty((*q.shape[:-3], geometry.heads, geometry.len_q), dtype=torch.float32, device=q.device)
@@ -74,11 +158,32 @@ def attention(q, k, v, scale=None, offset=None, *, softmax_scale=None, causal=Tr
 
     def launch(tile):
         _forward[(geometry.programs(geometry.len_q, tile.m, geometry.heads),)](
-            rows_q.source(tile.m), rows_k.source(tile.n), rows_v.source(tile.n), out, lse, geometry.cu_q, geometry.cu_k,
-            factor_arguments(scale, geometry), factor_arguments(offset, geometry), geometry.sigma * LOG2E, geometry.num_seqs,
-            geometry.len_q, geometry.len_k, geometry.tiles(geometry.len_q, tile.m), geometry.heads, geometry.left,
-            geometry.right, GROUP=geometry.group, HEAD_DIM=geometry.head_dim, BLOCK_D=padded_head_dim(geometry.head_dim),
-            BLOCK_M=tile.m, BLOCK_N=tile.n, POSITIVE=geometry.sigma > 0, TMA=uses_tma(q), **tile.options)
+            rows_q.source(tile.m),
+            rows_k.source(tile.n),
+            rows_v.source(tile.n),
+            out,
+            lse,
+            geometry.cu_q,
+            geometry.cu_k,
+            factor_arguments(scale, geometry),
+            factor_arguments(offset, geometry),
+            geometry.sigma * LOG2E,
+            geometry.num_seqs,
+            geometry.len_q,
+            geometry.len_k,
+            geometry.tiles(geometry.len_q, tile.m),
+            geometry.heads,
+            geometry.left,
+            geometry.right,
+            GROUP=geometry.group,
+            HEAD_DIM=geometry.head_dim,
+            BLOCK_D=padded_head_dim(geometry.head_dim),
+            BLOCK_M=tile.m,
+            BLOCK_N=tile.n,
+            POSITIVE=geometry.sigma > 0,
+            TMA=uses_tma(q),
+            **tile.options,
+        )
 
     with on_device(q):
         choose("forward", q, launch)

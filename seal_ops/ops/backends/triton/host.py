@@ -1,4 +1,5 @@
 """What the launchers share on the host: the geometry of a call, tensor descriptors, scale and offset as strides."""
+
 from __future__ import annotations
 
 import contextlib
@@ -18,6 +19,7 @@ from . import interpreted
 
 if interpreted():
     from .interpreter import repair
+
     repair()
 
 UNBOUNDED = 1 << 30  # windows are cut to this, so that positions plus window stay in 32 bits
@@ -34,7 +36,8 @@ def padded_head_dim(head_dim: int) -> int:
 
 def products_from_shared_memory(major: int) -> bool:
     """Whether matrix products of this major compute capability read their operands from shared memory (wgmma, tcgen05):
-    Hopper and the Blackwell of data centres, not the Blackwell of graphics cards (12). Elsewhere operands take registers."""
+    Hopper and the Blackwell of data centres, not the Blackwell of graphics cards (12). Elsewhere operands take
+    registers."""
     return 9 <= major < 12
 
 
@@ -45,9 +48,9 @@ def _capability(device: torch.device) -> int:
 
 
 def uses_tma(tensor: Tensor) -> bool:
-    """Whether tiles come through tensor descriptors: where products read shared memory, and in the interpreter. Before Hopper
-    Triton would turn descriptors into loads of single elements; sm_120 has TMA, but tiles that come through it spill there. So
-    pointers serve elsewhere. SEAL_TRITON_TMA=0 asks for them everywhere."""
+    """Whether tiles come through tensor descriptors: where products read shared memory, and in the interpreter. Before
+    Hopper Triton would turn descriptors into loads of single elements; sm_120 has TMA, but tiles that come through it
+    spill there. So pointers serve elsewhere. SEAL_TRITON_TMA=0 asks for them everywhere."""
     if os.environ.get("SEAL_TRITON_TMA", "1") == "0":
         return False
     return not tensor.is_cuda or products_from_shared_memory(_capability(tensor.device))
@@ -56,15 +59,16 @@ def uses_tma(tensor: Tensor) -> bool:
 @dataclass(frozen=True)
 class Geometry:
     """Sizes and mask of one attention call. Lengths are those of a batch row, or of all packed sequences together."""
-    batch: int        # batch rows of the tensors (1 if packed)
-    num_seqs: int     # batch rows, or packed sequences
+
+    batch: int  # batch rows of the tensors (1 if packed)
+    num_seqs: int  # batch rows, or packed sequences
     len_q: int
     len_k: int
     heads: int
     kv_heads: int
     head_dim: int
     sigma: float
-    left: int | None   # None: unbounded
+    left: int | None  # None: unbounded
     right: int | None
     cu_q: Tensor | None
     cu_k: Tensor | None
@@ -74,10 +78,19 @@ class Geometry:
         head_dim = q.shape[-1]
         left, right = mask.bounds(causal, window)
         packed = cu_seqlens is not None
-        return cls(1 if packed else q.shape[0], cu_seqlens.numel() - 1 if packed else q.shape[0], q.shape[-3], k.shape[-3],
-                   q.shape[-2], k.shape[-2], head_dim, 1.0 / math.sqrt(head_dim) if softmax_scale is None else softmax_scale,
-                   *(None if w < 0 else min(w, UNBOUNDED) for w in (left, right)), cu_seqlens if packed else None,
-                   (cu_seqlens if cu_seqlens_k is None else cu_seqlens_k) if packed else None)
+        return cls(
+            1 if packed else q.shape[0],
+            cu_seqlens.numel() - 1 if packed else q.shape[0],
+            q.shape[-3],
+            k.shape[-3],
+            q.shape[-2],
+            k.shape[-2],
+            head_dim,
+            1.0 / math.sqrt(head_dim) if softmax_scale is None else softmax_scale,
+            *(None if w < 0 else min(w, UNBOUNDED) for w in (left, right)),
+            cu_seqlens if packed else None,
+            (cu_seqlens if cu_seqlens_k is None else cu_seqlens_k) if packed else None,
+        )
 
     @property
     def packed(self) -> bool:
@@ -99,31 +112,36 @@ class Geometry:
 
 
 class Rows:
-    """A [B, S, H, D] view of q, k, v or grad_out that tensor descriptors accept: base and strides in multiples of 16 bytes.
+    """A [B, S, H, D] view of q, k, v or grad_out that tensor descriptors accept: base and strides in multiples of 16
+    bytes.
     A tensor that is not so is copied once, each row padded to 16 bytes."""
 
     def __init__(self, tensor: Tensor):
         x = tensor if tensor.dim() == 4 else tensor[None]
         unit = 16 // x.element_size()
-        aligned = x.stride(3) == 1 and x.data_ptr() % 16 == 0 and all(
-            n == 1 or (s % unit == 0 and s > 0) for n, s in zip(x.shape[:3], x.stride()[:3]))
+        aligned = (
+            x.stride(3) == 1
+            and x.data_ptr() % 16 == 0
+            and all(n == 1 or (s % unit == 0 and s > 0) for n, s in zip(x.shape[:3], x.stride()[:3]))
+        )
         if not aligned:
             padded = x.new_empty(*x.shape[:3], -(-x.shape[3] // unit) * unit)
-            x = padded[..., :x.shape[3]].copy_(x)
+            x = padded[..., : x.shape[3]].copy_(x)
         self.tensor = x
         # The stride of a dimension of one element is arbitrary in PyTorch and checked by the hardware.
         self.strides = [s if n > 1 else unit for n, s in zip(x.shape[:3], x.stride()[:3])] + [1]
 
     def source(self, rows: int):
-        """What tiling.load_rows reads tiles of `rows` tokens of one head from: a descriptor over [B, H, S, D] (with the unit
-        dimensions in front the compiler drops them, and a tile goes from memory to the matrix units without passing through
-        registers), or without TMA the tensor and its strides over batch, heads and tokens."""
+        """What tiling.load_rows reads tiles of `rows` tokens of one head from: a descriptor over [B, H, S, D] (with the
+        unit dimensions in front the compiler drops them, and a tile goes from memory to the matrix units without
+        passing through registers), or without TMA the tensor and its strides over batch, heads and tokens."""
         batch, length, heads, head_dim = self.tensor.shape
         b, s, h, _ = self.strides
         if not uses_tma(self.tensor):
             return self.tensor, b, h, s
-        return TensorDescriptor(self.tensor, [batch, heads, length, head_dim], [b, h, s, 1],
-                                [1, 1, rows, padded_head_dim(head_dim)])
+        return TensorDescriptor(
+            self.tensor, [batch, heads, length, head_dim], [b, h, s, 1], [1, 1, rows, padded_head_dim(head_dim)]
+        )
 
 
 def strides(x: Tensor | None) -> tuple[int, int, int]:
@@ -132,7 +150,8 @@ def strides(x: Tensor | None) -> tuple[int, int, int]:
 
 
 def factor_arguments(factor: Tensor | None, geometry: Geometry) -> tuple | None:
-    """What tiling.load_factor reads: the tensor and its strides over sequences, heads and channels, 0 where it broadcasts."""
+    """What tiling.load_factor reads: the tensor and its strides over sequences, heads and channels, 0 where it
+    broadcasts."""
     if factor is None:
         return None
     view = factors.full_view(factor, geometry.heads, geometry.head_dim)

@@ -1,5 +1,7 @@
 """Triton 3.6's interpreter turns one-element arrays into Python integers, which numpy 2.4 and later refuse
-(https://github.com/triton-lang/triton/issues/9171, repaired in later releases). Loops over run-time bounds need it repaired."""
+(https://github.com/triton-lang/triton/issues/9171, repaired in later releases). Loops over run-time bounds need it
+repaired."""
+
 import numpy
 import triton
 from triton.runtime import interpreter

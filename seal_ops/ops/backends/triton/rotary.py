@@ -2,6 +2,7 @@
 
 One program turns a block of tokens of a few heads, so cos and sin are read once for all of them. Arithmetic is fp32.
 """
+
 import torch
 import triton
 import triton.language as tl
@@ -12,9 +13,26 @@ _HEADS = 8  # heads a program turns
 
 
 @triton.jit
-def _angles(cos_ptr, sin_ptr, at_ptr, at_b, table_b, table_s, table_d, table_length, batch, tokens, inside, first,
-            HALF: tl.constexpr, BLOCK_HALF: tl.constexpr, GATHERED: tl.constexpr, INVERSE: tl.constexpr):
-    """cos and sin [tokens, BLOCK_HALF] in fp32. A position outside the table gives NaN and no read: a kernel cannot raise."""
+def _angles(
+    cos_ptr,
+    sin_ptr,
+    at_ptr,
+    at_b,
+    table_b,
+    table_s,
+    table_d,
+    table_length,
+    batch,
+    tokens,
+    inside,
+    first,
+    HALF: tl.constexpr,
+    BLOCK_HALF: tl.constexpr,
+    GATHERED: tl.constexpr,
+    INVERSE: tl.constexpr,
+):
+    """cos and sin [tokens, BLOCK_HALF] in fp32. A position outside the table gives NaN and no read: a kernel cannot
+    raise."""
     c = tl.arange(0, BLOCK_HALF)
     if GATHERED:
         place = tokens.to(tl.int64)
@@ -32,9 +50,30 @@ def _angles(cos_ptr, sin_ptr, at_ptr, at_b, table_b, table_s, table_d, table_len
 
 
 @triton.jit
-def _turn(x_ptr, y_ptr, x_b, x_s, x_h, y_b, y_s, y_h, batch, tokens, inside, head, heads, cos, sin, IN_PLACE: tl.constexpr,
-          HALF: tl.constexpr, BLOCK_HALF: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_REST: tl.constexpr,
-          INTERLEAVED: tl.constexpr, HEADS: tl.constexpr):
+def _turn(
+    x_ptr,
+    y_ptr,
+    x_b,
+    x_s,
+    x_h,
+    y_b,
+    y_s,
+    y_h,
+    batch,
+    tokens,
+    inside,
+    head,
+    heads,
+    cos,
+    sin,
+    IN_PLACE: tl.constexpr,
+    HALF: tl.constexpr,
+    BLOCK_HALF: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_REST: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    HEADS: tl.constexpr,
+):
     """Turns HEADS heads from `head` on."""
     c = tl.arange(0, BLOCK_HALF)
     for _ in tl.range(0, HEADS):
@@ -63,11 +102,50 @@ def _turn(x_ptr, y_ptr, x_b, x_s, x_h, y_b, y_s, y_h, batch, tokens, inside, hea
 
 
 @triton.jit(do_not_specialize=["len_q", "len_k", "first_q", "tiles", "q_at_b", "k_at_b", "table_b", "table_length"])
-def _rope(q_ptr, k_ptr, q_out_ptr, k_out_ptr, cos_ptr, sin_ptr, q_at_ptr, k_at_ptr, q_b, q_s, q_h, k_b, k_s, k_h, q_out_b,
-          q_out_s, q_out_h, k_out_b, k_out_s, k_out_h, q_at_b, k_at_b, table_b, table_s, table_d, table_length, len_q, len_k,
-          first_q, tiles, q_heads, k_heads, IN_PLACE: tl.constexpr, HALF: tl.constexpr, BLOCK_HALF: tl.constexpr,
-          HEAD_DIM: tl.constexpr, BLOCK_REST: tl.constexpr, BLOCK_T: tl.constexpr, HEADS: tl.constexpr, INTERLEAVED: tl.constexpr,
-          INVERSE: tl.constexpr, GATHERED: tl.constexpr):
+def _rope(
+    q_ptr,
+    k_ptr,
+    q_out_ptr,
+    k_out_ptr,
+    cos_ptr,
+    sin_ptr,
+    q_at_ptr,
+    k_at_ptr,
+    q_b,
+    q_s,
+    q_h,
+    k_b,
+    k_s,
+    k_h,
+    q_out_b,
+    q_out_s,
+    q_out_h,
+    k_out_b,
+    k_out_s,
+    k_out_h,
+    q_at_b,
+    k_at_b,
+    table_b,
+    table_s,
+    table_d,
+    table_length,
+    len_q,
+    len_k,
+    first_q,
+    tiles,
+    q_heads,
+    k_heads,
+    IN_PLACE: tl.constexpr,
+    HALF: tl.constexpr,
+    BLOCK_HALF: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_REST: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    HEADS: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    INVERSE: tl.constexpr,
+    GATHERED: tl.constexpr,
+):
     pid = tl.program_id(0)
     tokens = (pid % tiles) * BLOCK_T + tl.arange(0, BLOCK_T)
     parts_q = tl.cdiv(q_heads, HEADS)
@@ -76,20 +154,97 @@ def _rope(q_ptr, k_ptr, q_out_ptr, k_out_ptr, cos_ptr, sin_ptr, q_at_ptr, k_at_p
     batch = pid // (tiles * parts)
     if part < parts_q:
         inside = tokens < len_q
-        cos, sin = _angles(cos_ptr, sin_ptr, q_at_ptr, q_at_b, table_b, table_s, table_d, table_length, batch, tokens, inside,
-                           first_q, HALF, BLOCK_HALF, GATHERED, INVERSE)
-        _turn(q_ptr, q_out_ptr, q_b, q_s, q_h, q_out_b, q_out_s, q_out_h, batch, tokens, inside, part * HEADS, q_heads, cos,
-              sin, IN_PLACE, HALF, BLOCK_HALF, HEAD_DIM, BLOCK_REST, INTERLEAVED, HEADS)
+        cos, sin = _angles(
+            cos_ptr,
+            sin_ptr,
+            q_at_ptr,
+            q_at_b,
+            table_b,
+            table_s,
+            table_d,
+            table_length,
+            batch,
+            tokens,
+            inside,
+            first_q,
+            HALF,
+            BLOCK_HALF,
+            GATHERED,
+            INVERSE,
+        )
+        _turn(
+            q_ptr,
+            q_out_ptr,
+            q_b,
+            q_s,
+            q_h,
+            q_out_b,
+            q_out_s,
+            q_out_h,
+            batch,
+            tokens,
+            inside,
+            part * HEADS,
+            q_heads,
+            cos,
+            sin,
+            IN_PLACE,
+            HALF,
+            BLOCK_HALF,
+            HEAD_DIM,
+            BLOCK_REST,
+            INTERLEAVED,
+            HEADS,
+        )
     else:
         inside = tokens < len_k
-        cos, sin = _angles(cos_ptr, sin_ptr, k_at_ptr, k_at_b, table_b, table_s, table_d, table_length, batch, tokens, inside,
-                           0, HALF, BLOCK_HALF, GATHERED, INVERSE)
-        _turn(k_ptr, k_out_ptr, k_b, k_s, k_h, k_out_b, k_out_s, k_out_h, batch, tokens, inside, (part - parts_q) * HEADS,
-              k_heads, cos, sin, IN_PLACE, HALF, BLOCK_HALF, HEAD_DIM, BLOCK_REST, INTERLEAVED, HEADS)
+        cos, sin = _angles(
+            cos_ptr,
+            sin_ptr,
+            k_at_ptr,
+            k_at_b,
+            table_b,
+            table_s,
+            table_d,
+            table_length,
+            batch,
+            tokens,
+            inside,
+            0,
+            HALF,
+            BLOCK_HALF,
+            GATHERED,
+            INVERSE,
+        )
+        _turn(
+            k_ptr,
+            k_out_ptr,
+            k_b,
+            k_s,
+            k_h,
+            k_out_b,
+            k_out_s,
+            k_out_h,
+            batch,
+            tokens,
+            inside,
+            (part - parts_q) * HEADS,
+            k_heads,
+            cos,
+            sin,
+            IN_PLACE,
+            HALF,
+            BLOCK_HALF,
+            HEAD_DIM,
+            BLOCK_REST,
+            INTERLEAVED,
+            HEADS,
+        )
 
 
 def _launch(q, k, q_out, k_out, len_q, len_k, cos, sin, positions, positions_k, interleaved, inverse, in_place):
-    """q or k may be None; both, where given, are [.., S, H, D] with a last stride of 1. cos and sin share their strides."""
+    """q or k may be None; both, where given, are [.., S, H, D] with a last stride of 1. cos and sin share their
+    strides."""
     positions_k = positions if positions_k is None else positions_k
     given = q if q is not None else k
     batch = given.shape[0] if given.dim() == 4 else 1
@@ -113,14 +268,46 @@ def _launch(q, k, q_out, k_out, len_q, len_k, cos, sin, positions, positions_k, 
     programs = tiles * sum(triton.cdiv(n, _HEADS) for n in heads) * batch
     if programs == 0:
         return
-    # A tensor that is not there has no heads, so its branch is never taken; the compiler wants a pointer in it all the same.
-    q, q_out, k, k_out = (k, k_out, k, k_out) if q is None else (q, q_out, q, q_out) if k is None else (q, q_out, k, k_out)
+    # A tensor that is not there has no heads, so its branch is never taken; the compiler wants a pointer in it all the
+    # same.
+    q, q_out, k, k_out = (
+        (k, k_out, k, k_out) if q is None else (q, q_out, q, q_out) if k is None else (q, q_out, k, k_out)
+    )
     with on_device(given):
         _rope[(programs,)](
-            q, k, q_out, k_out, cos, sin, at_q, at_k, *strides(q), *strides(k), *strides(q_out), *strides(k_out), at_q_b,
-            at_k_b, *tables, cos.shape[-2], len_q, len_k, max(0, len_k - len_q), tiles, *heads, IN_PLACE=in_place, HALF=half,
-            BLOCK_HALF=block_half, HEAD_DIM=head_dim, BLOCK_REST=triton.next_power_of_2(max(1, head_dim - 2 * half)),
-            BLOCK_T=block_t, HEADS=_HEADS, INTERLEAVED=interleaved, INVERSE=inverse, GATHERED=gathered, num_warps=4)
+            q,
+            k,
+            q_out,
+            k_out,
+            cos,
+            sin,
+            at_q,
+            at_k,
+            *strides(q),
+            *strides(k),
+            *strides(q_out),
+            *strides(k_out),
+            at_q_b,
+            at_k_b,
+            *tables,
+            cos.shape[-2],
+            len_q,
+            len_k,
+            max(0, len_k - len_q),
+            tiles,
+            *heads,
+            IN_PLACE=in_place,
+            HALF=half,
+            BLOCK_HALF=block_half,
+            HEAD_DIM=head_dim,
+            BLOCK_REST=triton.next_power_of_2(max(1, head_dim - 2 * half)),
+            BLOCK_T=block_t,
+            HEADS=_HEADS,
+            INTERLEAVED=interleaved,
+            INVERSE=inverse,
+            GATHERED=gathered,
+            num_warps=4,
+        )
 
 
 def rope(q, k, cos, sin, positions=None, positions_k=None, *, interleaved=False, inverse=False):

@@ -1,13 +1,14 @@
-"""What every attention kernel shares on the device: which tile a program owns, which blocks of the other side it meets, and how
-tiles are read.
+"""What every attention kernel shares on the device: which tile a program owns, which blocks of the other side it meets,
+and how tiles are read.
 
 Tiles of packed sequences are found without a host sync. Sequence b owns the tile numbers from cu[b] // BLOCK + b up to
-cu[b + 1] // BLOCK + b + 1: always at least ceil(length / BLOCK) of them, never overlapping, total // BLOCK + B in all. What
-a sequence has too many is a program that leaves at once.
+cu[b + 1] // BLOCK + b + 1: always at least ceil(length / BLOCK) of them, never overlapping, total // BLOCK + B in all.
+What a sequence has too many is a program that leaves at once.
 
 `bounds` is (len_q, len_k, left, right) of one sequence; left and right are None where the mask has no such side, which
 compiles that side away.
 """
+
 import triton
 import triton.language as tl
 
@@ -36,8 +37,9 @@ def first_tile(seq, cu_ptr, BLOCK: tl.constexpr):
 
 @triton.jit
 def locate(pid, tiles, heads, num_seqs, cu_ptr, other_cu_ptr, length, other_length, BLOCK: tl.constexpr):
-    """The tile of program `pid`: (head, batch coordinate, sequence, tile within the sequence, first token and length of the
-    sequence on this side, the same two on the other side). `tiles` are those of a batch row, or packed (cu_ptr given) all."""
+    """The tile of program `pid`: (head, batch coordinate, sequence, tile within the sequence, first token and length of
+    the sequence on this side, the same two on the other side). `tiles` are those of a batch row, or packed (cu_ptr
+    given) all."""
     tile = pid % tiles
     head = (pid // tiles) % heads
     if cu_ptr is not None:
@@ -90,7 +92,8 @@ def key_blocks_of(first, last, bounds, BLOCK_N: tl.constexpr):
 
 @triton.jit
 def query_blocks(first, bounds, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Query blocks of the key tile that starts at key `first`, as in key_blocks. Keys beyond len_k do not need the mask:
+    """Query blocks of the key tile that starts at key `first`, as in key_blocks. Keys beyond len_k do not need the
+    mask:
     every key has its own gradient row, and those rows are never written."""
     len_q, len_k, left, right = bounds
     row = first + len_q - len_k  # the query whose own position is the first key
@@ -150,11 +153,22 @@ def seen(queries, keys, bounds):
 
 
 @triton.jit
-def load_rows(source, batch, head, start, first, length, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-              TMA: tl.constexpr, MASKED: tl.constexpr):
-    """[ROWS, BLOCK_D] of one head: rows first.. of a sequence of `length` tokens that starts at token `start`. `source` is what
-    host.Rows.source gives. Beyond the tensor and beyond HEAD_DIM there are zeros; beyond `length` there are zeros or, with TMA
-    and packed sequences, rows of the next sequence. MASKED false promises first + ROWS <= length."""
+def load_rows(
+    source,
+    batch,
+    head,
+    start,
+    first,
+    length,
+    ROWS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    TMA: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """[ROWS, BLOCK_D] of one head: rows first.. of a sequence of `length` tokens that starts at token `start`. `source`
+    is what host.Rows.source gives. Beyond the tensor and beyond HEAD_DIM there are zeros; beyond `length` there are
+    zeros or, with TMA and packed sequences, rows of the next sequence. MASKED false promises first + ROWS <= length."""
     if TMA:
         return source.load([batch, head, start + first, 0]).reshape(ROWS, BLOCK_D)
     else:
@@ -173,7 +187,8 @@ def load_rows(source, batch, head, start, first, length, ROWS: tl.constexpr, HEA
 
 @triton.jit
 def load_statistics(source, which, row, at, ROWS: tl.constexpr, TMA: tl.constexpr):
-    """[ROWS] of a row of the statistics that preprocess.Statistics keeps; every row has room for a whole tile too many."""
+    """[ROWS] of a row of the statistics that preprocess.Statistics keeps; every row has room for a whole tile too
+    many."""
     if TMA:
         return source.load([which, row, at]).reshape(ROWS)
     else:
@@ -186,13 +201,15 @@ def load_factor(factor, seq, head, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr
     """[1, BLOCK_D] of a scale or offset: (pointer, strides over sequences, heads, channels), 0 where it broadcasts."""
     ptr, stride_b, stride_h, stride_d = factor
     d = tl.arange(0, BLOCK_D)
-    return tl.load(ptr + seq.to(tl.int64) * stride_b + head * stride_h + d * stride_d, mask=d < HEAD_DIM, other=0.0)[None, :]
+    return tl.load(ptr + seq.to(tl.int64) * stride_b + head * stride_h + d * stride_d, mask=d < HEAD_DIM, other=0.0)[
+        None, :
+    ]
 
 
 @triton.jit
 def aligned_column(start, seq, PACKED: tl.constexpr):
-    """Where a packed sequence that starts at token `start` begins in a row whose sequences are each aligned to 4 elements (16
-    bytes of fp32, which descriptors want): the rule of first_tile with a block of 4."""
+    """Where a packed sequence that starts at token `start` begins in a row whose sequences are each aligned to 4
+    elements (16 bytes of fp32, which descriptors want): the rule of first_tile with a block of 4."""
     column = start
     if PACKED:
         column = (start // 4 + seq) * 4
