@@ -17,6 +17,8 @@ from transformers.cache_utils import Cache
 from .masks import NAME
 from .rotation import Rotation, rotary_functions, with_fused_rotation
 
+GRANULARITIES = ("head", "channel")
+
 
 @dataclasses.dataclass(eq=False)
 class AttentionLayer:
