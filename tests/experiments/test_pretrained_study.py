@@ -184,7 +184,8 @@ def test_a_search_ends_where_its_best_rate_left_the_model(tmp_path, folder):  # 
         with bench.adapted("SEAL-H") as lm:
             bench.train(lm, "lines", 190, 2, rate, 0)
             seen[f"{rate:g}"] = trained_values(lm)
-    training, found = bench.search("SEAL-H", "lines", 190, 2, (1e-3, 0.3), 0, trained_values)
+    training, found = bench.search("SEAL-H", "lines", 190, 2, (0.3, 1e-3), 0, trained_values)
     best = min(training["tried"], key=training["tried"].get)
+    assert best == "0.3", "the best is not the last, so that taking the last shows"
     assert f"{training['lr']:g}" == best and torch.equal(found, seen[best])
     assert not torch.equal(seen["0.001"], seen["0.3"]) and not hasattr(bench.model, "seal_scales")

@@ -9,12 +9,12 @@ from retrieval_fixtures import model, tokenizer
 from seal_ops import tasks
 from seal_ops.experiments.retrieval_heads import needle_span, retrieval_scores
 
-PROMPT, ANSWER = [5, 20, 21, 22, 6, 7], [20, 21, 22, 9]
+PROMPT, ANSWER = [5, 20, 21, 22, 6, 20], [20, 21, 22, 9]
 SAMPLE = tasks.Sample(PROMPT, ANSWER, "", "")
 
 
 class Scripted(torch.nn.Module):
-    """Three heads: one looks at the token to be copied, one always at one token of the needle, one at the start."""
+    """Four heads: at the token to be copied, always at one token of the needle, at the start, at a copy outside."""
 
     device = torch.device("cpu")
     config = types.SimpleNamespace(_attn_implementation="sdpa")
@@ -25,21 +25,22 @@ class Scripted(torch.nn.Module):
     def forward(self, input_ids, **options):
         assert self.config._attn_implementation == "eager" and options["output_attentions"]
         size = input_ids.shape[1]
-        attention = torch.zeros(1, 3, size, size)
+        attention = torch.zeros(1, 4, size, size)
         for step, token in enumerate(ANSWER):
             row = len(PROMPT) - 1 + step
             attention[0, 0, row, PROMPT.index(token) if token in PROMPT else 0] = 1
             attention[0, 1, row, 2] = 1  # right for the second token only
             attention[0, 2, row, 0] = 1
+            attention[0, 3, row, 5] = 1  # holds the needle's first token, too
         return types.SimpleNamespace(attentions=(attention,))
 
 
 def test_scores():
     lm = Scripted()
-    assert retrieval_scores(lm, [SAMPLE, SAMPLE], [(1, 4), (1, 4)])[0].tolist() == pytest.approx([1, 1 / 3, 0])
+    assert retrieval_scores(lm, [SAMPLE, SAMPLE], [(1, 4), (1, 4)])[0].tolist() == pytest.approx([1, 1 / 3, 0, 0])
     assert lm.config._attn_implementation == "sdpa"
     outside = retrieval_scores(lm, [SAMPLE], [(1, 3)])[0].tolist()
-    assert outside == pytest.approx([1, 1 / 2, 0]), "what is copied from outside of the needle does not count"
+    assert outside == pytest.approx([1, 1 / 2, 0, 0]), "what is copied from outside of the needle does not count"
     with pytest.raises(ValueError, match="must share tokens with its answer"):
         retrieval_scores(lm, [SAMPLE], [(4, 6)])
 

@@ -15,7 +15,7 @@ def draw(content: dict, folder: str) -> list[str]:
         ("curve.png", "curve", _curve),
         ("beyond.png", "beyond", _beyond),
     ):
-        if content[key]:
+        if content[key] and (key != "curve" or len({row["lr"] for row in content[key]}) > 2):
             function(content, os.path.join(folder, name))
             drawn.append(name)
     return drawn

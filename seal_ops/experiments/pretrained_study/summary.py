@@ -35,6 +35,7 @@ def write_summary(folder: str) -> list[str]:
         "elsewhere": _elsewhere(found),
         "quantised": _quantised(found),
         "format": _format(found),
+        "similarity": _similarity(folder),
         "seconds": {name: job["job_seconds"] for name, job in found.items()},
     }
     atomic_write(os.path.join(folder, SUMMARY), json.dumps(content, indent=1) + "\n")
@@ -87,22 +88,22 @@ def _main(found):
     ]
     tests = []
     for task, by_method in scores.items():
-        pairs = [("base", m) for m in METHODS[1:]] + [("SEAL-H", "SEAL-C"), ("SEAL-C", "LoRA"), ("SEAL-C", "DoRA")]
-        for first, second in pairs:
+        longest = max(by_method["base"])
+        pairs = [("base", m, longest) for m in METHODS[1:]]
+        pairs += [(a, b, longest) for a, b in (("SEAL-H", "SEAL-C"), ("SEAL-C", "LoRA"), ("SEAL-C", "DoRA"))]
+        pairs += [("base", m, min(by_method["base"])) for m in METHODS[1:]]
+        for first, second, length in pairs:
             if first in by_method and second in by_method:
-                tests.append(
-                    {"task": task, "first": first, "second": second, **_paired(by_method[first], by_method[second])}
-                )
+                row = {"task": task, "first": first, "second": second, "length": length}
+                tests.append({**row, **_paired(by_method[first][length], by_method[second][length])})
     for test, p in zip(tests, holm([test["p"] for test in tests]), strict=True):
         test["p_adjusted"] = p
     return {"cells": cells, "tests": tests}
 
 
 def _paired(first, second):
-    length = max(set(first) & set(second))
-    seeds = sorted(set(first[length]) & set(second[length]))
-    values = [[score for seed in seeds for score in side[length][seed]] for side in (first, second)]
-    return {"length": length, **vars(paired(*values))}
+    seeds = sorted(set(first) & set(second))
+    return vars(paired(*([score for seed in seeds for score in side[seed]] for side in (first, second))))
 
 
 def _mean(values):
@@ -169,12 +170,20 @@ def _transfer(found):
 
 
 def _beyond(found):
-    return [
-        {"kind": job["kind"], "factor": job["factor"], "method": method, "length": int(length), **cell(values)}
-        for job in _section(found, "beyond")
-        for method, measured in job["measured"].items()
-        for length, values in measured["scores"].items()
-    ]
+    rows = []
+    for job in _section(found, "beyond"):
+        base = job["measured"]["base"]["scores"]
+        for method, measured in job["measured"].items():
+            for length, values in measured["scores"].items():
+                row = {
+                    "kind": job["kind"],
+                    "factor": job["factor"],
+                    "method": method,
+                    "length": int(length),
+                    **cell(values),
+                }
+                rows.append({**row, "against_base": vars(paired(base[length], values))})
+    return rows
 
 
 def _heads(found, folder):
@@ -223,16 +232,39 @@ def _correlations(retrieval, influence, folder):
         for key, values in influence["changes"].items():
             if not key.startswith("accuracy"):
                 rows[f"influence, {key}"] = spearman(retrieval, -torch.tensor(values))
-    scales = os.path.join(folder, "scales")
-    for name in sorted(os.listdir(scales)) if os.path.isdir(scales) else ():
-        from safetensors.torch import load_file
-
-        (weights,) = (n for n in os.listdir(os.path.join(scales, name)) if n.endswith(".safetensors"))
-        tensors = load_file(os.path.join(scales, name, weights))
-        layers = sorted(tensors, key=lambda key: int("".join(c for c in key if c.isdigit())))
-        moved = torch.cat([(tensors[n] - 1).abs().reshape(tensors[n].shape[0], -1).mean(1) for n in layers])
+    for name, layers in _learned(folder).items():
+        moved = torch.cat([(layer - 1).abs().reshape(layer.shape[0], -1).mean(1) for layer in layers])
         rows[f"moved by {name}"] = spearman(retrieval, moved)
     return {key: round(value, 3) for key, value in rows.items()}
+
+
+def _learned(folder):
+    """The scales that the jobs saved, by name: one tensor a layer, in order."""
+    from safetensors.torch import load_file
+
+    scales, found = os.path.join(folder, "scales"), {}
+    for name in sorted(os.listdir(scales)) if os.path.isdir(scales) else ():
+        (weights,) = (n for n in os.listdir(os.path.join(scales, name)) if n.endswith(".safetensors"))
+        tensors = load_file(os.path.join(scales, name, weights))
+        found[name] = [tensors[key] for key in sorted(tensors, key=lambda key: int("".join(filter(str.isdigit, key))))]
+    return found
+
+
+def _similarity(folder):
+    """Pearson's correlation of what two trainings of one method moved: of one task from two draws, and of two tasks."""
+    vectors = {name: torch.cat([layer.flatten() for layer in layers]) - 1 for name, layers in _learned(folder).items()}
+    rows = []
+    for method in SCALED:
+        mine = {tuple(name.split(f"-{method}-")): v for name, v in vectors.items() if f"-{method}-" in name}
+        for i, (one, first) in enumerate(mine.items()):
+            for other, second in list(mine.items())[i + 1 :]:
+                if (one[0] == other[0]) != (one[1] == other[1]):
+                    r = float(torch.corrcoef(torch.stack([first, second]))[0, 1])
+                    kind = "one task, two draws" if one[0] == other[0] else "two tasks"
+                    rows.append(
+                        {"method": method, "kind": kind, "first": "-".join(one), "second": "-".join(other), "r": r}
+                    )
+    return rows
 
 
 def _elsewhere(found):
@@ -332,6 +364,12 @@ def _markdown(content) -> str:
             ]
     if content["heads"]:
         parts += ["## Heads", "```json\n" + json.dumps(content["heads"], indent=1) + "\n```"]
+    if content["similarity"]:
+        grouped: dict[tuple, list] = {}
+        for row in content["similarity"]:
+            grouped.setdefault((row["method"], row["kind"]), []).append(row["r"])
+        rows = [(*key, f"{min(r):.2f} to {max(r):.2f}", f"{_mean(r):.2f}", len(r)) for key, r in grouped.items()]
+        parts += ["### Learned scales beside each other", _table(("method", "", "correlation", "mean", "pairs"), rows)]
     if content["elsewhere"]:
         rows = [
             (r["scales"], f"{r['perplexity']:.3f}", f"{100 * r['change']:+.2f} %")
