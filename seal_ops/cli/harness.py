@@ -12,9 +12,14 @@ def options(parser):
     parser.add_argument(
         "--lengths", action=Numbers, default=[4096], help="prompt tokens, for tasks that generate prompts; a run each"
     )
-    parser.add_argument("--limit", type=positive, help="cases of each task")
+    parser.add_argument("--cases", type=positive, help="of each task (default: all)")
     parser.add_argument("--batch-size", type=positive, default=1, help="prompts in a batch")
-    parser.add_argument("--chat", action="store_true", help="prompts in the tokenizer's chat format")
+    parser.add_argument(
+        "--chat-format", choices=["auto", "on", "off"], default="off", help="auto: the tokenizer's, if it has one"
+    )
+    parser.add_argument(
+        "--max-length", type=positive, help="cut longer prompts to so many tokens (default: refuse them)"
+    )
     parser.add_argument("--output", metavar="FILE", help="JSON with all results")
     backend_option(parser)
 
@@ -34,9 +39,10 @@ def run(args):
             tokenizer,
             args.tasks,
             length=length,
-            cases=args.limit,
+            cases=args.cases,
             batch_size=args.batch_size,
-            chat_template=args.chat,
+            chat_template={"auto": None, "on": True, "off": False}[args.chat_format],
+            max_length=args.max_length,
         )
         print(f"{length} tokens\n{harness.table(results[length])}")
     if args.output:
@@ -46,7 +52,7 @@ def run(args):
 
 COMMAND = Command(
     "tasks of lm-evaluation-harness (RULER, LongBench, LongEval lines) on the model with its scales",
-    "seal harness --model models/seal-tiny --tasks longeval_lines --lengths 512 1024 --limit 20",
+    "seal harness --model models/seal-tiny --tasks longeval_lines --lengths 512 1024 --cases 20",
     options,
     run,
 )
