@@ -1,21 +1,29 @@
 """``seal env``."""
 
-from .options import Command
+from .options import Command, model_options
 
 
 def options(parser):
-    pass
+    model_options(parser, required=False)
+    parser.description += " With --model also what runs fused in that model."
 
 
 def run(args):
     from ..ops.environment import report
 
     print(report())
+    if args.model is None:
+        return
+    from ..adapters.attachment import attach
+    from ..huggingface.loading import load_model, shipped
+
+    model, _ = load_model(shipped(args.model), device=args.device, dtype=args.dtype, call="seal env")
+    print(f"\n{args.model}: {attach(model).attachment.seam.summary()}")
 
 
 COMMAND = Command(
     "versions, what was built, which backend each op uses and why",
-    "seal env",
+    "seal env\nseal env --model models/seal-tiny",
     options,
     run,
 )

@@ -103,7 +103,7 @@ def attention_mask(
         return _structure(_FULL, None, kv_length, device) if whole else dense()
     if not allow_is_causal_skip:
         return dense()  # packed rows, custom patterns, compiled decoding
-    # The flag says that nothing was laid over the mask; what is left to tell apart is causal, sliding and chunked.
+    # The flag says that no extra mask was combined; distinguish causal, sliding and chunked.
     window = None
     if local_size is not None:
         if local_size != getattr(config, "sliding_window", None) or local_size == getattr(

@@ -32,7 +32,7 @@ def run_two_tokens(model: nn.Module) -> None:
 
 @contextlib.contextmanager
 def prepared(model, checkpointing):
-    """Training mode and gradient checkpointing inside, both as found outside."""
+    """Training mode and gradient checkpointing inside, both restored on exit."""
     # Newer releases of transformers renamed gradient checkpointing to activation checkpointing
     word = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
     if getattr(model, f"is_{word}_checkpointing", False):

@@ -236,3 +236,9 @@ def test_a_task_of_ones_own_from_the_working_directory(tmp_path, monkeypatch, ca
     task = tasks.get("own_task:Boxes")
     assert all(task.score(s, s.answer) == 1 and s.answer.split()[-1].strip(".") in s.prompt for s in samples)
     assert all(task.score(a, b.answer) == 0 for a, b in (samples, samples[::-1]))
+
+
+def test_env_says_what_runs_fused_in_a_model(capsys, folder):
+    code, out, err = seal(capsys, "env", "--model", folder, *TINY)
+    assert code == 0, err
+    assert "rotation fused in 2 of 2 layers" in out and "torch" in out
