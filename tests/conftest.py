@@ -18,15 +18,9 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest  # noqa: E402
+from devices import device_of  # noqa: E402
 
 from seal_ops.ops.dispatch import NAMES, why_not  # noqa: E402
-
-
-def device_of(backend: str) -> torch.device:
-    """Where a backend's tests run: the GPU for the kernels, if there is one."""
-    return (
-        torch.device("cuda", 0) if backend in ("cuda", "triton") and torch.cuda.is_available() else torch.device("cpu")
-    )
 
 
 @pytest.fixture(params=NAMES)

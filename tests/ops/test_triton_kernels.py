@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from conftest import device_of
+from devices import device_of
 
 from seal_ops.ops.dispatch import why_not
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 from cases import Case
-from conftest import device_of
 from decode_cases import CASES, assert_every_row, inputs_of
+from devices import device_of
 
 import seal_ops
 from seal_ops.ops.dispatch import why_not
