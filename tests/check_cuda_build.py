@@ -70,7 +70,10 @@ def compile_one(source: str, flags: list[str], folder: pathlib.Path):
     binary = folder / (pathlib.Path(source).stem + ".o")
     start = time.time()
     done = subprocess.run(
-        ["nvcc", "-c", *flags, "-Icsrc", "-o", str(binary), source], cwd=ROOT, capture_output=True, text=True
+        ["nvcc", "-c", *flags, "-Xcompiler", "-fPIC", "-Icsrc", "-o", str(binary), source],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
     )
     return source, done, binary, time.time() - start
 
@@ -79,10 +82,13 @@ def link(folder: pathlib.Path) -> list[str]:
     """Links the objects as setup.py does and looks whose C++ runtime the library uses; returns the faults."""
     library = folder / "kernels.so"
     compiler = shlex.split(os.environ.get("CXX", "c++"))
-    subprocess.run(
+    done = subprocess.run(
         [*compiler, "-shared", "-o", str(library), *map(str, sorted(folder.glob("*.o"))), *BUILD["dynamic_runtime"]()],
-        check=True,
+        capture_output=True,
+        text=True,
     )
+    if done.returncode:
+        return [f"the kernels do not link: {done.stderr.strip()}"]
     found = BUILD["elf"]().read(library)
     print(f"C++ runtime of the linked kernels: {found}")
     return [found.fault] if found.own_std else []  # that they load none at all is no fault
