@@ -7,6 +7,8 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 OUTPUT ?= demo-results
 REAL_OUTPUT ?= real-results
+# A process a core: torch gains little from a second thread on models of this size.
+TEST_ARGS ?= -n $(shell nproc 2>/dev/null || echo 2)
 
 .PHONY: demo real test lint gpu-test install clean
 demo: $(VENV)/installed
@@ -17,7 +19,7 @@ real: $(VENV)/installed
 	$(BIN)/seal demo --model smollm2 --output $(REAL_OUTPUT)
 
 test: $(VENV)/installed-test
-	$(BIN)/python -m pytest tests $(TEST_ARGS)
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest tests $(TEST_ARGS)
 
 # Lint and format: one line length, one import order.
 lint: $(VENV)/installed-test
