@@ -15,11 +15,12 @@ demo: $(VENV)/installed
 	$(BIN)/seal demo --output $(OUTPUT)
 
 real: $(VENV)/installed
-	$(BIN)/python -m pip install -q gguf
+	$(BIN)/python -m pip install -q -c constraints.txt gguf
 	$(BIN)/seal demo --model smollm2 --output $(REAL_OUTPUT)
 
+# The script pytest, not `python -m pytest`: that would find the checkout's package first, in which nothing is built.
 test: $(VENV)/installed-test
-	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest tests $(TEST_ARGS)
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/pytest tests $(TEST_ARGS)
 
 # Lint and format: one line length, one import order.
 lint: $(VENV)/installed-test
