@@ -3,7 +3,7 @@
 100 adjectives and 100 nouns give 10,000 distinct keys, more than any record of lines needs.  All words are common,
 lower case, ASCII and free of hyphens, and no word is in both lists, so a key splits into its parts in one way only.
 The tokenizer of ``models/seal-tiny`` holds each of these words as one token: changing a list means training that
-model again (``tests/test_tiny_model.py`` notices).
+model again (``tests/package/test_tiny_model.py`` notices).
 """
 
 ADJECTIVES = tuple(

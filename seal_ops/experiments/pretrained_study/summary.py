@@ -375,7 +375,9 @@ def _markdown(content) -> str:
             (r["scales"], f"{r['perplexity']:.3f}", f"{100 * r['change']:+.2f} %")
             for r in content["elsewhere"].get("perplexity", [])
         ]
-        parts += ["## Elsewhere", _table(("scales", "perplexity", "change"), rows)]
+        parts.append("## Elsewhere")
+        if rows:
+            parts.append(_table(("scales", "perplexity", "change"), rows))
         rows = [
             (r["method"], r["length"], _shown(r), f"{r['unmerged']:.2f}", f"{r['differ']} of {r['cases']}")
             for r in content["elsewhere"].get("merged", [])
