@@ -20,6 +20,8 @@ _LAZY = {
     "ia3": "adapters.ia3", "tasks": "tasks", "train": "training.loop", "Collator": "training.collator",
     "evaluate": "evaluation.runner", "Evaluation": "evaluation.results", "statistics": "evaluation.statistics",
     "measure_head_importance": "experiments.head_importance", "quadrant_experiment": "experiments.quadrants",
+    "HeadImportance": "experiments.head_importance", "group_by_sign": "experiments.quadrants",
+    "load_model": "huggingface.loading", "lm_eval": "evaluation.lm_eval",
     "compare": "experiments.comparison", "transfer": "experiments.transfer_matrix", "plots": "report.plots",
 }  # fmt: skip
 __all__ = [

@@ -30,9 +30,9 @@ class CommonWords(Task):
 
     def __init__(self, common: int = 10, repeats: int = 30):
         if not isinstance(common, int) or not 1 <= common <= 100:
-            raise ValueError(f"seal_ops.tasks.words: common must be an integer from 1 to 100, got {common!r}")
+            raise ValueError(f"seal_ops.tasks.common_words: common must be an integer from 1 to 100, got {common!r}")
         if not isinstance(repeats, int) or repeats <= RARE:
-            raise ValueError(f"seal_ops.tasks.words: repeats must be an integer above {RARE}, got {repeats!r}")
+            raise ValueError(f"seal_ops.tasks.common_words: repeats must be an integer above {RARE}, got {repeats!r}")
         self.common, self.repeats = common, repeats
         self.max_new_tokens = 40 + 10 * common
 
@@ -44,7 +44,7 @@ class CommonWords(Task):
         words, rest = pool[: self.common], pool[self.common :]
         if units > RARE * len(rest):
             raise ValueError(
-                f"seal_ops.tasks.words: length must ask for at most {RARE * len(rest)} entries, got {units}"
+                f"seal_ops.tasks.common_words: length must ask for at most {RARE * len(rest)} entries, got {units}"
             )
         rare = [rest[i // RARE] for i in range(units)]
         entries = words * repeats + rare
