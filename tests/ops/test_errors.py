@@ -1,7 +1,6 @@
 """Bad input gets one sentence: op, argument, what was expected, what came. The calls: fixtures/wrong_calls.py."""
 
 import json
-import os
 import pathlib
 import subprocess
 import sys
@@ -9,6 +8,7 @@ import warnings
 
 import pytest
 import torch
+from installed import FIXTURES, environment
 from wrong_calls import (
     SECOND_DERIVATIVE,
     WRONG_CALLS,
@@ -98,12 +98,11 @@ def test_every_sentence_of_the_extension_is_provoked():
         "import json, sys; from wrong_calls import WRONG_CALLS, origin, provoke;"
         "print(json.dumps([origin(provoke(w, 'cpu')[1]) for w in (*WRONG_CALLS, None) if w is None or w.on != 'cuda']))"
     )
-    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests/fixtures"), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
         [sys.executable, "-c", code],
         capture_output=True,
         text=True,
-        env={**os.environ, "TORCH_SHOW_CPP_STACKTRACES": "1", "PYTHONPATH": paths},
+        env=environment(FIXTURES, TORCH_SHOW_CPP_STACKTRACES="1"),
     )
     assert done.returncode == 0, done.stderr
     origins = {tuple(found) for found in json.loads(done.stdout.splitlines()[-1]) if found}

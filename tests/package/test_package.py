@@ -11,6 +11,7 @@ import sys
 
 import pytest
 import torch
+from installed import environment
 
 import seal_ops
 from seal_ops.ops.dispatch import OPS, extension
@@ -51,14 +52,16 @@ def test_report_names_every_backend_with_one_sentence():
     assert isinstance(extension(), str) == (facts()["extension"] == extension())
 
 
-def test_command_prints_the_report():
-    done = subprocess.run([sys.executable, "-m", "seal_ops", "env"], capture_output=True, text=True, cwd=ROOT)
+def test_command_prints_the_report(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "seal_ops", "env"], capture_output=True, text=True, cwd=tmp_path, env=environment()
+    )
     assert done.returncode == 0 and done.stdout.strip() == report().strip()
 
 
-def test_importing_the_kernels_needs_no_transformers():
+def test_importing_the_kernels_needs_no_transformers(tmp_path):
     code = "import sys, seal_ops; sys.exit('transformers' in sys.modules or 'triton' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+    assert subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment()).returncode == 0
 
 
 def test_pure_python_has_the_same_ops(tmp_path):

@@ -2,22 +2,19 @@
 
 import json
 import os
-import pathlib
 import subprocess
 import sys
 
 import pytest
+from installed import FIXTURES, environment
 
-FIXTURES = pathlib.Path(__file__).resolve().parents[1] / "fixtures"
-ROOT = FIXTURES.parents[1]
 KILLS = int(os.environ.get("SEAL_TEST_KILLS", 15))
 
 
 def kill(*arguments):
-    paths = os.pathsep.join([str(ROOT), str(FIXTURES), str(FIXTURES.parent)])
-    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(FIXTURES / "killing.py"), *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    command = [sys.executable, os.path.join(FIXTURES, "killing.py"), *map(str, arguments)]
+    paths = environment(FIXTURES, os.path.dirname(FIXTURES), OMP_NUM_THREADS="1")
+    done = subprocess.run(command, capture_output=True, text=True, env=paths)
     assert done.returncode == 0, done.stderr[-2000:]
     return json.loads(done.stdout.splitlines()[-1])
 

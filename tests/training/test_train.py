@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
+from installed import environment
 from retrieval_fixtures import model, one_thread, tokenizer  # noqa: F401
 
 import seal_ops
@@ -114,7 +115,9 @@ def test_resume_after_kill_is_bit_for_bit(tmp_path, request):
         threads=torch.get_num_threads(),
         folder=folder,
     )
-    killed = subprocess.run([sys.executable, "-c", script], cwd=request.config.rootpath, capture_output=True, text=True)
+    killed = subprocess.run(
+        [sys.executable, "-c", script], env=environment(), cwd=tmp_path, capture_output=True, text=True
+    )
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert [p.name for p in (tmp_path / "run").iterdir()] == [CHECKPOINT]
 

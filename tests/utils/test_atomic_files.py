@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+from installed import environment
 
 from seal_ops.utils import files
 from seal_ops.utils.files import atomic_write, replacing, replacing_files, replacing_folder
@@ -49,9 +50,9 @@ KILLED = (
 
 
 @pytest.mark.parametrize("kind", ["replacing", "replacing_files", "replacing_folder"])
-def test_the_next_write_removes_what_a_killed_one_left(tmp_path, kind, request):
+def test_the_next_write_removes_what_a_killed_one_left(tmp_path, kind):
     path = tmp_path if kind == "replacing_files" else tmp_path / "a"
-    subprocess.run([sys.executable, "-c", KILLED.format(kind, str(path))], cwd=request.config.rootpath)
+    subprocess.run([sys.executable, "-c", KILLED.format(kind, str(path))], cwd=tmp_path, env=environment())
     assert len(os.listdir(tmp_path)) == 1
     with replacing(tmp_path / "b"):  # a write that is going on, of a process that lives
         atomic_write(tmp_path / "c", "")
