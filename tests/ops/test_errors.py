@@ -92,7 +92,7 @@ def test_every_python_check_is_provoked():
 
 
 @pytest.mark.skipif(isinstance(extension(), str), reason="the C++ extension is not built")
-def test_every_sentence_of_the_extension_is_provoked():
+def test_every_sentence_of_the_extension_is_provoked(tmp_path):
     """By file and line, in a process whose messages hold them. What only CUDA tensors can provoke, tests/gpu does."""
     code = (
         "import json, sys; from wrong_calls import WRONG_CALLS, origin, provoke;"
@@ -102,6 +102,7 @@ def test_every_sentence_of_the_extension_is_provoked():
         [sys.executable, "-c", code],
         capture_output=True,
         text=True,
+        cwd=tmp_path,  # Python looks there first, and the checkout has no extension
         env=environment(FIXTURES, TORCH_SHOW_CPP_STACKTRACES="1"),
     )
     assert done.returncode == 0, done.stderr

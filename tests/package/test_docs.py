@@ -17,7 +17,7 @@ PAGES = [page for page in PAGES if os.path.exists(page)]
 def commands(page):
     with open(page, encoding="utf-8") as file:
         text = file.read()
-    for block in re.findall(r"^```(?:bash|console|sh)?\n(.*?)^```", text, re.M | re.S):
+    for block in re.findall(r"^```(?:bash|console|sh)\n(.*?)^```", text, re.M | re.S):
         for line in block.replace("\\\n", " ").splitlines():
             if line.startswith("seal "):
                 yield shlex.split(re.sub(r"\$\w+", "1", line), comments=True)  # variables of a loop: numbers

@@ -107,7 +107,7 @@ def test_python_runs_as_printed(page, short, few_cases, monkeypatch):
 
 def commands(page: str) -> list[list[str]]:
     text = (ROOT / "docs" / page).read_text(encoding="utf-8")
-    text = "\n".join(re.findall(r"^```(?:bash|console|sh)?\n(.*?)^```", text, re.M | re.S))
+    text = "\n".join(re.findall(r"^```(?:bash|console|sh)\n(.*?)^```", text, re.M | re.S))
     return [
         shlex.split(line, comments=True)[1:]
         for line in text.replace("\\\n", " ").splitlines()
