@@ -185,9 +185,9 @@ def whole(tmp_path):
             writer.add_rope_freq_base(10000.0)
             writer.add_vocab_size(97)
             writer.add_tokenizer_model("gpt2")
-            writer.add_token_list(["t", "1", "t1", *(f"word{n}" for n in range(94))])
+            writer.add_token_list(["t", "1", "t1", "t1t", *(f"word{n}" for n in range(93))])
             writer.add_token_types([1] * 97)
-            writer.add_token_merges(["t 1"])
+            writer.add_token_merges(["t 1", "t1 t"])  # transformers 5.17 reads a list of one as text
             writer.add_bos_token_id(1)
             writer.add_eos_token_id(2)
         if part is not None:
