@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
-import sys
 from collections.abc import Sequence
 
 from torch import nn
@@ -20,6 +19,7 @@ from ..huggingface.patch import Patch
 from ..ops.dispatch import choose
 from . import peft_registry
 from .files import DEFAULT_ADAPTER, ScalesConfig, read, shown, tensor_name
+from .freezing import freeze, thaw
 from .hub import resolve
 from .saving import SaveBoth
 from .scales import Scales, check_new_name
@@ -33,13 +33,11 @@ class Attachment:
     """How to bring the model back; lives in the scales' ``__dict__`` and is copied with the model.
 
     ``owner`` is the module that holds the scales: the transformers model itself, inside whatever wraps it.
-    ``requires_grad``: its parameters' flags before `attach`, or None where `attach` left them alone.  ``savers``: what
-    stands in for ``save_pretrained``.
+    ``savers``: what stands in for ``save_pretrained``.
     """
 
     owner: nn.Module
     seam: Patch
-    requires_grad: dict[str, bool] | None
     savers: list[SaveBoth]
 
 
@@ -73,11 +71,6 @@ def unwrapped(model: nn.Module, call: str) -> nn.Module:
     return model.get_base_model() if callable(getattr(model, "get_base_model", None)) else model
 
 
-def _has_peft_layers(model: nn.Module) -> bool:
-    tuners = sys.modules.get("peft.tuners.tuners_utils")  # where PEFT is not imported, there are none
-    return tuners is not None and any(isinstance(m, tuners.BaseTunerLayer) for m in model.modules())
-
-
 def _base_config(model: nn.Module):
     return getattr(model, "config", None)
 
@@ -107,7 +100,7 @@ def attach(
 
     ``model``: a transformers model with loaded weights that calls attention through the attention registry, also inside
     a PEFT model.  Where PEFT's layers are in it, PEFT has frozen the base already, and what it lets train goes on
-    training beside the scales.  ``granularity``: "head" ([Hq] a layer) or "channel" ([Hq, D]).  ``layers``: the layers
+    training beside the scales, as weak columns do (`seal_ops.attach_weak_columns`).  ``granularity``: "head" ([Hq] a layer) or "channel" ([Hq, D]).  ``layers``: the layers
     that get scales, by the model's own numbers (default: all with attention); every layer runs the fused attention.
     ``backend``: see `seal_ops.attention`.
 
@@ -142,17 +135,14 @@ def attach_to(
     scales.bind(sites)
     for site in sites:
         site.backend = backend
-    flags = None
-    if not _has_peft_layers(owner):
-        flags = {name: p.requires_grad for name, p in owner.named_parameters()}
-        owner.requires_grad_(False)
+    freeze(owner, SUBMODULE)
     setattr(owner, SUBMODULE, scales)
     savers = [
         SaveBoth(m, scales)
         for m in dict.fromkeys((getattr(model, "_orig_mod", model), owner))
         if callable(getattr(type(m), "save_pretrained", None))
     ]
-    scales.attachment = Attachment(owner, Patch(sites), flags, savers)
+    scales.attachment = Attachment(owner, Patch(sites), savers)
     scales.attachment.seam.install()
     for saver in savers:
         saver.install()
@@ -191,6 +181,7 @@ def detach(model: nn.Module) -> nn.Module:
     """Takes the scales off; the model is bit for bit what it was before `attach`, ``requires_grad`` flags included.
 
     Parameters that the model has got since keep their flags, and where PEFT's layers are in it, PEFT's flags stay.
+    Where weak columns are still attached, the base stays frozen until they are taken off too.
     The `Scales` object keeps its values and can still be saved.  Returns the model.
     """
     scales, attachment = attached(model, "detach")
@@ -199,10 +190,7 @@ def detach(model: nn.Module) -> nn.Module:
     for saver in attachment.savers:
         saver.remove()
     scales.attachment = None
-    if attachment.requires_grad is not None and not _has_peft_layers(attachment.owner):
-        for name, p in attachment.owner.named_parameters():
-            if name in attachment.requires_grad:
-                p.requires_grad_(attachment.requires_grad[name])
+    thaw(attachment.owner, SUBMODULE)
     return model
 
 
