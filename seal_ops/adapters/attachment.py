@@ -100,9 +100,9 @@ def attach(
 
     ``model``: a transformers model with loaded weights that calls attention through the attention registry, also inside
     a PEFT model.  Where PEFT's layers are in it, PEFT has frozen the base already, and what it lets train goes on
-    training beside the scales, as weak columns do (`seal_ops.attach_weak_columns`).  ``granularity``: "head" ([Hq] a layer) or "channel" ([Hq, D]).  ``layers``: the layers
-    that get scales, by the model's own numbers (default: all with attention); every layer runs the fused attention.
-    ``backend``: see `seal_ops.attention`.
+    training beside the scales, as weak columns do (`seal_ops.attach_weak_columns`).  ``granularity``: "head" ([Hq] a
+    layer) or "channel" ([Hq, D]).  ``layers``: the layers that get scales, by the model's own numbers (default: all
+    with attention); every layer runs the fused attention.  ``backend``: see `seal_ops.attention`.
 
     The model is run once on two tokens to observe sizes and structure.  Returns the `Scales`, also found as
     ``model.seal_scales``.  Raises ValueError, one sentence, for a model without a known seam or with terms that the

@@ -1,1 +1,1 @@
-"""A quantised base model, fine-tuned in its weak columns: chosen, attached, trained beside the scales, stored, merged."""
+"""A quantised base and its weak columns, which alone are trained: chosen, attached, stored, merged."""

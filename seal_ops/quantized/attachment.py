@@ -202,8 +202,8 @@ def attach_weak_columns(
     start = start or ("residual" if originals.known else "zero")
     if start != "zero" and not originals.known:
         raise ValueError(
-            f"seal_ops.{call}: start must be 'zero' where the 16-bit weights are unknown (give them as original, or let "
-            f"quantize make the 4 bits), got {start!r}"
+            f"seal_ops.{call}: start must be 'zero' where the 16-bit weights are unknown (give them as original, or "
+            f"let quantize make the 4 bits), got {start!r}"
         )
     if error_weighted and not originals.known:
         raise ValueError(f"seal_ops.{call}: error_weighted needs the 16-bit weights (original or quantize), got none")
@@ -243,9 +243,7 @@ def origin_of(owner) -> tuple[str | None, str | None]:
 def _pieces(samples, tokenizer, window, call, needed):
     if samples is None:
         if needed:
-            raise ValueError(
-                f"seal_ops.{call}: calibration must hold samples (texts, token ids or a task's), got none"
-            )
+            raise ValueError(f"seal_ops.{call}: calibration must hold samples (texts, token ids or a task's), got none")
         return []
     return calibration.to_token_ids(samples, tokenizer, call, window)
 
@@ -286,7 +284,7 @@ def _started(owner, name, index, quantize, originals, how, cross, damping) -> Te
 
 def put_columns_on(found: WeakColumns, name: str, index: Tensor, delta: Tensor) -> None:
     module = found.owner.get_submodule(name)
-    columns.put_on(module, index, delta, bases.writes_anew(module))
+    columns.put_on(module, index, delta)
     found.layers[name] = module
 
 

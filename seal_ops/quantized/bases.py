@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 
 import torch
@@ -9,7 +10,6 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..huggingface.projection import is_linear
-from .columns import DELTA, with_columns
 
 _PIECE = 256  # columns asked for at once of a layer whose weight only its product shows
 
@@ -71,16 +71,27 @@ def columns_of(module: nn.Module, index: Tensor) -> Tensor:
     weight = _readable(module)
     if weight is not None:
         return weight.index_select(1, index.to(weight.device)).to(torch.promote_types(weight.dtype, torch.float32))
-    forward, (columns, _) = base_of(module).forward, sizes(module)
-    device, dtype = index.device, _dtype(module)
-    zero = forward(module, torch.zeros(1, columns, device=device, dtype=dtype))
-    found = []
-    for piece in index.split(_PIECE):
-        unit = torch.zeros(len(piece), columns, device=device, dtype=dtype)
-        unit.scatter_(1, piece[:, None], 1)
-        found.append((forward(module, unit) - zero).t())
+    columns, _ = sizes(module)
+    device, dtype, found = index.device, _dtype(module), []
+    with _without_bias(module):
+        for piece in index.split(_PIECE):
+            unit = torch.zeros(len(piece), columns, device=device, dtype=dtype)
+            unit.scatter_(1, piece[:, None], 1)
+            found.append(base_of(module).forward(module, unit).t())
     result = torch.cat(found, 1)
     return result.to(torch.promote_types(result.dtype, torch.float32))
+
+
+@contextlib.contextmanager
+def _without_bias(module: nn.Module):
+    bias = module._parameters.get("bias")
+    if bias is not None:
+        module._parameters["bias"] = None
+    try:
+        yield
+    finally:
+        if bias is not None:
+            module._parameters["bias"] = bias
 
 
 def weight_of(module: nn.Module) -> Tensor:
@@ -90,6 +101,13 @@ def weight_of(module: nn.Module) -> Tensor:
         columns, _ = sizes(module)
         weight = columns_of(module, torch.arange(columns, device=device_of(module))).to(_dtype(module))
     return weight
+
+
+def is_readable(module: nn.Module) -> bool:
+    """Whether a base's weight can be written out, and its product is with that weight."""
+    if is_nf4(module):
+        return not getattr(module.weight.quant_state, "packing_format_for_cpu", False)
+    return is_plain(module) or is_hqq(module)
 
 
 def _readable(module: nn.Module) -> Tensor | None:
@@ -128,8 +146,6 @@ def device_of(module: nn.Module) -> torch.device:
 
 def check(module: nn.Module, name: str, call: str) -> None:
     """ValueError, one sentence, where a layer cannot be a base; a GPTQ layer is warned of once a call."""
-    if hasattr(module, DELTA):
-        raise ValueError(f"seal_ops.{call}: {name} must be without weak columns, got a layer that has them")
     if not is_base(module):
         raise ValueError(f"seal_ops.{call}: {name} must be one linear layer, got {type(module).__name__}")
     if any(t.is_meta for t in (*module.parameters(recurse=False), *module.buffers(recurse=False))):
@@ -139,7 +155,9 @@ def check(module: nn.Module, name: str, call: str) -> None:
     with torch.enable_grad():
         try:
             y = base_of(module).forward(module, x)
-            passes = y.requires_grad and torch.autograd.grad(y.float().square().sum(), x, allow_unused=True)[0] is not None
+            passes = (
+                y.requires_grad and torch.autograd.grad(y.float().square().sum(), x, allow_unused=True)[0] is not None
+            )
         except (RuntimeError, NotImplementedError) as error:
             raise ValueError(
                 f"seal_ops.{call}: {name} must pass a gradient to its input, got {type(module).__name__}, which "
@@ -159,8 +177,3 @@ def warn_of_gptq(modules, call: str) -> None:
             f"help less than on a base that is quantised without it; 'nf4' or 'hqq' of the 16-bit model is better",
             stacklevel=3,
         )
-
-
-def probe_product(module: nn.Module, x: Tensor, index: Tensor, delta: Tensor) -> Tensor:
-    """What the layer would give with these columns; nothing is attached."""
-    return with_columns(lambda value: base_of(module).forward(module, value), x, index, delta)

@@ -17,77 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from ..huggingface.patch import rebind
+from . import bases
+from .product import with_columns, written_out_with_columns
 
 DELTA, INDEX = "column_delta", "column_index"
-
-
-class _Pick(torch.autograd.Function):
-    """``x`` and ``x[..., index]``.  The backward pass adds the picked columns' gradient into the one that the base has
-    made, so that no gradient as large as ``x`` is written for k columns."""
-
-    @staticmethod
-    def forward(ctx, x, index, owned):
-        ctx.save_for_backward(index)
-        ctx.owned = owned
-        ctx.set_materialize_grads(False)
-        return x.view_as(x), x.index_select(-1, index)
-
-    @staticmethod
-    def backward(ctx, grad, grad_picked):
-        (index,) = ctx.saved_tensors
-        if not ctx.needs_input_grad[0]:
-            return None, None, None
-        if grad is None or grad_picked is None:
-            raise RuntimeError(
-                "seal_ops: a linear layer with weak columns must have a base that passes gradients to its input, "
-                "got one that gave none in this backward pass"
-            )
-        # `owned`: the gradient is the base's own product, which nothing else reads.
-        if ctx.owned and not torch.is_grad_enabled():
-            return grad.index_add_(-1, index, grad_picked.to(grad.dtype)), None, None
-        return grad.index_add(-1, index, grad_picked.to(grad.dtype)), None, None
-
-
-class _AddProduct(torch.autograd.Function):
-    """``y + picked @ delta.T`` in the dtype of ``y``.  Kept for the backward pass: ``picked`` and ``delta``."""
-
-    @staticmethod
-    def forward(ctx, y, picked, delta, owned):
-        ctx.save_for_backward(picked, delta)
-        rows, weight = picked.reshape(-1, picked.shape[-1]).to(y.dtype), delta.to(y.dtype).t()
-        flat = y.reshape(-1, y.shape[-1])
-        if owned and y.is_contiguous():
-            flat.addmm_(rows, weight)
-            ctx.mark_dirty(y)
-            return y
-        return torch.addmm(flat, rows, weight).view(y.shape)
-
-    @staticmethod
-    def backward(ctx, grad):
-        picked, delta = ctx.saved_tensors
-        need_y, need_picked, need_delta, _ = ctx.needs_input_grad
-        grad_picked = grad_delta = None
-        if need_picked:
-            grad_picked = (grad @ delta.to(grad.dtype)).to(picked.dtype)
-        if need_delta:
-            rows, flat = picked.reshape(-1, picked.shape[-1]), grad.reshape(-1, grad.shape[-1])
-            grad_delta = (flat.t() @ rows.to(grad.dtype)).to(delta.dtype)
-        return grad if need_y else None, grad_picked, grad_delta, None
-
-
-def with_columns(y_of, x: Tensor, index: Tensor, delta: Tensor, owned: bool = False) -> Tensor:
-    """``y_of(x) + x[..., index] @ delta.T``: x [..., in], index int64 [k], delta [out, k]; the sum in the dtype of y.
-
-    ``owned``: what ``y_of`` returns, forward and as the gradient of its input, is a new tensor that nothing else
-    reads, so it may be written.
-    """
-    if torch.is_grad_enabled() and (x.requires_grad or delta.requires_grad):
-        x, picked = _Pick.apply(x, index, owned)
-        return _AddProduct.apply(y_of(x), picked, delta, owned)
-    y, picked = y_of(x), x.index_select(-1, index)
-    return torch.addmm(
-        y.reshape(-1, y.shape[-1]), picked.reshape(-1, index.numel()).to(y.dtype), delta.to(y.dtype).t()
-    ).view(y.shape)
 
 
 class _Columns:
@@ -121,6 +54,17 @@ def _warn_frozen(module) -> None:
         )
 
 
+def _learns(module, x: Tensor) -> bool:
+    """Whether gradients flow through a base that is frozen as a whole and can be written out."""
+    return (
+        torch.is_grad_enabled()
+        and (x.requires_grad or module.column_delta.requires_grad)
+        and not torch.compiler.is_compiling()
+        and not any(p.requires_grad for name, p in module._parameters.items() if p is not None and name != DELTA)
+        and bases.is_readable(module)
+    )
+
+
 @functools.cache
 def _columns_class(cls: type, original) -> type:
     @functools.wraps(original)
@@ -129,6 +73,9 @@ def _columns_class(cls: type, original) -> type:
         if not self.__dict__.get("columns_on", False):
             return original(self, x, *args, **kwargs)
         _warn_frozen(self)
+        if self.columns_own and not (args or kwargs) and _learns(self, x):
+            weight_of = functools.partial(bases.weight_of, self)
+            return written_out_with_columns(weight_of, x, self.column_index, self.column_delta, self.bias)
         base = lambda value: original(self, value, *args, **kwargs)
         return with_columns(base, x, self.column_index, self.column_delta, self.columns_own)
 
@@ -156,12 +103,12 @@ def _rebuilt(cls: type) -> nn.Module:
     return made.__new__(made)
 
 
-def put_on(module: nn.Module, index: Tensor, delta: Tensor, owned: bool) -> None:
-    """Gives ``module`` weak columns; ``owned`` as in :func:`with_columns`."""
+def put_on(module: nn.Module, index: Tensor, delta: Tensor) -> None:
+    """Gives ``module`` weak columns, ``index`` int64 [k], sorted, ``delta`` [out, k]."""
     base = type(module)
     module.register_buffer(INDEX, index)
     module.register_parameter(DELTA, nn.Parameter(delta))
-    module.columns_own, module.columns_on, module.columns_may_be_frozen = owned, True, False
+    module.columns_own, module.columns_on, module.columns_may_be_frozen = bases.writes_anew(module), True, False
     module.__class__ = _columns_class(base, base.forward)
     rebind(module, base.forward)
 

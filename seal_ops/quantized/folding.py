@@ -71,8 +71,8 @@ def _planned(owner, site: AttentionLayer, scale: Tensor, dequantize: bool) -> Ca
             return lambda: _fold_rows(values, factor)
     if not dequantize:
         raise ValueError(
-            f"seal_ops.fold_scales: {name} must take the scale in 4 bits, got {reason}; dequantize=True writes the layer "
-            f"out in 16 bits, or keep the scales attached"
+            f"seal_ops.fold_scales: {name} must take the scale in 4 bits, got {reason}; dequantize=True writes the "
+            f"layer out in 16 bits, or keep the scales attached"
         )
     if not bases.is_base(projection):
         raise ValueError(
@@ -108,7 +108,7 @@ def _value_rows(owner, site: AttentionLayer) -> tuple[nn.Module | None, str | No
     """The layer whose rows are the value channels, or why there is none."""
     if site.num_kv_heads != site.num_heads:
         return None, (
-            f"channel scales of {site.num_heads} query heads for {site.num_kv_heads} value heads, which share their rows"
+            f"channel scales of {site.num_heads} query heads for {site.num_kv_heads} value heads, which share rows"
         )
     values = getattr(site.module, "v_proj", None)
     if values is None or not bases.is_base(values) or bases.sizes(values)[1] != site.num_heads * site.head_dim:
@@ -185,7 +185,7 @@ def _write_out(owner, site: AttentionLayer, projection: nn.Module, factor: Tenso
     """``o_proj`` in 16 bits with the factor, and with its weak columns, if it has any, still on it."""
     weight = bases.weight_of(projection)
     kind = torch.promote_types(weight.dtype, torch.float32)
-    made = linear_like(weight.to(kind) * factor.to(weight.device, kind), projection, weight.dtype)
+    made = linear_like((weight.to(kind) * factor.to(weight.device, kind)).to(weight.dtype), projection)
     quantizers.replace(owner, site.projection_name, made)
     if has_columns(projection):
         index, delta = projection.column_index, projection.column_delta.detach()

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from . import bases, quantizers
-from .attachment import bring_up_to_date, attached, detach_weak_columns
+from .attachment import attached, bring_up_to_date, detach_weak_columns
 
 
 @torch.no_grad()
@@ -20,13 +20,18 @@ def merge_weak_columns(model: nn.Module, dtype: torch.dtype | None = None) -> nn
     """
     found = attached(model, "merge_weak_columns")
     owner = found.owner
-    plain = {name: _plain(module, name, dtype) for name, module in found.layers.items()}
+    merged = {name: _checked(module, name, dtype) for name, module in found.layers.items()}
     detach_weak_columns(model)
-    for name, module in plain.items():
-        quantizers.replace(owner, name, module)
+    for name, weight in merged.items():
+        module = owner.get_submodule(name)
+        if bases.is_plain(module) and module.weight.dtype == weight.dtype:
+            module.weight.copy_(weight)  # the parameter itself, with its flag
+        else:
+            quantizers.replace(owner, name, linear_like(weight, module))
     for name, module in list(owner.named_modules()):
         if bases.is_nf4(module) or bases.is_hqq(module):
-            quantizers.replace(owner, name, linear_like(bases.weight_of(module), module, dtype))
+            weight = bases.weight_of(module)
+            quantizers.replace(owner, name, linear_like(weight.to(dtype or weight.dtype), module))
     bring_up_to_date(owner)
     _forget_quantisation(owner)
     return model
@@ -39,23 +44,23 @@ def merged_weight(module: nn.Module) -> Tensor:
     return weight.index_add_(1, module.column_index, module.column_delta.detach().to(weight.dtype))
 
 
-def _plain(module: nn.Module, name: str, dtype: torch.dtype | None) -> nn.Linear:
-    made = linear_like(merged_weight(module), module, dtype or bases.weight_of(module).dtype)
-    if not bool(torch.isfinite(made.weight).all()):
+def _checked(module: nn.Module, name: str, dtype: torch.dtype | None) -> Tensor:
+    weight = merged_weight(module).to(dtype or bases.weight_of(module).dtype)
+    if not bool(torch.isfinite(weight).all()):
         raise ValueError(
-            f"seal_ops.merge_weak_columns: {name} must stay finite in {made.weight.dtype}, got columns that overflow it"
+            f"seal_ops.merge_weak_columns: {name} must stay finite in {weight.dtype}, got columns that overflow it"
         )
-    return made
+    return weight
 
 
-def linear_like(weight: Tensor, like: nn.Module, dtype: torch.dtype | None) -> nn.Linear:
-    """A plain layer with this weight, and the bias of ``like``."""
-    dtype, (columns, rows) = dtype or weight.dtype, bases.sizes(like)
+def linear_like(weight: Tensor, like: nn.Module) -> nn.Linear:
+    """A frozen plain layer with this weight, and the bias of ``like``."""
+    columns, rows = bases.sizes(like)
     made = nn.Linear(columns, rows, bias=False, device="meta")
-    made.weight = nn.Parameter(weight.to(dtype))
+    made.weight = nn.Parameter(weight, requires_grad=False)
     bias = getattr(like, "bias", None)
     if bias is not None:
-        made.bias = nn.Parameter(bias.detach().to(dtype))
+        made.bias = nn.Parameter(bias.detach().to(weight.dtype), requires_grad=False)
     return made.train(like.training)
 
 

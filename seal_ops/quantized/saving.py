@@ -88,8 +88,8 @@ def load_weak_columns(model: nn.Module, save_directory: str | os.PathLike) -> We
             )
     if present is not None and set(present.layers) != set(config.number):
         raise ValueError(
-            f"seal_ops.{call}: model must be without weak columns or have them in the same layers, got other layers; call "
-            f"seal_ops.detach_weak_columns(model) first"
+            f"seal_ops.{call}: model must be without weak columns or have them in the same layers, got other layers; "
+            f"call seal_ops.detach_weak_columns(model) first"
         )
     making = config.quantize is not None and all(bases.is_plain(modules[n]) for n in config.number)
     if making:
@@ -157,13 +157,15 @@ def _read(folder: str, call: str):
     if not isinstance(number, dict) or not number or not all(type(k) is int and k > 0 for k in number.values()):
         raise ValueError(f"{where} must have number as layers with a number of columns, got {shown(number)}")
     if content.get("quantize") not in (None, *quantizers.METHODS):
-        raise ValueError(f"{where} must have quantize among {quantizers.METHODS} or null, got {shown(content['quantize'])}")
+        raise ValueError(
+            f"{where} must have quantize among {quantizers.METHODS} or null, got {shown(content['quantize'])}"
+        )
     tensors, where = read_tensors(folder, WEIGHTS_FILE, call), f"seal_ops.{call}: {os.path.join(folder, WEIGHTS_FILE)}"
     wanted = {f"{name}.{part}" for name in number for part in ("index", "delta", "base")}
     if set(tensors) != wanted:
         raise ValueError(
-            f"{where} must hold index, delta and base of every layer, got missing {shown(sorted(wanted - set(tensors)))} "
-            f"and unexpected {shown(sorted(set(tensors) - wanted))}"
+            f"{where} must hold index, delta and base of every layer, got missing "
+            f"{shown(sorted(wanted - set(tensors)))} and unexpected {shown(sorted(set(tensors) - wanted))}"
         )
     found = {}
     for name, k in number.items():

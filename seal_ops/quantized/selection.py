@@ -17,15 +17,17 @@ def check_number(columns, sizes: Mapping[str, int], call: str) -> None:
     name = min(sizes, key=sizes.get)
     if columns >= sizes[name]:
         raise ValueError(
-            f"seal_ops.{call}: columns must be fewer than the {sizes[name]} inputs of {name} (with all of them the layer "
-            f"would be trained whole), got {columns}"
+            f"seal_ops.{call}: columns must be fewer than the {sizes[name]} inputs of {name} (with all of them the "
+            f"layer would be trained whole), got {columns}"
         )
 
 
 def checked_index(values, name: str, size: int, call: str) -> Tensor:
     """Given columns of one layer as sorted int64 [k]; ValueError for none, all, a double, or one that is not there."""
     if isinstance(values, Tensor) and (values.is_floating_point() or values.dtype == torch.bool or values.dim() != 1):
-        raise ValueError(f"seal_ops.{call}: columns of {name} must be integers [k], got {values.dtype} {list(values.shape)}")
+        raise ValueError(
+            f"seal_ops.{call}: columns of {name} must be integers [k], got {values.dtype} {list(values.shape)}"
+        )
     found = [int(i) for i in values]
     if not 1 <= len(found) < size:
         raise ValueError(f"seal_ops.{call}: columns of {name} must be 1 to {size - 1} numbers, got {len(found)}")

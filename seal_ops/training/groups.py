@@ -23,11 +23,15 @@ def rates(model: nn.Module, lr: float | None, column_lr: float | None, call: str
     has_columns, has_others = any(map(is_column, trained)), not all(map(is_column, trained))
     if not has_columns:
         if column_lr is not None:
-            raise ValueError(f"seal_ops.{call}: column_lr needs a model whose weak columns are trained, got {column_lr}")
+            raise ValueError(
+                f"seal_ops.{call}: column_lr needs a model whose weak columns are trained, got {column_lr}"
+            )
         columns = None
     elif not has_others:
         if lr is not None and column_lr is not None:
-            raise ValueError(f"seal_ops.{call}: lr or column_lr must be given where only weak columns are trained, got both")
+            raise ValueError(
+                f"seal_ops.{call}: lr or column_lr must be given where only weak columns are trained, got both"
+            )
         lr, column_lr = None, lr if column_lr is None else column_lr
     if has_columns and column_lr is None:
         column_lr = columns_rate(columns.columns)

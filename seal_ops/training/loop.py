@@ -125,7 +125,9 @@ def train(
             not finite.
     """
     samples = to_rows(samples, tokenizer, chat_template, chat_template_kwargs)
-    run = _Run(model, samples, (lr, column_lr), epochs, batch_size, accumulate, weight_decay, betas, max_grad_norm, seed)
+    run = _Run(
+        model, samples, (lr, column_lr), epochs, batch_size, accumulate, weight_decay, betas, max_grad_norm, seed
+    )
     if gradient_checkpointing not in (False, True, "selective"):
         raise ValueError(
             f"seal_ops.train: gradient_checkpointing must be False, True or 'selective', got {gradient_checkpointing!r}"
