@@ -199,6 +199,8 @@ def attach_weak_columns(
         exact = {n: v for name, v in given.items() for n in targets if n == name or n.endswith(f".{name}")}
         given = {n: selection.checked_index(exact[n], n, sizes[n], call) for n in targets}
     originals = Originals(targets if quantize is not None else original, call)
+    for name, module in targets.items() if originals.known else ():
+        originals.check(name, module)
     start = start or ("residual" if originals.known else "zero")
     if start != "zero" and not originals.known:
         raise ValueError(

@@ -39,6 +39,23 @@ class Originals:
         if self.files is None:
             self.source.pop(name, None)
 
+    def check(self, name: str, like: nn.Module) -> None:
+        """ValueError where :meth:`weight` would raise one; of a file only the heading is read."""
+        if self.files is None or f"{name}.weight" not in self.files:
+            self.weight(name, like)
+            return
+        from safetensors import safe_open
+
+        with safe_open(self.files[f"{name}.weight"], "pt") as file:
+            self._check_shape(name, tuple(file.get_slice(f"{name}.weight").get_shape()), like)
+
+    def _check_shape(self, name: str, shape: tuple, like: nn.Module) -> None:
+        columns, rows = bases.sizes(like)
+        if shape != (rows, columns):
+            raise ValueError(
+                f"seal_ops.{self.call}: original must have {name}.weight of shape {[rows, columns]}, got {list(shape)}"
+            )
+
     def weight(self, name: str, like: nn.Module | None = None) -> Tensor:
         """The weight [out, in] of a layer, on the device of ``like``; ValueError where it is missing or of another
         shape."""
@@ -55,12 +72,7 @@ class Originals:
                 f"{'none' if found is None else found.dtype}"
             )
         if like is not None:
-            columns, rows = bases.sizes(like)
-            if tuple(found.shape) != (rows, columns):
-                raise ValueError(
-                    f"seal_ops.{self.call}: original must have {name}.weight of shape {[rows, columns]}, got "
-                    f"{list(found.shape)}"
-                )
+            self._check_shape(name, tuple(found.shape), like)
             found = found.to(bases.device_of(like))
         return found
 
