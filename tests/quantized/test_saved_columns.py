@@ -76,15 +76,16 @@ def _resized(folder):
     seal_ops.load_weak_columns(LLAMA.build(), folder)
 
 
+UP = "model.layers.1.mlp.up_proj"
 DAMAGED = {
     "no file": (lambda t, c: c.clear(), "must be weak columns of format 1"),
     "method": (lambda t, c: c.update(quantize="int2"), "must have quantize among"),
-    "missing": (lambda t, c: t.pop("model.layers.1.mlp.up_proj.delta"), r"missing \['model.layers.1.mlp.up_proj.delta'\]"),
-    "unsorted": (lambda t, c: t.update({"model.layers.1.mlp.up_proj.index": torch.tensor([3, 1, 2, 9])}), "must be sorted"),
-    "double": (lambda t, c: t.update({"model.layers.1.mlp.up_proj.index": torch.tensor([1, 1, 2, 9])}), "got 1 twice"),
-    "number": (lambda t, c: c["number"].update({"model.layers.1.mlp.up_proj": 3}), "must have 3 columns, got"),
-    "infinite": (lambda t, c: t["model.layers.1.mlp.up_proj.delta"].fill_(float("nan")), "must be finite"),
-    "beyond": (lambda t, c: t["model.layers.1.mlp.up_proj.index"].copy_(torch.tensor([1, 2, 3, 64])), "columns up to 64"),
+    "missing": (lambda t, c: t.pop(f"{UP}.delta"), rf"missing \['{UP}.delta'\]"),
+    "unsorted": (lambda t, c: t.update({f"{UP}.index": torch.tensor([3, 1, 2, 9])}), "must be sorted"),
+    "double": (lambda t, c: t.update({f"{UP}.index": torch.tensor([1, 1, 2, 9])}), "got 1 twice"),
+    "number": (lambda t, c: c["number"].update({UP: 3}), "must have 3 columns, got"),
+    "infinite": (lambda t, c: t[f"{UP}.delta"].fill_(float("nan")), "must be finite"),
+    "beyond": (lambda t, c: t[f"{UP}.index"].copy_(torch.tensor([1, 2, 3, 64])), "columns up to 64"),
 }  # fmt: skip
 
 
