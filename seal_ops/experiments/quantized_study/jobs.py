@@ -40,12 +40,12 @@ class Plan:
     column_factors: tuple[float, ...] = (4.0, 20.0, 100.0)
     low_rank_rates: tuple[float, ...] = (2e-4, 1e-3)
     scale_rates: tuple[float, ...] = (5e-3, 2e-2)
-    window: int = 2048
+    window: int = 1024
     text_windows: int = 96
-    text_batch: int = 4
+    text_batch: int = 2
     validation_windows: int = 8
     held_out_windows: int = 32
-    calibration_windows: int = 64
+    calibration_windows: int = 96
     trained: tuple[str, ...] = ("columns", "QLoRA", "SEAL-C", "columns + SEAL-C")
 
 
