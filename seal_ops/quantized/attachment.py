@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..adapters.attachment import SUBMODULE as SCALES
 from ..adapters.attachment import unwrapped
+from ..adapters.files import DELTA
 from ..adapters.freezing import freeze, thaw
 from . import bases, calibration, columns, quantizers, selection, start
 from .originals import Originals
@@ -337,5 +338,5 @@ def weak_columns_disabled(model: nn.Module):
         yield model
     finally:
         for name, module in found.layers.items():
-            if columns.DELTA in getattr(module, "_parameters", ()):  # not where the block has detached them
+            if DELTA in getattr(module, "_parameters", ()):  # not where the block has detached them
                 module.columns_on = before[name]

@@ -16,12 +16,10 @@ import warnings
 import torch
 from torch import Tensor, nn
 
+from ..adapters.files import DELTA, INDEX
 from ..huggingface.patch import rebind
 from . import bases
 from .product import with_columns, written_out_with_columns
-
-DELTA, INDEX = "column_delta", "column_index"
-
 
 class _Columns:
     """What a layer has beside its base: mixed into the subclass that its module gets."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from ..quantized.columns import DELTA
+from ..adapters.files import DELTA
 from .recipe import LEARNING_RATES, NAMES, columns_rate
 
 

@@ -177,11 +177,12 @@ def train(
 
 def _save(model, scales, columns, folder):
     """What was trained.  Weak columns lie in the folder itself, and scales trained with them in a folder of it."""
-    if columns is None:
+    if columns is not None:
+        columns.save_pretrained(folder)
+    trained = [name for name, p in model.named_parameters() if p.requires_grad and not groups.is_column(name)]
+    if columns is None or not all("seal_scales." in name for name in trained):
         save_trained(model, scales, folder)
-        return
-    columns.save_pretrained(folder)
-    if scales is not None:
+    elif scales is not None:
         scales.save_to(folders_beside(scales, folder))
 
 

@@ -129,6 +129,21 @@ def test_saved_and_resumed(token_ids, rows, tmp_path):
     assert torch.equal(logits(base, tokens()), logits(whole, tokens()))
 
 
+def test_with_a_lora_of_pefts(token_ids, rows, tmp_path):
+    """Three kinds of adapter on one model: each is saved, where its own library finds it."""
+    peft = pytest.importorskip("peft")
+    base = LLAMA.build()
+    model = copy.deepcopy(base)
+    seal_ops.attach_weak_columns(model, 4, calibration=token_ids)
+    config = peft.LoraConfig(r=2, target_modules=["lm_head"], init_lora_weights=False)
+    wrapped = peft.get_peft_model(model, config)
+    model.seal_weak_columns.requires_grad_(True)
+    seal_ops.train(wrapped, rows, lr=1e-2, column_lr=1e-3, output_dir=tmp_path, progress=False)
+    loaded = peft.PeftModel.from_pretrained(base, tmp_path)
+    seal_ops.load_weak_columns(loaded, tmp_path)
+    assert torch.allclose(logits(loaded.eval(), tokens()), logits(wrapped.eval(), tokens()), atol=1e-5)
+
+
 def test_text_and_chat(rows):
     tokenizer = load_tokenizer(shipped("models/seal-tiny"), "test")
     model = LLAMA.build(vocab_size=len(tokenizer), max_position_embeddings=512)
@@ -141,7 +156,8 @@ def test_text_and_chat(rows):
     assert len(result.losses) == 2 and not equal(values(model), before) and found.count() == result.parameters
 
 
-def test_trainer(token_ids, rows, tmp_path):
+@pytest.mark.parametrize("save_base_model", [True, False])
+def test_trainer(token_ids, rows, tmp_path, save_base_model):
     """transformers' Trainer, a rate a group; a run from a checkpoint ends where the whole run does."""
     from transformers import Trainer, TrainingArguments
 
@@ -154,7 +170,7 @@ def test_trainer(token_ids, rows, tmp_path):
         )  # fmt: skip
         trainer = Trainer(
             model, arguments, train_dataset=rows, data_collator=seal_ops.Collator(), optimizers=(optimizer, None),
-            callbacks=[seal_ops.SealCallback()],
+            callbacks=[seal_ops.SealCallback(save_base_model)],
         )  # fmt: skip
         assert [g["lr"] for g in optimizer.param_groups] == [1e-2, 1e-3]
         trainer.train(resume_from_checkpoint=resume)
