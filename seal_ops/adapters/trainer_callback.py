@@ -36,9 +36,10 @@ class SealCallback(TrainerCallback):
     first one writes.
 
     ``save_base_model=False``: checkpoints hold the scales (and weak columns) and the optimiser's state but not the
-    frozen base model, so kilobytes for a model of any size; a Trainer resumes from them, ``from_pretrained`` refuses them.  ``resume_from``:
-    the checkpoint that ``Trainer.train(resume_from_checkpoint=...)`` is given, needed only where it lies outside
-    ``output_dir`` and its weights file has no scales (PEFT's checkpoints, and those saved without this callback).
+    frozen base model, so kilobytes for a model of any size; a Trainer resumes from them, ``from_pretrained`` refuses
+    them.  ``resume_from``: the checkpoint that ``Trainer.train(resume_from_checkpoint=...)`` is given, needed only
+    where it lies outside ``output_dir`` and its weights file has no scales (PEFT's checkpoints, and those saved without
+    this callback).
     """
 
     def __init__(self, save_base_model: bool = True, resume_from: str | os.PathLike | None = None):

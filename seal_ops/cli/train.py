@@ -1,17 +1,22 @@
 """``seal train``."""
 
 from .options import Command, backend_option, load, model_options, positive, restart_option, task, task_options
+from .quantize import attach_columns, columns_options
 
 
 def options(parser):
     model_options(parser)
-    parser.add_argument("--granularity", choices=["head", "channel"], required=True, help="SEAL-H or SEAL-C")
-    parser.add_argument("--output", required=True, metavar="DIR", help="folder for the scales and the checkpoint")
+    parser.add_argument("--granularity", choices=["head", "channel"], help="scales: SEAL-H or SEAL-C")
+    columns_options(parser)
+    parser.add_argument("--output", required=True, metavar="DIR", help="folder for what is trained and the checkpoint")
     task_options(parser)
     parser.add_argument("--length", type=positive, help="tokens a sample fills (with --task)")
     parser.add_argument("--samples", type=positive, default=50, help="how many (with --task)")
     parser.add_argument("--data", metavar="FILE", help="samples written by `seal data`, instead of --task")
     parser.add_argument("--lr", type=float, help="constant learning rate (default: 1e-2 for head, 2e-2 for channel)")
+    parser.add_argument(
+        "--column-lr", type=float, help="of weak columns (default: 5e-6 for 128, 1.4e-5 for 8, a power law between)"
+    )
     parser.add_argument("--epochs", type=positive, default=1, help="passes over the samples")
     parser.add_argument("--batch-size", type=positive, default=1, help="samples in a forward pass")
     parser.add_argument("--accumulate", type=positive, default=1, help="forward passes in an optimiser step")
@@ -31,6 +36,10 @@ def run(args):
 
     if args.data is None and args.length is None:
         raise ValueError("--length must be given with --task (or samples with --data), got neither")
+    if args.granularity is None and args.weak_columns is None:
+        raise ValueError("--granularity or --weak-columns must be given, got neither")
+    if args.weak_columns is None and (args.quantize or args.start or args.calibration):
+        raise ValueError("--quantize, --start and --calibration need --weak-columns, got none")
     model, tokenizer = load(args)
     if args.data is not None:
         samples = tasks.read(args.data)
@@ -38,11 +47,15 @@ def run(args):
         samples = task(args).generate(
             tokenizer, args.length, args.samples, args.seed, chat_template=args.chat_format, progress=None
         )
-    attach(model, args.granularity, backend=args.backend)
+    if args.weak_columns is not None:
+        attach_columns(args, model, tokenizer, samples)
+    if args.granularity is not None:
+        attach(model, args.granularity, backend=args.backend)
     result = train(
         model,
         samples,
         lr=args.lr,
+        column_lr=args.column_lr,
         epochs=args.epochs,
         batch_size=args.batch_size,
         accumulate=args.accumulate,
@@ -55,13 +68,19 @@ def run(args):
     edge = max(1, len(losses) // 5)
     first, last = sum(losses[:edge]) / edge, sum(losses[-edge:]) / edge
     print(
-        f"{result.parameters} scales trained in {len(losses)} steps, {result.seconds:.0f} s, "
+        f"{result.parameters} {_what(args)} trained in {len(losses)} steps, {result.seconds:.0f} s, "
         f"peak memory {result.peak_memory / 2**30:.2f} GiB; loss {first:.3f} -> {last:.3f}; saved in {args.output}"
     )
 
 
+def _what(args):
+    if args.weak_columns is None:
+        return "scales"
+    return "numbers of weak columns" + (" and scales" if args.granularity else "")
+
+
 COMMAND = Command(
-    "train scales on a task",
+    "train scales or weak columns on a task",
     "seal train --model models/seal-tiny --granularity head --task lines --length 2048 --output my-scales",
     options,
     run,

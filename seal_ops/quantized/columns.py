@@ -21,6 +21,7 @@ from ..huggingface.patch import rebind
 from . import bases
 from .product import with_columns, written_out_with_columns
 
+
 class _Columns:
     """What a layer has beside its base: mixed into the subclass that its module gets."""
 
