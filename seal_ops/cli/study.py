@@ -77,7 +77,7 @@ def _settings(args, known):
 def _quantized(args):
     from ..experiments.quantized_study.driver import run as run_study
     from ..experiments.quantized_study.driver import write_summary
-    from ..experiments.quantized_study.jobs import Plan
+    from ..experiments.quantized_study.plan import Plan
     from ..huggingface.model_packages import resolve
 
     if args.summary:

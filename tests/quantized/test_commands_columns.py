@@ -9,7 +9,7 @@ from families import FAMILIES, logits
 from transformers import AutoModelForCausalLM
 
 import seal_ops
-from seal_ops.experiments.quantized_study import driver, jobs
+from seal_ops.experiments.quantized_study import driver, plan
 from seal_ops.huggingface.loading import load_tokenizer, shipped
 from seal_ops.quantized import bases
 
@@ -105,7 +105,7 @@ def test_study(capsys, folder, text, tmp_path):
     assert all(r["seeds"] == 2 for r in rows.values())
     assert rows["columns", "text"]["parameters"] == 4 * 2 * (64 + 32 + 32 + 64 + 96 + 96 + 64)
     assert rows["columns + SEAL-C", "retrieval"]["parameters"] == rows["columns", "text"]["parameters"] + 2 * 64
-    chosen = json.loads((output / f"{jobs.job_name('trained', 'columns', 4, 'text', 0)}.json").read_text())["training"]
+    chosen = json.loads((output / f"{plan.job_name('trained', 'columns', 4, 'text', 0)}.json").read_text())["training"]
     assert len(chosen["tried"]) == 2
     best = json.loads(min(chosen["tried"], key=chosen["tried"].get))
     assert chosen["column_lr"] == best["column_lr"]

@@ -10,7 +10,7 @@ from dataclasses import asdict
 from ...utils.files import atomic_write, write_csv
 from ..pretrained_study.queue import Queue, work
 from ..runs import read_json_file
-from .jobs import Plan, check, jobs
+from .plan import Plan, check, jobs
 from .workbench import Workbench
 
 PLAN = "plan.json"
