@@ -127,11 +127,12 @@ def _training(found):
 
 
 def _curve(found, plan_samples):
-    """Accuracy at the longest length, by samples and by rate."""
+    """Accuracy at the longest length, by samples and by rate; of a rate also what it does elsewhere."""
+    perplexities = found.get("elsewhere-rates", {}).get("perplexity", {})
     rows = []
     for job in _section(found, "curve"):
         for method, measured in job["measured"].items():
-            (values,) = measured["scores"].values()
+            scores = {int(length): values for length, values in measured["scores"].items()}
             training = job["training"][method]
             row = {
                 "method": method,
@@ -139,7 +140,12 @@ def _curve(found, plan_samples):
                 "lr": training["lr"],
                 "seconds": training["seconds"],
             }
-            row |= {"last_loss": training["last_losses"][-1], **cell(values)}
+            row |= {"last_loss": training["last_losses"][-1], **cell(scores[max(scores)])}
+            row["validation_loss"] = training.get("tried", {}).get(f"{training['lr']:g}")
+            row["shortest"] = _mean(scores[min(scores)]) if len(scores) > 1 else None
+            scales = f"rate-{job['task']}-{method}-{training['lr']:g}"
+            if row["samples"] is None and scales in perplexities:
+                row["perplexity_change"] = perplexities[scales]["perplexity"] / perplexities["base"]["perplexity"] - 1
             rows.append(row)
             chosen = found.get(f"main-{job['task']}-0", {}).get("training", {}).get(method, {})
             if row["samples"] is None and chosen.get("lr") == row["lr"]:  # of both curves
@@ -344,10 +350,20 @@ def _markdown(content) -> str:
     parts += ["## Training", _table(head, rows)]
     if content["curve"]:
         rows = [
-            (r["method"], r["samples"] or "", f"{r['lr']:g}", _shown(r), f"{r['seconds']:.1f}")
+            (
+                r["method"],
+                r["samples"] or "",
+                f"{r['lr']:g}",
+                _shown(r),
+                "" if r["shortest"] is None else f"{r['shortest']:.2f}",
+                "" if r["validation_loss"] is None else f"{r['validation_loss']:.4f}",
+                f"{100 * r['perplexity_change']:+.1f} %" if "perplexity_change" in r else "",
+                f"{r['seconds']:.1f}",
+            )
             for r in content["curve"]
         ]
-        parts += ["## Samples and rate", _table(("method", "samples", "lr", "accuracy", "seconds"), rows)]
+        head = ("method", "samples", "lr", "accuracy", "at the shortest", "validation loss", "perplexity", "seconds")
+        parts += ["## Samples and rate", _table(head, rows)]
     for key, names in (
         ("length", ("method", "train_length")),
         ("beyond", ("kind", "factor", "method")),
