@@ -4,7 +4,7 @@
 and DoRA on the
 same; ``beyond`` contexts longer than the model's; ``curve`` accuracy by samples and by rate; ``length`` trained short
 and measured
-long; ``heads`` influence, quadrants and retrieval score; ``transfer`` scales of one task on all tasks and other
+long; ``heads`` importance, quadrants and retrieval score; ``transfer`` scales of one task on all tasks and other
 wordings;
 ``elsewhere`` perplexity and merging; ``quantised`` scales on a 4-bit base; ``format``
 the base without its chat template.
@@ -347,7 +347,7 @@ def _length(plan):
 def _heads(plan):
     task, seed = plan.curve_task, plan.seeds[0]
 
-    def influence(bench):
+    def importance(bench):
         found = measure_head_importance(
             bench.model,
             bench.tokenizer,
@@ -412,7 +412,7 @@ def _heads(plan):
     drawn = tuple((task, n, plan.heads_cases, seed, "train") for n in plan.heads_lengths)
     drawn += _tests(plan, task, (plan.heads_lengths[0], plan.longest), plan.curve_cases, seed)
     return [
-        Job("heads-influence", influence, 120, drawn),
+        Job("heads-importance", importance, 120, drawn),
         Job("heads-retrieval", retrieval, 20, (("needle", min(1024, plan.longest), 20, seed, "train"),)),
     ]
 

@@ -194,23 +194,25 @@ def _beyond(found):
 
 def _heads(found, folder):
     content = {}
-    influence, retrieval = found.get("heads-influence"), found.get("heads-retrieval")
-    if influence is not None:
-        content["agreement"], content["groups"] = influence["agreement"], influence["groups"]
+    importance, retrieval = found.get("heads-importance"), found.get("heads-retrieval")
+    if importance is not None:
+        content["agreement"], content["groups"] = importance["agreement"], importance["groups"]
         content["quadrants"] = [
             {
                 "variant": name,
                 "length": int(length),
                 **cell(values),
-                "against_base": vars(paired(influence["quadrants"]["base"][length], values)),
+                "against_base": vars(paired(importance["quadrants"]["base"][length], values)),
             }
-            for name, lengths in influence["quadrants"].items()
+            for name, lengths in importance["quadrants"].items()
             for length, values in lengths.items()
         ]
-        logprobs = {key.split()[1]: values for key, values in influence["changes"].items() if key.startswith("logprob")}
+        logprobs = {
+            key.split()[1]: values for key, values in importance["changes"].items() if key.startswith("logprob")
+        }
         content["largest"] = {
             length: [
-                {"layer": influence["units"][i][0], "head": influence["units"][i][1], "change": values[i]}
+                {"layer": importance["units"][i][0], "head": importance["units"][i][1], "change": values[i]}
                 for i in sorted(range(len(values)), key=lambda i: values[i])[:5]
             ]
             for length, values in logprobs.items()
@@ -227,17 +229,17 @@ def _heads(found, folder):
         content["retrieval"]["best"] = [
             {"layer": i // width, "head": i % width, "score": round(float(scores[i]), 4)} for i in order
         ]
-        content["correlations"] = _correlations(scores, influence, folder)
+        content["correlations"] = _correlations(scores, importance, folder)
     return content
 
 
-def _correlations(retrieval, influence, folder):
-    """Spearman's, head by head: of the retrieval score with influence and with how far learned scales moved."""
+def _correlations(retrieval, importance, folder):
+    """Spearman's, head by head: of the retrieval score with importance and with how far learned scales moved."""
     rows = {}
-    if influence is not None:
-        for key, values in influence["changes"].items():
+    if importance is not None:
+        for key, values in importance["changes"].items():
             if not key.startswith("accuracy"):
-                rows[f"influence, {key}"] = spearman(retrieval, -torch.tensor(values))
+                rows[f"importance, {key}"] = spearman(retrieval, -torch.tensor(values))
     for name, layers in _learned(folder).items():
         moved = torch.cat([(layer - 1).abs().reshape(layer.shape[0], -1).mean(1) for layer in layers])
         rows[f"moved by {name}"] = spearman(retrieval, moved)

@@ -76,7 +76,8 @@ class _Drawn(Task):
 
     def __init__(self, name, samples):
         task = named(name)
-        self.name, self.unit, self.max_new_tokens, self.stop = task.name, task.unit, task.max_new_tokens, task.stop
+        self.name, self.item, self.max_new_tokens = task.name, task.item, task.max_new_tokens
+        self.reserve, self.stop = task.reserve, task.stop
         self._name, self._task, self._samples = name, task, samples
 
     def generate(self, tokenizer, length, samples=50, seed=0, *, split="train", **options):
