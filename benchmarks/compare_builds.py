@@ -2,11 +2,12 @@
 
     pip install --no-build-isolation --no-deps --target /tmp/before CHECKOUT_A      # SEAL_BUILD_CUDA=1
     pip install --no-build-isolation --no-deps --target /tmp/after CHECKOUT_B
-    python benchmarks/compare_builds.py before=/tmp/before after=/tmp/after [--rounds 3] [--only hd128] [--output out.json]
+    python benchmarks/compare_builds.py before=/tmp/before after=/tmp/after --rounds 3 --only hd128 --output out.json
 
-Each build lives in a process of its own. The processes take turns: one times a shape while the others wait, every second round
-in the reverse order, so that all meet the same clock and heat. A case that raises is reported and does not stop the rest.
-The table gives the median of every build and the first build's time divided by it (above 1: faster than the first).
+Each build lives in a process of its own. The processes take turns: one times a shape while the others wait, every
+second round in the reverse order, so that all meet the same clock and heat. A case that raises is reported and does not
+stop the rest. The table gives the median of every build and the first build's time divided by it (above 1: faster than
+the first).
 """
 
 from __future__ import annotations
