@@ -33,6 +33,7 @@ namespace seal {
 
 bool prefers_attention_decode(const AttentionForwardParams& p, int64_t max_length_q) {
   // With one head a KV head and enough of them the ordinary kernel reads every key once and keeps the GPU as busy.
+  if (!p.mask.is_band()) return false;
   const int64_t group = p.q.heads / p.k.heads;
   const bool few = max_length_q <= 8 || (max_length_q * group <= 64 && (group > 1 || p.sequences * p.q.heads < 128));
   return few && 4 * max_length_q <= sm90::decode_keys(p, max_length_q);
@@ -46,7 +47,7 @@ cudaError_t plan_attention_decode(const AttentionForwardParams& p, int64_t max_l
 }
 
 cudaError_t launch_attention_decode(const AttentionForwardParams& p, const AttentionDecodePlan& plan, void* workspace, cudaStream_t stream) {
-  if (p.head_dim > 256 || p.head_dim % 8 != 0) return cudaErrorInvalidValue;
+  if (p.head_dim > 256 || p.head_dim % 8 != 0 || !p.mask.is_band()) return cudaErrorInvalidValue;
   const auto launch = [&](auto config) { return sm90::launch_decode<decltype(config)>(p, plan, workspace, stream); };
   return p.half ? sm90::with_config<__half>(p.head_dim, plan.row_tiles, launch)
                 : sm90::with_config<__nv_bfloat16>(p.head_dim, plan.row_tiles, launch);

@@ -83,10 +83,9 @@ SEAL_DEVICE DecodeSequence decode_sequence(const Sequences& s, int index) {
 }
 
 // Keys [begin, end) that the query at `position` sees.
-SEAL_DEVICE int2 keys_seen(const Sequences& s, int length_k, int position) {
-  const int begin = s.window_left < 0 ? 0 : max(0, position - s.window_left);
-  const int end = s.window_right < 0 ? length_k : min(length_k - 1 - position, s.window_right) + position + 1;
-  return make_int2(begin, end);
+SEAL_DEVICE Span keys_seen(const Sequences& s, int length_k, int position) {
+  const Span keys = HeadMask<Masking::kBand>(s.mask, 0).keys(position, length_k);
+  return {max(0, keys.begin), keys.end};
 }
 
 // The keys of a tile's rows [first, last] (positions), and this split's blocks of them, counted from `begin`.
@@ -96,11 +95,11 @@ struct DecodeKeys {
   int block, block_end;      // of this split
 
   SEAL_DEVICE DecodeKeys(const Sequences& s, int length_k, int first, int last, int split, int splits, int block_keys) {
-    const int2 of_first = keys_seen(s, length_k, first), of_last = keys_seen(s, length_k, last);
-    begin = of_first.x;
-    end = of_last.y;
-    full_begin = of_last.x;
-    full_end = of_first.y;
+    const Span of_first = keys_seen(s, length_k, first), of_last = keys_seen(s, length_k, last);
+    begin = of_first.begin;
+    end = of_last.end;
+    full_begin = of_last.begin;
+    full_end = of_first.end;
     const int blocks = max(0, end - begin + block_keys - 1) / block_keys;
     const int share = blocks / splits, more = blocks % splits;
     block = split * share + min(split, more);
@@ -209,7 +208,7 @@ class DecodeTile {
     softmax_ = OnlineSoftmax(a_.scale_log2);
 #pragma unroll
     for (int i = 0; i < kHeadDim / 2; ++i) out_[i] = 0.f;
-    int2 seen[2];  // keys that the thread's two rows see; rows that do not exist see what the last one sees
+    Span seen[2];  // keys that the thread's two rows see; rows that do not exist see what the last one sees
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const int own = min(16 * row_tile() + lane_ / 4 + 8 * r, rows - 1);
@@ -237,7 +236,7 @@ class DecodeTile {
         update<false>(scores);
       } else {
         const int column = first + 2 * (lane_ % 4);
-        mask_scores(scores, {seen[0].x - column, seen[1].x - column}, {seen[0].y - column, seen[1].y - column});
+        mask_scores<false>(scores, {{seen[0].begin - column, seen[0].end - column}, {seen[1].begin - column, seen[1].end - column}}, {});
         update<true>(scores);
       }
       uint32_t p[kWarpKeys / 4];

@@ -17,7 +17,7 @@ inline int decode_row_tiles(const AttentionForwardParams& p, int64_t max_length_
 // Keys that a sequence's queries see between them. Packed: of a sequence of mean length; the device alone knows the lengths.
 inline int64_t decode_keys(const AttentionForwardParams& p, int64_t max_length_q) {
   const int64_t keys = p.cu_seqlens_k == nullptr ? p.k.rows : p.k.rows / p.sequences;
-  return p.window_left < 0 || p.window_right < 0 ? keys : std::min<int64_t>(keys, int64_t{p.window_left} + max_length_q + p.window_right);
+  return std::min<int64_t>(keys, int64_t{p.mask.upper} - p.mask.lower + max_length_q);
 }
 
 // Splits that fill `slots` thread blocks best: of those within 5 % of the best filled last wave the fewest.
@@ -75,7 +75,7 @@ cudaError_t launch_decode(const AttentionForwardParams& p, const AttentionDecode
   if (status != cudaSuccess) return status;
 
   DecodeArguments a;
-  a.sequences = {p.cu_seqlens_q, p.cu_seqlens_k, p.sequences, static_cast<int>(p.q.rows), static_cast<int>(p.k.rows), p.window_left, p.window_right};
+  a.sequences = {p.cu_seqlens_q, p.cu_seqlens_k, p.sequences, static_cast<int>(p.q.rows), static_cast<int>(p.k.rows), p.mask.within(p.q.rows, p.k.rows)};
   a.q = p.q;
   a.out = p.out;
   a.scale = p.scale;

@@ -7,9 +7,10 @@
 
 namespace seal::sm90 {
 
-template <class T_, int kHeadDim_, int kBlockN_, int kWarpgroups_, int kKStages_, int kVStages_, int kQStages_>
+template <class T_, int kHeadDim_, int kBlockN_, int kWarpgroups_, int kKStages_, int kVStages_, int kQStages_, Masking kMasking_>
 struct ForwardConfig {
   using T = T_;
+  static constexpr Masking kMasking = kMasking_;
   static constexpr int kHeadDim = kHeadDim_;        // of the shared-memory tiles; the tensors' may be smaller
   static constexpr int kWarpgroups = kWarpgroups_;  // consumers
   static constexpr int kBlockM = 64 * kWarpgroups_, kBlockN = kBlockN_;
@@ -37,7 +38,7 @@ struct Shared {
   uint8_t k[Config::kKStages][Config::kKBytes];
   uint8_t v[Config::kVStages][Config::kKBytes];
   float scale[2][Config::kHeadDim];
-  Tile tile[2];
+  Tile<Config::kBlockN, Config::kMasking> tile[2];
   uint64_t tile_full[2], tile_empty[2], tile_wanted;
   uint64_t q_full[Config::kQStages], q_empty[Config::kQStages], out_empty;
   uint64_t k_full[Config::kKStages], k_empty[Config::kKStages];

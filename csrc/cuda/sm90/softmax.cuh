@@ -2,17 +2,20 @@
 // l / 4 and l / 4 + 8 of its warp's 16, and of each block of keys the columns 8 j + 2 (l % 4) + {0, 1}.
 #pragma once
 
+#include "../mask.h"
 #include "wgmma.cuh"
 
 namespace seal::sm90 {
 
-// Sets scores outside [left, right) to -inf. left and right count from the thread's first column of the block.
-template <int kAcc>
-SEAL_DEVICE void mask_scores(float (&scores)[kAcc], const int (&left)[2], const int (&right)[2]) {
+// Sets scores to -inf but those of the keys that are seen, and with kSinks those before sink_end. Keys count from the thread's
+// first column of the block.
+template <bool kSinks, int kAcc>
+SEAL_DEVICE void mask_scores(float (&scores)[kAcc], const Span (&seen)[2], const int (&sink_end)[2]) {
 #pragma unroll
   for (int i = 0; i < kAcc; ++i) {
     const int column = 8 * (i / 4) + i % 2, row = (i / 2) % 2;
-    if (column < left[row] || column >= right[row]) scores[i] = -INFINITY;
+    const bool outside = column < seen[row].begin || column >= seen[row].end;
+    if (outside && !(kSinks && column < sink_end[row])) scores[i] = -INFINITY;
   }
 }
 

@@ -22,7 +22,7 @@ struct Problem {
         tokens_q(packed ? c.cu_q.back() : c.queries), tokens_k(packed ? c.cu_k.back() : c.keys), q(make(tokens_q, c.heads)),
         k(make(tokens_k, c.kv_heads)), v(make(tokens_k, c.kv_heads)), out(size_t(batch) * tokens_q * c.heads * c.head_dim, 0xffff),
         lse(size_t(batch) * tokens_q * c.heads, NAN), scale(size_t(sequences) * c.heads * c.head_dim), offset(size_t(c.heads) * c.head_dim),
-        left(c.window ? c.window - 1 : -1), right(c.causal ? 0 : left) {
+        lower(c.window ? 1 - c.window : -Mask::kUnbounded), upper(c.causal ? 0 : -lower) {
     for (float& x : scale) x = value();
     for (float& x : offset) x = value();
   }
@@ -62,7 +62,7 @@ struct Problem {
           std::vector<double> o(c.head_dim, 0.0);
           double total = 0;
           for (int j = 0; j < length_k; ++j) {
-            if ((left >= 0 && j < position - left) || (right >= 0 && j > position + right)) continue;
+            if (j - position < lower || j - position > upper) continue;
             double score = 0;
             for (int d = 0; d < c.head_dim; ++d) {
               score += double(value_of<T>(q[at(tokens_q, c.heads, b, token, h, d)])) *
@@ -94,7 +94,7 @@ struct Problem {
   const int sequences, batch, tokens_q, tokens_k;
   std::vector<uint16_t> q, k, v, out;
   std::vector<float> lse, scale, offset;
-  const int left, right;
+  const int lower, upper;
 };
 
 // True where the kernels agree with fp64.
@@ -104,7 +104,9 @@ bool right(const Case& c) {
   Problem<T> p(c);
   std::vector<float> partial(p.out.size() * c.splits, NAN), partial_lse(p.lse.size() * c.splits, NAN);
   DecodeArguments a = {};
-  a.sequences = {p.packed ? c.cu_q.data() : nullptr, p.packed ? c.cu_k.data() : nullptr, p.sequences, p.tokens_q, p.tokens_k, p.left, p.right};
+  a.sequences = {p.packed ? c.cu_q.data() : nullptr, p.packed ? c.cu_k.data() : nullptr, p.sequences, p.tokens_q, p.tokens_k};
+  a.sequences.mask.lower = p.lower;
+  a.sequences.mask.upper = p.upper;
   a.q = p.tensor(p.q, p.tokens_q, c.heads);
   a.out = {p.out.data(), p.batch, p.tokens_q, c.heads, int64_t(p.tokens_q) * c.heads * c.head_dim, int64_t(c.heads) * c.head_dim, c.head_dim};
   a.scale = {p.scale.data(), int64_t(c.heads) * c.head_dim, c.head_dim, 1};
