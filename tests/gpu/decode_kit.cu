@@ -11,7 +11,7 @@ template <class Call>
 cudaError_t with_variant(int variant, Call call) {
   int next = 0;
 #define V(...) \
-  if (variant == next++) return call(sm90::DecodeConfig<__nv_bfloat16, __VA_ARGS__>{});
+  if (variant == next++) return call(sm90::DecodeConfig<__nv_bfloat16, Masking::kBand, __VA_ARGS__>{});
   KIT_VARIANTS
 #undef V
   (void)next, (void)call;
