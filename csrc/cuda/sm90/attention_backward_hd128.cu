@@ -1,5 +1,5 @@
 // Attention backward on sm_90a for a head_dim from 72 to 128.
-#include "attention_backward_launch.cuh"
+#include "backward_launch.cuh"
 
 namespace seal::sm90 {
 

@@ -1,5 +1,5 @@
 // Attention backward on sm_90a for a head_dim up to 64.
-#include "attention_backward_launch.cuh"
+#include "backward_launch.cuh"
 
 namespace seal::sm90 {
 

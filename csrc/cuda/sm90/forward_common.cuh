@@ -2,6 +2,7 @@
 #pragma once
 
 #include "../attention.h"
+#include "ring.cuh"
 #include "tile_scheduler.cuh"
 #include "wgmma.cuh"
 
@@ -58,19 +59,6 @@ struct Arguments {
   int64_t lse_head_stride, lse_sequence_stride;
   int* tile_counter;
   uint32_t zero;  // 0, which ptxas cannot know: see after() in softmax.cuh
-};
-
-// Position in a ring of kStages buffers.
-template <int kStages>
-struct RingIndex {
-  int stage = 0;
-  uint32_t phase = 0;
-  SEAL_DEVICE void advance() {
-    if (++stage == kStages) {
-      stage = 0;
-      phase ^= 1;
-    }
-  }
 };
 
 // Named barriers: 0 is __syncthreads; one per consumer warpgroup for itself, one for its turn to issue.

@@ -1,4 +1,4 @@
-// dQ alone, without sums between CTAs: one CTA owns kTileRows queries of one head and walks through the keys they see.
+// dQ alone, without sums between thread blocks: one thread block owns kTileRows queries of one head and walks through the keys they see.
 // With the key/value kernel it makes the deterministic backward: two products more than the five of the main kernel (S and
 // dP are computed twice), but no fp32 dQ in memory, no atomics and a fixed order of summation.
 //
@@ -6,6 +6,7 @@
 //   S = Q K^T    dP = dO V^T    dQ += dS K
 #pragma once
 
+#include "backward_store.cuh"
 #include "backward_tasks.cuh"
 
 namespace seal::sm90 {
@@ -53,8 +54,8 @@ __global__ void __launch_bounds__(QueryShared<kD, kN>::kThreads, 1)
   zero_absent_slabs<kN, kD>(shared.k, Shared::kStagesK + Shared::kStagesV, present, threadIdx.x, Shared::kThreads);
   fence_proxy_async();
   __syncthreads();
-  if (kPdl) release_dependents();
-  if (kPdl) wait_for_dependencies();
+  launch_dependents();
+  wait_for_dependencies();
   const QueryTask<kN>& task = shared.task;
   if (task.first_query >= task.seq.length_q) return;
 

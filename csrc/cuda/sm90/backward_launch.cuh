@@ -3,11 +3,10 @@
 
 #include <algorithm>
 
-#include "attention_backward_main.cuh"
-#include "attention_backward_persistent.cuh"
-#include "attention_backward_query.cuh"
-#include "attention_backward_rows.cuh"
-#include "attention_backward_wide.cuh"
+#include "backward_kernel.cuh"
+#include "backward_query.cuh"
+#include "backward_rows.cuh"
+#include "backward_wide.cuh"
 
 namespace seal::sm90 {
 
@@ -30,7 +29,7 @@ cudaError_t launch_dependent(void (*kernel)(Arguments...), dim3 grid, int thread
   config.dynamicSmemBytes = static_cast<size_t>(bytes);
   config.stream = stream;
   config.attrs = &attribute;
-  config.numAttrs = kPdl ? 1 : 0;
+  config.numAttrs = 1;
   return cudaLaunchKernelEx(&config, kernel, arguments...);
 }
 
@@ -47,36 +46,29 @@ inline cudaError_t make_maps(BackwardMaps* maps, const BackwardKernelParams& p, 
   SEAL_RETURN_IF_ERROR(make_tile_map(&maps->grad_out, tile_source(p, grad_out, p.seqlen_q, p.heads_q), p.half, packed, query_rows));
   SEAL_RETURN_IF_ERROR(make_tile_map(&maps->unscaled_grad_out, tile_source(p, p.grad_out, p.seqlen_q, p.heads_q), p.half, packed, query_rows));
   SEAL_RETURN_IF_ERROR(make_tile_map(&maps->k, tile_source(p, p.k, p.seqlen_k, p.heads_k), p.half, packed, key_rows));
-  const int64_t key_row = static_cast<int64_t>(p.heads_k) * p.head_dim;
-  const auto make_output = [&](CUtensorMap* map, void* data) {
-    if (data == nullptr) return cudaSuccess;
-    return make_tile_map(map, tile_source(p, {data, key_row * p.seqlen_k, key_row, p.head_dim}, p.seqlen_k, p.heads_k), p.half, packed, 16);
-  };
-  SEAL_RETURN_IF_ERROR(make_output(&maps->grad_k, p.grad_k));
-  SEAL_RETURN_IF_ERROR(make_output(&maps->grad_v, p.grad_v));
   return make_tile_map(&maps->v, tile_source(p, p.v, p.seqlen_k, p.heads_k), p.half, packed, key_rows);
 }
 
-template <class T, int kD, BackwardWork kWork>
-cudaError_t launch_main(const BackwardKernelParams& p, cudaStream_t stream) {
-  constexpr int kM = step_rows(kD);
+// A kernel of keys on `grid` thread blocks.
+template <class Config, class Shared>
+cudaError_t launch_keys(void (*kernel)(BackwardKernelParams, BackwardMaps), const BackwardKernelParams& p, unsigned grid, cudaStream_t stream) {
   BackwardMaps maps;
-  SEAL_RETURN_IF_ERROR(make_maps(&maps, p, kM, p.key_rows));
-  int bytes;
-  unsigned grid = static_cast<unsigned>(p.task_count);
-  void (*kernel)(BackwardKernelParams, BackwardMaps);
+  SEAL_RETURN_IF_ERROR(make_maps(&maps, p, Config::kBlockM, Config::kBlockN));
+  constexpr int kBytes = sizeof(Shared) + 1024;  // aligned by the kernel
+  SEAL_RETURN_IF_ERROR(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes));
+  return launch_dependent(kernel, dim3(grid), Config::kThreads, kBytes, stream, p, maps);
+}
+
+template <class T, int kD, BackwardWork kWork, bool kOrdered = false>
+cudaError_t launch_main(const BackwardKernelParams& p, cudaStream_t stream) {
+  const unsigned tasks = static_cast<unsigned>(p.task_count);
   if constexpr (kD == 256) {
     using Config = WideConfig<T, kWork>;
-    bytes = sizeof(WideShared<Config>) + 1024, kernel = attention_backward_wide<Config>;
-  } else if constexpr (kPersistent) {
-    using Config = BackwardConfig<T, kD, kWork>;
-    bytes = sizeof(PersistentShared<Config>) + 1024, kernel = attention_backward_persistent<Config>;
-    grid = std::min<unsigned>(grid, p.multiprocessors);
+    return launch_keys<Config, WideShared<Config>>(attention_backward_wide<Config>, p, tasks, stream);
   } else {
-    bytes = sizeof(BackwardShared<kD, kM>) + 1024, kernel = attention_backward_main<T, kD, kM, kWork>;
+    using Config = BackwardConfig<T, kD, kWork, kOrdered>;
+    return launch_keys<Config, BackwardShared<Config>>(attention_backward_main<Config>, p, std::min<unsigned>(tasks, p.multiprocessors), stream);
   }
-  SEAL_RETURN_IF_ERROR(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
-  return launch_dependent(kernel, dim3(grid), 384, bytes, stream, p, maps);
 }
 
 template <class T, int kD>
@@ -96,15 +88,14 @@ cudaError_t launch_tiles(const BackwardKernelParams& p, const AccumulatorTiles& 
   void (*const kernel)(BackwardKernelParams, AccumulatorTiles) = attention_backward_tiles<T, kD, kRows, kSplitRows>;
   SEAL_RETURN_IF_ERROR(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes));
   const int64_t tiles = t.of_queries ? p.tile_count_q * (kTileRows / kRows) : p.tile_count_k * (p.key_rows / kRows);
-  const dim3 grid = kHeadsFirst ? dim3(static_cast<unsigned>(tiles * t.heads)) : dim3(static_cast<unsigned>(tiles), t.heads);
-  return launch_dependent(kernel, grid, 256, kBytes, stream, p, t);
+  return launch_dependent(kernel, dim3(static_cast<unsigned>(tiles * t.heads)), kRowThreads, kBytes, stream, p, t);
 }
 
 template <int kD>
 cudaError_t sum_offset(const BackwardKernelParams& p, cudaStream_t stream) {
   if (p.grad_offset == nullptr) return cudaSuccess;
   void (*const kernel)(BackwardKernelParams, float*, bool, bool) = attention_backward_sum<kD, FactorGradient::kOffset>;
-  return launch_dependent(kernel, dim3(p.heads_q, p.grad_offset_per_batch ? p.batch : 1), 1024, 0, stream, p, p.grad_offset,
+  return launch_dependent(kernel, dim3(p.heads_q, p.grad_offset_per_batch ? p.batch : 1), kSumThreads, 0, stream, p, p.grad_offset,
                           p.grad_offset_per_batch, true);
 }
 
@@ -112,7 +103,7 @@ template <int kD>
 cudaError_t sum_scale(const BackwardKernelParams& p, cudaStream_t stream) {
   if (p.grad_scale == nullptr) return cudaSuccess;
   void (*const kernel)(BackwardKernelParams, float*, bool, bool) = attention_backward_sum<kD, FactorGradient::kScale>;
-  return launch_dependent(kernel, dim3(p.heads_q, p.grad_scale_per_batch ? p.batch : 1), 1024, 0, stream, p, p.grad_scale,
+  return launch_dependent(kernel, dim3(p.heads_q, p.grad_scale_per_batch ? p.batch : 1), kSumThreads, 0, stream, p, p.grad_scale,
                           p.grad_scale_per_batch, p.grad_scale_per_channel);
 }
 
@@ -120,11 +111,11 @@ template <class T, int kD>
 cudaError_t launch_backward(const BackwardKernelParams& p, cudaStream_t stream) {
   const bool any_rows = p.seqlen_q > 0, any_keys = p.seqlen_k > 0;
   if (any_rows) {
-    const dim3 grid = kHeadsFirst ? dim3(static_cast<unsigned>(p.tile_count_q * p.heads_q)) : dim3(static_cast<unsigned>(p.tile_count_q), p.heads_q);
+    const dim3 grid(static_cast<unsigned>(p.tile_count_q * p.heads_q));
     if (p.scale != nullptr) {
-      attention_backward_rows<T, kD, true><<<grid, 256, 0, stream>>>(p);
+      attention_backward_rows<T, kD, true><<<grid, kRowThreads, 0, stream>>>(p);
     } else {
-      attention_backward_rows<T, kD, false><<<grid, 256, 0, stream>>>(p);
+      attention_backward_rows<T, kD, false><<<grid, kRowThreads, 0, stream>>>(p);
     }
     SEAL_RETURN_IF_ERROR(cudaGetLastError());
   }
@@ -141,7 +132,13 @@ cudaError_t launch_backward(const BackwardKernelParams& p, cudaStream_t stream) 
     return any_rows ? cudaSuccess : clear(p.grad_offset, p.grad_offset_per_batch ? p.batch : 1, p.heads_q, 4 * p.head_dim);
   }
   if (p.dq != nullptr) {
-    if constexpr (kD < 256) SEAL_RETURN_IF_ERROR((launch_main<T, kD, BackwardWork::kAll>(p, stream)));
+    if constexpr (kD < 256) {
+      if (p.added != nullptr) {
+        SEAL_RETURN_IF_ERROR((launch_main<T, kD, BackwardWork::kAll, true>(p, stream)));
+      } else {
+        SEAL_RETURN_IF_ERROR((launch_main<T, kD, BackwardWork::kAll>(p, stream)));
+      }
+    }
   } else if (p.grad_k != nullptr) {
     SEAL_RETURN_IF_ERROR((launch_main<T, kD, BackwardWork::kKeyValue>(p, stream)));
   } else if (p.grad_v != nullptr) {
@@ -160,7 +157,10 @@ cudaError_t launch_backward(const BackwardKernelParams& p, cudaStream_t stream) 
     const int64_t head_stride = p.tile_count_k * kRows * kD;
     AccumulatorTiles t{p.dk_partial, p.heads_k * head_stride, head_stride, p.splits, p.heads_k, false, p.grad_k, p.softmax_scale, rotate};
     if (p.grad_k != nullptr) SEAL_RETURN_IF_ERROR((launch_tiles<T, kD, kRows, kRows == 128>(p, t, stream)));
-    t.data = p.dv_partial, t.output = p.grad_v, t.factor = 1.f, t.rotate = false;
+    t.data = p.dv_partial;
+    t.output = p.grad_v;
+    t.factor = 1.f;
+    t.rotate = false;
     if (p.grad_v != nullptr) SEAL_RETURN_IF_ERROR((launch_tiles<T, kD, kRows, kRows == 128>(p, t, stream)));
   }
   SEAL_RETURN_IF_ERROR(sum_scale<kD>(p, stream));
