@@ -33,6 +33,7 @@ int device_multiprocessors() {
 // Fills in everything that follows from the caller's struct; returns the bytes of workspace.
 size_t plan(const AttentionBackwardParams& params, BackwardKernelParams* p) {
   static_cast<AttentionBackwardParams&>(*p) = params;
+  p->mask = params.mask.within(params.seqlen_q, params.seqlen_k);
   const bool packed = p->cu_seqlens_q != nullptr;
   const int dim = padded_head_dim(p->head_dim);
   p->key_rows = key_rows(dim);
@@ -64,8 +65,9 @@ size_t plan(const AttentionBackwardParams& params, BackwardKernelParams* p) {
   const int64_t pairs = std::max<int64_t>(1, static_cast<int64_t>(packed ? 1 : p->batch) * p->heads_k * p->splits);
   const int64_t pair_bytes = std::max<int64_t>(1, static_cast<int64_t>(p->seqlen_q) * dim * 8 * p->heads_per_cta);
   const int64_t filling = p->multiprocessors / std::max(1, p->tiles_k);
-  // In the order of the keys, few tiles of a pair should be at work at a time: each adds its dQ behind the ones before it.
-  const bool ordered = kOrderedAdds && p->deterministic && p->grad_q && (p->grad_k || p->grad_v) && dim < 256;
+  // In the order of the keys, few tiles of a pair should be at work at a time: each adds its dQ behind the ones before it. Where the
+  // tiles of keys that see a query have gaps between them there is no such order yet.
+  const bool ordered = kOrderedAdds && p->mask.is_band() && p->deterministic && p->grad_q && (p->grad_k || p->grad_v) && dim < 256;
   const int64_t least = ordered ? p->multiprocessors / (dim == 64 ? 4 : 16) : 1;
   p->section = packed && !ordered ? 1 : static_cast<int32_t>(std::min(pairs, std::max({kL2Share / pair_bytes, filling, least, int64_t{1}})));
   p->last_section = static_cast<int32_t>((pairs / p->section - 1) * p->section);  // with what is left over

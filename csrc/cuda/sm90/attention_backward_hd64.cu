@@ -3,6 +3,9 @@
 
 namespace seal::sm90 {
 
+extern template cudaError_t launch_products<__nv_bfloat16, 64, Masking::kGeneral>(const BackwardKernelParams&, cudaStream_t);
+extern template cudaError_t launch_products<__half, 64, Masking::kGeneral>(const BackwardKernelParams&, cudaStream_t);
+
 template cudaError_t launch_backward<__nv_bfloat16, 64>(const BackwardKernelParams&, cudaStream_t);
 template cudaError_t launch_backward<__half, 64>(const BackwardKernelParams&, cudaStream_t);
 

@@ -7,13 +7,14 @@
 namespace seal::sm90 {
 
 // kOrdered: dQ is added up in the order of the keys (deterministic mode), see add_queries() in backward_producer.cuh.
-template <class T_, int kHeadDim_, BackwardWork kWork_, bool kOrdered_ = false>
+template <class T_, int kHeadDim_, BackwardWork kWork_, Masking kMasking_, bool kOrdered_ = false>
 struct BackwardConfig {
   using T = T_;
+  static constexpr Masking kMasking = kMasking_;
   static constexpr int kHeadDim = kHeadDim_;  // of the shared-memory tiles; the tensors' may be smaller
   static constexpr BackwardWork kWork = kWork_;
   static constexpr bool kOrdered = kOrdered_;
-  static_assert(!kOrdered || kWork == BackwardWork::kAll);
+  static_assert(!kOrdered || (kWork == BackwardWork::kAll && kMasking == Masking::kBand));
   // Steps in which none of a warpgroup's keys is seen make its share of dQ only. It compiles and has not been measured
   // (docs/kernel_notes_backward.md).
   static constexpr bool kLightSteps = false;
@@ -22,8 +23,10 @@ struct BackwardConfig {
   static constexpr int kDsBuffers = 2;
   static constexpr int kWarpgroups = 2;  // consumers
   static constexpr int kThreads = 128 * (kWarpgroups + 1), kConsumerThreads = 128 * kWarpgroups, kConsumerWarps = 4 * kWarpgroups;
-  // 65,536 registers: 24 + 2 * 240 for each of 128 lanes of a warpgroup.
-  static constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;
+  // 65,536 registers: 24 + 2 * 240 for each of 128 lanes of a warpgroup. Without dK the consumers need fewer, and the general mask's
+  // tiles are found without a spill.
+  static constexpr bool kLeanConsumers = kMasking == Masking::kGeneral && (kWork == BackwardWork::kValue || kWork == BackwardWork::kScale);
+  static constexpr int kProducerRegisters = kLeanConsumers ? 32 : 24, kConsumerRegisters = kLeanConsumers ? 232 : 240;
   static constexpr bool kRowAhead = false;  // load_step() holds the place in the row vectors while it waits: no register for it
   // The producing warps that take a task: the copy engine's, and with dQ the two that add it.
   static constexpr int kTaskReaders = kWork == BackwardWork::kAll ? 3 : 1;
@@ -53,7 +56,7 @@ struct BackwardConfig {
 // task_wanted: warp 0 tells warp 1 that it has issued all loads of a task.
 template <class Config>
 struct BackwardShared {
-  using Task = BackwardTask<Config::kBlockM>;
+  using Task = BackwardTask<Config::kBlockM, Config::kBlockN, Config::kMasking>;
   static constexpr int kStages = Config::kStages, kBlockM = Config::kBlockM;
 
   char k[Config::kBytesKv], v[Config::kBytesKv];

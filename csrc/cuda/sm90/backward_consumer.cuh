@@ -188,7 +188,7 @@ class BackwardConsumer {
     const uint32_t dq_columns = Config::kSplitRows ? 0 : group_ * Config::kDqColumns;
     const auto k_columns = KeyColumns::at_uniform(base_ + dq_columns / 64 * (kN * kSlabRowBytes) + dq_columns % 64 * 2);
     const int begin = uniform_register(task.begin), end = uniform_register(task.end);
-    const int full_begin = uniform_register(task.full_begin), full_end = uniform_register(task.full_end);
+    const int whole_begin = uniform_register(task.whole_begin), whole_end = uniform_register(task.whole_end);
     // Query tiles before light_end see none of this warpgroup's keys.
     const int light_end = Config::kLightSteps ? uniform_register(task.first_seen_by(p_, 64 * group_)) : 0;
 
@@ -219,7 +219,7 @@ class BackwardConsumer {
       wgmma_wait<kValueOnly ? 0 : 1>();  // S
       fence_registers(s);
       const int tile = query_tile<kD>(begin, end, place);
-      if (tile < full_begin || tile >= full_end) task.mask(p_, s, tile, task.first_key + row_of(thread));
+      if (tile < whole_begin || tile >= whole_end) task.mask(p_, s, tile, row_of(thread));
       if constexpr (!kVectorsAhead) read_columns(lse2, shared_.lse2[stage], thread % 4);
       exponentiate(s, lse2, scale_log2);
       uint32_t p_rows[kM / 4];

@@ -59,27 +59,27 @@ cudaError_t launch_keys(void (*kernel)(BackwardKernelParams, BackwardMaps), cons
   return launch_dependent(kernel, dim3(grid), Config::kThreads, kBytes, stream, p, maps);
 }
 
-template <class T, int kD, BackwardWork kWork, bool kOrdered = false>
+template <class T, int kD, BackwardWork kWork, Masking kMasking, bool kOrdered = false>
 cudaError_t launch_main(const BackwardKernelParams& p, cudaStream_t stream) {
   const unsigned tasks = static_cast<unsigned>(p.task_count);
   if constexpr (kD == 256) {
-    using Config = WideConfig<T, kWork>;
+    using Config = WideConfig<T, kWork, kMasking>;
     return launch_keys<Config, WideShared<Config>>(attention_backward_wide<Config>, p, tasks, stream);
   } else {
-    using Config = BackwardConfig<T, kD, kWork, kOrdered>;
+    using Config = BackwardConfig<T, kD, kWork, kMasking, kOrdered>;
     return launch_keys<Config, BackwardShared<Config>>(attention_backward_main<Config>, p, std::min<unsigned>(tasks, p.multiprocessors), stream);
   }
 }
 
-template <class T, int kD>
+template <class T, int kD, Masking kMasking>
 cudaError_t launch_query(const BackwardKernelParams& p, cudaStream_t stream) {
   constexpr int kN = 64;
   BackwardMaps maps;
   SEAL_RETURN_IF_ERROR(make_maps(&maps, p, kTileRows, kN));
-  constexpr int kBytes = sizeof(QueryShared<kD, kN>) + 1024;
-  void (*const kernel)(BackwardKernelParams, BackwardMaps) = attention_backward_query<T, kD, kN>;
+  constexpr int kBytes = sizeof(QueryShared<kD, kN, kMasking>) + 1024;
+  void (*const kernel)(BackwardKernelParams, BackwardMaps) = attention_backward_query<T, kD, kN, kMasking>;
   SEAL_RETURN_IF_ERROR(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes));
-  return launch_dependent(kernel, dim3(static_cast<unsigned>(p.tile_count_q * p.heads_q)), QueryShared<kD, kN>::kThreads, kBytes, stream, p, maps);
+  return launch_dependent(kernel, dim3(static_cast<unsigned>(p.tile_count_q * p.heads_q)), QueryShared<kD, kN, kMasking>::kThreads, kBytes, stream, p, maps);
 }
 
 template <class T, int kD, int kRows, bool kSplitRows>
@@ -107,6 +107,27 @@ cudaError_t sum_scale(const BackwardKernelParams& p, cudaStream_t stream) {
                           p.grad_scale_per_batch, p.grad_scale_per_channel);
 }
 
+// All products, of calls whose mask kMasking stands for. attention_backward_masked_hd*.cu instantiate kGeneral.
+template <class T, int kD, Masking kMasking>
+cudaError_t launch_products(const BackwardKernelParams& p, cudaStream_t stream) {
+  if (p.dq != nullptr) {
+    if constexpr (kD < 256) {
+      if (p.added == nullptr) {
+        SEAL_RETURN_IF_ERROR((launch_main<T, kD, BackwardWork::kAll, kMasking>(p, stream)));
+      } else if constexpr (kMasking == Masking::kBand) {
+        SEAL_RETURN_IF_ERROR((launch_main<T, kD, BackwardWork::kAll, kMasking, true>(p, stream)));
+      }
+    }
+  } else if (p.grad_k != nullptr) {
+    SEAL_RETURN_IF_ERROR((launch_main<T, kD, BackwardWork::kKeyValue, kMasking>(p, stream)));
+  } else if (p.grad_v != nullptr) {
+    SEAL_RETURN_IF_ERROR((launch_main<T, kD, BackwardWork::kValue, kMasking>(p, stream)));
+  } else if (p.grad_scale != nullptr) {
+    SEAL_RETURN_IF_ERROR((launch_main<T, kD, BackwardWork::kScale, kMasking>(p, stream)));
+  }
+  return p.grad_q != nullptr && p.dq == nullptr ? launch_query<T, kD, kMasking>(p, stream) : cudaSuccess;
+}
+
 template <class T, int kD>
 cudaError_t launch_backward(const BackwardKernelParams& p, cudaStream_t stream) {
   const bool any_rows = p.seqlen_q > 0, any_keys = p.seqlen_k > 0;
@@ -131,22 +152,7 @@ cudaError_t launch_backward(const BackwardKernelParams& p, cudaStream_t stream) 
     SEAL_RETURN_IF_ERROR(clear(p.grad_scale, p.grad_scale_per_batch ? p.batch : 1, p.heads_q, p.grad_scale_per_channel ? 4 * p.head_dim : 4));
     return any_rows ? cudaSuccess : clear(p.grad_offset, p.grad_offset_per_batch ? p.batch : 1, p.heads_q, 4 * p.head_dim);
   }
-  if (p.dq != nullptr) {
-    if constexpr (kD < 256) {
-      if (p.added != nullptr) {
-        SEAL_RETURN_IF_ERROR((launch_main<T, kD, BackwardWork::kAll, true>(p, stream)));
-      } else {
-        SEAL_RETURN_IF_ERROR((launch_main<T, kD, BackwardWork::kAll>(p, stream)));
-      }
-    }
-  } else if (p.grad_k != nullptr) {
-    SEAL_RETURN_IF_ERROR((launch_main<T, kD, BackwardWork::kKeyValue>(p, stream)));
-  } else if (p.grad_v != nullptr) {
-    SEAL_RETURN_IF_ERROR((launch_main<T, kD, BackwardWork::kValue>(p, stream)));
-  } else if (p.grad_scale != nullptr) {
-    SEAL_RETURN_IF_ERROR((launch_main<T, kD, BackwardWork::kScale>(p, stream)));
-  }
-  if (p.grad_q != nullptr && p.dq == nullptr) SEAL_RETURN_IF_ERROR((launch_query<T, kD>(p, stream)));
+  SEAL_RETURN_IF_ERROR((p.mask.is_band() ? launch_products<T, kD, Masking::kBand>(p, stream) : launch_products<T, kD, Masking::kGeneral>(p, stream)));
   const bool rotate = p.cos != nullptr;
   if (p.dq != nullptr) {
     const AccumulatorTiles t{p.dq, 0, p.padded_rows_q * kD, 1, p.heads_q, true, p.grad_q, p.softmax_scale, rotate};

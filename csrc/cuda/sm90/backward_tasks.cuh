@@ -7,18 +7,11 @@
 
 namespace seal::sm90 {
 
-SEAL_DEVICE Band band_of_queries(const BackwardKernelParams& p, const Sequence& s) {
-  return {s.shift(), p.window_left, p.window_right, s.length_q, s.length_k};
-}
-SEAL_DEVICE Band band_of_keys(const BackwardKernelParams& p, const Sequence& s) {
-  return {-s.shift(), p.window_right, p.window_left, s.length_k, s.length_q};
-}
-
 // A tile of kRows keys and the query tiles of kColumns rows that see it, for some query heads of the group. It lies in shared
 // memory: in registers it would cost what the accumulators need.
-template <int kColumns, int kRows = kTileRows>
-struct BackwardTask : SeenTiles<Side::kKeys, kRows, kColumns> {
-  using Seen = SeenTiles<Side::kKeys, kRows, kColumns>;
+template <int kColumns, int kRows, Masking kMasking>
+struct BackwardTask : QueryTiles<kColumns, kMasking> {
+  using Seen = QueryTiles<kColumns, kMasking>;
 
   Sequence seq;
   bool any;                  // else the launch has no task left
@@ -48,8 +41,9 @@ struct BackwardTask : SeenTiles<Side::kKeys, kRows, kColumns> {
       first_key = local * kRows;
     }
     __syncwarp();
-    Seen seen;
-    seen.find(band_of_keys(p, seq), first_key);
+    Seen seen{};
+    if (first_key < seq.length_k) seen.find(mask_of_head(p), first_key, min(first_key + kRows, seq.length_k) - 1, seq.length_q, seq.length_k);
+    if (first_key + kRows > seq.length_k) seen.whole_end = seen.whole_begin;  // keys past the end are masked
     if (writes) static_cast<Seen&>(*this) = seen;
   }
   // All lanes of a converged warp call it.
@@ -65,21 +59,38 @@ struct BackwardTask : SeenTiles<Side::kKeys, kRows, kColumns> {
   SEAL_DEVICE int next_exact_head(int head) const { return head + __ffsll(exact >> (head + 1 - first_head)); }
   SEAL_DEVICE int exact_steps() const { return (this->end - this->begin) * __popcll(exact); }
 
+  // All query heads of a key/value head have one.
+  SEAL_DEVICE HeadMask<kMasking> mask_of_head(const BackwardKernelParams& p) const { return {p.mask, first_head}; }
+
   // The first tile of queries that sees a key from the tile's `key`th on.
   SEAL_DEVICE int first_seen_by(const BackwardKernelParams& p, int key) const {
     if (first_key + key >= seq.length_k) return INT32_MAX;
-    return first_column_seen(band_of_keys(p, seq), first_key + key) / kColumns;
+    Seen seen;
+    seen.find(mask_of_head(p), first_key + key, seq.length_k - 1, seq.length_q, seq.length_k);
+    return seen.begin;
   }
-  SEAL_DEVICE void mask(const BackwardKernelParams& p, float (&scores)[kColumns / 2], int m, int key) const {
-    Seen::mask(band_of_keys(p, seq), scores, m, key);
+  // Masks the scores of tile `tile`; `row` is the thread's first row of the accumulator, counted as the tile's keys.
+  SEAL_DEVICE void mask(const BackwardKernelParams& p, float (&scores)[kColumns / 2], int tile, int row) const {
+    const HeadMask<kMasking> head_mask = mask_of_head(p);
+    const int first_position = tile * kColumns + threadIdx.x % 4 * 2 + seq.shift();  // of the thread's first column
+    Span seen[2];
+    int sink_begin[2];
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const int key = first_key + row + 8 * h;
+      const Span positions = head_mask.positions(key);
+      const bool present = key < seq.length_k;
+      seen[h] = {present ? positions.begin - first_position : INT32_MAX, positions.end - first_position};
+      sink_begin[h] = present && head_mask.is_sink(key) ? key - first_position : INT32_MAX;
+    }
+    mask_transposed<kMasking == Masking::kGeneral>(scores, seen, sink_begin);
   }
 };
 
 // A tile of kTileRows queries and the key tiles of kColumns keys that they see.
-template <int kColumns>
-struct QueryTask : SeenTiles<Side::kQueries, kTileRows, kColumns> {
-  using Seen = SeenTiles<Side::kQueries, kTileRows, kColumns>;
-
+template <int kColumns, Masking kMasking>
+struct QueryTask : KeyTiles<kColumns, kMasking> {
+  int whole_begin, whole_end;  // tiles in which nothing is masked
   Sequence seq;
   int batch_row, head, first_query;
 
@@ -91,10 +102,27 @@ struct QueryTask : SeenTiles<Side::kQueries, kTileRows, kColumns> {
     int local;
     seq = locate(p, p.cu_seqlens_q, kTileRows, p.tiles_q - 1 - static_cast<int>(blockIdx.x) % p.tiles_q, batch_row, &local);  // the longest first
     first_query = local * kTileRows;
-    Seen::find(band_of_queries(p, seq), first_query);
+    const HeadMask<kMasking> head_mask(p.mask, head);
+    const int first = first_query + seq.shift(), last = min(first_query + kTileRows, seq.length_q) - 1 + seq.shift();
+    this->find(head_mask, first, last, seq.length_k);
+    const auto all = this->part(head_mask, first, last, seq.length_k);
+    whole_begin = all.whole_begin;
+    whole_end = all.whole_end;
   }
-  SEAL_DEVICE void mask(const BackwardKernelParams& p, float (&scores)[kColumns / 2], int n, int query) const {
-    Seen::mask(band_of_queries(p, seq), scores, n, query);
+  // Masks the scores of the tile of that number; `row` is the thread's first row of the accumulator, counted as the tile's queries.
+  SEAL_DEVICE void mask(const BackwardKernelParams& p, float (&scores)[kColumns / 2], int number, int row) const {
+    const HeadMask<kMasking> head_mask(p.mask, head);
+    const int first_column = this->place(number) * kColumns + threadIdx.x % 4 * 2;
+    Span seen[2];
+    int sink_end[2];
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const int position = first_query + row + 8 * h + seq.shift();
+      const Span keys = head_mask.keys(position, seq.length_k);
+      seen[h] = {keys.begin - first_column, keys.end - first_column};
+      sink_end[h] = head_mask.sink_end(position, seq.length_k) - first_column;
+    }
+    mask_scores<kMasking == Masking::kGeneral>(scores, seen, sink_end);
   }
 };
 

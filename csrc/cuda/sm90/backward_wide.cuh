@@ -13,9 +13,10 @@
 
 namespace seal::sm90 {
 
-template <class T_, BackwardWork kWork_>
+template <class T_, BackwardWork kWork_, Masking kMasking_>
 struct WideConfig {
   using T = T_;
+  static constexpr Masking kMasking = kMasking_;
   static constexpr BackwardWork kWork = kWork_;
   static constexpr int kHeadDim = 256;
   static constexpr int kBlockM = 64, kBlockN = 64;
@@ -44,7 +45,7 @@ struct WideConfig {
 // stages_free: the consumers tell warp 0 that the epilogue has left q .. p, where it stages dK and dV.
 template <class Config>
 struct WideShared {
-  using Task = BackwardTask<Config::kBlockM, Config::kBlockN>;
+  using Task = BackwardTask<Config::kBlockM, Config::kBlockN, Config::kMasking>;
   static constexpr int kStages = Config::kStages, kBlockM = Config::kBlockM;
 
   char k[Config::kTileBytes], v[Config::kTileBytes];
@@ -203,7 +204,7 @@ class WideConsumer {
     [[maybe_unused]] int head = task_.first_exact_head();
     for (;; ++step_) {
       const int stage = stage_of<kStages>(step_);
-      if (tile < task_.full_begin || tile >= task_.full_end) task_.mask(p_, s, tile, task_.first_key + row_);
+      if (tile < task_.whole_begin || tile >= task_.whole_end) task_.mask(p_, s, tile, row_);
       float2 lse2[kM / 8];
       read_columns(lse2, shared_.lse2[stage], lane_ % 4);
       exponentiate(s, lse2, scale_log2);
