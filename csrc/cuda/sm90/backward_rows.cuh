@@ -2,35 +2,38 @@
 // tensors and sums of partial results after it.
 #pragma once
 
-#include "attention_backward_common.cuh"
+#include "backward_store.cuh"
 
 namespace seal::sm90 {
 
+constexpr int kRowThreads = 256, kSumThreads = 1024;
+constexpr uint32_t kBarrierChannels = 1;  // named barrier of the threads that add up the channels
+
 // delta = rowsum(g * (out - offset)) - grad_lse, lse2 = lse * log2(e), scale * g, zeros in dq, column sums of g and g * out. One
-// CTA: kTileRows rows of one head. kScaled: there is a scale. Rows past the end and rows that see no key get lse2 = +inf, hence
+// thread block: kTileRows rows of one head. kScaled: there is a scale. Rows past the end and rows that see no key get lse2 = +inf, hence
 // probabilities 0, and delta 0.
 template <class T, int kD, bool kScaled>
-__global__ void __launch_bounds__(256, kScaled ? 3 : 4) attention_backward_rows(const __grid_constant__ BackwardKernelParams p) {
-  constexpr int kLanes = kD / 8, kRowsAtOnce = 256 / kLanes;  // lanes of a row: 16 bytes each
+__global__ void __launch_bounds__(kRowThreads, kScaled ? 3 : 4) attention_backward_rows(const __grid_constant__ BackwardKernelParams p) {
+  constexpr int kLanes = kD / 8, kRowsAtOnce = kRowThreads / kLanes;  // lanes of a row: 16 bytes each
   __shared__ float sums[kRowsAtOnce][kD], row_delta[kTileRows];
-  if (kPdl) release_dependents();
-  if (kPersistent && blockIdx.x == 0 && blockIdx.y == 0 && threadIdx.x == 0) *p.task_counter = 0;
+  launch_dependents();
+  if (blockIdx.x == 0 && threadIdx.x == 0) *p.task_counter = 0;
   const bool packed = p.cu_seqlens_q != nullptr;
-  // Heads of the same rows lie beside each other in memory: neighbouring CTAs take them.
-  const int place = kHeadsFirst ? blockIdx.x / p.heads_q : blockIdx.x, head = kHeadsFirst ? blockIdx.x % p.heads_q : blockIdx.y;
+  // Heads of the same rows lie beside each other in memory: neighbouring thread blocks take them.
+  const int place = blockIdx.x / p.heads_q, head = blockIdx.x % p.heads_q;
   const int batch_row = packed ? 0 : place / p.tiles_q;
   int tile;
   const Sequence seq = locate(p, p.cu_seqlens_q, kTileRows, packed ? place : place % p.tiles_q, batch_row, &tile);
   const int first = tile * kTileRows, rows = max(0, min(kTileRows, seq.length_q - first));
   const int lane = threadIdx.x % kLanes, channel = lane * 8;
   const int64_t partial_at = (static_cast<int64_t>(place) * p.heads_q + head) * kD;
-  // Columns summed over the rows of the CTA, from the sums of each thread's rows.
+  // Columns summed over the rows of the thread block, from the sums of each thread's rows.
   const auto add_up = [&](const float (&sum)[8], float* partial) {
     if (partial == nullptr) return;
 #pragma unroll
     for (int i = 0; i < 8; ++i) sums[threadIdx.x / kLanes][channel + i] = sum[i];
     __syncthreads();
-    for (int c = threadIdx.x; c < kD; c += 256) {
+    for (int c = threadIdx.x; c < kD; c += kRowThreads) {
       float total = 0.f;
       for (int r = 0; r < kRowsAtOnce; ++r) total += sums[r][c];
       partial[partial_at + c] = total;
@@ -44,11 +47,11 @@ __global__ void __launch_bounds__(256, kScaled ? 3 : 4) attention_backward_rows(
     if (p.dq != nullptr) {
       float4* const out = reinterpret_cast<float4*>(p.dq + padded * kD);
 #pragma unroll
-      for (int i = 0; i < kTileRows * kD / 4 / 256; ++i) out[i * 256 + threadIdx.x] = make_float4(0.f, 0.f, 0.f, 0.f);
+      for (int i = 0; i < kTileRows * kD / 4 / kRowThreads; ++i) out[i * kRowThreads + threadIdx.x] = make_float4(0.f, 0.f, 0.f, 0.f);
     }
     if constexpr (kD < 256) {
-      constexpr int kTurns = 2 * kTileRows / step_rows(kD);
-      if (p.turns != nullptr && threadIdx.x < kTurns) p.turns[padded / kTileRows * kTurns + threadIdx.x] = 0;
+      constexpr int kCounters = 2 * kTileRows / step_rows(kD);
+      if (p.added != nullptr && threadIdx.x < kCounters) p.added[padded / kTileRows * kCounters + threadIdx.x] = 0;
     }
     const bool inside = channel < p.head_dim;
     float offset[8] = {}, scale[8];
@@ -77,9 +80,11 @@ __global__ void __launch_bounds__(256, kScaled ? 3 : 4) attention_backward_rows(
         for (int i = 0; i < 4; ++i) {
           const float2 gx = unpack<T>(g[i]), ox = unpack<T>(o[i]);
           delta += gx.x * (ox.x - offset[2 * i]) + gx.y * (ox.y - offset[2 * i + 1]);
-          g_sum[2 * i] += gx.x, g_sum[2 * i + 1] += gx.y;
+          g_sum[2 * i] += gx.x;
+          g_sum[2 * i + 1] += gx.y;
           if (!kScaled) continue;
-          product_sum[2 * i] += gx.x * ox.x, product_sum[2 * i + 1] += gx.y * ox.y;
+          product_sum[2 * i] += gx.x * ox.x;
+          product_sum[2 * i + 1] += gx.y * ox.y;
           scaled[i] = pack<T>(gx.x * scale[2 * i], gx.y * scale[2 * i + 1]);
         }
         if (kScaled && p.scaled_grad != nullptr) {
@@ -125,17 +130,17 @@ struct AccumulatorTiles {
 };
 
 template <class T, int kD, int kRows, bool kSplitRows>
-__global__ void __launch_bounds__(256, 2)
+__global__ void __launch_bounds__(kRowThreads, 2)
     attention_backward_tiles(const __grid_constant__ BackwardKernelParams p, const __grid_constant__ AccumulatorTiles t) {
   extern __shared__ float tile[];  // [kRows][kD + kPad]
   constexpr int kColumns = kSplitRows ? kD : kD / 2;
   const bool packed = p.cu_seqlens_q != nullptr;
   const int tile_rows = t.of_queries ? kTileRows : p.key_rows, parts = tile_rows / kRows;
-  const int place = kHeadsFirst ? blockIdx.x / t.heads : blockIdx.x, head = kHeadsFirst ? blockIdx.x % t.heads : blockIdx.y;
+  const int place = blockIdx.x / t.heads, head = blockIdx.x % t.heads;
   const int big = place / parts, part = place % parts;
   const int tiles = t.of_queries ? p.tiles_q : p.tiles_k;
   const int batch_row = packed ? 0 : big / tiles;
-  if (kPdl) release_dependents();
+  launch_dependents();
   wait_for_dependencies();
   int local;
   const Sequence seq = locate(p, t.of_queries ? p.cu_seqlens_q : p.cu_seqlens_k, tile_rows, packed ? big : big % tiles, batch_row, &local);
@@ -157,7 +162,7 @@ __global__ void __launch_bounds__(256, 2)
 #pragma unroll
       for (int i = 0; i < kBatch; ++i) {
         const float4 y = from[i * 32 + slice * (t.slice_stride / 4)];
-        x[i].x += y.x, x[i].y += y.y, x[i].z += y.z, x[i].w += y.w;
+        x[i] = make_float4(x[i].x + y.x, x[i].y + y.y, x[i].z + y.z, x[i].w + y.w);
       }
     }
 #pragma unroll
@@ -175,16 +180,16 @@ __global__ void __launch_bounds__(256, 2)
 }
 
 // Gradient of the scale or the offset: partial sums [tile, head, channel] added over the tiles (of one batch row where
-// per_batch) in a fixed order, and over the channels where not per_channel. One CTA of 1024 threads: one head, one batch row.
+// per_batch) in a fixed order, and over the channels where not per_channel. One thread block: one head, one batch row.
 enum class FactorGradient { kScale, kOffset };
 
 template <int kD, FactorGradient kOf>
-__global__ void __launch_bounds__(1024)
+__global__ void __launch_bounds__(kSumThreads)
     attention_backward_sum(const __grid_constant__ BackwardKernelParams p, float* output, bool per_batch, bool per_channel) {
-  constexpr int kGroups = 1024 / kD;
+  constexpr int kGroups = kSumThreads / kD;
   __shared__ float sums[kGroups][kD];
-  if (kPdl) release_dependents();
-  if (kPdl) wait_for_dependencies();
+  launch_dependents();
+  wait_for_dependencies();
   const int head = blockIdx.x, group = threadIdx.x / kD, channel = threadIdx.x % kD;
   const bool exact = kOf == FactorGradient::kScale && needs_exact_dscale(p, blockIdx.y, head);
   const float* const partial = kOf == FactorGradient::kOffset ? p.doffset_partial : exact ? p.dscale_exact : p.dscale_partial;
@@ -196,7 +201,8 @@ __global__ void __launch_bounds__(1024)
     last = first + (cu[b + 1] - cu[b] + rows - 1) / rows;
   } else if (per_batch) {
     const int tiles = exact ? p.tiles_k : p.tiles_q;
-    first = static_cast<int64_t>(blockIdx.y) * tiles, last = first + tiles;
+    first = static_cast<int64_t>(blockIdx.y) * tiles;
+    last = first + tiles;
   }
   float sum = 0.f;
 #pragma unroll 4
@@ -214,7 +220,7 @@ __global__ void __launch_bounds__(1024)
     return;
   }
   sums[0][channel] = channel < p.head_dim ? sum : 0.f;
-  asm volatile("bar.sync 1, %0;" ::"n"(kD) : "memory");
+  named_sync(kBarrierChannels, kD);
   if (channel != 0) return;
   float total = 0.f;
   for (int c = 0; c < kD; ++c) total += sums[0][c];

@@ -1,4 +1,4 @@
-// dQ alone, without sums between CTAs: one CTA owns kTileRows queries of one head and walks through the keys they see.
+// dQ alone, without sums between thread blocks: one thread block owns kTileRows queries of one head and walks through the keys they see.
 // With the key/value kernel it makes the deterministic backward: two products more than the five of the main kernel (S and
 // dP are computed twice), but no fp32 dQ in memory, no atomics and a fixed order of summation.
 //
@@ -6,35 +6,36 @@
 //   S = Q K^T    dP = dO V^T    dQ += dS K
 #pragma once
 
+#include "backward_store.cuh"
 #include "backward_tasks.cuh"
 
 namespace seal::sm90 {
 
-template <int kD, int kN>
+template <int kD, int kN, Masking kMasking>
 struct QueryShared {
   static constexpr int kThreads = 384, kConsumerThreads = 256, kConsumerWarps = 8;
   static constexpr int kStagesK = 2, kStagesV = kD == 256 ? 1 : 2;
   static constexpr int kBytesQ = tile_bytes(kTileRows, kD), kBytesK = tile_bytes(kN, kD);
   char q[kBytesQ], grad_out[kBytesQ];  // after the loop q .. v: the fp32 tile of the epilogue
   char k[kStagesK][kBytesK], v[kStagesV][kBytesK];
-  QueryTask<kN> task;
+  QueryTask<kN, kMasking> task;
   uint64_t q_full;
   uint64_t k_full[kStagesK], k_empty[kStagesK];
   uint64_t v_full[kStagesV], v_empty[kStagesV];
   static_assert(2 * kBytesQ + (kStagesK + kStagesV) * kBytesK >= kTileRows * (kD + kPad) * 4, "room for the epilogue's tile");
 };
 
-template <class T, int kD, int kN>
-__global__ void __launch_bounds__(QueryShared<kD, kN>::kThreads, 1)
+template <class T, int kD, int kN, Masking kMasking>
+__global__ void __launch_bounds__(QueryShared<kD, kN, kMasking>::kThreads, 1)
     attention_backward_query(const __grid_constant__ BackwardKernelParams p, const __grid_constant__ BackwardMaps maps) {
-  using Shared = QueryShared<kD, kN>;
+  using Shared = QueryShared<kD, kN, kMasking>;
   extern __shared__ char raw[];
   const uint32_t base = uniform_register((smem_address(raw) + 1023) & ~1023u);
   Shared& shared = *static_cast<Shared*>(__cvta_shared_to_generic(base));
   const uint32_t warp = warp_uniform(threadIdx.x / 32);
   const int lane = threadIdx.x % 32;
   if (warp == 1) {
-    const QueryTask<kN> task(p);
+    const QueryTask<kN, kMasking> task(p);
     if (lane == 0) shared.task = task;
   }
   if (warp == 0 && elect_one()) {
@@ -53,9 +54,9 @@ __global__ void __launch_bounds__(QueryShared<kD, kN>::kThreads, 1)
   zero_absent_slabs<kN, kD>(shared.k, Shared::kStagesK + Shared::kStagesV, present, threadIdx.x, Shared::kThreads);
   fence_proxy_async();
   __syncthreads();
-  if (kPdl) release_dependents();
-  if (kPdl) wait_for_dependencies();
-  const QueryTask<kN>& task = shared.task;
+  launch_dependents();
+  wait_for_dependencies();
+  const QueryTask<kN, kMasking>& task = shared.task;
   if (task.first_query >= task.seq.length_q) return;
 
   if (warp < 4) {
@@ -70,7 +71,7 @@ __global__ void __launch_bounds__(QueryShared<kD, kN>::kThreads, 1)
     tma_load_tile<kTileRows, kD>(shared.q, &maps.q, &shared.q_full, task.head, rows, stream, present);
     tma_load_tile<kTileRows, kD>(shared.grad_out, &maps.grad_out, &shared.q_full, task.head, rows, stream, present);
     for (int n = task.begin, step = 0; n < task.end; ++n, ++step) {
-      const RowCoordinates keys(packed, kN, n * kN, task.seq.length_k, packed ? task.seq.first_k : task.batch_row);
+      const RowCoordinates keys(packed, kN, task.place(n) * kN, task.seq.length_k, packed ? task.seq.first_k : task.batch_row);
       const int k = stage_of<Shared::kStagesK>(step), v = stage_of<Shared::kStagesV>(step);
       barrier_wait(&shared.k_empty[k], phase_of<Shared::kStagesK>(step) ^ 1);
       barrier_expect_bytes(&shared.k_full[k], present * kN * kSlabRowBytes);
@@ -122,7 +123,7 @@ __global__ void __launch_bounds__(QueryShared<kD, kN>::kThreads, 1)
       wgmma_fence();
       lean_product<T, kD>(dp, grad_rows, Operand<Major::kK, kN>::at_uniform(v_at(step)), false);
       wgmma_commit();
-      if (n < task.full_begin || n >= task.full_end) task.mask(p, s, n, task.first_query + row);
+      if (n < task.whole_begin || n >= task.whole_end) task.mask(p, s, n, row);
 #pragma unroll
       for (int i = 0; i < kN / 2; ++i) s[i] = exp2_approx(s[i] * scale_log2 - lse2[i / 2 % 2]);
       wgmma_wait<0>();

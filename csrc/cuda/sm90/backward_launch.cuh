@@ -3,11 +3,10 @@
 
 #include <algorithm>
 
-#include "attention_backward_main.cuh"
-#include "attention_backward_persistent.cuh"
-#include "attention_backward_query.cuh"
-#include "attention_backward_rows.cuh"
-#include "attention_backward_wide.cuh"
+#include "backward_kernel.cuh"
+#include "backward_query.cuh"
+#include "backward_rows.cuh"
+#include "backward_wide.cuh"
 
 namespace seal::sm90 {
 
@@ -30,7 +29,7 @@ cudaError_t launch_dependent(void (*kernel)(Arguments...), dim3 grid, int thread
   config.dynamicSmemBytes = static_cast<size_t>(bytes);
   config.stream = stream;
   config.attrs = &attribute;
-  config.numAttrs = kPdl ? 1 : 0;
+  config.numAttrs = 1;
   return cudaLaunchKernelEx(&config, kernel, arguments...);
 }
 
@@ -47,47 +46,40 @@ inline cudaError_t make_maps(BackwardMaps* maps, const BackwardKernelParams& p, 
   SEAL_RETURN_IF_ERROR(make_tile_map(&maps->grad_out, tile_source(p, grad_out, p.seqlen_q, p.heads_q), p.half, packed, query_rows));
   SEAL_RETURN_IF_ERROR(make_tile_map(&maps->unscaled_grad_out, tile_source(p, p.grad_out, p.seqlen_q, p.heads_q), p.half, packed, query_rows));
   SEAL_RETURN_IF_ERROR(make_tile_map(&maps->k, tile_source(p, p.k, p.seqlen_k, p.heads_k), p.half, packed, key_rows));
-  const int64_t key_row = static_cast<int64_t>(p.heads_k) * p.head_dim;
-  const auto make_output = [&](CUtensorMap* map, void* data) {
-    if (data == nullptr) return cudaSuccess;
-    return make_tile_map(map, tile_source(p, {data, key_row * p.seqlen_k, key_row, p.head_dim}, p.seqlen_k, p.heads_k), p.half, packed, 16);
-  };
-  SEAL_RETURN_IF_ERROR(make_output(&maps->grad_k, p.grad_k));
-  SEAL_RETURN_IF_ERROR(make_output(&maps->grad_v, p.grad_v));
   return make_tile_map(&maps->v, tile_source(p, p.v, p.seqlen_k, p.heads_k), p.half, packed, key_rows);
 }
 
-template <class T, int kD, BackwardWork kWork>
-cudaError_t launch_main(const BackwardKernelParams& p, cudaStream_t stream) {
-  constexpr int kM = step_rows(kD);
+// A kernel of keys on `grid` thread blocks.
+template <class Config, class Shared>
+cudaError_t launch_keys(void (*kernel)(BackwardKernelParams, BackwardMaps), const BackwardKernelParams& p, unsigned grid, cudaStream_t stream) {
   BackwardMaps maps;
-  SEAL_RETURN_IF_ERROR(make_maps(&maps, p, kM, p.key_rows));
-  int bytes;
-  unsigned grid = static_cast<unsigned>(p.task_count);
-  void (*kernel)(BackwardKernelParams, BackwardMaps);
-  if constexpr (kD == 256) {
-    using Config = WideConfig<T, kWork>;
-    bytes = sizeof(WideShared<Config>) + 1024, kernel = attention_backward_wide<Config>;
-  } else if constexpr (kPersistent) {
-    using Config = BackwardConfig<T, kD, kWork>;
-    bytes = sizeof(PersistentShared<Config>) + 1024, kernel = attention_backward_persistent<Config>;
-    grid = std::min<unsigned>(grid, p.multiprocessors);
-  } else {
-    bytes = sizeof(BackwardShared<kD, kM>) + 1024, kernel = attention_backward_main<T, kD, kM, kWork>;
-  }
-  SEAL_RETURN_IF_ERROR(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
-  return launch_dependent(kernel, dim3(grid), 384, bytes, stream, p, maps);
+  SEAL_RETURN_IF_ERROR(make_maps(&maps, p, Config::kBlockM, Config::kBlockN));
+  constexpr int kBytes = sizeof(Shared) + 1024;  // aligned by the kernel
+  SEAL_RETURN_IF_ERROR(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes));
+  return launch_dependent(kernel, dim3(grid), Config::kThreads, kBytes, stream, p, maps);
 }
 
-template <class T, int kD>
+template <class T, int kD, BackwardWork kWork, Masking kMasking, bool kOrdered = false>
+cudaError_t launch_main(const BackwardKernelParams& p, cudaStream_t stream) {
+  const unsigned tasks = static_cast<unsigned>(p.task_count);
+  if constexpr (kD == 256) {
+    using Config = WideConfig<T, kWork, kMasking>;
+    return launch_keys<Config, WideShared<Config>>(attention_backward_wide<Config>, p, tasks, stream);
+  } else {
+    using Config = BackwardConfig<T, kD, kWork, kMasking, kOrdered>;
+    return launch_keys<Config, BackwardShared<Config>>(attention_backward_main<Config>, p, std::min<unsigned>(tasks, p.multiprocessors), stream);
+  }
+}
+
+template <class T, int kD, Masking kMasking>
 cudaError_t launch_query(const BackwardKernelParams& p, cudaStream_t stream) {
   constexpr int kN = 64;
   BackwardMaps maps;
   SEAL_RETURN_IF_ERROR(make_maps(&maps, p, kTileRows, kN));
-  constexpr int kBytes = sizeof(QueryShared<kD, kN>) + 1024;
-  void (*const kernel)(BackwardKernelParams, BackwardMaps) = attention_backward_query<T, kD, kN>;
+  constexpr int kBytes = sizeof(QueryShared<kD, kN, kMasking>) + 1024;
+  void (*const kernel)(BackwardKernelParams, BackwardMaps) = attention_backward_query<T, kD, kN, kMasking>;
   SEAL_RETURN_IF_ERROR(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes));
-  return launch_dependent(kernel, dim3(static_cast<unsigned>(p.tile_count_q * p.heads_q)), QueryShared<kD, kN>::kThreads, kBytes, stream, p, maps);
+  return launch_dependent(kernel, dim3(static_cast<unsigned>(p.tile_count_q * p.heads_q)), QueryShared<kD, kN, kMasking>::kThreads, kBytes, stream, p, maps);
 }
 
 template <class T, int kD, int kRows, bool kSplitRows>
@@ -96,15 +88,14 @@ cudaError_t launch_tiles(const BackwardKernelParams& p, const AccumulatorTiles& 
   void (*const kernel)(BackwardKernelParams, AccumulatorTiles) = attention_backward_tiles<T, kD, kRows, kSplitRows>;
   SEAL_RETURN_IF_ERROR(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes));
   const int64_t tiles = t.of_queries ? p.tile_count_q * (kTileRows / kRows) : p.tile_count_k * (p.key_rows / kRows);
-  const dim3 grid = kHeadsFirst ? dim3(static_cast<unsigned>(tiles * t.heads)) : dim3(static_cast<unsigned>(tiles), t.heads);
-  return launch_dependent(kernel, grid, 256, kBytes, stream, p, t);
+  return launch_dependent(kernel, dim3(static_cast<unsigned>(tiles * t.heads)), kRowThreads, kBytes, stream, p, t);
 }
 
 template <int kD>
 cudaError_t sum_offset(const BackwardKernelParams& p, cudaStream_t stream) {
   if (p.grad_offset == nullptr) return cudaSuccess;
   void (*const kernel)(BackwardKernelParams, float*, bool, bool) = attention_backward_sum<kD, FactorGradient::kOffset>;
-  return launch_dependent(kernel, dim3(p.heads_q, p.grad_offset_per_batch ? p.batch : 1), 1024, 0, stream, p, p.grad_offset,
+  return launch_dependent(kernel, dim3(p.heads_q, p.grad_offset_per_batch ? p.batch : 1), kSumThreads, 0, stream, p, p.grad_offset,
                           p.grad_offset_per_batch, true);
 }
 
@@ -112,19 +103,40 @@ template <int kD>
 cudaError_t sum_scale(const BackwardKernelParams& p, cudaStream_t stream) {
   if (p.grad_scale == nullptr) return cudaSuccess;
   void (*const kernel)(BackwardKernelParams, float*, bool, bool) = attention_backward_sum<kD, FactorGradient::kScale>;
-  return launch_dependent(kernel, dim3(p.heads_q, p.grad_scale_per_batch ? p.batch : 1), 1024, 0, stream, p, p.grad_scale,
+  return launch_dependent(kernel, dim3(p.heads_q, p.grad_scale_per_batch ? p.batch : 1), kSumThreads, 0, stream, p, p.grad_scale,
                           p.grad_scale_per_batch, p.grad_scale_per_channel);
+}
+
+// All products, of calls whose mask kMasking stands for. attention_backward_masked_hd*.cu instantiate kGeneral.
+template <class T, int kD, Masking kMasking>
+cudaError_t launch_products(const BackwardKernelParams& p, cudaStream_t stream) {
+  if (p.dq != nullptr) {
+    if constexpr (kD < 256) {
+      if (p.added == nullptr) {
+        SEAL_RETURN_IF_ERROR((launch_main<T, kD, BackwardWork::kAll, kMasking>(p, stream)));
+      } else if constexpr (kMasking == Masking::kBand) {
+        SEAL_RETURN_IF_ERROR((launch_main<T, kD, BackwardWork::kAll, kMasking, true>(p, stream)));
+      }
+    }
+  } else if (p.grad_k != nullptr) {
+    SEAL_RETURN_IF_ERROR((launch_main<T, kD, BackwardWork::kKeyValue, kMasking>(p, stream)));
+  } else if (p.grad_v != nullptr) {
+    SEAL_RETURN_IF_ERROR((launch_main<T, kD, BackwardWork::kValue, kMasking>(p, stream)));
+  } else if (p.grad_scale != nullptr) {
+    SEAL_RETURN_IF_ERROR((launch_main<T, kD, BackwardWork::kScale, kMasking>(p, stream)));
+  }
+  return p.grad_q != nullptr && p.dq == nullptr ? launch_query<T, kD, kMasking>(p, stream) : cudaSuccess;
 }
 
 template <class T, int kD>
 cudaError_t launch_backward(const BackwardKernelParams& p, cudaStream_t stream) {
   const bool any_rows = p.seqlen_q > 0, any_keys = p.seqlen_k > 0;
   if (any_rows) {
-    const dim3 grid = kHeadsFirst ? dim3(static_cast<unsigned>(p.tile_count_q * p.heads_q)) : dim3(static_cast<unsigned>(p.tile_count_q), p.heads_q);
+    const dim3 grid(static_cast<unsigned>(p.tile_count_q * p.heads_q));
     if (p.scale != nullptr) {
-      attention_backward_rows<T, kD, true><<<grid, 256, 0, stream>>>(p);
+      attention_backward_rows<T, kD, true><<<grid, kRowThreads, 0, stream>>>(p);
     } else {
-      attention_backward_rows<T, kD, false><<<grid, 256, 0, stream>>>(p);
+      attention_backward_rows<T, kD, false><<<grid, kRowThreads, 0, stream>>>(p);
     }
     SEAL_RETURN_IF_ERROR(cudaGetLastError());
   }
@@ -140,16 +152,7 @@ cudaError_t launch_backward(const BackwardKernelParams& p, cudaStream_t stream) 
     SEAL_RETURN_IF_ERROR(clear(p.grad_scale, p.grad_scale_per_batch ? p.batch : 1, p.heads_q, p.grad_scale_per_channel ? 4 * p.head_dim : 4));
     return any_rows ? cudaSuccess : clear(p.grad_offset, p.grad_offset_per_batch ? p.batch : 1, p.heads_q, 4 * p.head_dim);
   }
-  if (p.dq != nullptr) {
-    if constexpr (kD < 256) SEAL_RETURN_IF_ERROR((launch_main<T, kD, BackwardWork::kAll>(p, stream)));
-  } else if (p.grad_k != nullptr) {
-    SEAL_RETURN_IF_ERROR((launch_main<T, kD, BackwardWork::kKeyValue>(p, stream)));
-  } else if (p.grad_v != nullptr) {
-    SEAL_RETURN_IF_ERROR((launch_main<T, kD, BackwardWork::kValue>(p, stream)));
-  } else if (p.grad_scale != nullptr) {
-    SEAL_RETURN_IF_ERROR((launch_main<T, kD, BackwardWork::kScale>(p, stream)));
-  }
-  if (p.grad_q != nullptr && p.dq == nullptr) SEAL_RETURN_IF_ERROR((launch_query<T, kD>(p, stream)));
+  SEAL_RETURN_IF_ERROR((p.mask.is_band() ? launch_products<T, kD, Masking::kBand>(p, stream) : launch_products<T, kD, Masking::kGeneral>(p, stream)));
   const bool rotate = p.cos != nullptr;
   if (p.dq != nullptr) {
     const AccumulatorTiles t{p.dq, 0, p.padded_rows_q * kD, 1, p.heads_q, true, p.grad_q, p.softmax_scale, rotate};
@@ -160,7 +163,10 @@ cudaError_t launch_backward(const BackwardKernelParams& p, cudaStream_t stream) 
     const int64_t head_stride = p.tile_count_k * kRows * kD;
     AccumulatorTiles t{p.dk_partial, p.heads_k * head_stride, head_stride, p.splits, p.heads_k, false, p.grad_k, p.softmax_scale, rotate};
     if (p.grad_k != nullptr) SEAL_RETURN_IF_ERROR((launch_tiles<T, kD, kRows, kRows == 128>(p, t, stream)));
-    t.data = p.dv_partial, t.output = p.grad_v, t.factor = 1.f, t.rotate = false;
+    t.data = p.dv_partial;
+    t.output = p.grad_v;
+    t.factor = 1.f;
+    t.rotate = false;
     if (p.grad_v != nullptr) SEAL_RETURN_IF_ERROR((launch_tiles<T, kD, kRows, kRows == 128>(p, t, stream)));
   }
   SEAL_RETURN_IF_ERROR(sum_scale<kD>(p, stream));

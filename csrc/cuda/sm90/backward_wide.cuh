@@ -1,35 +1,51 @@
-// dK and dV for head_dim up to 256: one CTA owns 64 keys of one key/value head. The accumulators of dK and dV fill a
+// dK and dV for head_dim up to 256: one thread block owns 64 keys of one key/value head. The accumulators of dK and dV fill a
 // warpgroup each, so the consumer warpgroups divide the work by product instead of by keys:
 //   warpgroup 1:  S^T = K Q^T, P, dV += P^T dO
 //   warpgroup 2:  dP^T = V dO^T, dS, dK += dS^T Q
 // P goes from the first to the second through shared memory. While one takes exponentials or makes dS, the other's products
-// keep the tensor cores busy. dQ comes from attention_backward_query.cuh: with only 64 keys a tile, adding dQ up in memory
+// keep the tensor cores busy. dQ comes from backward_query.cuh: with only 64 keys a tile, adding dQ up in memory
 // costs as much as computing S and dP twice (measured: the same time), and is not deterministic. Heads whose dscale must be
-// exact are walked through once more after the epilogue, as in attention_backward_main.cuh, by the first warpgroup.
+// exact are walked through once more after the epilogue, as in backward_kernel.cuh, by the first warpgroup.
 #pragma once
 
-#include "attention_backward_main.cuh"
+#include "backward_keys.cuh"
+#include "backward_store.cuh"
 
 namespace seal::sm90 {
 
-template <class T_, BackwardWork kWork_>
+template <class T_, BackwardWork kWork_, Masking kMasking_>
 struct WideConfig {
   using T = T_;
+  static constexpr Masking kMasking = kMasking_;
   static constexpr BackwardWork kWork = kWork_;
   static constexpr int kHeadDim = 256;
   static constexpr int kBlockM = 64, kBlockN = 64;
   static constexpr int kStages = 2;     // of Q with lse2, of dO with delta
   static constexpr int kPStages = 2;
   static constexpr bool kKeys = kWork == BackwardWork::kAll || kWork == BackwardWork::kKeyValue;  // warpgroup 2 has work
-  static constexpr int kThreads = 384, kConsumerThreads = 256;
-  static constexpr int kReaderWarps = kKeys ? 8 : 4;  // that release a stage
+  static constexpr int kWarpgroups = 2;  // consumers
+  static constexpr int kThreads = 128 * (kWarpgroups + 1), kConsumerThreads = 128 * kWarpgroups, kConsumerWarps = 4 * kWarpgroups;
+  static constexpr int kReaderWarps = kKeys ? kConsumerWarps : 4;  // that release a stage
   static constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;
+  static constexpr bool kRowAhead = true;  // see BackwardConfig
   static constexpr int kTileBytes = tile_bytes(64, kHeadDim);  // of any tile
 };
 
+// Who fills and who empties what; counts as in backward_config.cuh.
+//
+//   buffer               filled by                  read by                            count of full, empty
+//   k; v                 warp 0 (copy engine)       warpgroup 1; 2, and 1 for the      1 and bytes, never emptied
+//                                                   exact dscale
+//   q, lse2 [stage]      warp 0 (copy engine)       warpgroup 1, for S; 2, last by     1 and bytes, kReaderWarps
+//                                                   the product dK
+//   grad_out, delta      warp 0 (copy engine)       warpgroup 1, last by the product   1 and bytes, kReaderWarps
+//     [stage]                                       dV; 2, for dP
+//   p[stage]             warpgroup 1                warpgroup 2, into registers        4, 4
+//
+// stages_free: the consumers tell warp 0 that the epilogue has left q .. p, where it stages dK and dV.
 template <class Config>
 struct WideShared {
-  using Task = BackwardTask<Config::kBlockM, Config::kBlockN>;
+  using Task = BackwardTask<Config::kBlockM, Config::kBlockN, Config::kMasking>;
   static constexpr int kStages = Config::kStages, kBlockM = Config::kBlockM;
 
   char k[Config::kTileBytes], v[Config::kTileBytes];
@@ -38,7 +54,7 @@ struct WideShared {
   Task task;
   alignas(16) float lse2[kStages][kBlockM], delta[kStages][kBlockM];  // filled by bulk copies
   float column_sums[4 * Config::kHeadDim];
-  uint64_t exact_known, k_full, v_full, stages_free;
+  uint64_t k_full, v_full, stages_free;
   uint64_t q_full[kStages], q_empty[kStages], do_full[kStages], do_empty[kStages];
   uint64_t p_full[Config::kPStages], p_empty[Config::kPStages];
 
@@ -46,9 +62,70 @@ struct WideShared {
   SEAL_DEVICE float* staging(int index) { return reinterpret_cast<float*>(q) + index * Config::kBlockN * (Config::kHeadDim + kPad); }
   static_assert(2 * kStages * Config::kTileBytes + sizeof(p) >= 2 * Config::kBlockN * (Config::kHeadDim + kPad) * 4,
                 "room for the epilogue's tiles");
+
+  // By one thread.
+  SEAL_DEVICE void init_barriers() {
+    barrier_init(&k_full, 1);
+    barrier_init(&v_full, 1);
+    barrier_init(&stages_free, Config::kConsumerWarps);
+    barriers_init(q_full, 1);
+    barriers_init(q_empty, Config::kReaderWarps);
+    barriers_init(do_full, 1);
+    barriers_init(do_empty, Config::kReaderWarps);
+    barriers_init(p_full, 4);
+    barriers_init(p_empty, 4);
+  }
 };
 
-// One of the two consumer warpgroups: `values` makes dV, the other dK.
+// Steps of the task: those of all its heads; those of its exact heads come once more.
+template <class Config>
+SEAL_DEVICE int wide_steps_of(const BackwardKernelParams& p, const typename WideShared<Config>::Task& task) {
+  return Config::kWork == BackwardWork::kScale ? 0 : (task.end - task.begin) * p.heads_per_cta;
+}
+
+// One thread of warp 0: K and V, then step by step Q with lse2 and dO with delta; once the epilogue has left the stages, the steps
+// of the exact heads with the unscaled dO. present: see tma_load_tile().
+template <class Config>
+SEAL_DEVICE void produce_wide_operands(WideShared<Config>& shared, const BackwardKernelParams& p, const BackwardMaps& maps, int present) {
+  constexpr int kD = Config::kHeadDim;
+  const auto& task = shared.task;
+  const int steps = wide_steps_of<Config>(p, task), exact_steps = task.exact_steps();
+  if (steps + exact_steps == 0) return;
+  const uint64_t keep = policy_evict_last();
+  const RowCoordinates keys = key_coordinates<Config>(p, task);
+  load_keys<Config>(shared.k, &maps.k, &shared.k_full, task.head_k, keys, keep, present);
+  load_keys<Config>(shared.v, &maps.v, &shared.v_full, task.head_k, keys, keep, present);
+  wait_for_dependencies();  // K and V are the caller's; the vectors and scale * g come from attention_backward_rows
+  int step = 0;
+  for (int head = task.first_head, place = task.begin; step < steps; ++step) {
+    load_step<Config>(shared, p, &maps.q, &maps.grad_out, task, step, head, query_tile<kD>(task.begin, task.end, place), keep, present);
+    if (++place == task.end) {
+      place = task.begin;
+      ++head;
+    }
+  }
+  if (exact_steps > 0 && steps > 0) barrier_wait(&shared.stages_free, 0);
+  for (int head = task.first_exact_head(), place = task.begin; step < steps + exact_steps; ++step) {
+    load_step<Config>(shared, p, &maps.q, &maps.unscaled_grad_out, task, step, head, query_tile<kD>(task.begin, task.end, place), keep, present);
+    if (++place == task.end) {
+      place = task.begin;
+      head = task.next_exact_head(head);
+    }
+  }
+}
+
+// One of the two consumer warpgroups: `values` makes dV, the other dK. A step, of the ring's stage s and of P's place b:
+//
+//   warpgroup 1 waits for    does                          lets go of    |  warpgroup 2 waits for    does                lets go of
+//   (S is there)             mask, P = exp2(S - lse)                     |  p_full[b] (dP is there)  P to registers
+//   p_empty[b]               P to shared memory            p_full[b],    |                           dS = P (dP - delta) p_empty[b],
+//                                                          q_empty[s]    |                                               do_empty[s]
+//   do_full[s]               issues dV += P dO                           |  q_full[s]                issues dK += dS Q
+//   q_full of the next step  issues S of the next step                   |  do_full of the next step issues dP of the next step
+//   dV                                                     do_empty[s]   |  dK                                           q_empty[s]
+//   S                                                                    |  dP
+//
+// Warpgroup 2 comes a step's exponentials behind, which keeps their products apart.
 template <class Config>
 class WideConsumer {
   using T = typename Config::T;
@@ -61,11 +138,10 @@ class WideConsumer {
  public:
   SEAL_DEVICE WideConsumer(Shared& shared, uint32_t base, const BackwardKernelParams& p, bool values)
       : shared_(shared), task_(shared.task), p_(p), base_(base), values_(values), thread_(threadIdx.x % 128), lane_(threadIdx.x % 32),
-        row_(thread_ / 32 * 16 + lane_ / 4), column_(lane_ % 4 * 2) {}
+        row_(thread_ / 32 * 16 + lane_ / 4) {}
 
   SEAL_DEVICE void run(int present) {
-    const int steps = Config::kWork == BackwardWork::kScale ? 0 : (task_.end - task_.begin) * p_.heads_per_cta;
-    int exact_steps = kLateExact ? 0 : task_.exact_steps();
+    const int steps = wide_steps_of<Config>(p_, task_), exact_steps = task_.exact_steps();
     clear();
     if constexpr (Config::kWork != BackwardWork::kScale) {
       if (steps > 0 && values_) walk_values(Part<Config::kWork>(), steps);
@@ -73,7 +149,6 @@ class WideConsumer {
         if (steps > 0 && !values_) walk_keys(steps);
       }
       store();
-      if constexpr (kLateExact) exact_steps = wait_for_exact_heads();
       if (exact_steps > 0 && present < slabs(kD)) {  // the epilogue has overwritten the zeros
         meet();
         zero_absent_slabs<64, kD>(shared_.q[0], 2 * kStages, present, threadIdx.x - 128, Config::kConsumerThreads);
@@ -82,8 +157,6 @@ class WideConsumer {
       fence_proxy_async();
       __syncwarp();
       release(&shared_.stages_free);
-    } else if constexpr (kLateExact) {
-      exact_steps = wait_for_exact_heads();
     }
     if (!values_) {
       if constexpr (kKeys) skip(steps, exact_steps);
@@ -98,16 +171,12 @@ class WideConsumer {
  private:
   static SEAL_DEVICE void meet() { named_sync(kBarrierConsumers, Config::kConsumerThreads); }
 
-  SEAL_DEVICE void release(uint64_t* empty) const {
-    if (lane_ == 0) barrier_arrive(empty);
+  SEAL_DEVICE void release(uint64_t* barrier) const {
+    if (lane_ == 0) barrier_arrive(barrier);
   }
   SEAL_DEVICE void clear() {
 #pragma unroll
     for (int i = 0; i < kD / 2; ++i) accumulator_[i] = 0.f;
-  }
-  SEAL_DEVICE int wait_for_exact_heads() const {
-    barrier_wait(&shared_.exact_known, 0);
-    return task_.exact_steps();
   }
 
   SEAL_DEVICE uint32_t keys_at() const { return base_; }
@@ -131,11 +200,11 @@ class WideConsumer {
     wgmma_commit();
     wgmma_wait<0>();
     fence_registers(s);
-    int m = begin;
+    int tile = begin;
     [[maybe_unused]] int head = task_.first_exact_head();
     for (;; ++step_) {
       const int stage = stage_of<kStages>(step_);
-      if (m < task_.full_begin || m >= task_.full_end) task_.mask(p_, s, m, task_.first_key + row_);
+      if (tile < task_.whole_begin || tile >= task_.whole_end) task_.mask(p_, s, tile, row_);
       float2 lse2[kM / 8];
       read_columns(lse2, shared_.lse2[stage], lane_ % 4);
       exponentiate(s, lse2, scale_log2);
@@ -171,8 +240,8 @@ class WideConsumer {
       fence_registers(next_s);
 #pragma unroll
       for (int i = 0; i < kM / 2; ++i) s[i] = next_s[i];
-      if (++m == end) {
-        m = begin;
+      if (++tile == end) {
+        tile = begin;
         if constexpr (kPart == BackwardWork::kScale) {
           sum_columns<T, kD, kN, 4>(p_, shared_.v, shared_.column_sums, task_.tile, head, accumulator_, kBarrierValues);
           clear();
@@ -282,14 +351,7 @@ class WideConsumer {
     if (output == nullptr) return;
     const int first_row = thread_ / 32 * 16;
     float* const tile = shared_.staging(values_ ? 0 : 1) + first_row * (kD + kPad);
-#pragma unroll
-    for (int j = 0; j < kD / 8; ++j) {
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        float* const at = tile + (lane_ / 4 + 8 * h) * (kD + kPad) + 8 * j + column_;
-        *reinterpret_cast<float2*>(at) = make_float2(accumulator_[4 * j + 2 * h], accumulator_[4 * j + 2 * h + 1]);
-      }
-    }
+    stage_rows<kD, 2>(tile, accumulator_, 0, lane_);
     __syncwarp();
     const int row = task_.first_key + first_row;
     store_rows<T, kD>(p_, tile, min(16, task_.seq.length_k - row), output, task_.seq.first_k + row, task_.batch_row, p_.seqlen_k,
@@ -302,7 +364,7 @@ class WideConsumer {
   const uint32_t base_;  // address of shared_
   const bool values_;
   const uint32_t thread_;
-  const int lane_, row_, column_;  // row of the key tile, and row + 8; of 8 accumulator columns, and column + 1
+  const int lane_, row_;  // row of the key tile, and row + 8
   int step_ = 0;
   float accumulator_[kD / 2];  // dV or dK
 };
@@ -319,54 +381,25 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
   if (warp == 1) {
     typename Shared::Task task;
     task.find(p, blockIdx.x, true);
-    if constexpr (!kLateExact) task.find_exact_heads(p, true);
+    task.find_exact_heads(p, true);
     if (threadIdx.x % 32 == 0) shared.task = task;
   }
   if (warp == 0 && elect_one()) {
-    if constexpr (kLateExact) {
-      prefetch_map(&maps.k);
-      prefetch_map(&maps.q);
-      prefetch_map(&maps.v);
-      prefetch_map(&maps.grad_out);
-    }
-    const auto init = [](uint64_t* barriers, int count, int arrivals) {
-      for (int i = 0; i < count; ++i) barrier_init(barriers + i, arrivals);
-    };
-    if constexpr (kLateExact) init(&shared.exact_known, 1, 1);
-    init(&shared.k_full, 1, 1);
-    init(&shared.v_full, 1, 1);
-    init(&shared.stages_free, 1, 8);
-    init(shared.q_full, kStages, 1);
-    init(shared.q_empty, kStages, Config::kReaderWarps);
-    init(shared.do_full, kStages, 1);
-    init(shared.do_empty, kStages, Config::kReaderWarps);
-    init(shared.p_full, Config::kPStages, 4);
-    init(shared.p_empty, Config::kPStages, 4);
+    shared.init_barriers();
     fence_barrier_init();
   }
   const int present = slabs(p.head_dim);
   zero_absent_slabs<64, kD>(shared.k, 2 + 2 * kStages, present, threadIdx.x, Config::kThreads);
   fence_proxy_async();
   __syncthreads();
-  if constexpr (kPdl) {
-    release_dependents();
-  } else {
-    wait_for_dependencies();
-  }
+  launch_dependents();
 
   if (warp < 4) {
     registers_shrink<Config::kProducerRegisters>();
-    const auto& task = shared.task;
-    const int steps = Config::kWork == BackwardWork::kScale ? 0 : (task.end - task.begin) * p.heads_per_cta;
-    const int exact_steps = kLateExact ? 0 : task.exact_steps();
-    if constexpr (kLateExact) {
-      if (warp == 1) publish_exact_heads(p, shared);
-    }
-    if ((!kLateExact && steps + exact_steps == 0) || warp != 0 || !elect_one()) return;
-    stream_tiles<kD, Config::kBlockM, Config::kBlockN>(p, maps, shared, steps, exact_steps, present);
+    if (warp == 0 && elect_one()) produce_wide_operands<Config>(shared, p, maps, present);
   } else {
     registers_grow<Config::kConsumerRegisters>();
-    if constexpr (kPdl) wait_for_dependencies();
+    wait_for_dependencies();
     WideConsumer<Config>(shared, base, p, warp < 8).run(present);
   }
 }
