@@ -30,6 +30,16 @@ int device_multiprocessors() {
   return known ? count : 132;
 }
 
+// Whether sixteen bytes of the tables of cos and sin at a time belong to eight (fp32: four) channels that turn in their order.
+bool reads_by_vectors(const AttentionBackwardParams& p) {
+  if (p.cos == nullptr || p.interleaved || p.rotary_dim % 16 != 0) return false;
+  const int64_t vector = p.cos_type == 2 ? 4 : 8;
+  for (const int64_t stride : {p.cos_batch_stride, p.cos_row_stride, p.sin_batch_stride, p.sin_row_stride}) {
+    if (stride % vector != 0) return false;
+  }
+  return reinterpret_cast<uintptr_t>(p.cos) % 16 == 0 && reinterpret_cast<uintptr_t>(p.sin) % 16 == 0;
+}
+
 // Fills in everything that follows from the caller's struct; returns the bytes of workspace.
 size_t plan(const AttentionBackwardParams& params, BackwardKernelParams* p) {
   static_cast<AttentionBackwardParams&>(*p) = params;
@@ -71,6 +81,8 @@ size_t plan(const AttentionBackwardParams& params, BackwardKernelParams* p) {
   const int64_t least = ordered ? p->multiprocessors / (dim == 64 ? 4 : 16) : 1;
   p->section = packed && !ordered ? 1 : static_cast<int32_t>(std::min(pairs, std::max({kL2Share / pair_bytes, filling, least, int64_t{1}})));
   p->last_section = static_cast<int32_t>((pairs / p->section - 1) * p->section);  // with what is left over
+
+  p->turn_by_vectors = reads_by_vectors(*p);
 
   const bool need_products = p->grad_q || p->grad_k || p->grad_v, need_keys = p->grad_k || p->grad_v;
   const bool need_rows = need_products || p->grad_scale;
