@@ -26,8 +26,7 @@ def group_by_sign(found: HeadImportance, measure: str = "accuracy", noise: float
         ``{"harmful": ..., "helpful": ..., "mixed": ...}``, indices into ``found.units``: removal helps at every length,
         hurts at every length, or neither.
     """
-    if not noise >= 0:
-        raise ValueError(f"seal_ops.group_by_sign: noise must be at least 0, got {noise!r}")
+    check_noise(noise, "seal_ops.group_by_sign")
     changes = torch.stack([found.change(measure, length) for length in found.lengths])
     errors = torch.stack([found.standard_error(measure, length) for length in found.lengths]).nan_to_num(0.0)
     harmful, helpful = (changes > noise * errors).all(0), (changes < -noise * errors).all(0)
@@ -36,6 +35,12 @@ def group_by_sign(found: HeadImportance, measure: str = "accuracy", noise: float
         "helpful": helpful.nonzero().flatten().tolist(),
         "mixed": (~harmful & ~helpful).nonzero().flatten().tolist(),
     }
+
+
+def check_noise(noise: float, call: str) -> None:
+    """``ValueError`` in the name of ``call`` where ``noise`` is no number of standard errors."""
+    if not noise >= 0:
+        raise ValueError(f"{call}: noise must be at least 0, got {noise!r}")
 
 
 def quadrant_experiment(

@@ -103,7 +103,9 @@ def transfer(
         if source is not None:
             model, tokenizer, result.training[name] = trained_model(
                 load_model_fn, method, os.path.join(output, "adapters", name),
-                lambda source=source, tokenizer=tokenizer: source.generate(tokenizer, length, samples, seed, **prompts),
+                lambda source=source, tokenizer=tokenizer: source.generate(
+                    tokenizer, length, samples, seed, progress=progress, **prompts
+                ),
                 lr=lr, seed=seed, progress=progress, backend=backend,
             )  # fmt: skip
         result.evaluations[name] = {
