@@ -25,6 +25,9 @@ def group_by_sign(found: HeadImportance, measure: str = "accuracy", noise: float
     Returns:
         ``{"harmful": ..., "helpful": ..., "mixed": ...}``, indices into ``found.units``: removal helps at every length,
         hurts at every length, or neither.
+
+    Raises:
+        ValueError: a negative ``noise``, or an unknown measure.
     """
     check_noise(noise, "seal_ops.group_by_sign")
     changes = torch.stack([found.change(measure, length) for length in found.lengths])
@@ -69,6 +72,12 @@ def quadrant_experiment(
 
     Returns:
         ``{"base", "harmful x0.9", "helpful x1.1", "both": Evaluation}``.
+
+    Raises:
+        ValueError: an importance of channels for a model with head scales, a bad ``noise``, or a folder of another run.
+
+    Source:
+        SEAL (arXiv 2501.15225), section 3.
     """
     groups = group_by_sign(found, measure, noise)
     shown = {"harmful": f"harmful x{down:g}", "helpful": f"helpful x{up:g}"}

@@ -78,6 +78,9 @@ def transfer(
     """Trains ``method`` on each task of ``trained`` and measures on each of ``measured``, all at ``length`` tokens.
 
     Arguments are those of :func:`compare`.
+
+    Raises:
+        ValueError: an unknown method, tasks of the same name, or an output folder of other settings.
     """
     trained, measured = [tasks.get(task) for task in trained], [tasks.get(task) for task in measured]
     if method not in METHODS:
