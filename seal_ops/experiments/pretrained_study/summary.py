@@ -63,7 +63,7 @@ def _section(found, name):
 
 
 def _main(found):
-    """Cells pooled over seeds, and paired tests on the cases that both have, at the longest length."""
+    """Cells pooled over seeds, and paired tests on the cases that both have, at the longest and the shortest length."""
     scores: dict[str, dict[str, dict[int, dict[int, list]]]] = {}  # [task][method][length][seed]
     for job in _section(found, "main") + _section(found, "adapters"):
         for method, measured in job["measured"].items():
@@ -88,10 +88,10 @@ def _main(found):
     ]
     tests = []
     for task, by_method in scores.items():
-        longest = max(by_method["base"])
-        pairs = [("base", m, longest) for m in METHODS[1:]]
-        pairs += [(a, b, longest) for a, b in (("SEAL-H", "SEAL-C"), ("SEAL-C", "LoRA"), ("SEAL-C", "DoRA"))]
-        pairs += [("base", m, min(by_method["base"])) for m in METHODS[1:]]
+        shortest, longest = min(by_method["base"]), max(by_method["base"])
+        pairs = [("base", m, longest) for m in METHODS[1:]] + [("SEAL-H", "SEAL-C", longest)]
+        pairs += [(a, b, longest) for a in SCALED for b in LOW_RANK]
+        pairs += [("base", m, shortest) for m in METHODS[1:]] + [("SEAL-C", m, shortest) for m in LOW_RANK]
         for first, second, length in pairs:
             if first in by_method and second in by_method:
                 row = {"task": task, "first": first, "second": second, "length": length}
