@@ -7,6 +7,7 @@ use, so that the kernels cost no import of transformers.
 
 import importlib
 
+from .ops import masks
 from .ops.dispatch import backends
 from .ops.functional import attention, packed_positions, rope, rope_attention
 from .ops.rotary_tables import rope_frequencies, rope_tables
@@ -30,7 +31,7 @@ _LAZY = {
     "compare": "experiments.comparison", "transfer": "experiments.transfer_matrix", "plots": "report.plots",
 }  # fmt: skip
 __all__ = [
-    "__version__", "attention", "backends", "packed_positions", "rope", "rope_attention", "rope_frequencies", "rope_tables",  # noqa: E501
+    "__version__", "attention", "backends", "masks", "packed_positions", "rope", "rope_attention", "rope_frequencies", "rope_tables",  # noqa: E501
     *_LAZY,
 ]  # fmt: skip
 

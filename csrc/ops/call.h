@@ -13,6 +13,8 @@
 #include <string_view>
 #include <vector>
 
+#include "../cuda/mask.h"
+
 namespace seal {
 
 using at::Tensor;
@@ -26,6 +28,8 @@ struct Call {
   const Tensor *cu_seqlens = nullptr, *cu_seqlens_k = nullptr;
   std::optional<double> softmax_scale;
   std::optional<int64_t> window, max_seqlen, max_seqlen_k;
+  c10::SmallVector<int64_t, 8> mask;  // as given; empty: None
+  bool has_mask = false;
   bool causal = true, deterministic = false, interleaved = false, inverse = false;
   c10::SmallVector<bool, 5> needs;  // of attention_backward: q, k, v, scale, offset
   std::string_view backend = "auto";
@@ -35,7 +39,7 @@ struct Call {
   int64_t rows = 0;                // batch rows, or packed sequences
   int64_t seqlen_q = 0, seqlen_k = 0, heads_q = 0, heads_k = 0, head_dim = 0;  // packed: lengths are totals of tokens
   double sigma = 0;                // the softmax scale in force
-  int32_t window_left = -1, window_right = -1;  // keys to the left and right of a query's own position; -1: unbounded
+  Mask visible;                    // what the mask or its shorthands say
   bool needs_scale = false, needs_offset = false;  // asked for, and there
 
   bool needs_input(size_t n) const { return n < needs.size() && needs[n]; }

@@ -1,6 +1,6 @@
 """``seal quantize``."""
 
-from .options import Command, load, model_options, positive, task, task_options
+from .options import Command, load, model_options, positive, prompts, task, task_options
 
 
 def options(parser):
@@ -58,9 +58,7 @@ def run(args):
         model, tokenizer = load(args)
         samples = None
         if args.calibration is None:
-            samples = task(args).generate(
-                tokenizer, args.length, args.samples, args.seed, chat_template=args.chat_format, progress=None
-            )
+            samples = task(args).generate(tokenizer, args.length, args.samples, args.seed, **prompts(args))
         columns = attach_columns(args, model, tokenizer, samples)
         count, number = columns.count(), len(columns.layers)
         save_quantized(model, folder, tokenizer)

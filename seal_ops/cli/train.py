@@ -1,6 +1,16 @@
 """``seal train``."""
 
-from .options import Command, backend_option, load, model_options, positive, restart_option, task, task_options
+from .options import (
+    Command,
+    backend_option,
+    load,
+    model_options,
+    positive,
+    prompts,
+    restart_option,
+    task,
+    task_options,
+)
 from .quantize import attach_columns, columns_options
 
 
@@ -40,13 +50,16 @@ def run(args):
         raise ValueError("--granularity or --weak-columns must be given, got neither")
     if args.weak_columns is None and (args.quantize or args.start or args.calibration):
         raise ValueError("--quantize, --start and --calibration need --weak-columns, got none")
+    if args.data is not None and (args.chat_format is not None or args.chat_template_kwargs is not None):
+        raise ValueError(
+            "--chat-format and --chat-template-kwargs must be given to `seal data`, got them with --data, whose "
+            "samples have their chat format already"
+        )
     model, tokenizer = load(args)
     if args.data is not None:
         samples = tasks.read(args.data)
     else:
-        samples = task(args).generate(
-            tokenizer, args.length, args.samples, args.seed, chat_template=args.chat_format, progress=None
-        )
+        samples = task(args).generate(tokenizer, args.length, args.samples, args.seed, **prompts(args))
     if args.weak_columns is not None:
         attach_columns(args, model, tokenizer, samples)
     if args.granularity is not None:

@@ -12,6 +12,7 @@ from .options import (
     model_options,
     named_task,
     positive,
+    prompts,
 )
 
 
@@ -46,7 +47,7 @@ def run(args):
         lr=args.lr,
         samples=args.samples,
         seed=args.seed,
-        chat_template=args.chat_format,
+        **prompts(args),
         backend=args.backend,
         log=log,
     )

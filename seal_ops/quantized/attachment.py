@@ -43,7 +43,12 @@ class WeakColumns:
     """The weak columns of one model, made by `attach_weak_columns` or `load_weak_columns`.
 
     Found as ``model.seal_weak_columns``.  The parameters are the layers' own (``column_delta``, [out, k]); this object
-    knows them by the layers' names.  ``config`` is a `ColumnsConfig`.
+    knows them by the layers' names.
+
+    Attributes:
+        owner: the transformers model that they are on, or were.
+        config: a `ColumnsConfig`.
+        layers: name -> the linear layer.
     """
 
     def __init__(self, owner: nn.Module, config: ColumnsConfig):
@@ -55,6 +60,7 @@ class WeakColumns:
         return ((name, module.column_delta) for name, module in self.layers.items())
 
     def parameters(self) -> Iterator[nn.Parameter]:
+        """The trained differences."""
         return (delta for _, delta in self.items())
 
     def indices(self) -> dict[str, Tensor]:
@@ -174,7 +180,8 @@ def attach_weak_columns(
             needs 16-bit weights that are not there.
         ImportError: the library that ``quantize`` needs is missing.
 
-    Sources: QEFT (arXiv 2410.08661), OWQ (arXiv 2306.02272).
+    Source:
+        QEFT (arXiv 2410.08661), section 4; the criterion is OWQ's (arXiv 2306.02272).
     """
     call = "attach_weak_columns"
     owner = unwrapped(model, call)
@@ -295,9 +302,9 @@ def bring_up_to_date(owner: nn.Module) -> None:
     """Scales that were attached before keep no layer alive that has been quantised since."""
     scales = getattr(owner, SCALES, None)
     if scales is not None and scales.attachment is not None:
-        for site in scales.attachment.seam.sites:
-            if site.projection_name is not None:
-                site.output_projection = owner.get_submodule(site.projection_name)
+        for layer in scales.attachment.patch.layers:
+            if layer.projection_name is not None:
+                layer.output_projection = owner.get_submodule(layer.projection_name)
 
 
 def detach_weak_columns(model: nn.Module) -> nn.Module:
@@ -305,7 +312,13 @@ def detach_weak_columns(model: nn.Module) -> nn.Module:
 
     A model in 4 bits is what it was before.  A 16-bit model that `attach_weak_columns` has quantised stays quantised:
     its 16-bit weights are gone.  The :class:`WeakColumns` keep their values and can still be saved.  Where scales are
-    still attached, the base stays frozen until they are taken off too.  Returns the model.
+    still attached, the base stays frozen until they are taken off too.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: no weak columns on the model.
     """
     found = attached(model, "detach_weak_columns")
     owner = found.owner
@@ -329,7 +342,14 @@ class _Kept:
 
 @contextlib.contextmanager
 def weak_columns_disabled(model: nn.Module):
-    """Inside the block ``model`` computes what its base does."""
+    """Inside the block ``model`` computes what its base does.
+
+    Yields:
+        The model.
+
+    Raises:
+        ValueError: no weak columns on the model.
+    """
     found = attached(model, "weak_columns_disabled")
     before = {name: module.columns_on for name, module in found.layers.items()}
     try:

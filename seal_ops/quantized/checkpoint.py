@@ -15,9 +15,18 @@ from .attachment import ATTRIBUTE, detach_weak_columns
 def save_quantized(model: nn.Module, save_directory: str | os.PathLike, tokenizer=None) -> nn.Module:
     """Writes an NF4 model as a checkpoint for ``from_pretrained``, and its weak columns beside it; takes these off.
 
-    ``load_weak_columns(model, folder)`` puts them on the model that ``from_pretrained(folder)`` gives.  Returns the
-    model, without weak columns.  Raises ValueError where no layer is in NF4, and where layers of HQQ's are in it, which
-    transformers cannot write.
+    ``load_weak_columns(model, folder)`` puts them on the model that ``from_pretrained(folder)`` gives.
+
+    Args:
+        model: with layers in NF4.
+        save_directory: the folder.
+        tokenizer: saved with the model, where it is given.
+
+    Returns:
+        The model, without weak columns.
+
+    Raises:
+        ValueError: no layer is in NF4, or layers of HQQ's are in the model, which transformers does not write.
     """
     from transformers import BitsAndBytesConfig
 

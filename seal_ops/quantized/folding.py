@@ -33,16 +33,26 @@ def fold_scales(model: nn.Module, *, dequantize: bool = False) -> nn.Module:
     ``v_proj`` (without grouped queries).  The products are made in fp32.  Weak columns of the same layers are
     multiplied with them.
 
-    ``dequantize=True`` is the way out of every other case: ``o_proj`` of those layers becomes a plain linear layer in
-    16 bits with the scale in it.
+    All layers are checked before the first is written.  For models in 16 bits there is `seal_ops.merge`.
 
-    All layers are checked before the first is written.  Returns the model.  Raises ValueError, one sentence, where
-    there are no scales, where a scale does not fold, and why.  For models in 16 bits there is `seal_ops.merge`.
+    Args:
+        model: with scales attached, on quantised layers.
+        dequantize: the way out of every other case: ``o_proj`` of those layers becomes a plain linear layer in 16 bits
+            with the scale in it.
+
+    Returns:
+        The model, without scales.
+
+    Raises:
+        ValueError: there are no scales, or a scale does not fold, and why.
+
+    Source:
+        SEAL (arXiv 2501.15225), section 4, for what is multiplied.
     """
     scales, attachment = attached_scales(model, "fold_scales")
     owner, learned = attachment.owner, scales.values()
-    sites = {site.index: site for site in attachment.seam.sites}
-    work = [_planned(owner, sites[layer], value, dequantize) for layer, value in learned.items()]
+    by_number = {layer.index: layer for layer in attachment.patch.layers}
+    work = [_planned(owner, by_number[number], value, dequantize) for number, value in learned.items()]
     for step in work:
         step()
     detach(model)
@@ -50,23 +60,23 @@ def fold_scales(model: nn.Module, *, dequantize: bool = False) -> nn.Module:
     return model
 
 
-def _planned(owner, site: AttentionLayer, scale: Tensor, dequantize: bool) -> Callable[[], None]:
+def _planned(owner, layer: AttentionLayer, scale: Tensor, dequantize: bool) -> Callable[[], None]:
     """What folds one layer's scale; ValueError where nothing does."""
     granularity = "head" if scale.dim() == 1 else "channel"
-    name = site.projection_name or site.name
-    if site.projection_name is None or granularity not in site.commutes:
+    name = layer.projection_name or layer.name
+    if layer.projection_name is None or granularity not in layer.commutes:
         raise ValueError(
             f"seal_ops.fold_scales: {name} must read the attention output directly, got a module with another step in "
-            f"between ({type(site.module).__name__}); keep the scales attached instead"
+            f"between ({type(layer.module).__name__}); keep the scales attached instead"
         )
-    factor = scale.reshape(site.num_heads, -1).expand(-1, site.head_dim).reshape(-1)
-    projection = owner.get_submodule(site.projection_name)
+    factor = scale.reshape(layer.num_heads, -1).expand(-1, layer.head_dim).reshape(-1)
+    projection = owner.get_submodule(layer.projection_name)
     if granularity == "head":
-        reason = _groups_inside_heads(projection, site)
+        reason = _groups_inside_heads(projection, layer)
         if reason is None:
             return lambda: _fold_inputs(projection, factor)
     else:
-        values, reason = _value_rows(owner, site)
+        values, reason = _value_rows(owner, layer)
         if reason is None:
             return lambda: _fold_rows(values, factor)
     if not dequantize:
@@ -78,12 +88,12 @@ def _planned(owner, site: AttentionLayer, scale: Tensor, dequantize: bool) -> Ca
         raise ValueError(
             f"seal_ops.fold_scales: {name} must be one linear layer to be written out, got {type(projection).__name__}"
         )
-    return lambda: _write_out(owner, site, projection, factor)
+    return lambda: _write_out(owner, layer, projection, factor)
 
 
-def _groups_inside_heads(projection: nn.Module, site: AttentionLayer) -> str | None:
+def _groups_inside_heads(projection: nn.Module, layer: AttentionLayer) -> str | None:
     """Why a head's scale is no factor of whole groups of ``o_proj``; None where it is."""
-    return _not_rowwise(projection, site.head_dim, "head_dim")
+    return _not_rowwise(projection, layer.head_dim, "head_dim")
 
 
 def _not_rowwise(module: nn.Module, span: int, what: str) -> str | None:
@@ -104,27 +114,27 @@ def _not_rowwise(module: nn.Module, span: int, what: str) -> str | None:
     return None
 
 
-def _value_rows(owner, site: AttentionLayer) -> tuple[nn.Module | None, str | None]:
+def _value_rows(owner, layer: AttentionLayer) -> tuple[nn.Module | None, str | None]:
     """The layer whose rows are the value channels, or why there is none."""
-    if site.num_kv_heads != site.num_heads:
+    if layer.num_kv_heads != layer.num_heads:
         return None, (
-            f"channel scales of {site.num_heads} query heads for {site.num_kv_heads} value heads, which share rows"
+            f"channel scales of {layer.num_heads} query heads for {layer.num_kv_heads} value heads, which share rows"
         )
-    values = getattr(site.module, "v_proj", None)
-    if values is None or not bases.is_base(values) or bases.sizes(values)[1] != site.num_heads * site.head_dim:
-        return None, f"{type(site.module).__name__} without a v_proj of its own"
+    values = getattr(layer.module, "v_proj", None)
+    if values is None or not bases.is_base(values) or bases.sizes(values)[1] != layer.num_heads * layer.head_dim:
+        return None, f"{type(layer.module).__name__} without a v_proj of its own"
     columns, _ = bases.sizes(values)
     reason = _not_rowwise(values, columns, "the inputs of v_proj,")
-    if reason is None and not _reaches(owner, values, site):
-        reason = f"{type(site.module).__name__}, where v_proj's channels are not those of the attention output"
+    if reason is None and not _reaches(owner, values, layer):
+        reason = f"{type(layer.module).__name__}, where v_proj's channels are not those of the attention output"
     return (values, None) if reason is None else (None, reason)
 
 
-def _reaches(owner, values: nn.Module, site: AttentionLayer) -> bool:
+def _reaches(owner, values: nn.Module, layer: AttentionLayer) -> bool:
     """Whether a factor on v_proj's output is one on what o_proj reads: tried, on a few tokens."""
     seen: list[Tensor] = []
-    projection = owner.get_submodule(site.projection_name)
-    width = site.num_heads * site.head_dim
+    projection = owner.get_submodule(layer.projection_name)
+    width = layer.num_heads * layer.head_dim
     device = owner.get_input_embeddings().weight.device
     factor = torch.tensor(_FACTORS, device=device)[torch.arange(width, device=device) % len(_FACTORS)]
     ids = torch.arange(5, device=device)[None] % owner.config.vocab_size
@@ -181,14 +191,14 @@ def _group_scales(module: nn.Module) -> Tensor:
     return state.absmax
 
 
-def _write_out(owner, site: AttentionLayer, projection: nn.Module, factor: Tensor) -> None:
+def _write_out(owner, layer: AttentionLayer, projection: nn.Module, factor: Tensor) -> None:
     """``o_proj`` in 16 bits with the factor, and with its weak columns, if it has any, still on it."""
     weight = bases.weight_of(projection)
     kind = torch.promote_types(weight.dtype, torch.float32)
     made = linear_like((weight.to(kind) * factor.to(weight.device, kind)).to(weight.dtype), projection)
-    quantizers.replace(owner, site.projection_name, made)
+    quantizers.replace(owner, layer.projection_name, made)
     if has_columns(projection):
         index, delta = projection.column_index, projection.column_delta.detach()
         delta = delta * factor.to(delta).index_select(0, index)
-        put_columns_on(owner.seal_weak_columns, site.projection_name, index, delta)
-    site.output_projection = owner.get_submodule(site.projection_name)
+        put_columns_on(owner.seal_weak_columns, layer.projection_name, index, delta)
+    layer.output_projection = owner.get_submodule(layer.projection_name)

@@ -23,7 +23,16 @@ def export_lora(model: nn.Module, save_directory: str | os.PathLike) -> None:
 
     Rank and alpha are the number of columns, so that the factor is 1; ``lora_A`` [k, in] is one-hot (bf16, which holds
     it exactly), ``lora_B`` [out, k] the difference.  The base is the model in the same 4 bits, without weak columns.
-    Raises ValueError where the model has none.
+
+    Args:
+        model: with weak columns attached.
+        save_directory: gets ``adapter_config.json`` and ``adapter_model.safetensors``.
+
+    Raises:
+        ValueError: no weak columns on the model.
+
+    Source:
+        LoRA (arXiv 2106.09685), whose form the product has.
     """
     found = attached(model, "export_lora")
     tensors, ranks = {}, {}

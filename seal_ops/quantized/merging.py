@@ -14,9 +14,17 @@ def merge_weak_columns(model: nn.Module, dtype: torch.dtype | None = None) -> nn
     """Makes every layer with weak columns a plain linear layer in 16 bits that computes the same, and detaches.
 
     Quantised layers without weak columns are written out too, so that the model can be saved as an ordinary
-    checkpoint.  The sum is made in fp32 and rounded once.  ``dtype``: of the weights; None for what the base computes
-    in.  Needs the memory of the 16-bit model.  Returns the model.  Raises ValueError where it has no weak columns, and
-    where a merged weight would overflow.
+    checkpoint.  The sum is made in fp32 and rounded once.  Needs the memory of the 16-bit model.
+
+    Args:
+        model: with weak columns attached.
+        dtype: of the weights; None for what the base computes in.
+
+    Returns:
+        The model, without weak columns.
+
+    Raises:
+        ValueError: no weak columns on the model, or a merged weight that would overflow.
     """
     found = attached(model, "merge_weak_columns")
     owner = found.owner

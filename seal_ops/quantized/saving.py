@@ -58,13 +58,21 @@ def holds_weak_columns(folder: str | os.PathLike) -> bool:
 def load_weak_columns(model: nn.Module, save_directory: str | os.PathLike) -> WeakColumns:
     """Puts saved weak columns on ``model``; the reverse of `WeakColumns.save_pretrained`.
 
-    ``model`` is the base that they were trained on: the same model in the same 4 bits, or, where `attach_weak_columns`
-    had quantised it, the 16-bit model, whose layers are quantised likewise.  Weak columns that are already on the
-    model are replaced, where they are the same columns.  Everything is checked before the model is changed, except
-    that a 16-bit model is quantised layer by layer.
+    Weak columns that are already on the model are replaced, where they are the same columns.  Everything is checked
+    before the model is changed, except that a 16-bit model is quantised layer by layer.
 
-    Returns the :class:`WeakColumns`.  Raises FileNotFoundError where there are none in the folder, and ValueError, one
-    sentence, for a damaged file, another model, or a base that is quantised otherwise.
+    Args:
+        model: the base that they were trained on: the same model in the same 4 bits, or, where `attach_weak_columns`
+            had quantised it, the 16-bit model, whose layers are quantised likewise.
+        save_directory: the folder.
+
+    Returns:
+        The :class:`WeakColumns`.
+
+    Raises:
+        FileNotFoundError: there are none in the folder.
+        ValueError: one sentence; a damaged file, another model, or a base that is quantised otherwise.
+        ImportError: the library that quantises the model is missing.
     """
     call, folder = "load_weak_columns", os.fspath(save_directory)
     config, tensors = _read(folder, call)

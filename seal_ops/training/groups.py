@@ -45,9 +45,18 @@ def rates(model: nn.Module, lr: float | None, column_lr: float | None, call: str
 def parameter_groups(model: nn.Module, lr: float | None = None, column_lr: float | None = None) -> list[dict]:
     """Groups for one optimiser: scales (and other adapters) at ``lr``, weak columns at ``column_lr``.
 
-    ``lr`` None: the paper's for scales; ``column_lr`` None: the paper's for as many columns.  For transformers'
-    ``Trainer``: ``optimizers=(torch.optim.AdamW(seal_ops.parameter_groups(model)), None)``.  Raises ValueError where
-    nothing is trained, and where a rate is given for what is not there.
+    For transformers' ``Trainer``: ``optimizers=(torch.optim.AdamW(seal_ops.parameter_groups(model)), None)``.
+
+    Args:
+        model: with scales, weak columns, or both attached.
+        lr: of scales and other adapters; None for the paper's for scales.
+        column_lr: of weak columns; None for the paper's for as many columns.
+
+    Returns:
+        Dicts ``params`` and ``lr``.
+
+    Raises:
+        ValueError: nothing is trained, or a rate is given for what is not there.
     """
     found = groups_at(model, *rates(model, lr, column_lr, "parameter_groups"))
     if not found:

@@ -263,7 +263,7 @@ def test_scales_keep_no_16_bit_layer_alive(bitsandbytes, token_ids):
     model = LLAMA.build()
     scales = seal_ops.attach(model, "head")
     seal_ops.attach_weak_columns(model, 4, calibration=token_ids, quantize="nf4")
-    assert all(bases.is_nf4(site.output_projection) for site in scales.attachment.seam.sites)
+    assert all(bases.is_nf4(layer.output_projection) for layer in scales.attachment.patch.layers)
 
 
 def test_copies_train_on_their_own(token_ids):

@@ -6,11 +6,11 @@ import pytest
 import torch
 from command_line import seal
 from families import FAMILIES, logits
+from retrieval_fixtures import tokenizer
 from transformers import AutoModelForCausalLM
 
 import seal_ops
 from seal_ops.experiments.quantized_study import driver, plan
-from seal_ops.huggingface.loading import load_tokenizer, shipped
 from seal_ops.quantized import bases
 
 pytest.importorskip("bitsandbytes")
@@ -20,9 +20,8 @@ pytest.importorskip("bitsandbytes")
 def folder(tmp_path_factory):
     """A random model with the shipped tokenizer, as a checkpoint."""
     path = tmp_path_factory.mktemp("model")
-    tokenizer = load_tokenizer(shipped("models/seal-tiny"), "test")
-    FAMILIES["llama"].build(vocab_size=len(tokenizer), max_position_embeddings=1024).save_pretrained(path)
-    tokenizer.save_pretrained(path)
+    FAMILIES["llama"].build(vocab_size=len(tokenizer()), max_position_embeddings=1024).save_pretrained(path)
+    tokenizer().save_pretrained(path)
     return path
 
 
@@ -45,7 +44,7 @@ def test_quantize(capsys, folder, text, tmp_path, method):
     loaded = AutoModelForCausalLM.from_pretrained(output)
     assert loaded.is_quantized and bases.is_nf4(loaded.model.layers[0].mlp.up_proj)
     model = AutoModelForCausalLM.from_pretrained(folder)
-    ids = torch.randint(0, 1000, (2, 20))
+    ids = torch.randint(0, len(tokenizer()), (2, 20))
     seal_ops.load_weak_columns(model, output)  # quantised likewise
     seal_ops.load_weak_columns(loaded, output)
     assert torch.equal(logits(loaded, ids), logits(model, ids))
@@ -54,7 +53,7 @@ def test_quantize(capsys, folder, text, tmp_path, method):
 
 
 def test_train(capsys, folder, tmp_path):
-    arguments = ["train", "--model", folder, "--device", "cpu", "--task", "passkey", "--length", 150, "--samples", 2]
+    arguments = ["train", "--model", folder, "--device", "cpu", "--task", "lines", "--length", 190, "--samples", 2]
     columns = ["--weak-columns", 4, "--quantize", "nf4"]
     code, out, err = seal(
         capsys, *arguments, *columns, "--granularity", "head", "--column-lr", 1e-3, "--output", tmp_path / "both"
@@ -79,7 +78,7 @@ def test_study(capsys, folder, text, tmp_path):
     pytest.importorskip("peft")
     output = tmp_path / "study"
     settings = [
-        "task=passkey", "lengths=[150]", "cases=1", "seeds=[0,1]", "samples=1", "train_length=150", "columns=[4]",
+        "task=lines", "lengths=[190]", "cases=1", "seeds=[0,1]", "samples=1", "train_length=190", "columns=[4]",
         "window=64", "text_windows=4", "held_out_windows=2", "calibration_windows=3", "validation_windows=1",
         "column_factors=[4,20]", "scale_rates=[1e-2]", "low_rank_rates=[1e-3]",
     ]  # fmt: skip

@@ -6,10 +6,10 @@ import math
 import pytest
 import torch
 from families import FAMILIES, logits, tokens
+from retrieval_fixtures import tokenizer
 from toy_quantizer import quantize
 
 import seal_ops
-from seal_ops.huggingface.loading import load_tokenizer, shipped
 from seal_ops.training.recipe import LEARNING_RATES, columns_rate
 
 LLAMA = FAMILIES["llama"]
@@ -145,14 +145,14 @@ def test_with_a_lora_of_pefts(token_ids, rows, tmp_path):
 
 
 def test_text_and_chat(rows):
-    tokenizer = load_tokenizer(shipped("models/seal-tiny"), "test")
-    model = LLAMA.build(vocab_size=len(tokenizer), max_position_embeddings=512)
+    words = tokenizer()
+    model = LLAMA.build(vocab_size=len(words), max_position_embeddings=512)
     found = seal_ops.attach_weak_columns(
-        model, 4, calibration=["The quick brown fox.", {"text": "It jumps."}], tokenizer=tokenizer
+        model, 4, calibration=["The quick brown fox.", {"text": "It jumps."}], tokenizer=words
     )
     before = values(model)
     chat = [{"prompt": "What is it?", "answer": "A fox."}, {"text": "It jumps over the lazy dog."}]
-    result = seal_ops.train(model, chat, tokenizer=tokenizer, lr=1e-3, progress=False)
+    result = seal_ops.train(model, chat, tokenizer=words, lr=1e-3, progress=False)
     assert len(result.losses) == 2 and not equal(values(model), before) and found.count() == result.parameters
 
 
@@ -188,10 +188,10 @@ def test_trl(tmp_path):
     trl = pytest.importorskip("trl")
     datasets = pytest.importorskip("datasets")
     pytest.importorskip("bitsandbytes")
-    tokenizer = load_tokenizer(shipped("models/seal-tiny"), "test")
-    model = LLAMA.build(vocab_size=len(tokenizer), max_position_embeddings=512)
+    words = tokenizer()
+    model = LLAMA.build(vocab_size=len(words), max_position_embeddings=512)
     texts = ["The quick brown fox jumps.", "It jumps over the lazy dog."]
-    seal_ops.attach_weak_columns(model, 4, calibration=texts, tokenizer=tokenizer, quantize="nf4")
+    seal_ops.attach_weak_columns(model, 4, calibration=texts, tokenizer=words, quantize="nf4")
     before, frozen = values(model), copy.deepcopy(model.model.embed_tokens.weight)
     arguments = trl.SFTConfig(
         output_dir=str(tmp_path), max_steps=2, per_device_train_batch_size=1, report_to=[], use_cpu=True, bf16=False,
@@ -199,7 +199,7 @@ def test_trl(tmp_path):
     )  # fmt: skip
     optimizer = torch.optim.AdamW(seal_ops.parameter_groups(model, column_lr=1e-3))
     trainer = trl.SFTTrainer(
-        model, arguments, train_dataset=datasets.Dataset.from_dict({"text": texts}), processing_class=tokenizer,
+        model, arguments, train_dataset=datasets.Dataset.from_dict({"text": texts}), processing_class=words,
         optimizers=(optimizer, None),
     )  # fmt: skip
     trainer.train()
