@@ -6,16 +6,17 @@ Random weights of Llama-3-8B's sizes, made on the GPU.  One process, one card, s
 written to FILE.json as it is done, and a second run with the same file does what is left; no cell is begun that would
 end after the budget.  ``--shape tiny`` runs everything in seconds on a CPU, to see that it runs.
 
-Training: NF4 base (bitsandbytes, groups of 64), gradient checkpointing of whole layers, bf16, fused AdamW, the loss on
-the last 512 tokens of each row; a step is forward, backward and optimiser; the median of the timed steps.
-``QLoRA`` is PEFT's LoRA of rank 64 on all linear layers: its default, fp32 adapters, under bf16 autocast as Trainer
-runs it, and with bf16 adapters.
+Training: NF4 base (bitsandbytes, groups of 64), gradient checkpointing of whole layers except where all activations are
+kept, bf16, fused AdamW, the loss on the last 512 tokens of each row; a step is forward, backward and optimiser; the
+median of the timed steps.  ``QLoRA`` is PEFT's LoRA of rank 64 on all linear layers: its default, fp32 adapters, under
+bf16 autocast as Trainer runs it, and with bf16 adapters.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import gc
 import json
 import os
 import statistics
@@ -45,10 +46,17 @@ SHAPES = {
         vocab_size=512, max_position_embeddings=4096,
     ),
 }  # fmt: skip
-SIZES = {"8b": ((8, 2048), (1, 8192), (1, 31_744)), "tiny": ((2, 64), (1, 128))}
+# Rows, tokens, and whether layers are recomputed in the backward pass.
+SIZES = {
+    "8b": ((8, 2048, True), (1, 8192, True), (1, 31_744, True), (1, 8192, False)),
+    "tiny": ((2, 64, True), (1, 128, False)),
+}
 SAMPLES = {"8b": (128, 2048), "tiny": (4, 64)}
 COLUMNS = {"8b": 128, "tiny": 16}
-METHODS = ("QLoRA, autocast", "QLoRA, bf16 adapters", "weak columns", "weak columns + SEAL-C", "SEAL-C")
+METHODS = (
+    "QLoRA, autocast", "QLoRA, bf16 adapters", "weak columns", "weak columns + SEAL-C", "SEAL-C",
+    "weak columns in bf16", "weak columns, 8 a layer",
+)  # fmt: skip
 LABELS = 512
 
 
@@ -128,6 +136,7 @@ class Run:
         return torch.cuda.max_memory_allocated() if self.device.type == "cuda" else 0
 
     def fresh(self) -> None:
+        gc.collect()  # modules and parameters of a model know each other: without this an earlier one is still there
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
@@ -171,24 +180,24 @@ class Run:
     def training(self):
         wanted = [(method, size) for size in SIZES[self.args.shape] for method in METHODS]
         costs = {key: self.cost(*key[1]) for key in wanted}
-        wanted = [key for key in wanted if self.open(f"training: {key[0]}, {key[1][0]} x {key[1][1]}", costs[key] + 30)]
+        wanted = [key for key in wanted if self.open(cell(*key), costs[key] + 30)]
         if not wanted:
             return
         model = self.model()
         quantize_layers(model, find_targets(model, None, "benchmark"), "nf4")
         # The columns are those of a few samples: which they are costs the same time.
         index = {}
-        for method, (batch, length) in wanted:
-            if not self.open(f"training: {method}, {batch} x {length}", costs[method, (batch, length)]):
+        for method, size in wanted:
+            if not self.open(cell(method, size), costs[method, size]):
                 continue
             with self.method(model, method, index) as (trained, context):
                 try:
-                    self.time_steps(trained, context, method, batch, length)
+                    self.time_steps(trained, context, cell(method, size), *size)
                 except torch.OutOfMemoryError as error:
-                    self.note(f"training: {method}, {batch} x {length}", failed=str(error).splitlines()[0][:200])
+                    self.note(cell(method, size), failed=str(error).splitlines()[0][:200])
             self.fresh()
 
-    def cost(self, batch, length) -> float:
+    def cost(self, batch, length, recomputed) -> float:
         """Seconds that a cell takes, roughly."""
         tokens = batch * length
         return (2 + self.args.steps) * (tokens * 1.2e-4 + batch * (length / 1000) ** 2 * 4e-3) + 6
@@ -213,11 +222,12 @@ class Run:
                 model.requires_grad_(False)
             return
         if method.startswith("weak"):
-            columns = index or COLUMNS[self.args.shape]
-            found = seal_ops.attach_weak_columns(
-                model, columns, calibration=self.pieces_of_text(4, SAMPLES[self.args.shape][1])
-            )
-            index |= {name: i.tolist() for name, i in found.indices().items()}
+            few, dtype = "8 a layer" in method, torch.bfloat16 if "bf16" in method else torch.float32
+            columns = 8 if few else index or COLUMNS[self.args.shape]
+            texts = self.pieces_of_text(4, SAMPLES[self.args.shape][1])
+            found = seal_ops.attach_weak_columns(model, columns, calibration=texts, dtype=dtype)
+            if not few:
+                index |= {name: i.tolist() for name, i in found.indices().items()}
         if method.endswith("SEAL-C"):
             seal_ops.attach(model, "channel")
         try:
@@ -229,7 +239,7 @@ class Run:
                 seal_ops.detach_weak_columns(model)
             model.requires_grad_(False)
 
-    def time_steps(self, model, context, method, batch, length):
+    def time_steps(self, model, context, key, batch, length, recomputed):
         parameters = [p for p in model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(parameters, lr=1e-5, fused=self.device.type == "cuda")
         generator = torch.Generator().manual_seed(2)
@@ -239,7 +249,7 @@ class Run:
         places = torch.arange(length - labels - 1, length - 1)
         self.fresh()
         seconds, peaks = [], []
-        with prepared(model, True):
+        with prepared(model, recomputed):
             for step in range(1 + self.args.steps):
                 if step == 1 and self.device.type == "cuda":
                     torch.cuda.reset_peak_memory_stats()  # a step with the optimiser's state there from the start
@@ -254,7 +264,7 @@ class Run:
                 peaks.append(self.peak())
                 del logits
         self.note(
-            f"training: {method}, {batch} x {length}",
+            key,
             seconds=statistics.median(seconds[1:]), all_seconds=[round(s, 4) for s in seconds], peak=max(peaks),
             trained=sum(p.numel() for p in parameters), loss=float(loss.detach()),
             tokens_per_second=batch * length / statistics.median(seconds[1:]),
@@ -310,6 +320,12 @@ class Run:
         begun = time.monotonic()
         function()
         return 1e3 * (time.monotonic() - begun)
+
+
+def cell(method: str, size: tuple[int, int, bool]) -> str:
+    """The name of a training cell."""
+    batch, length, recomputed = size
+    return f"training: {method}, {batch} x {length}" + ("" if recomputed else ", all activations kept")
 
 
 def table(result: dict) -> str:

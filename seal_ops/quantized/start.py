@@ -24,4 +24,4 @@ def least_squares(original: Tensor, base: Tensor, cross: Tensor, index: Tensor, 
     inner = cross.index_select(0, index).to(torch.float64)
     inner = (inner + inner.t()) / 2
     inner.diagonal().add_(damping * inner.diagonal().mean().clamp_min(torch.finfo(torch.float32).tiny))
-    return torch.cholesky_solve(error.to(torch.float64).t(), torch.linalg.cholesky(inner)).t().to(kind)
+    return torch.cholesky_solve(error.to(torch.float64).t(), torch.linalg.cholesky(inner)).t().to(kind).contiguous()
