@@ -71,7 +71,7 @@ def main():
     run = Run(args)
     for part in args.only or ("calibration", "training", "pieces"):
         getattr(run, part)()
-    print(table(run.result))
+    print(table(run.result), page(run.result), sep="\n\n")
 
 
 class Run:
@@ -351,6 +351,30 @@ def table(result: dict) -> str:
                     whole[name] = whole.get(name, 0.0) + value * cell["per_layer"] * layers
     if whole:
         lines.append("pieces, ms once through the whole model: " + ", ".join(f"{n} {v:.1f}" for n, v in whole.items()))
+    return "\n".join(lines)
+
+
+def page(result: dict) -> str:
+    """The tables of docs/qeft.md."""
+    cells, gib = result["cells"], 2**30
+    lines = ["| | seconds | peak, as a multiple of the 16-bit model |", "|---|---|---|"]
+    for key, found in cells.items():
+        if key.startswith("calibration") and found["peak"]:
+            share = found["peak"] / found["model_bytes"]
+            lines.append(f"| {key.partition(': ')[2]} | {found['seconds']:.1f} | {share:.2f} |")
+    sizes = [s for s in SIZES[result["shape"]] if cell(METHODS[0], s) in cells]
+    heads = [f"{b} × {n:,}" + ("" if recomputed else ", activations kept") for b, n, recomputed in sizes]
+    lines += [
+        "",
+        f"| seconds a step, peak in GiB | trained numbers | {' | '.join(heads)} |",
+        "|---" * (2 + len(sizes)) + "|",
+    ]
+    for method in METHODS:
+        found = [cells.get(cell(method, size), {}) for size in sizes]
+        trained = next((f["trained"] for f in found if "trained" in f), None)
+        if trained is not None:
+            shown = [f"{f['seconds']:.3f}, {f['peak'] / gib:.2f}" if "seconds" in f else "–" for f in found]
+            lines.append(f"| {method} | {trained:,} | {' | '.join(shown)} |")
     return "\n".join(lines)
 
 
