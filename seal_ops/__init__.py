@@ -9,6 +9,7 @@ import importlib
 
 from .ops.dispatch import backends
 from .ops.functional import attention, packed_positions, rope, rope_attention
+from .ops.merging import merge_attention
 from .ops.rotary_tables import rope_frequencies, rope_tables
 from .version import __version__
 
@@ -25,7 +26,7 @@ _LAZY = {
     "compare": "experiments.comparison", "transfer": "experiments.transfer_matrix", "plots": "report.plots",
 }  # fmt: skip
 __all__ = [
-    "__version__", "attention", "backends", "packed_positions", "rope", "rope_attention", "rope_frequencies", "rope_tables",  # noqa: E501
+    "__version__", "attention", "backends", "merge_attention", "packed_positions", "rope", "rope_attention", "rope_frequencies", "rope_tables",  # noqa: E501
     *_LAZY,
 ]  # fmt: skip
 
