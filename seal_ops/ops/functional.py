@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import checks, registration  # noqa: F401  registration defines the ops
+from . import checks, epilogue, registration  # noqa: F401  registration defines the ops
 
 _attention = torch.ops.seal.attention.default
 _rope = torch.ops.seal.rope.default
@@ -29,6 +29,9 @@ def attention(
     deterministic: bool | None = None,
     backend: str | None = None,
     return_lse: bool = False,
+    sink: Tensor | None = None,
+    gate: Tensor | None = None,
+    gate_function: str = "sigmoid",
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`scale * softmax(softmax_scale * q k^T + mask) v + offset`, fused; differentiable in q, k, v, scale and offset.
 
@@ -39,11 +42,15 @@ def attention(
     its own included. `softmax_scale` defaults to 1/sqrt(D). `max_seqlen` is an optional bound, no sync without it.
     `deterministic` (default: torch.are_deterministic_algorithms_enabled()) makes the gradients bitwise repeatable.
     `backend`: "auto", "cuda", "triton", "cpu" or "reference".
+    `sink`: one logit a query head `[Hq]` that joins the softmax's denominator. `gate` `[B, Sq, Hq, D]` or
+    `[B, Sq, Hq, 1]` (packed `[T, Hq, ...]`) multiplies the scaled output by `gate_function` of it ("sigmoid",
+    "softplus" or "identity"). Both are composed around the op, are differentiable, and go without an offset.
 
     Returns out `[B, Sq, Hq, D]` (packed `[T, Hq, D]`), with `return_lse` also the natural-log log-sum-exp `[B, Hq, Sq]`
     (packed `[Hq, T]`), fp32, -inf where a query sees no key (its attention output is 0).
     Raises ValueError, one sentence, for arguments outside this contract or a forced backend that cannot run.
-    Source: SEAL (arXiv 2501.15225) section 4 for the scales; FlashAttention for the algorithm.
+    Source: SEAL (arXiv 2501.15225) section 4 for the scales; FlashAttention for the algorithm; gpt-oss
+    (arXiv 2508.10925) for the sink, gated attention (arXiv 2505.06708) for the gate.
     """
     out, lse = _attention(
         q,
@@ -61,6 +68,7 @@ def attention(
         deterministic=bool(deterministic),
         backend=backend or "auto",
     )
+    out, lse = epilogue.apply("attention", out, lse, offset, sink, gate, gate_function)
     return (out, lse) if return_lse else out
 
 
@@ -110,6 +118,9 @@ def rope_attention(
     deterministic: bool | None = None,
     backend: str | None = None,
     return_lse: bool = False,
+    sink: Tensor | None = None,
+    gate: Tensor | None = None,
+    gate_function: str = "sigmoid",
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`attention(*rope(q, k, ...), v, ...)` as one op that keeps only the rotated q and k for its backward, where the
     inverse rotation is applied as grad_q and grad_k are written. Arguments as in `rope` and `attention`; for packed
@@ -139,6 +150,7 @@ def rope_attention(
         deterministic=bool(deterministic),
         backend=backend or "auto",
     )
+    out, lse = epilogue.apply("rope_attention", out, lse, offset, sink, gate, gate_function)
     return (out, lse) if return_lse else out
 
 
