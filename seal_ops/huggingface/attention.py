@@ -13,8 +13,8 @@ from .masks import NAME, PLAIN, CallMask, as_tensor, read_mask, with_documents
 from .rotation import MAX_HEAD_DIM, Rotation
 
 _UNSUPPORTED = {
-    "s_aux": "attention sinks",
     "position_bias": "a position bias",
+    "sinks": "attention sinks of their own for every token",
     "cache": "a paged cache",
     "head_mask": "a head mask",
 }
@@ -47,14 +47,15 @@ def attention_forward(
     sliding_window: int | None = None,
     softcap: float | None = None,
     is_causal: bool | None = None,
+    s_aux: Tensor | None = None,
     seal_rotation: Rotation | None = None,
     **kwargs,
 ) -> tuple[Tensor, None]:
     """The entry of transformers' attention registry.
 
     query [B, Hq, Sq, D], key and value [B, Hkv, Sk, D], ``attention_mask`` from `attention_mask` above, or a boolean or
-    additive mask [B, 1, Sq, Sk].  Returns ([B, Sq, Hq, D], None), scaled by the module's scales.  Raises
-    UnsupportedAttention for attention sinks and other terms that the op does not have.
+    additive mask [B, 1, Sq, Sk]; ``s_aux`` [Hq]: attention sinks.  Returns ([B, Sq, Hq, D], None), scaled by the
+    module's scales.  Raises UnsupportedAttention for terms that the op does not have.
     """
     site = getattr(module, "_seal_site", None)
     if site is None and not getattr(module, "_seal_bystander", False):
@@ -71,6 +72,7 @@ def attention_forward(
         sliding_window,
         softcap,
         is_causal,
+        s_aux,
         seal_rotation,
         **kwargs,
     )
@@ -87,6 +89,7 @@ def plain_attention_forward(
     sliding_window: int | None = None,
     softcap: float | None = None,
     is_causal: bool | None = None,
+    s_aux: Tensor | None = None,
     **kwargs,
 ) -> tuple[Tensor, None]:
     """`attention_forward` for a model without scales, under the name ``PLAIN``."""
@@ -102,6 +105,7 @@ def plain_attention_forward(
         sliding_window,
         softcap,
         is_causal,
+        s_aux,
         None,
         **kwargs,
     )
@@ -119,6 +123,7 @@ def _attend(
     sliding_window,
     softcap,
     is_causal,
+    sink,
     seal_rotation,
     **kwargs,
 ):
@@ -146,14 +151,14 @@ def _attend(
     mask = read_mask(module, attention_mask, q.shape[0], q.shape[1], k.shape[1], sliding_window, is_causal)
     mask = with_documents(mask, module, q, kwargs.get("cu_seq_lens_q"), kwargs.get("cu_seq_lens_k"))
     k, v = k[:, : mask.keys], v[:, : mask.keys]
-    common = dict(softmax_scale=scaling, causal=mask.causal, window=mask.window, backend=backend)
+    common = dict(softmax_scale=scaling, causal=mask.causal, window=mask.window, backend=backend, sink=sink)
     fused = composed is None and dropout == 0 and mask.dense is None
     if seal_rotation is not None:
         if fused and mask.cu_seqlens is None:
             return rope_attention(q, k, v, seal_rotation.cos, seal_rotation.sin, scale=scale, **common), None
         q, k = rope(q, k, seal_rotation.cos, seal_rotation.sin, backend=backend)
     if not fused:
-        return _composed(q, k, v, as_tensor(mask, q), scale, scaling, dropout, softcap), None
+        return _composed(q, k, v, as_tensor(mask, q), scale, scaling, dropout, softcap, sink), None
     if mask.cu_seqlens is not None:
         return _packed(q, k, v, scale, mask, common), None
     return attention(q, k, v, scale, **common), None
@@ -200,20 +205,25 @@ def _composed(
     softmax_scale: float | None,
     dropout: float,
     softcap: float | None,
+    sink: Tensor | None,
 ) -> Tensor:
     """Attention from PyTorch's parts, for mask tensors, dropout and soft-capped scores, times the scale.
 
-    q [B, Sq, Hq, D], k [B, Sk, Hkv, D], v [B, Sk, Hkv, Dv]; mask boolean or additive, broadcast to [B, Hq, Sq, Sk].
+    q [B, Sq, Hq, D], k [B, Sk, Hkv, D], v [B, Sk, Hkv, Dv]; mask boolean or additive, broadcast to [B, Hq, Sq, Sk];
+    sink [Hq].
     """
     batch, length, heads, _ = q.shape
     groups = heads // k.shape[2]
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-    if groups > 1 and length == 1 and (mask is None or mask.dim() < 3 or mask.shape[-3] == 1):
+    if groups > 1 and length == 1 and sink is None and (mask is None or mask.dim() < 3 or mask.shape[-3] == 1):
         q = q.reshape(batch, -1, groups, q.shape[-1])  # decoding: the heads of a group as queries, no copy of the cache
     elif groups > 1:
         k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
     if mask is not None:
         mask = mask[..., : k.shape[2]]
+    if sink is not None:  # one more key, whose score is the mask's entry, without a value
+        mask = _with_sink(mask, sink, q, k.shape[2])
+        k, v = (F.pad(t, (0, 0, 0, 1)) for t in (k, v))
     if softcap is None:
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, scale=softmax_scale)
     else:
@@ -230,6 +240,17 @@ def _composed(
         return out
     factor = full_view(scale, out.shape[2], out.shape[3])[:, None]  # [B or 1, 1, Hq, D or 1]
     return (out.to(factor.dtype) * factor).to(out.dtype)
+
+
+def _with_sink(mask: Tensor | None, sink: Tensor, q: Tensor, keys: int) -> Tensor:
+    """The additive mask [B or 1, Hq, Sq, keys + 1] whose last column is the sink's logit."""
+    if mask is None:
+        mask = q.new_zeros(1, 1, 1, keys)
+    elif mask.dtype == torch.bool:
+        mask = q.new_zeros(mask.shape).masked_fill(~mask, float("-inf"))
+    rows = (mask.shape[0] if mask.dim() == 4 else 1, q.shape[1], q.shape[2])
+    column = sink.to(q.dtype)[None, :, None, None].expand(*rows, 1)
+    return torch.cat([mask.to(q.dtype).expand(*rows, keys), column], -1)
 
 
 AttentionInterface.register(NAME, attention_forward)

@@ -6,6 +6,9 @@ attention output is *observed*, by running the model on two tokens.
 
 from __future__ import annotations
 
+import functools
+import inspect
+import re
 import types
 import warnings
 
@@ -46,6 +49,11 @@ class _Probe:
         self, query: Tensor, key: Tensor, value: Tensor, rotation: Rotation | None, composed: str | None
     ) -> Tensor:
         site = self.site
+        if _extends_mask(getattr(type(site.module), "_seal_base", type(site.module))):
+            raise UnsupportedAttention(
+                f"seal_ops.attach: model must hand the mask to attention as it is, "
+                f"{type(site.module).__name__} extends it by keys of its own"
+            )
         site.num_heads, site.num_kv_heads, site.head_dim = query.shape[1], key.shape[1], value.shape[-1]
         site.device, site.dtype, site.composed = query.device, value.dtype, composed
         self.turned = _what_turned(site, rotation, query, key) if self.entered else None
@@ -54,6 +62,21 @@ class _Probe:
             self.out = out
         self.watch.layer, self.watch.run = self, self.active
         return out
+
+
+@functools.cache
+def _extends_mask(cls: type) -> bool:
+    """Whether an attention class lengthens its mask, which a mask that is a description does not survive.
+
+    Two tokens do not show it: keys of its own may come with longer inputs alone.
+    """
+    try:
+        source = inspect.getsource(inspect.unwrap(cls.forward))
+    except (OSError, TypeError):
+        return False
+    return (
+        re.search(r"\battention_mask\s*=\s*(torch\.cat|(F|functional)\.pad|nn\.functional\.pad)\(", source) is not None
+    )
 
 
 def _what_turned(site: AttentionLayer, rotation: Rotation | None, query: Tensor, key: Tensor) -> str | None:

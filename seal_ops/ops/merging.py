@@ -86,9 +86,7 @@ def _fake(op: str):
         check(op, a)
         out = a["outs"][0]
         parts = () if op == "merge_attention" else (len(a["outs"]),)
-        return out.new_empty((*parts, *out.shape)), out.new_empty(
-            (*parts, *_rows(out)), dtype=checks.statistics(out)
-        )
+        return out.new_empty((*parts, *out.shape)), out.new_empty((*parts, *_rows(out)), dtype=checks.statistics(out))
 
     return fake
 

@@ -78,7 +78,8 @@ def test_packed_sequences():
     gate = rand(12, HEADS, 1).requires_grad_()
     found = seal_ops.attention(**a, gate=gate, cu_seqlens=cu, return_lse=True)
     parts = [
-        by_hand(*(a[n][s] for n in "qkv"), a["scale"], a["sink"], gate[s], torch.sigmoid) for s in (slice(5), slice(5, 12))
+        by_hand(*(a[n][s] for n in "qkv"), a["scale"], a["sink"], gate[s], torch.sigmoid)
+        for s in (slice(5), slice(5, 12))
     ]
     compare(found, (torch.cat([o for o, _ in parts]), torch.cat([l for _, l in parts], -1)), [*a.values(), gate])
 
@@ -114,11 +115,11 @@ def test_16_bit_is_rounded_once_more():
 
 WRONG = {
     "sink per row": (dict(sink=torch.zeros(2, HEADS)), "sink must have shape [4] (one logit a query head), got [2, 4]"),
-    "sink of integers": (dict(sink=torch.zeros(HEADS, dtype=torch.int64)), "sink must be bfloat16, float16, float32 or float64, got torch.int64"),
+    "sink of integers": (dict(sink=torch.zeros(HEADS, dtype=torch.int64)), "sink must be bfloat16, float16, float32 or float64, got torch.int64"),  # noqa: E501
     "sink elsewhere": (dict(sink=torch.zeros(HEADS, device="meta")), "sink must be on q's device cpu, got meta"),
-    "gate": (dict(gate=torch.zeros(2, 9, HEADS)), "gate must have q's shape [2, 9, 4, 16] or [2, 9, 4, 1], got [2, 9, 4]"),
+    "gate": (dict(gate=torch.zeros(2, 9, HEADS)), "gate must have q's shape [2, 9, 4, 16] or [2, 9, 4, 1], got [2, 9, 4]"),  # noqa: E501
     "function": (dict(gate_function="tanh"), "gate_function must be one of sigmoid, softplus, identity, got 'tanh'"),
-    "offset": (dict(sink=torch.zeros(HEADS), offset=torch.zeros(HEADS, D)), "offset must be None with a sink (add it to the output), got [4, 16]"),
+    "offset": (dict(sink=torch.zeros(HEADS), offset=torch.zeros(HEADS, D)), "offset must be None with a sink (add it to the output), got [4, 16]"),  # noqa: E501
 }  # fmt: skip
 
 

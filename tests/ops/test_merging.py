@@ -51,7 +51,12 @@ def test_it_is_the_formula(backend, device, dtype, count, head_dim, packed):
     leaves = [t.requires_grad_() for t in (*outs, *lses)]
     out, lse = seal_ops.merge_attention(outs, lses, backend=backend)
     want, want_lse = by_hand(outs, lses)
-    assert out.dtype == dtype and not out.isnan().any() and (lse[..., 0] == -torch.inf).all() and not out[..., 0, :, :].any()
+    assert (
+        out.dtype == dtype
+        and not out.isnan().any()
+        and (lse[..., 0] == -torch.inf).all()
+        and not out[..., 0, :, :].any()
+    )
     tolerance = dict(rtol=1e-12, atol=1e-12) if dtype == torch.float64 else dict(rtol=2e-6, atol=2e-6)
     torch.testing.assert_close(out.double(), want, **tolerance)
     torch.testing.assert_close(lse.double(), want_lse, **tolerance)
@@ -109,7 +114,8 @@ def test_attention_over_two_halves_is_attention(cut):
     q, k, v, scale = rand(2, 33, 4, 16), rand(2, 51, 2, 16), rand(2, 51, 2, 16), rand(4, 16)
     whole = seal_ops.attention(q, k, v, scale, causal=False, return_lse=True)
     halves = [
-        seal_ops.attention(q, k[:, s], v[:, s], scale, causal=False, return_lse=True) for s in (slice(cut), slice(cut, 51))
+        seal_ops.attention(q, k[:, s], v[:, s], scale, causal=False, return_lse=True)
+        for s in (slice(cut), slice(cut, 51))
     ]
     merged = seal_ops.merge_attention(*zip(*halves))
     weights = [torch.randn(t.shape, generator=g, dtype=torch.float64) for t in whole]
@@ -172,11 +178,11 @@ WRONG = {
     "count": ([O, O], [L], "lses must be as many as outs (2), got 1"),
     "rank": ([O[0, 0]], [L], "outs[0] must have the layout [B, S, H, D] or packed [T, H, D], got 2 dimensions"),
     "integer": ([O.int()], [L], "outs[0] must be bfloat16, float16, float32 or float64, got torch.int32"),
-    "another shape": ([O, O[:, :4]], [L, L], "outs[1] must be like outs[0] ([2, 5, 3, 16] torch.float32 on cpu), got [2, 4, 3, 16] torch.float32 on cpu"),
-    "another dtype": ([O, O.double()], [L, L], "outs[1] must be like outs[0] ([2, 5, 3, 16] torch.float32 on cpu), got [2, 5, 3, 16] torch.float64 on cpu"),
-    "another device": ([O, O.to("meta")], [L, L], "outs[1] must be like outs[0] ([2, 5, 3, 16] torch.float32 on cpu), got [2, 5, 3, 16] torch.float32 on meta"),
+    "another shape": ([O, O[:, :4]], [L, L], "outs[1] must be like outs[0] ([2, 5, 3, 16] torch.float32 on cpu), got [2, 4, 3, 16] torch.float32 on cpu"),  # noqa: E501
+    "another dtype": ([O, O.double()], [L, L], "outs[1] must be like outs[0] ([2, 5, 3, 16] torch.float32 on cpu), got [2, 5, 3, 16] torch.float64 on cpu"),  # noqa: E501
+    "another device": ([O, O.to("meta")], [L, L], "outs[1] must be like outs[0] ([2, 5, 3, 16] torch.float32 on cpu), got [2, 5, 3, 16] torch.float32 on meta"),  # noqa: E501
     "tokens first": ([O], [L.mT], "lses[0] must be [2, 3, 5] torch.float32 on cpu, got [2, 5, 3] torch.float32 on cpu"),
-    "lse dtype": ([O.bfloat16()], [L.bfloat16()], "lses[0] must be [2, 3, 5] torch.float32 on cpu, got [2, 3, 5] torch.bfloat16 on cpu"),
+    "lse dtype": ([O.bfloat16()], [L.bfloat16()], "lses[0] must be [2, 3, 5] torch.float32 on cpu, got [2, 3, 5] torch.bfloat16 on cpu"),  # noqa: E501
 }  # fmt: skip
 
 
@@ -206,6 +212,8 @@ def test_backends_that_cannot():
 def test_no_rows(backend, device, dtype):
     for shape in itertools.product((0, 2), (0, 3)):
         o = torch.zeros(shape[0], shape[1], 2, 16, dtype=dtype, device=device)
-        l = torch.zeros(shape[0], 2, shape[1], dtype=torch.float64 if dtype == torch.float64 else torch.float32, device=device)
+        l = torch.zeros(
+            shape[0], 2, shape[1], dtype=torch.float64 if dtype == torch.float64 else torch.float32, device=device
+        )
         out, lse = seal_ops.merge_attention([o, o], [l, l], backend=backend)
         assert out.shape == o.shape and lse.shape == l.shape
