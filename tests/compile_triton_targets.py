@@ -159,7 +159,7 @@ def compile_for(arch: int, dtype: str, head_dim: int, variant: str, forward_only
     for tokens, splits in ((1, 4), (8, 4), (16, 4)):  # times four heads of a group: 16, 32 and 64 rows
         q, k, v = tensors(tokens)
         out, lse = torch.empty_like(q), torch.empty(q.shape[:-1])
-        geometry = Geometry.of(q, k, None, True, window, lengths(tokens), lengths(256))
+        geometry = Geometry.of(q, k, None, True, window, None, lengths(tokens), lengths(256))
         decode.attention(q, k, v, scale, offset, out, lse, geometry, tokens, splits)
     return recorder.found
 

@@ -68,7 +68,7 @@ variable_list call(const char* name, const Named& named, const AutogradContext* 
 struct Attention : Function<Attention> {
   static constexpr const char* kDifferentiable[] = {"q", "k", "v", "scale", "offset"};
   static constexpr const char* kRead[] = {"cos", "sin", "positions", "positions_k", "cu_seqlens", "cu_seqlens_k"};
-  static constexpr const char* kOptions[] = {"softmax_scale", "causal",        "window",  "max_seqlen",
+  static constexpr const char* kOptions[] = {"softmax_scale", "causal",        "window",  "mask",        "max_seqlen",
                                              "max_seqlen_k",  "deterministic", "backend", "interleaved"};
 
   // `given`: those of kDifferentiable that are there. Returns out and lse. The rotated q and k, which have no gradient of

@@ -17,6 +17,11 @@ namespace seal {
 
 using at::Tensor;
 
+// Which keys a query sees: the integers of the op's `mask` in their order (docs/ops.md, "Masks"). Unbounded: 2^30 either way.
+struct Visible {
+  int32_t lower, upper, chunk, chunk_lower, chunk_upper, shift, shifted_from, sinks;
+};
+
 struct Call {
   std::string_view op;  // as backend: text that outlives the call
 
@@ -26,6 +31,8 @@ struct Call {
   const Tensor *cu_seqlens = nullptr, *cu_seqlens_k = nullptr;
   std::optional<double> softmax_scale;
   std::optional<int64_t> window, max_seqlen, max_seqlen_k;
+  c10::SmallVector<int64_t, 8> mask;  // as given; empty: None
+  bool has_mask = false;
   bool causal = true, deterministic = false, interleaved = false, inverse = false;
   c10::SmallVector<bool, 5> needs;  // of attention_backward: q, k, v, scale, offset
   std::string_view backend = "auto";
@@ -35,6 +42,8 @@ struct Call {
   int64_t rows = 0;                // batch rows, or packed sequences
   int64_t seqlen_q = 0, seqlen_k = 0, heads_q = 0, heads_k = 0, head_dim = 0;  // packed: lengths are totals of tokens
   double sigma = 0;                // the softmax scale in force
+  Visible visible;                 // what the mask or its shorthands say
+  bool one_band = true;            // no chunks, no sinks, and every query's own position in the band: as the window below
   int32_t window_left = -1, window_right = -1;  // keys to the left and right of a query's own position; -1: unbounded
   bool needs_scale = false, needs_offset = false;  // asked for, and there
 

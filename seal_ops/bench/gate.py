@@ -14,8 +14,8 @@ import math
 import torch
 from torch import Tensor
 
-from ..ops import masks as mask
 from ..ops.backends import reference
+from ..ops.visibility import Visibility
 
 SECTIONS = 16
 # Relative error that plain roundings of operands and results leave, by dtype; a wrong mask, head or scale gives 0.1 and
@@ -42,13 +42,14 @@ def attention_slice(
         torch.zeros_like(v),
     )
     block = max(64, min(1024, (1 << 27) // length))
-    left, _ = mask.bounds(True, window)
+    left = length if window is None else window - 1
+    seen = Visibility.of(True, window)
     for start in range(0, length, block):
         rows = slice(start, min(start + block, length))
-        first = 0 if left < 0 else max(0, start - left)
+        first = max(0, start - left)
         keys = slice(first, rows.stop)
         # The last query of the block stands at the last key taken: aligned to the end, as everywhere.
-        hidden = ~mask.allowed(rows.stop - start, rows.stop - first, left, 0, q.device)
+        hidden = ~seen.allowed(rows.stop - start, rows.stop - first, device=q.device)[0]
         for head in range(group):
             scores = (q[rows, head] @ k[keys].T).mul_(sigma).masked_fill_(hidden, -math.inf)
             p = torch.softmax(scores, -1)

@@ -19,7 +19,7 @@ from transformers.masking_utils import (
     sdpa_mask,
 )
 
-from ..ops import masks
+from ..ops.visibility import Visibility
 
 NAME = "seal"  # in both registries; transformers reserves "/" and "|"
 PLAIN = "seal_plain"  # the same attention for a model without scales
@@ -217,7 +217,7 @@ def as_tensor(mask: CallMask, q: Tensor) -> Tensor | None:
     batch, length = q.shape[:2]
     seen = None
     if mask.causal:  # only causal masks come with a window
-        seen = masks.allowed(length, mask.keys, *masks.bounds(mask.causal, mask.window), device=q.device)
+        seen = Visibility.of(mask.causal, mask.window).allowed(length, mask.keys, device=q.device)[0]
     if mask.tokens is not None:
         real = torch.zeros(batch * length, dtype=torch.bool, device=q.device).index_fill(0, mask.tokens.long(), True)
         return seen & real.view(batch, 1, 1, -1)

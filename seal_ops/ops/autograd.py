@@ -17,6 +17,7 @@ _OPTIONS = (
     "softmax_scale",
     "causal",
     "window",
+    "mask",
     "max_seqlen",
     "max_seqlen_k",
     "deterministic",

@@ -11,6 +11,8 @@ import math
 import torch
 from torch import Tensor
 
+from .masks import FIELDS, UNBOUNDED
+
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
@@ -148,6 +150,24 @@ def _mask(op: str, a: dict) -> None:
         fail(op, "softmax_scale", "be finite", f"{sigma:g}")
     if window is not None and window < 1:
         fail(op, "window", "be at least 1 (the keys a query sees, its own included)", window)
+    if a["mask"] is None:
+        return
+    if window is not None or not a["causal"]:
+        fail(op, "mask", "come without window and causal=False", "window" if a["causal"] else "causal=False")
+    mask = [int(n) for n in a["mask"]]
+    if len(mask) != len(FIELDS):
+        fail(op, "mask", f"have {len(FIELDS)} integers ({', '.join(FIELDS)})", len(mask))
+    if max(mask) > UNBOUNDED or min(mask) < -UNBOUNDED:
+        fail(op, "mask", "have integers from -2^30 to 2^30", mask)
+    lower, upper, chunk, chunk_lower, chunk_upper, shift, shifted_from, sinks = mask
+    if lower > upper or chunk_lower > chunk_upper:
+        fail(op, "mask", "have lower <= upper and chunk_lower <= chunk_upper", mask)
+    if chunk < 0 or sinks < 0 or shifted_from < 0 or not 0 <= shift < max(chunk, 1):
+        fail(op, "mask", "have chunk, shifted_from and sinks of at least 0, and a shift from 0 to below chunk", mask)
+    heads, group = a["q"].shape[-2], a["q"].shape[-2] // a["k"].shape[-2]
+    if shift and shifted_from < heads and shifted_from % group:
+        expected = f"shift whole groups of {group} query heads, those that share a key/value head"
+        fail(op, "mask", expected, f"heads from {shifted_from} on")
 
 
 def _factor(op: str, name: str, t: Tensor | None, q: Tensor, rows, per_head: bool) -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from . import checks, epilogue, registration  # noqa: F401  registration defines the ops
+from .masks import Mask
 
 _attention = torch.ops.seal.attention.default
 _rope = torch.ops.seal.rope.default
@@ -22,6 +25,7 @@ def attention(
     softmax_scale: float | None = None,
     causal: bool = True,
     window: int | None = None,
+    mask: Mask | Sequence[int] | None = None,
     cu_seqlens: Tensor | None = None,
     cu_seqlens_k: Tensor | None = None,
     max_seqlen: int | None = None,
@@ -39,7 +43,8 @@ def attention(
     `cu_seqlens` int32 `[sequences + 1]` (`cu_seqlens_k` where the keys' lengths differ). Hq is a multiple of Hkv.
     scale: fp32 `[Hq]` (SEAL-H), `[Hq, D]` (SEAL-C), per batch row `[B, Hq, 1]` or `[B, Hq, D]`; offset: fp32 `[Hq, D]`.
     Masks: `causal` aligned to the end (query i sees keys up to i + Sk - Sq); `window` = number of keys a query sees,
-    its own included. `softmax_scale` defaults to 1/sqrt(D). `max_seqlen` is an optional bound, no sync without it.
+    its own included. `mask` in their place: any of `seal_ops.masks` (or the op's eight integers).
+    `softmax_scale` defaults to 1/sqrt(D). `max_seqlen` is an optional bound, no sync without it.
     `deterministic` (default: torch.are_deterministic_algorithms_enabled()) makes the gradients bitwise repeatable.
     `backend`: "auto", "cuda", "triton", "cpu" or "reference".
     `sink`: one logit a query head `[Hq]` that joins the softmax's denominator. `gate` `[B, Sq, Hq, D]` or
@@ -63,6 +68,7 @@ def attention(
         softmax_scale=softmax_scale,
         causal=causal,
         window=window,
+        mask=_integers("attention", mask, q),
         max_seqlen=max_seqlen,
         max_seqlen_k=max_seqlen_k,
         deterministic=bool(deterministic),
@@ -111,6 +117,7 @@ def rope_attention(
     softmax_scale: float | None = None,
     causal: bool = True,
     window: int | None = None,
+    mask: Mask | Sequence[int] | None = None,
     cu_seqlens: Tensor | None = None,
     cu_seqlens_k: Tensor | None = None,
     max_seqlen: int | None = None,
@@ -145,6 +152,7 @@ def rope_attention(
         softmax_scale=softmax_scale,
         causal=causal,
         window=window,
+        mask=_integers("rope_attention", mask, q),
         max_seqlen=max_seqlen,
         max_seqlen_k=max_seqlen_k,
         deterministic=bool(deterministic),
@@ -152,6 +160,15 @@ def rope_attention(
     )
     out, lse = epilogue.apply("rope_attention", out, lse, offset, sink, gate, gate_function)
     return (out, lse) if return_lse else out
+
+
+def _integers(op: str, mask: Mask | Sequence[int] | None, q: Tensor) -> Sequence[int] | None:
+    """The op's `mask` argument for q [..., H, D]: a mask's share of shifted heads becomes heads."""
+    if isinstance(mask, Mask):
+        return mask.resolve(q.shape[-2])
+    if mask is not None and not isinstance(mask, (list, tuple)):
+        checks.fail(op, "mask", "be made by seal_ops.masks (or be the op's 8 integers)", type(mask).__name__)
+    return mask
 
 
 def packed_positions(cu_seqlens: Tensor, tokens: int, cu_seqlens_k: Tensor | None = None) -> Tensor:

@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from seal_ops.ops import factors, masks
+from seal_ops.ops import factors
 
 HERE = pathlib.Path(__file__).parent
 Variant = tuple[
@@ -90,7 +90,8 @@ def prepare(
     out = torch.full(q.shape, torch.nan, dtype=q.dtype, device=q.device)
     lse = torch.full((*q.shape[:-3], heads, q.shape[-3]), torch.nan, device=q.device)
     cu_k = cu_seqlens if cu_seqlens_k is None else cu_seqlens_k
-    left, right = masks.bounds(causal, window)
+    left = -1 if window is None else window - 1
+    right = 0 if causal else left
     sequences = cu_seqlens.numel() - 1 if packed else q.shape[0]
     numbers = (
         [n for t in (q, k, v, out) for n in _tensor(t)]

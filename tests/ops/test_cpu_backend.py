@@ -1,45 +1,86 @@
 """What is particular to the cpu backend: how a masked attention divides into calls of ATen."""
 
+import dataclasses
+
 import pytest
 import torch
 from cases import Case, make, run, run_plain
 from measure import assert_close, oracle
 
 import seal_ops
-from seal_ops.ops import masks as mask
+from seal_ops import masks
 from seal_ops.ops.backends import cpu
+from seal_ops.ops.visibility import Visibility
+
+MASKS = [
+    masks.causal(),
+    masks.full(),
+    masks.window(1),
+    masks.window(100),
+    masks.band(0, 0),
+    masks.band(-69, 69),
+    masks.band(-1999, 1999),
+    masks.band(3, 40),
+    masks.band(None, -300),
+    masks.streaming(4, 100),
+    masks.streaming(300, 20),
+    masks.streaming(2000, 1),
+    masks.chunks(100),
+    masks.chunks(256, before=(1, 1)),
+    masks.chunks(70, before=(2, None)),
+    dataclasses.replace(masks.chunks(90, before=(1, 2)), upper=-60, lower=-200, sinks=5),
+]
+
+
+def pairs(sq: int, sk: int, seen: Visibility) -> tuple[torch.Tensor, torch.Tensor]:
+    """How often each pair is computed, and the rows that the pieces hold."""
+    found, rows = torch.zeros(sq, sk, dtype=torch.int32), torch.zeros(sq, dtype=torch.int32)
+    for piece in cpu._pieces(sq, sk, seen):
+        keys = torch.cat([torch.arange(span.start, span.stop) for span in piece.keys])
+        count = piece.queries.stop - piece.queries.start
+        rows[piece.queries] += 1
+        part = torch.ones(count, len(keys), dtype=torch.int32)
+        if piece.causal:
+            assert count == len(keys)  # what ATen's flag means is not in doubt there
+            part = part.tril()
+        elif (bias := piece.bias(seen, sk - sq, torch.float32)) is not None:
+            part = (bias == 0).int()
+        found[torch.arange(sq)[piece.queries, None], keys] += part
+    return found, rows
 
 
 @pytest.mark.parametrize(
-    "sq, sk", [(1, 1), (1, 700), (300, 300), (600, 600), (256, 257), (257, 512), (200, 900), (513, 514)]
+    "sq, sk", [(1, 1), (1, 700), (300, 300), (600, 600), (256, 257), (257, 512), (200, 900), (513, 514), (600, 200)]
 )
+@pytest.mark.parametrize("mask", MASKS, ids=str)
+def test_pieces_hold_every_pair_once_and_no_other(sq, sk, mask):
+    seen = Visibility(*mask.resolve(1))
+    (want,) = seen.allowed(sq, sk).int()
+    found, rows = pairs(sq, sk, seen)
+    alive = want.any(1)
+    assert torch.equal(found[alive], want[alive]) and (rows[alive] == 1).all() and (rows <= 1).all()
+
+
 @pytest.mark.parametrize(
-    "causal, window",
-    [(True, None), (False, None), (True, 1), (True, 100), (False, 1), (False, 70), (True, 599), (False, 2000)],
+    "mask, most",
+    [
+        (masks.window(256), 0.1),
+        (masks.band(-255, 255), 0.15),
+        (masks.causal(), 1.0),
+        (masks.streaming(16, 256), 0.1),
+        (masks.chunks(1500), 0.15),
+        (masks.chunks(1500, before=(1, 1)), 0.25),
+    ],
+    ids=str,
 )
-def test_pieces_hold_every_pair_once_and_no_other(sq, sk, causal, window):
-    left, right = mask.bounds(causal, window)
-    want, found = mask.allowed(sq, sk, left, right).int(), torch.zeros(sq, sk, dtype=torch.int32)
-    for queries, keys, flagged, seen in cpu._pieces(sq, sk, left, right):
-        rows, columns = queries.stop - queries.start, keys.stop - keys.start
-        if flagged:
-            assert rows == columns  # what ATen's flag means is not in doubt there
-            found[queries, keys] += torch.ones(rows, columns, dtype=torch.int32).tril()
-        elif seen is None:
-            found[queries, keys] += 1
-        else:
-            assert seen[:2] == (rows, columns)
-            found[queries, keys] += mask.allowed(rows, columns, left, right, first=seen[2])
-    assert torch.equal(found, want)
-
-
-@pytest.mark.parametrize("window, causal, most", [(256, True, 0.1), (256, False, 0.15), (None, True, 1.0)])
-def test_a_window_costs_what_it_sees(window, causal, most):
-    """Pairs computed and elements of the largest mask for 6,000 queries at the end of 8,000 keys."""
-    pieces = list(cpu._pieces(6000, 8000, *mask.bounds(causal, window)))
-    pairs = sum((q.stop - q.start) * (k.stop - k.start) for q, k, _, _ in pieces)
-    assert pairs <= most * 6000 * 8000
-    assert max(seen[0] * seen[1] for *_, seen in pieces) <= cpu._CHUNK * min(8000, 2 * (window or 8000) + cpu._CHUNK)
+def test_a_mask_costs_what_it_sees(mask, most):
+    """Pairs computed and elements of the largest bias for 6,000 queries at the end of 8,000 keys."""
+    seen = Visibility(*mask.resolve(1))
+    pieces = list(cpu._pieces(6000, 8000, seen))
+    keys = [sum(span.stop - span.start for span in piece.keys) for piece in pieces]
+    assert sum((piece.queries.stop - piece.queries.start) * n for piece, n in zip(pieces, keys)) <= most * 6000 * 8000
+    assert all(piece.whole or piece.queries.stop - piece.queries.start <= cpu._CHUNK for piece in pieces)
+    assert max(keys) <= min(8000, most * 8000 + 3 * cpu._CHUNK + 1500)
 
 
 CASES = [
@@ -49,6 +90,9 @@ CASES = [
     Case(700, 300, heads=(2, 2), head_dim=32, window=50, lse=True),
     Case((300, 0, 513, 20), (300, 0, 513, 20), heads=(2, 1), head_dim=32, window=40),
     Case(600, 600, heads=(2, 2), head_dim=32),
+    Case(600, 700, heads=(4, 2), head_dim=32, mask=masks.shifted_groups(150, sinks=4), lse=True),
+    Case((300, 513), (300, 600), heads=(2, 1), head_dim=32, mask=masks.streaming(300, 30), scale="row-head"),
+    Case(700, 700, heads=(2, 1), head_dim=32, mask=masks.chunks(300, before=(1, 1)), offset=True, lse=True),
 ]
 
 

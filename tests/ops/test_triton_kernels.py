@@ -1,5 +1,6 @@
 """What is particular to the Triton backend; that it honours the contract is tests/ops/test_ops.py's business."""
 
+import dataclasses
 import subprocess
 import sys
 
@@ -19,47 +20,92 @@ from measure import assert_close, oracle  # noqa: E402
 from triton.runtime.errors import OutOfResources  # noqa: E402
 
 import seal_ops.ops.backends.triton as kernels  # noqa: E402
-from seal_ops.ops import masks as mask  # noqa: E402
-from seal_ops.ops.backends.triton import configs, forward, rotary, tiling  # noqa: E402
+from seal_ops import masks  # noqa: E402
+from seal_ops.ops.backends.triton import configs, forward, rotary, tiling, walk  # noqa: E402
+from seal_ops.ops.visibility import Visibility  # noqa: E402
 
 DEVICE = device_of("triton")
 NEEDS = (True, True, True, True, False)
 
 
-@triton.jit(do_not_specialize=["len_q", "len_k", "left", "right"])
-def _blocks(out_ptr, len_q, len_k, left, right, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, OF_KEYS: tl.constexpr):
+@triton.jit(
+    do_not_specialize=["len_q", "len_k", "lower", "upper", "chunk", "chunk_lower", "chunk_upper", "shift", "sinks"]
+)
+def _blocks(
+    out_ptr, len_q, len_k, lower, upper, chunk, chunk_lower, chunk_upper, shift, sinks,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, OF_KEYS: tl.constexpr,
+):  # fmt: skip
     pid = tl.program_id(0)
+    bounds = (len_q, len_k, lower, upper, chunk, chunk_lower, chunk_upper, shift, sinks)
     if OF_KEYS:
-        a, b, c, d = tiling.key_blocks(pid * BLOCK_M, (len_q, len_k, left, right), BLOCK_M, BLOCK_N)
+        blocks = walk.key_blocks(pid * BLOCK_M, bounds, BLOCK_M, BLOCK_N)
     else:
-        a, b, c, d = tiling.query_blocks(pid * BLOCK_N, (len_q, len_k, left, right), BLOCK_M, BLOCK_N)
-    tl.store(out_ptr + pid * 4, a)
-    tl.store(out_ptr + pid * 4 + 1, b)
-    tl.store(out_ptr + pid * 4 + 2, c)
-    tl.store(out_ptr + pid * 4 + 3, d)
+        blocks = walk.query_blocks(pid * BLOCK_N, bounds, BLOCK_M, BLOCK_N)
+    BLOCK: tl.constexpr = BLOCK_N if OF_KEYS else BLOCK_M
+    visits = out_ptr + pid * 64  # 0: not visited; 1: as a full block; 2: as a masked one
+    lower, upper = walk.loop_range(blocks, False)
+    for i in range(lower, upper):
+        tl.store(visits + walk.block_start(i, blocks, BLOCK, False) // BLOCK, 1)
+    lower, upper = walk.loop_range(blocks, True)
+    for i in range(lower, upper):
+        block = walk.block_start(i, blocks, BLOCK, True) // BLOCK
+        tl.store(visits + block, tl.load(visits + block) + 2)
+
+
+WALKED = [
+    masks.causal(),
+    masks.full(),
+    masks.window(5),
+    masks.window(40),
+    masks.band(-8, 8),
+    masks.band(0, 0),
+    masks.band(None, -20),
+    masks.band(3, 9),
+    masks.streaming(4, 16),
+    masks.streaming(20, 7),
+    masks.streaming(1000, 1),
+    masks.chunks(16),
+    masks.chunks(17),
+    masks.chunks(24, before=(1, 1)),
+    masks.chunks(7, before=(2, None)),
+    dataclasses.replace(masks.chunks(24, before=(1, 1)), shift=11, sinks=30),
+    dataclasses.replace(masks.chunks(20, before=(0, 1)), shift=3, upper=masks.UNBOUNDED, chunk_upper=1, lower=-25),
+    dataclasses.replace(masks.band(None, -30), sinks=20),
+]
 
 
 @pytest.mark.parametrize("of_keys", [True, False], ids=["key_blocks", "query_blocks"])
 @pytest.mark.parametrize("sq,sk", [(1, 1), (40, 40), (23, 61), (61, 23), (64, 64), (7, 100)])
-@pytest.mark.parametrize("causal,window", [(True, None), (False, None), (True, 5), (False, 9), (True, 40), (False, 1)])
-def test_visited_blocks_hold_every_pair_and_full_blocks_nothing_else(of_keys, sq, sk, causal, window):
+@pytest.mark.parametrize("mask", WALKED, ids=str)
+def test_a_walk_visits_what_is_seen_once_and_little_else(of_keys, sq, sk, mask):
+    """Every pair that is seen lies in a block that is visited once, full blocks are seen whole, and what no pair needs
+    is skipped: outside the sinks' and the band's ranges nothing is visited."""
     m, n = 16, 8
-    left, right = mask.bounds(causal, window)
-    seen = mask.allowed(sq, sk, left, right)
-    if not of_keys:
-        seen = seen.T
-    tile, block = (m, n) if of_keys else (n, m)
-    tiles = triton.cdiv(seen.shape[0], tile)
-    found = torch.full((tiles, 4), -1, dtype=torch.int32, device=DEVICE)
-    _blocks[(tiles,)](found, sq, sk, *(None if w < 0 else w for w in (left, right)), m, n, of_keys)
-    for t, (begin, full_begin, full_end, end) in enumerate(found.tolist()):
-        assert 0 <= begin <= full_begin <= full_end <= end
-        mine = seen[t * tile : (t + 1) * tile]
-        outside = torch.ones(seen.shape[1], dtype=torch.bool)
-        outside[begin * block : end * block] = False
-        assert not mine[:, outside].any(), f"tile {t} leaves out pairs beyond blocks {begin}..{end}"
-        assert full_end * block <= seen.shape[1] or full_begin == full_end
-        assert mine[:, full_begin * block : full_end * block].all(), f"tile {t} takes {full_begin}..{full_end} for full"
+    integers = mask.resolve(1)
+    integers[5:7] = mask.shift, 0  # shifted
+    seen = Visibility(*integers)
+    none = lambda value: None if value is None or abs(value) >= masks.UNBOUNDED else value
+    lower, upper, chunk, chunk_lower, chunk_upper, shift, _, sinks = integers
+    chunked = (chunk, none(chunk_lower), none(chunk_upper), shift) if chunk else (None,) * 4
+    (allowed,) = seen.allowed(sq, sk)
+    tile, block, length = (m, n, sq) if of_keys else (n, m, sk)
+    allowed = allowed if of_keys else allowed.T
+    tiles = triton.cdiv(length, tile)
+    found = torch.zeros((tiles, 64), dtype=torch.int32, device=DEVICE)
+    _blocks[(tiles,)](found, sq, sk, none(lower), none(upper), *chunked, sinks or None, m, n, of_keys)
+    visited = 0
+    for t, kinds in enumerate(found.tolist()):
+        mine = allowed[t * tile : (t + 1) * tile]
+        for b, kind in enumerate(kinds):
+            part = mine[:, b * block : (b + 1) * block]
+            assert kind in (0, 1, 2), f"tile {t} visits block {b} twice"
+            assert kind or not part.any(), f"tile {t} leaves out block {b}"
+            assert kind != 1 or (part.shape[1] == block and part.all()), f"tile {t} takes block {b} for full"
+            visited += kind > 0
+    needed = sum(bool(part.any()) for rows in allowed.split(tile) for part in rows.split(block, 1))
+    # A tile across the border of two chunks also visits what lies between its rows' ranges, a tile of keys with one
+    # sink all later queries.
+    assert visited <= needed + (3 * tiles if not sinks or of_keys else tiles * triton.cdiv(sq, m))
 
 
 @triton.jit

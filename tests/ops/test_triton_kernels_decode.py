@@ -55,7 +55,7 @@ def test_decoding_goes_through_these_kernels_and_training_does_not():
 
     def preferred(heads, kv_heads, queries, keys, window=None, batch=1):
         q, k = (torch.empty(batch, n, h, 64, device="meta") for n, h in ((queries, heads), (keys, kv_heads)))
-        return decode.preferred(Geometry.of(q, k, None, True, window, None, None), queries)
+        return decode.preferred(Geometry.of(q, k, None, True, window, None, None, None), queries)
 
     assert (
         preferred(32, 8, 1, 32768)

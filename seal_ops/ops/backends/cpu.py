@@ -7,12 +7,13 @@ around it. Packed sequences are run one after the other.
 from __future__ import annotations
 
 import math
+import typing
 
 import torch
 from torch import Tensor
 
-from .. import factors
-from .. import masks as mask
+from .. import factors, visibility
+from ..visibility import Visibility
 from .reference import merge_attention as _merge
 from .reference import merge_attention_backward as _merge_backward
 from .reference import rope as _rope
@@ -25,67 +26,115 @@ _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_bac
 _CHUNK = 256
 
 
-def _pieces(sq: int, sk: int, left: int, right: int):
-    """(queries, keys, causal, mask) of the calls of ATen that make up one attention: mask is None or (rows, columns,
-    first position).
+class _Piece(typing.NamedTuple):
+    """One call of ATen: queries, and the spans of keys that some of them see (two where sinks lie apart)."""
 
-    Rows of a softmax are independent. So a window or a rectangular causal mask goes in chunks of queries, each with
-    only the keys that one of them sees: time goes by the pairs that count, and memory by chunk times keys.
+    queries: slice
+    keys: list[slice]
+    causal: bool = False  # ATen's own flag says the mask
+    whole: bool = False  # every pair is seen
+
+    def of(self, t: Tensor) -> Tensor:
+        """The keys of a tensor [B, H, S, D]."""
+        spans = [t[:, :, keys] for keys in self.keys]
+        return spans[0] if len(spans) == 1 else torch.cat(spans, 2)
+
+    def bias(self, seen: Visibility, first: int, dtype: torch.dtype) -> Tensor | None:
+        """What ATen adds to the scores, [queries, keys]; `first`: position of query 0. A query that sees nothing sees
+        everything here, as ATen has no answer for it; the caller discards that row."""
+        if self.causal or self.whole:
+            return None
+        positions = torch.arange(self.queries.start, self.queries.stop) + first
+        pairs = seen.pairs(positions, torch.cat([torch.arange(keys.start, keys.stop) for keys in self.keys]))
+        hidden = ~pairs & pairs.any(1, keepdim=True)
+        return torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, -math.inf)
+
+    def looks_like(self, other: _Piece | None, seen: Visibility) -> bool:
+        """Whether another piece has the same bias: it does where only the distance counts, and that is the same."""
+        if other is None or seen.chunk or seen.sinks:
+            return False
+        place = lambda piece: (
+            piece.queries.stop - piece.queries.start,
+            piece.keys[0].stop - piece.keys[0].start,
+            piece.queries.start - piece.keys[0].start,
+        )
+        return place(self) == place(other)
+
+
+def _pieces(sq: int, sk: int, seen: Visibility) -> typing.Iterator[_Piece]:
+    """The calls of ATen that make up one attention; `seen` is of heads that see the same.
+
+    Rows of a softmax are independent. So a mask goes in chunks of queries, each with only the keys that one of them
+    sees: time goes by the pairs that count, and memory by chunk times keys. Queries that see nothing at the beginning
+    and at the end are in no piece.
     """
-    left = -1 if left >= sk - 1 else left
-    right = -1 if right >= sq - 1 else right
-    square = left < 0 and right == 0 and sq == sk
-    if square or (left < 0 and right < 0):
-        yield slice(0, sq), slice(0, sk), square, None
+    positions = torch.arange(sk - sq, sk)
+    low, high = seen.limits(positions)
+    low, high = low.clamp_(min=0), high.clamp_(max=sk - 1)
+    sinks = positions.clamp(-1, min(seen.sinks, sk) - 1) + 1  # so many of them every query sees
+    alive = ((low <= high) | (sinks > 0)).nonzero()[:, 0]
+    if not len(alive):
         return
-    for start in range(0, sq, _CHUNK):
-        stop = min(start + _CHUNK, sq)
-        first, last = start + sk - sq, stop - 1 + sk - sq  # positions of the chunk's queries
-        keys = slice(max(0, first - left) if left >= 0 else 0, min(sk, last + right + 1) if right >= 0 else sk)
-        whole = (left < 0 or last - left <= keys.start) and (right < 0 or first + right >= keys.stop - 1)
-        seen = None if whole else (stop - start, keys.stop - keys.start, first - keys.start)
-        yield slice(start, stop), keys, False, seen
+    begin, end = int(alive[0]), int(alive[-1]) + 1
+    low, high, sinks = low.tolist(), high.tolist(), sinks.tolist()
+    full = low[end - 1] == 0 and high[begin] == sk - 1
+    square = end - begin == sk and low[end - 1] == 0 and seen.upper == 0 and high[begin] == 0
+    if full or square:
+        yield _Piece(slice(begin, end), [slice(0, sk)], causal=square, whole=full)
+        return
+    for start in range(begin, end, _CHUNK):
+        stop = min(start + _CHUNK, end)
+        keys = slice(low[start], max(low[start], high[stop - 1] + 1))
+        spans = [span for span in (slice(0, sinks[stop - 1]), keys) if span.stop > span.start]
+        if len(spans) == 2 and spans[0].stop >= keys.start:
+            spans = [slice(0, max(spans[0].stop, keys.stop))]
+        if spans:
+            whole = len(spans) == 1 and low[stop - 1] <= spans[0].start and high[start] >= spans[0].stop - 1
+            yield _Piece(slice(start, stop), spans, whole=whole)
 
 
 class _Batch:
-    """q, k, v of one batch (or one packed sequence) as ATen wants them: [B, H, S, D], without the leading queries that
-    see no key.
+    """q, k, v of one batch (or one packed sequence) as ATen wants them: [B, H, S, D], of heads that see the same.
 
     ATen applies its causal flag before the multiplication with the softmax scale, so that 0 and less would give NaN:
     the sign goes into q.
     """
 
-    def __init__(self, q: Tensor, k: Tensor, v: Tensor, sigma: float, left: int, right: int):
-        self.sq, self.sk = q.shape[1], k.shape[1]
-        self.empty = mask.empty_rows(self.sq, self.sk, right)
-        self.q, self.k, self.v = q[:, self.empty :].transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    def __init__(self, q: Tensor, k: Tensor, v: Tensor, sigma: float, seen: Visibility):
+        self.seen, self.first = seen, k.shape[1] - q.shape[1]
+        self.q, self.k, self.v = (t.transpose(1, 2) for t in (q, k, v))
         self.sign, self.sigma = (sigma > 0) - (sigma < 0), abs(sigma) or 1.0
         if self.sign <= 0:
             self.q = self.q * self.sign
-        self.left, self.right = left, right
+        positions, sk = torch.arange(q.shape[1]) + self.first, k.shape[1]
+        low, high = seen.limits(positions)
+        alive = low.clamp(min=0) <= high.clamp(max=sk - 1)
+        if seen.sinks and sk:
+            alive |= positions >= 0
+        self.dead = None if bool(alive.all()) else ~alive  # [Sq]: queries that see no key
 
     def _calls(self, like: Tensor):
-        """(queries, keys, keyword arguments of ATen) of every piece, the mask in the dtype of `like`."""
+        """Every piece with ATen's keyword arguments, the mask in the dtype of `like`."""
         before = bias = None
-        for queries, keys, causal, seen in _pieces(self.sq - self.empty, self.sk, self.left, self.right):
-            if seen != before:  # the same for every chunk inside a window
-                before, bias = seen, None
-                if seen is not None:
-                    rows, columns, first = seen
-                    hidden = ~mask.allowed(rows, columns, self.left, self.right, first=first)
-                    bias = torch.zeros(rows, columns, dtype=like.dtype).masked_fill_(hidden, -math.inf)
-                    bias = bias.expand(*like.shape[:2], -1, -1)
-            yield queries, keys, dict(is_causal=causal, attn_mask=bias, scale=self.sigma)
+        for piece in _pieces(self.q.shape[2], self.k.shape[2], self.seen):
+            if not piece.looks_like(before, self.seen):
+                bias = piece.bias(self.seen, self.first, like.dtype)
+                bias = None if bias is None else bias.expand(*like.shape[:2], -1, -1)
+            before = piece
+            yield piece, dict(is_causal=piece.causal, attn_mask=bias, scale=self.sigma)
 
     def forward(self, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
-        """Unscaled output [B, H, S, D] and lse [B, H, S] of the queries that see a key, computed in `dtype`."""
+        """Unscaled output [B, H, S, D] and lse [B, H, S], computed in `dtype`; 0 and -inf where a query sees no key."""
         q, k, v = (t if dtype is None else t.to(dtype) for t in (self.q, self.k, self.v))
-        out, lse = torch.empty(q.shape, dtype=q.dtype), torch.empty(q.shape[:3], dtype=_statistics(q))
+        out = torch.zeros(q.shape, dtype=q.dtype)
+        lse = torch.full(q.shape[:3], -math.inf, dtype=_statistics(q))
         if q.numel() == 0:
             return out, lse
-        for queries, keys, arguments in self._calls(q):
-            found = _flash(q[:, :, queries], k[:, :, keys], v[:, :, keys], 0.0, **arguments)
-            out[:, :, queries], lse[:, :, queries] = found
+        for piece, arguments in self._calls(q):
+            found = _flash(q[:, :, piece.queries], piece.of(k), piece.of(v), 0.0, **arguments)
+            out[:, :, piece.queries], lse[:, :, piece.queries] = found
+        if self.dead is not None:
+            out[:, :, self.dead], lse[:, :, self.dead] = 0.0, -math.inf
         return out, lse
 
     def backward(self, g: Tensor, out: Tensor, lse: Tensor, grad_lse: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -98,6 +147,10 @@ class _Batch:
         q, k, v = (t.to(g.dtype) for t in (self.q, self.k, self.v))
         if q.numel() == 0:
             return q, torch.zeros_like(k), torch.zeros_like(v)
+        if self.dead is not None:  # probabilities of exp(S - inf) = 0, and nothing of these rows to multiply them with
+            hide = lambda t, value: t.masked_fill(self.dead[:, None] if t.dim() == 4 else self.dead, value)
+            g, out, lse = hide(g, 0.0), hide(out, 0.0), hide(lse, math.inf)
+            grad_lse = None if grad_lse is None else hide(grad_lse, 0.0)
         head_dim = q.shape[-1]
         if grad_lse is not None:
             # ATen forms delta = sum_d g * out. One more channel, 1 in g and -grad_lse in out, 0 in q, k and v, turns
@@ -106,14 +159,16 @@ class _Batch:
             q, k, v = (torch.nn.functional.pad(t, (0, 1)).contiguous() for t in (q, k, v))
             g = torch.nn.functional.pad(g, (0, 1), value=1.0).contiguous()
             out = torch.cat((out, -grad_lse[..., None].to(out.dtype)), -1).contiguous()
-        grad_q, grad_k, grad_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
-        for queries, keys, arguments in self._calls(q):
-            g_rows, q_rows, out_rows, lse_rows = (t[:, :, queries] for t in (g, q, out, lse))
-            kept = k[:, :, keys], v[:, :, keys]
+        grad_q, grad_k, grad_v = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        for piece, arguments in self._calls(q):
+            g_rows, q_rows, out_rows, lse_rows = (t[:, :, piece.queries] for t in (g, q, out, lse))
+            kept = piece.of(k), piece.of(v)
             grads = _flash_backward(g_rows, q_rows, *kept, out_rows, lse_rows, 0.0, **arguments)
-            grad_q[:, :, queries] = grads[0]
-            grad_k[:, :, keys] += grads[1]
-            grad_v[:, :, keys] += grads[2]
+            grad_q[:, :, piece.queries] = grads[0]
+            for into, grad in ((grad_k, grads[1]), (grad_v, grads[2])):
+                parts = grad.split([keys.stop - keys.start for keys in piece.keys], 2)
+                for keys, part in zip(piece.keys, parts):
+                    into[:, :, keys] += part
         return tuple(t[..., :head_dim] for t in (grad_q if self.sign > 0 else grad_q * self.sign, grad_k, grad_v))
 
 
@@ -121,22 +176,45 @@ def _statistics(q: Tensor) -> torch.dtype:
     return torch.float64 if q.dtype == torch.float64 else torch.float32
 
 
-def _batches(q, k, cu_seqlens, cu_seqlens_k):
-    """(rows of the scale, index into q, index into k); an index yields [B, S, H, D]."""
-    if cu_seqlens is None:
-        return [(slice(None), lambda t: t, lambda t: t)]
-    return [
-        (slice(n, n + 1), lambda t, s=rq: t[s][None], lambda t, s=rk: t[s][None])
-        for n, (rq, rk) in enumerate(mask.sequences(q, k, cu_seqlens, cu_seqlens_k))
-    ]
+class _Part(typing.NamedTuple):
+    """A batch or packed sequence, and query heads of it that see the same."""
+
+    rows: slice  # of scale and offset
+    tokens_q: slice | None  # None: not packed
+    tokens_k: slice | None
+    heads: slice
+    kv_heads: slice
+    seen: Visibility
+
+    def of_q(self, t: Tensor) -> Tensor:
+        """The view [B, S, H, D] of q or what has its shape."""
+        return (t if self.tokens_q is None else t[self.tokens_q][None])[..., self.heads, :]
+
+    def of_k(self, t: Tensor) -> Tensor:
+        return (t if self.tokens_k is None else t[self.tokens_k][None])[..., self.kv_heads, :]
+
+    def of_lse(self, t: Tensor) -> Tensor:
+        """The view [B, H, S] of lse [B, H, S] or packed [H, T]."""
+        return (t if self.tokens_q is None else t[None, :, self.tokens_q])[:, self.heads]
 
 
-def _rows(factor: Tensor | None, rows: slice, q: Tensor) -> Tensor | None:
-    """The factor of these batch rows as [B or 1, Hq, 1, D or 1], to multiply [B, H, S, D]."""
+def _parts(q, k, cu_seqlens, cu_seqlens_k, seen: Visibility) -> list[_Part]:
+    places = [(slice(None), None, None)]
+    if cu_seqlens is not None:
+        places = [
+            (slice(n, n + 1), *pair) for n, pair in enumerate(visibility.sequences(q, k, cu_seqlens, cu_seqlens_k))
+        ]
+    group = max(1, q.shape[-2] // k.shape[-2])
+    kv = lambda heads: slice(heads.start // group, -(-heads.stop // group))
+    return [_Part(*place, heads, kv(heads), own) for place in places for heads, own in seen.by_heads(q.shape[-2])]
+
+
+def _rows(factor: Tensor | None, part: _Part, q: Tensor) -> Tensor | None:
+    """The factor of a part as [B or 1, H, 1, D or 1], to multiply [B, H, S, D]."""
     if factor is None:
         return None
-    view = factors.full_view(factor, *q.shape[-2:])
-    return (view[rows] if view.shape[0] > 1 else view)[:, :, None]
+    view = factors.full_view(factor, *q.shape[-2:])[:, part.heads]
+    return (view[part.rows] if view.shape[0] > 1 else view)[:, :, None]
 
 
 def _unscaled(out: Tensor, scale: Tensor | None, offset: Tensor | None) -> Tensor | None:
@@ -163,6 +241,7 @@ def attention(
     softmax_scale=None,
     causal=True,
     window=None,
+    mask=None,
     cu_seqlens=None,
     cu_seqlens_k=None,
     max_seqlen=None,
@@ -171,19 +250,17 @@ def attention(
 ):
     """Forward of docs/ops.md on the CPU; fp16, bf16, fp32, fp64."""
     sigma = 1.0 / math.sqrt(q.shape[-1]) if softmax_scale is None else softmax_scale
-    left, right = mask.bounds(causal, window)
-    out = torch.zeros(q.shape, dtype=q.dtype)
-    lse = torch.full((*q.shape[:-3], q.shape[-2], q.shape[-3]), -math.inf, dtype=_statistics(q))
-    lse_of = (lambda pick: lse) if cu_seqlens is None else (lambda pick: pick(lse.transpose(0, 1)).transpose(1, 2))
-    for rows, pick_q, pick_k in _batches(q, k, cu_seqlens, cu_seqlens_k):
-        batch = _Batch(pick_q(q), pick_k(k), pick_k(v), sigma, left, right)
-        o, l = batch.forward()
-        s, t = _rows(scale, rows, q), _rows(offset, rows, q)
-        into = pick_q(out).transpose(1, 2)
-        into[:, :, batch.empty :] = o if s is None else (o * s).to(o.dtype)
+    seen = Visibility.of(causal, window, mask)
+    out = torch.empty(q.shape, dtype=q.dtype)
+    lse = torch.empty((*q.shape[:-3], q.shape[-2], q.shape[-3]), dtype=_statistics(q))
+    for part in _parts(q, k, cu_seqlens, cu_seqlens_k, seen):
+        o, l = _Batch(part.of_q(q), part.of_k(k), part.of_k(v), sigma, part.seen).forward()
+        s, t = _rows(scale, part, q), _rows(offset, part, q)
+        into = part.of_q(out).transpose(1, 2)
+        into.copy_(o if s is None else o * s)
         if t is not None:
             into += t
-        lse_of(pick_q)[:, :, batch.empty :] = l
+        part.of_lse(lse).copy_(l)
     return out, lse
 
 
@@ -207,6 +284,7 @@ def attention_backward(
     softmax_scale=None,
     causal=True,
     window=None,
+    mask=None,
     cu_seqlens=None,
     cu_seqlens_k=None,
     max_seqlen=None,
@@ -216,38 +294,31 @@ def attention_backward(
     """Backward of docs/ops.md on the CPU. ATen wants the unscaled output; see `_unscaled` for where it comes from."""
     heads, head_dim = q.shape[-2:]
     sigma = 1.0 / math.sqrt(head_dim) if softmax_scale is None else softmax_scale
-    left, right = mask.bounds(causal, window)
-    batches = _batches(q, k, cu_seqlens, cu_seqlens_k)
-    count = q.shape[0] if cu_seqlens is None else len(batches)
+    parts = _parts(q, k, cu_seqlens, cu_seqlens_k, Visibility.of(causal, window, mask))
+    count = q.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
     statistics = _statistics(q)
     dq, dk, dv = (torch.zeros(t.shape, dtype=t.dtype) for t in (q, k, v))
     dscale = torch.zeros(count, heads, head_dim, dtype=statistics)
     doffset = torch.zeros(count, heads, head_dim, dtype=statistics)
-    for rows, pick_q, pick_k in batches:
-        batch = _Batch(pick_q(q), pick_k(k), pick_k(v), sigma, left, right)
-        g = pick_q(grad_out).transpose(1, 2)
+    for part in parts:
+        batch = _Batch(part.of_q(q), part.of_k(k), part.of_k(v), sigma, part.seen)
+        g = part.of_q(grad_out).transpose(1, 2)
         if needs[4]:
-            doffset[rows] = g.sum(2, dtype=statistics)
-        g = g[:, :, batch.empty :].to(statistics)
-        s = _rows(scale, rows, q)
-        o = _unscaled(pick_q(out).transpose(1, 2)[:, :, batch.empty :], s, offset)
-        if o is None:
-            o, l = batch.forward(statistics)
-        else:
-            l = lse if cu_seqlens is None else pick_q(lse.transpose(0, 1)).transpose(1, 2)
-            l = l[:, :, batch.empty :]
+            doffset[part.rows, part.heads] = g.sum(2, dtype=statistics)
+        g = g.to(statistics)
+        s = _rows(scale, part, q)
+        o = _unscaled(part.of_q(out).transpose(1, 2), s, offset)
+        o, l = batch.forward(statistics) if o is None else (o, part.of_lse(lse))
         if needs[3]:
-            dscale[rows] = (g * o).sum(2)
+            dscale[part.rows, part.heads] = (
+                g * o if batch.dead is None else (g * o).masked_fill(batch.dead[:, None], 0)
+            ).sum(2)
         if not any(needs[:3]):
             continue
-        dl = grad_lse
-        if dl is not None:
-            dl = dl if cu_seqlens is None else pick_q(dl.transpose(0, 1)).transpose(1, 2)
-            dl = dl[:, :, batch.empty :]
+        dl = None if grad_lse is None else part.of_lse(grad_lse)
         grads = batch.backward(g if s is None else g * s, o, l, dl)
-        pick_q(dq).transpose(1, 2)[:, :, batch.empty :] = grads[0]
-        pick_k(dk).copy_(grads[1].transpose(1, 2))
-        pick_k(dv).copy_(grads[2].transpose(1, 2))
+        for into, grad in zip((part.of_q(dq), part.of_k(dk), part.of_k(dv)), grads):
+            into.copy_(grad.transpose(1, 2))
     if cos is not None:
         dq, dk = rope(dq, dk, cos, sin, positions, positions_k, interleaved=interleaved, inverse=True)
     found = [

@@ -12,8 +12,8 @@ import math
 import torch
 from torch import Tensor
 
-from .. import factors
-from .. import masks as mask
+from .. import factors, visibility
+from ..visibility import Visibility
 
 _F64 = torch.float64
 
@@ -22,7 +22,7 @@ def _rows(q, k, cu_seqlens, cu_seqlens_k):
     """Index pairs into q and k, one a batch row or packed sequence; each picks [S, H, D]."""
     if cu_seqlens is None:
         return [(b, b) for b in range(q.shape[0])]
-    return mask.sequences(q, k, cu_seqlens, cu_seqlens_k)
+    return visibility.sequences(q, k, cu_seqlens, cu_seqlens_k)
 
 
 def _lse_row(lse: Tensor, index) -> Tensor:
@@ -30,12 +30,11 @@ def _lse_row(lse: Tensor, index) -> Tensor:
     return lse[:, index] if isinstance(index, slice) else lse[index]
 
 
-def _softmax(q: Tensor, k: Tensor, sigma: float, left: int, right: int) -> tuple[Tensor, Tensor]:
+def _softmax(q: Tensor, k: Tensor, sigma: float, seen: Visibility) -> tuple[Tensor, Tensor]:
     """P [Hq, Sq, Sk] and lse [Hq, Sq] of one row; q [Sq, Hq, D], k [Sk, Hkv, D]. Empty rows: P = 0, lse = -inf."""
     group = q.shape[1] // k.shape[1]
     scores = torch.einsum("ihd,jhd->hij", q.to(_F64), k.to(_F64).repeat_interleave(group, 1)) * sigma
-    seen = mask.allowed(q.shape[0], k.shape[0], left, right, q.device)
-    scores = scores.masked_fill(~seen, -math.inf)
+    scores = scores.masked_fill(~seen.allowed(q.shape[0], k.shape[0], q.shape[1], q.device), -math.inf)
     lse = torch.logsumexp(scores, -1)
     return torch.exp(scores - lse.masked_fill(lse == -math.inf, 0.0)[..., None]), lse
 
@@ -54,6 +53,7 @@ def attention(
     softmax_scale=None,
     causal=True,
     window=None,
+    mask=None,
     cu_seqlens=None,
     cu_seqlens_k=None,
     max_seqlen=None,
@@ -62,11 +62,11 @@ def attention(
 ):
     """out = scale * softmax(sigma q k^T + mask) v + offset, and the log-sum-exp."""
     heads, head_dim = q.shape[-2:]
-    left, right = mask.bounds(causal, window)
+    seen = Visibility.of(causal, window, mask)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty((*q.shape[:-3], heads, q.shape[-3]), dtype=_statistics(q), device=q.device)
     for n, (rq, rk) in enumerate(_rows(q, k, cu_seqlens, cu_seqlens_k)):
-        p, row_lse = _softmax(q[rq], k[rk], _sigma(softmax_scale, head_dim), left, right)
+        p, row_lse = _softmax(q[rq], k[rk], _sigma(softmax_scale, head_dim), seen)
         o = torch.einsum("hij,jhd->ihd", p, v[rk].to(_F64).repeat_interleave(heads // v.shape[-2], 1))
         if scale is not None:
             o = o * factors.row(scale, n, heads, head_dim).to(_F64)
@@ -97,6 +97,7 @@ def attention_backward(
     softmax_scale=None,
     causal=True,
     window=None,
+    mask=None,
     cu_seqlens=None,
     cu_seqlens_k=None,
     max_seqlen=None,
@@ -107,13 +108,13 @@ def attention_backward(
     heads, head_dim = q.shape[-2:]
     group = heads // k.shape[-2]
     sigma = _sigma(softmax_scale, head_dim)
-    left, right = mask.bounds(causal, window)
+    seen = Visibility.of(causal, window, mask)
     rows = _rows(q, k, cu_seqlens, cu_seqlens_k)
     dq, dk, dv = (torch.zeros(t.shape, dtype=_F64, device=t.device) for t in (q, k, v))
     dscale = torch.zeros(len(rows), heads, head_dim, dtype=_F64, device=q.device)
     doffset = torch.zeros_like(dscale)
     for n, (rq, rk) in enumerate(rows):
-        p, row_lse = _softmax(q[rq], k[rk], sigma, left, right)
+        p, row_lse = _softmax(q[rq], k[rk], sigma, seen)
         g = grad_out[rq].to(_F64)
         v_row = v[rk].to(_F64).repeat_interleave(group, 1)
         o = torch.einsum("hij,jhd->ihd", p, v_row)

@@ -18,20 +18,8 @@ from .configs import choose, split
 from .host import Geometry, Rows, factor_arguments, on_device, padded_head_dim, uses_tma
 from .preprocess import TOKENS, Statistics, scaled_v, sum_tiles
 from .rotary import rotate_in_place
-from .tiling import (
-    LOG2E,
-    aligned_column,
-    block_start,
-    key_blocks,
-    load_factor,
-    load_rows,
-    load_statistics,
-    locate,
-    loop_range,
-    product,
-    query_blocks,
-    seen,
-)
+from .tiling import LOG2E, aligned_column, load_factor, load_rows, load_statistics, locate, product
+from .walk import block_start, key_blocks, loop_range, query_blocks, seen
 
 
 @triton.jit
@@ -91,7 +79,22 @@ def _query_loop(
     return dk, dv
 
 
-@triton.jit(do_not_specialize=["num_seqs", "len_q", "len_k", "tiles", "left", "right"])
+@triton.jit(
+    do_not_specialize=[
+        "num_seqs",
+        "len_q",
+        "len_k",
+        "tiles",
+        "lower",
+        "upper",
+        "chunk",
+        "chunk_lower",
+        "chunk_upper",
+        "shift",
+        "shifted_from",
+        "sinks",
+    ]
+)
 def _dkdv(
     q_source,
     k_source,
@@ -113,8 +116,14 @@ def _dkdv(
     len_k,
     tiles,
     kv_heads,
-    left,
-    right,
+    lower,
+    upper,
+    chunk,
+    chunk_lower,
+    chunk_upper,
+    shift,
+    shifted_from,
+    sinks,
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -134,7 +143,9 @@ def _dkdv(
         return
     keys = first + tl.arange(0, BLOCK_N)
     d = tl.arange(0, BLOCK_D)
-    bounds = (len_q, len_k, left, right)
+    if shift is not None:
+        shift = tl.where(kv_head * GROUP >= shifted_from, shift, 0)
+    bounds = (len_q, len_k, lower, upper, chunk, chunk_lower, chunk_upper, shift, sinks)
     blocks = query_blocks(first, bounds, BLOCK_M, BLOCK_N)
     column = aligned_column(start_q, seq, PACKED)
     at = ((batch.to(tl.int64) * all_k + start_k + keys) * kv_heads + kv_head)[:, None] * HEAD_DIM + d[None, :]
@@ -273,7 +284,23 @@ def _key_loop(
     return dq
 
 
-@triton.jit(do_not_specialize=["num_seqs", "len_q", "len_k", "columns", "tiles", "left", "right"])
+@triton.jit(
+    do_not_specialize=[
+        "num_seqs",
+        "len_q",
+        "len_k",
+        "columns",
+        "tiles",
+        "lower",
+        "upper",
+        "chunk",
+        "chunk_lower",
+        "chunk_upper",
+        "shift",
+        "shifted_from",
+        "sinks",
+    ]
+)
 def _dq(
     q_source,
     k_source,
@@ -292,8 +319,14 @@ def _dq(
     columns,
     tiles,
     heads,
-    left,
-    right,
+    lower,
+    upper,
+    chunk,
+    chunk_lower,
+    chunk_upper,
+    shift,
+    shifted_from,
+    sinks,
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -312,7 +345,9 @@ def _dq(
     rows = first + tl.arange(0, BLOCK_M)
     inside = rows < len_q
     d = tl.arange(0, BLOCK_D)
-    bounds = (len_q, len_k, left, right)
+    if shift is not None:
+        shift = tl.where(head >= shifted_from, shift, 0)
+    bounds = (len_q, len_k, lower, upper, chunk, chunk_lower, chunk_upper, shift, sinks)
     blocks = key_blocks(first, bounds, BLOCK_M, BLOCK_N)
     q = load_rows(q_source, batch, head, start_q, first, len_q, BLOCK_M, HEAD_DIM, BLOCK_D, TMA, True)
     g = load_rows(g_source, batch, head, start_q, first, len_q, BLOCK_M, HEAD_DIM, BLOCK_D, TMA, True)
@@ -409,8 +444,7 @@ class _Call:
                 self.statistics.columns,
                 geometry.tiles(geometry.len_q, tile.m),
                 geometry.heads,
-                geometry.left,
-                geometry.right,
+                *geometry.mask,
                 BLOCK_M=tile.m,
                 BLOCK_N=tile.n,
                 **self.constants,
@@ -461,8 +495,7 @@ class _Call:
                 *self.numbers,
                 tiles,
                 geometry.kv_heads,
-                geometry.left,
-                geometry.right,
+                *geometry.mask,
                 BLOCK_M=tile.m,
                 BLOCK_N=tile.n,
                 **self.constants,
@@ -493,6 +526,7 @@ def attention_backward(
     softmax_scale=None,
     causal=True,
     window=None,
+    mask=None,
     cu_seqlens=None,
     cu_seqlens_k=None,
     max_seqlen=None,
@@ -500,7 +534,7 @@ def attention_backward(
     deterministic=False,
 ):
     """seal::attention_backward (docs/ops.md). Repeatable whether or not `deterministic` asks for it."""
-    geometry = Geometry.of(q, k, softmax_scale, causal, window, cu_seqlens, cu_seqlens_k)
+    geometry = Geometry.of(q, k, softmax_scale, causal, window, mask, cu_seqlens, cu_seqlens_k)
     need_q, need_k, need_v = needs[:3]
     need_scale, need_offset = needs[3] and scale is not None, needs[4] and offset is not None
     grad_q = grad_k = grad_v = grad_scale = grad_offset = None

@@ -13,7 +13,8 @@ import triton.language as tl
 from .configs import choose
 from .host import Geometry, Rows, factor_arguments, on_device, padded_head_dim, strides, uses_tma
 from .online_softmax import key_loop
-from .tiling import LN2, LOG2E, key_blocks_of, load_factor
+from .tiling import LN2, LOG2E, load_factor
+from .walk import key_blocks_of
 
 _LN2 = tl.constexpr(LN2)
 _LOG2E = tl.constexpr(LOG2E)
@@ -47,7 +48,24 @@ def _factors(factor, seq, head, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
     return tl.load(ptr + at, mask=(d < HEAD_DIM)[None, :], other=0.0)
 
 
-@triton.jit(do_not_specialize=["len_q", "len_k", "row_blocks", "kv_heads", "group", "splits", "left", "right"])
+@triton.jit(
+    do_not_specialize=[
+        "len_q",
+        "len_k",
+        "row_blocks",
+        "kv_heads",
+        "group",
+        "splits",
+        "lower",
+        "upper",
+        "chunk",
+        "chunk_lower",
+        "chunk_upper",
+        "shift",
+        "shifted_from",
+        "sinks",
+    ]
+)
 def _split(
     q_ptr,
     q_strides,
@@ -68,8 +86,14 @@ def _split(
     kv_heads,
     group,
     splits,
-    left,
-    right,
+    lower,
+    upper,
+    chunk,
+    chunk_lower,
+    chunk_upper,
+    shift,
+    shifted_from,
+    sinks,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -95,7 +119,9 @@ def _split(
         batch = seq
         start_q = tl.full((), 0, tl.int32)
         start_k = tl.full((), 0, tl.int32)
-    bounds = (len_q, len_k, left, right)
+    if shift is not None:
+        shift = tl.where(kv_head * group >= shifted_from, shift, 0)
+    bounds = (len_q, len_k, lower, upper, chunk, chunk_lower, chunk_upper, shift, sinks)
     d = tl.arange(0, BLOCK_D)
     stride_b, stride_s, stride_h = q_strides
     # One turn, unless a packed sequence has more queries than max_seqlen promised.
@@ -108,16 +134,25 @@ def _split(
         at = batch.to(tl.int64) * stride_b + (start_q + query).to(tl.int64) * stride_s + head.to(tl.int64) * stride_h
         q = tl.load(q_ptr + at[:, None] + d[None, :], mask=written, other=0.0)
 
-        begin, full_begin, full_end, end = key_blocks_of(
+        begin, full_begin, full_end, end, sink_begin, sink_end = key_blocks_of(
             first // group, tl.minimum((first + BLOCK_M - 1) // group, len_q - 1), bounds, BLOCK_N
         )
+        if sinks is not None:  # counted as if they lay before the range
+            sink_blocks = sink_end
+            before = begin
+            begin -= sink_blocks
         share = (end - begin) // splits
         more = (end - begin) % splits
         begin += split * share + tl.minimum(split, more)
         end = begin + share + tl.where(split < more, 1, 0)
+        if sinks is not None:
+            sink_begin = tl.minimum(begin - before, 0) + sink_blocks
+            sink_end = tl.minimum(end - before, 0) + sink_blocks
+            begin = tl.maximum(begin, before)
+            end = tl.maximum(end, before)
         full_begin = tl.minimum(tl.maximum(full_begin, begin), end)
         full_end = tl.minimum(tl.maximum(full_end, full_begin), end)
-        blocks = (begin, full_begin, full_end, end)
+        blocks = (begin, full_begin, full_end, end, sink_begin, sink_end)
         acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
         total = tl.zeros([BLOCK_M], tl.float32)
         top = tl.full([BLOCK_M], float("-inf"), tl.float32)
@@ -260,8 +295,11 @@ def preferred(geometry: Geometry, longest: int) -> bool:
 def visible_keys(geometry: Geometry, longest: int) -> int:
     """Keys that a sequence's queries see between them. Packed: of a sequence of mean length."""
     keys = geometry.len_k // geometry.num_seqs if geometry.packed else geometry.len_k
-    unbounded = geometry.left is None or geometry.right is None
-    return keys if unbounded else min(keys, geometry.left + longest + geometry.right)
+    seen = geometry.seen
+    width = seen.upper - seen.lower + 1
+    if seen.chunk:
+        width = min(width, (seen.chunk_upper - seen.chunk_lower + 1) * seen.chunk)
+    return min(keys, width - 1 + longest + seen.sinks)
 
 
 @functools.cache
@@ -319,8 +357,7 @@ def attention(q, k, v, scale, offset, out, lse, geometry: Geometry, longest: int
             geometry.kv_heads,
             geometry.group,
             parts,
-            geometry.left,
-            geometry.right,
+            *geometry.mask,
             BLOCK_M=tile.m,
             BLOCK_N=tile.n,
             POSITIVE=geometry.sigma > 0,

@@ -14,12 +14,28 @@ from . import decode
 from .configs import choose
 from .host import Geometry, Rows, factor_arguments, on_device, padded_head_dim, uses_tma
 from .online_softmax import key_loop
-from .tiling import LN2, LOG2E, key_blocks, load_factor, load_rows, locate
+from .tiling import LN2, LOG2E, load_factor, load_rows, locate
+from .walk import key_blocks
 
 _LN2 = tl.constexpr(LN2)
 
 
-@triton.jit(do_not_specialize=["num_seqs", "len_q", "len_k", "tiles", "left", "right"])
+@triton.jit(
+    do_not_specialize=[
+        "num_seqs",
+        "len_q",
+        "len_k",
+        "tiles",
+        "lower",
+        "upper",
+        "chunk",
+        "chunk_lower",
+        "chunk_upper",
+        "shift",
+        "shifted_from",
+        "sinks",
+    ]
+)
 def _forward(
     q_source,
     k_source,
@@ -36,8 +52,14 @@ def _forward(
     len_k,
     tiles,
     heads,
-    left,
-    right,
+    lower,
+    upper,
+    chunk,
+    chunk_lower,
+    chunk_upper,
+    shift,
+    shifted_from,
+    sinks,
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -55,7 +77,9 @@ def _forward(
     if first < 0:
         return
     rows = first + tl.arange(0, BLOCK_M)
-    bounds = (len_q, len_k, left, right)
+    if shift is not None:
+        shift = tl.where(head >= shifted_from, shift, 0)
+    bounds = (len_q, len_k, lower, upper, chunk, chunk_lower, chunk_upper, shift, sinks)
     blocks = key_blocks(first, bounds, BLOCK_M, BLOCK_N)
     q = load_rows(q_source, batch, head, start_q, first, len_q, BLOCK_M, HEAD_DIM, BLOCK_D, TMA, True)
 
@@ -134,6 +158,7 @@ def attention(
     softmax_scale=None,
     causal=True,
     window=None,
+    mask=None,
     cu_seqlens=None,
     cu_seqlens_k=None,
     max_seqlen=None,
@@ -142,7 +167,7 @@ def attention(
 ):
     """seal::attention (docs/ops.md). max_seqlen only tells that queries are few, and nothing here is ever
     nondeterministic."""
-    geometry = Geometry.of(q, k, softmax_scale, causal, window, cu_seqlens, cu_seqlens_k)
+    geometry = Geometry.of(q, k, softmax_scale, causal, window, mask, cu_seqlens, cu_seqlens_k)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty((*q.shape[:-3], geometry.heads, geometry.len_q), dtype=torch.float32, device=q.device)
     if q.numel() == 0:
@@ -173,8 +198,7 @@ def attention(
             geometry.len_k,
             geometry.tiles(geometry.len_q, tile.m),
             geometry.heads,
-            geometry.left,
-            geometry.right,
+            *geometry.mask,
             GROUP=geometry.group,
             HEAD_DIM=geometry.head_dim,
             BLOCK_D=padded_head_dim(geometry.head_dim),

@@ -14,15 +14,14 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ... import factors
-from ... import masks as mask
+from ...masks import UNBOUNDED
+from ...visibility import Visibility
 from . import interpreted
 
 if interpreted():
     from .interpreter import repair
 
     repair()
-
-UNBOUNDED = 1 << 30  # windows are cut to this, so that positions plus window stay in 32 bits
 
 
 def on_device(tensor: Tensor):
@@ -68,15 +67,13 @@ class Geometry:
     kv_heads: int
     head_dim: int
     sigma: float
-    left: int | None  # None: unbounded
-    right: int | None
+    seen: Visibility
     cu_q: Tensor | None
     cu_k: Tensor | None
 
     @classmethod
-    def of(cls, q, k, softmax_scale, causal, window, cu_seqlens, cu_seqlens_k) -> Geometry:
+    def of(cls, q, k, softmax_scale, causal, window, mask, cu_seqlens, cu_seqlens_k) -> Geometry:
         head_dim = q.shape[-1]
-        left, right = mask.bounds(causal, window)
         packed = cu_seqlens is not None
         return cls(
             1 if packed else q.shape[0],
@@ -87,7 +84,7 @@ class Geometry:
             k.shape[-2],
             head_dim,
             1.0 / math.sqrt(head_dim) if softmax_scale is None else softmax_scale,
-            *(None if w < 0 else min(w, UNBOUNDED) for w in (left, right)),
+            Visibility.of(causal, window, mask),
             cu_seqlens if packed else None,
             (cu_seqlens if cu_seqlens_k is None else cu_seqlens_k) if packed else None,
         )
@@ -99,6 +96,23 @@ class Geometry:
     @property
     def group(self) -> int:
         return self.heads // self.kv_heads
+
+    @property
+    def mask(self) -> tuple[int | None, ...]:
+        """The mask as the kernels take it: None for what it does not have."""
+        lower, upper, chunk, chunk_lower, chunk_upper, shift, shifted_from, sinks = self.seen
+        limit = lambda value, there=True: value if there and abs(value) < UNBOUNDED else None
+        shifted = bool(chunk and shift and shifted_from < self.heads)
+        return (
+            limit(lower),
+            limit(upper),
+            chunk or None,
+            limit(chunk_lower, chunk > 0),
+            limit(chunk_upper, chunk > 0),
+            shift if shifted else None,
+            shifted_from if shifted else None,
+            sinks or None,
+        )
 
     def tiles(self, length: int, block: int) -> int:
         """Tiles of one batch row, or an upper bound of the tiles of all packed sequences (tiling.py)."""

@@ -3,7 +3,8 @@
 import triton
 import triton.language as tl
 
-from .tiling import block_start, load_rows, loop_range, product, seen
+from .tiling import load_rows, product
+from .walk import block_start, loop_range, seen
 
 
 @triton.jit

@@ -1,12 +1,8 @@
-"""What every attention kernel shares on the device: which tile a program owns, which blocks of the other side it meets,
-and how tiles are read.
+"""What every attention kernel shares on the device: which tile a program owns, and how tiles are read.
 
 Tiles of packed sequences are found without a host sync. Sequence b owns the tile numbers from cu[b] // BLOCK + b up to
 cu[b + 1] // BLOCK + b + 1: always at least ceil(length / BLOCK) of them, never overlapping, total // BLOCK + B in all.
 What a sequence has too many is a program that leaves at once.
-
-`bounds` is (len_q, len_k, left, right) of one sequence; left and right are None where the mask has no such side, which
-compiles that side away.
 """
 
 import triton
@@ -62,94 +58,6 @@ def locate(pid, tiles, heads, num_seqs, cu_ptr, other_cu_ptr, length, other_leng
         start = tl.full((), 0, tl.int32)
         other_start = tl.full((), 0, tl.int32)
     return head, batch, seq, tile, start, length, other_start, other_length
-
-
-@triton.jit
-def key_blocks(first, bounds, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Key blocks of the query tile that starts at row `first`: see key_blocks_of."""
-    return key_blocks_of(first, tl.minimum(first + BLOCK_M, bounds[0]) - 1, bounds, BLOCK_N)
-
-
-@triton.jit
-def key_blocks_of(first, last, bounds, BLOCK_N: tl.constexpr):
-    """Key blocks of the queries first..last: (begin, full_begin, full_end, end). Every score of the blocks
-    full_begin..full_end is allowed; the others need the mask. Query i stands at the position i + len_k - len_q."""
-    len_q, len_k, left, right = bounds
-    position = first + len_k - len_q
-    last += len_k - len_q
-    begin = 0
-    end = len_k
-    full_begin = 0
-    full_end = len_k
-    if right is not None:
-        end = tl.maximum(tl.minimum(len_k, last + right + 1), 0)
-        full_end = tl.maximum(tl.minimum(len_k, position + right + 1), 0)
-    if left is not None:
-        begin = tl.minimum(tl.maximum(position - left, 0), end)
-        full_begin = tl.maximum(last - left, 0)
-    return _in_blocks(begin, full_begin, full_end, end, BLOCK_N)
-
-
-@triton.jit
-def query_blocks(first, bounds, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Query blocks of the key tile that starts at key `first`, as in key_blocks. Keys beyond len_k do not need the
-    mask:
-    every key has its own gradient row, and those rows are never written."""
-    len_q, len_k, left, right = bounds
-    row = first + len_q - len_k  # the query whose own position is the first key
-    last = tl.minimum(first + BLOCK_N, len_k) - 1 + len_q - len_k
-    begin = 0
-    end = len_q
-    full_begin = 0
-    full_end = len_q
-    if right is not None:
-        begin = tl.minimum(tl.maximum(row - right, 0), len_q)
-        full_begin = tl.maximum(last - right, 0)
-    if left is not None:
-        end = tl.maximum(tl.minimum(len_q, last + left + 1), begin)
-        full_end = tl.maximum(tl.minimum(len_q, row + left + 1), 0)
-    return _in_blocks(begin, full_begin, full_end, end, BLOCK_M)
-
-
-@triton.jit
-def _in_blocks(begin, full_begin, full_end, end, BLOCK: tl.constexpr):
-    begin = begin // BLOCK
-    end = tl.maximum(tl.cdiv(end, BLOCK), begin)
-    full_begin = tl.minimum(tl.maximum(tl.cdiv(full_begin, BLOCK), begin), end)
-    full_end = tl.minimum(tl.maximum(full_end // BLOCK, full_begin), end)
-    return begin, full_begin, full_end, end
-
-
-@triton.jit
-def loop_range(blocks, MASKED: tl.constexpr):
-    """Range of the loop over the full blocks, or over the masked ones on both sides of them."""
-    begin, full_begin, full_end, end = blocks
-    if MASKED:
-        return begin, end - (full_end - full_begin)
-    else:
-        return full_begin, full_end
-
-
-@triton.jit
-def block_start(i, blocks, BLOCK: tl.constexpr, MASKED: tl.constexpr):
-    """First row of the block of step i: the masked loop leaps over the full blocks."""
-    begin, full_begin, full_end, end = blocks
-    if MASKED:
-        i += tl.where(i >= full_begin, full_end - full_begin, 0)
-    return i * BLOCK
-
-
-@triton.jit
-def seen(queries, keys, bounds):
-    """Which (query, key) pairs of one block take part; `queries` and `keys` broadcast against each other."""
-    len_q, len_k, left, right = bounds
-    last = len_k - 1  # the last key that each query sees: one comparison a pair
-    if right is not None:
-        last = tl.minimum(queries + (len_k - len_q) + right, last)
-    allowed = keys <= tl.where(queries < len_q, last, -1)
-    if left is not None:
-        allowed &= keys >= queries + (len_k - len_q) - left
-    return allowed
 
 
 @triton.jit
