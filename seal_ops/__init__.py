@@ -7,7 +7,7 @@ use, so that the kernels cost no import of transformers.
 
 import importlib
 
-from .ops import masks
+from .ops import masks, position_programs
 from .ops.dispatch import backends
 from .ops.functional import attention, packed_positions, rope, rope_attention
 from .ops.merging import merge_attention
@@ -27,8 +27,8 @@ _LAZY = {
     "compare": "experiments.comparison", "transfer": "experiments.transfer_matrix", "plots": "report.plots",
 }  # fmt: skip
 __all__ = [
-    "__version__", "attention", "backends", "masks", "merge_attention", "packed_positions", "rope", "rope_attention",  # noqa: E501
-    "rope_frequencies", "rope_tables",
+    "__version__", "attention", "backends", "masks", "merge_attention", "packed_positions", "position_programs",  # noqa: E501
+    "rope", "rope_attention", "rope_frequencies", "rope_tables",
     *_LAZY,
 ]  # fmt: skip
 
