@@ -38,7 +38,7 @@ class Attachment:
     """
 
     owner: nn.Module
-    seam: Patch
+    patch: Patch
     requires_grad: dict[str, bool] | None
     savers: list[SaveBoth]
 
@@ -82,10 +82,10 @@ def _base_config(model: nn.Module):
     return getattr(model, "config", None)
 
 
-def _select(sites: list[AttentionLayer], layers: Sequence[int] | None, call: str) -> list[AttentionLayer]:
+def _select(attention_layers: list[AttentionLayer], layers: Sequence[int] | None, call: str) -> list[AttentionLayer]:
     if layers is None:
-        return list(sites)
-    known = {site.index: site for site in sites}
+        return list(attention_layers)
+    known = {attn.index: attn for attn in attention_layers}
     chosen = sorted(set(layers))
     if not chosen or not all(type(i) is int and i in known for i in chosen):
         numbers = list(known)
@@ -112,8 +112,9 @@ def attach(
     ``backend``: see `seal_ops.attention`.
 
     The model is run once on two tokens to observe sizes and structure.  Returns the `Scales`, also found as
-    ``model.seal_scales``.  Raises ValueError, one sentence, for a model without a known seam or with terms that the
-    scaled attention does not have, for scales already attached, and for a backend that cannot run.
+    ``model.seal_scales``.  Raises ValueError, one sentence, for a model that calls attention in no known way
+    or has terms that the scaled attention does not have, for scales already attached, and for a backend that cannot
+    run.
     """
     _check_granularity(granularity, "attach")
     refuse_second(model, "attach")
@@ -127,21 +128,22 @@ def _check_granularity(granularity, call: str) -> None:
 
 def attach_to(
     model: nn.Module,
-    sites: list[AttentionLayer],
+    attention_layers: list[AttentionLayer],
     granularity: str,
     layers: Sequence[int] | None,
     backend: str | None,
     adapter_name: str = DEFAULT_ADAPTER,
 ) -> Scales:
-    """`attach`, for sites that are already found."""
+    """`attach`, for attention layers that are already found."""
     owner = unwrapped(model, "attach")
-    config = describe(owner, sites, granularity, layers)
+    config = describe(owner, attention_layers, granularity, layers)
     if backend not in (None, "auto"):
-        choose(backend, "attention", sites[0].device, sites[0].dtype, sites[0].head_dim)
-    scales = Scales(config, {site.index: site.device for site in sites}, adapter_name)
-    scales.bind(sites)
-    for site in sites:
-        site.backend = backend
+        first = attention_layers[0]
+        choose(backend, "attention", first.device, first.dtype, first.head_dim)
+    scales = Scales(config, {attn.index: attn.device for attn in attention_layers}, adapter_name)
+    scales.bind(attention_layers)
+    for attn in attention_layers:
+        attn.backend = backend
     flags = None
     if not _has_peft_layers(owner):
         flags = {name: p.requires_grad for name, p in owner.named_parameters()}
@@ -152,8 +154,8 @@ def attach_to(
         for m in dict.fromkeys((getattr(model, "_orig_mod", model), owner))
         if callable(getattr(type(m), "save_pretrained", None))
     ]
-    scales.attachment = Attachment(owner, Patch(sites), flags, savers)
-    scales.attachment.seam.install()
+    scales.attachment = Attachment(owner, Patch(attention_layers), flags, savers)
+    scales.attachment.patch.install()
     for saver in savers:
         saver.install()
     peft_registry.register()
@@ -162,13 +164,13 @@ def attach_to(
 
 def describe(
     model: nn.Module,
-    sites: list[AttentionLayer],
+    attention_layers: list[AttentionLayer],
     granularity: str,
     layers: Sequence[int] | None = None,
     call: str = "attach",
 ) -> ScalesConfig:
     """The config that scales of this granularity would have on ``model``."""
-    chosen = _select(sites, layers, call)
+    chosen = _select(attention_layers, layers, call)
     base = _base_config(model)
     return ScalesConfig(
         granularity,
@@ -184,7 +186,7 @@ def new_config(scales: Scales, granularity: str, layers: Sequence[int] | None) -
     """The config of another adapter for the model that ``scales`` are on."""
     owner = owner_of(scales, "Scales.add_adapter")
     _check_granularity(granularity, "Scales.add_adapter")
-    return describe(owner, scales.attachment.seam.sites, granularity, layers, "Scales.add_adapter")
+    return describe(owner, scales.attachment.patch.layers, granularity, layers, "Scales.add_adapter")
 
 
 def detach(model: nn.Module) -> nn.Module:
@@ -194,7 +196,7 @@ def detach(model: nn.Module) -> nn.Module:
     The `Scales` object keeps its values and can still be saved.  Returns the model.
     """
     scales, attachment = attached(model, "detach")
-    attachment.seam.remove()
+    attachment.patch.remove()
     delattr(attachment.owner, SUBMODULE)
     for saver in attachment.savers:
         saver.remove()
@@ -210,14 +212,14 @@ def detach(model: nn.Module) -> nn.Module:
 def disabled(model: nn.Module):
     """Inside the block ``model`` computes what it did before `attach`, with its own attention implementation."""
     scales, attachment = attached(model, "disabled")
-    seam, was_installed = attachment.seam, attachment.seam.installed
-    seam.remove()
+    patch, was_installed = attachment.patch, attachment.patch.installed
+    patch.remove()
     try:
         yield model
     finally:
         # Not where the block detached or merged the model.
         if was_installed and scales.attachment is attachment:
-            seam.install()
+            patch.install()
 
 
 def load(
@@ -254,12 +256,14 @@ def load(
             f"model with scales; call seal_ops.detach(model) first"
         )
     owner = unwrapped(model, "load") if scales is None else scales.attachment.owner
-    sites = find_attention_layers(owner) if scales is None else scales.attachment.seam.sites
-    config = _numbered(saved, version, sites, source)
-    _check_fits(config, owner, sites, source)
+    attention_layers = find_attention_layers(owner) if scales is None else scales.attachment.patch.layers
+    config = _numbered(saved, version, attention_layers, source)
+    _check_fits(config, owner, attention_layers, source)
     values = {layer: tensors[tensor_name(number)] for layer, number in zip(config.layers, saved.layers)}
     if scales is None:
-        scales = attach_to(model, sites, config.granularity, config.layers, backend, adapter_name or DEFAULT_ADAPTER)
+        scales = attach_to(
+            model, attention_layers, config.granularity, config.layers, backend, adapter_name or DEFAULT_ADAPTER
+        )
     if adapter_name in (None, scales.active_adapter):
         scales.set_values(config, values)
     else:
@@ -267,19 +271,19 @@ def load(
     return scales
 
 
-def _numbered(config: ScalesConfig, version: int, sites: list[AttentionLayer], source: str) -> ScalesConfig:
+def _numbered(config: ScalesConfig, version: int, attention_layers: list[AttentionLayer], source: str) -> ScalesConfig:
     """``config`` with the model's own layer numbers; files of version 1 counted attention layers."""
     if version > 1:
         return config
-    if max(config.layers) >= len(sites):
+    if max(config.layers) >= len(attention_layers):
         raise ValueError(
-            f"seal_ops.load: {source!r} must be an adapter for {len(sites)} layers, got one with layer "
+            f"seal_ops.load: {source!r} must be an adapter for {len(attention_layers)} layers, got one with layer "
             f"{shown(max(config.layers))}"
         )
-    return dataclasses.replace(config, layers=tuple(sites[number].index for number in config.layers))
+    return dataclasses.replace(config, layers=tuple(attention_layers[number].index for number in config.layers))
 
 
-def _check_fits(config: ScalesConfig, model: nn.Module, sites: list[AttentionLayer], source: str) -> None:
+def _check_fits(config: ScalesConfig, model: nn.Module, attention_layers: list[AttentionLayer], source: str) -> None:
     """ValueError where an adapter with this config was made for another model."""
     model_type = getattr(_base_config(model), "model_type", None)
     if config.model_type and model_type and config.model_type != model_type:
@@ -287,17 +291,17 @@ def _check_fits(config: ScalesConfig, model: nn.Module, sites: list[AttentionLay
             f"seal_ops.load: {source!r} must be an adapter for model type {model_type!r}, got one for "
             f"{shown(config.model_type)}"
         )
-    known = {site.index: site for site in sites}
+    known = {attn.index: attn for attn in attention_layers}
     for layer, heads, head_dim in zip(config.layers, config.num_heads, config.head_dim):
         if layer not in known:
             raise ValueError(
-                f"seal_ops.load: {source!r} must be an adapter for the {len(sites)} attention layers "
+                f"seal_ops.load: {source!r} must be an adapter for the {len(attention_layers)} attention layers "
                 f"{shown(list(known))}, got one with layer {shown(layer)}"
             )
-        site = known[layer]
-        if (heads, head_dim) != (site.num_heads, site.head_dim):
+        attn = known[layer]
+        if (heads, head_dim) != (attn.num_heads, attn.head_dim):
             raise ValueError(
-                f"seal_ops.load: {source!r} must be an adapter for {site.num_heads} heads of "
-                f"{site.head_dim} channels in layer {layer}, got one for {shown(heads)} heads of "
+                f"seal_ops.load: {source!r} must be an adapter for {attn.num_heads} heads of "
+                f"{attn.head_dim} channels in layer {layer}, got one for {shown(heads)} heads of "
                 f"{shown(head_dim)}"
             )

@@ -141,22 +141,26 @@ class Scales(nn.Module):
         return found
 
     @torch.no_grad()
-    def set_values(self, config: ScalesConfig, values: Mapping[int, Tensor], sites=None) -> None:
+    def set_values(self, config: ScalesConfig, values: Mapping[int, Tensor], attention_layers=None) -> None:
         """Takes over a config and values; parameters stay the same objects where the shapes allow it."""
         if config.shapes() != self.config.shapes():
-            sites = self.attachment.seam.sites if sites is None and self.attachment is not None else sites or []
+            attention_layers = (
+                self.attachment.patch.layers
+                if attention_layers is None and self.attachment is not None
+                else attention_layers or []
+            )
             trainable = any(p.requires_grad for p in self.parameters())
-            self._set_layers(config, _present_devices(sites))
+            self._set_layers(config, _present_devices(attention_layers))
             self.requires_grad_(trainable)
-            self.bind(sites)
+            self.bind(attention_layers)
         self.config = config
         for layer, scale in self.items():
             scale.copy_(like(values[layer], scale))
 
-    def bind(self, sites) -> None:
+    def bind(self, attention_layers) -> None:
         """Makes the attention layers read these scales."""
-        for site in sites:
-            site.scaling = self.layers[str(site.index)] if site.index in self.config.layers else None
+        for attn in attention_layers:
+            attn.scaling = self.layers[str(attn.index)] if attn.index in self.config.layers else None
 
     # -- rows --------------------------------------------------------------------------------------------------------
     @contextlib.contextmanager
@@ -323,29 +327,29 @@ class Scales(nn.Module):
         scale_of[self.active_adapter] = dict(self.items())
         replaced = []
         try:
-            for site in self.attachment.seam.sites:
-                scales = [scale_of.get(name, {}).get(site.index) for name in adapter_names]
-                if all(s is None for s in scales) and site.scaling is None:
+            for attn in self.attachment.patch.layers:
+                scales = [scale_of.get(name, {}).get(attn.index) for name in adapter_names]
+                if all(s is None for s in scales) and attn.scaling is None:
                     continue
                 device = next((s.device for s in scales if s is not None), None)
-                if site.index in self.config.layers:
-                    device = self.layers[str(site.index)].scale.device
+                if attn.index in self.config.layers:
+                    device = self.layers[str(attn.index)].scale.device
                 wide = any(s is not None and s.dim() == 2 for s in scales)
-                shape = (site.num_heads, site.head_dim if wide else 1)
+                shape = (attn.num_heads, attn.head_dim if wide else 1)
                 full = [
                     torch.ones(shape, device=device)
                     if s is None
-                    else s.to(device).reshape(site.num_heads, -1).expand(shape)
+                    else s.to(device).reshape(attn.num_heads, -1).expand(shape)
                     for s in scales
                 ]
-                holder = LayerScale((site.num_heads,), device)
+                holder = LayerScale((attn.num_heads,), device)
                 holder.per_row = torch.stack(full)
-                replaced.append((site, site.scaling))
-                site.scaling = holder
+                replaced.append((attn, attn.scaling))
+                attn.scaling = holder
             yield self
         finally:
-            for site, scaling in replaced:
-                site.scaling = scaling
+            for attn, scaling in replaced:
+                attn.scaling = scaling
 
     # -- the model ---------------------------------------------------------------------------------------------------
     def disable_adapter(self):
@@ -382,7 +386,7 @@ class Scales(nn.Module):
 
     def extra_repr(self) -> str:
         adapters = f", adapter={self.active_adapter!r} of {self.adapter_names}" if self.inactive else ""
-        runs = "" if self.attachment is None else f", {self.attachment.seam.summary()}"
+        runs = "" if self.attachment is None else f", {self.attachment.patch.summary()}"
         return f"granularity={self.config.granularity!r}, layers={len(self.config.layers)}{adapters}{runs}"
 
 
@@ -405,10 +409,10 @@ def _called_by(function: str) -> bool:
     return frame is not None
 
 
-def _present_devices(sites) -> dict:
+def _present_devices(attention_layers) -> dict:
     """Layer -> where its module is now; a quantised one may have buffers only."""
     found = {}
-    for site in sites:
-        tensors = itertools.chain(site.module.parameters(), site.module.buffers())
-        found[site.index] = next((t.device for t in tensors if not t.is_meta), site.device)
+    for attn in attention_layers:
+        tensors = itertools.chain(attn.module.parameters(), attn.module.buffers())
+        found[attn.index] = next((t.device for t in tensors if not t.is_meta), attn.device)
     return found

@@ -98,7 +98,7 @@ def _preset(args):
 
 
 COMMAND = Command(
-    "comparison, transfer matrix and head influence in one run, with a report",
+    "comparison, transfer matrix and head importance in one run, with a report",
     "seal study --model models/seal-tiny --output study",
     options,
     run,

@@ -54,9 +54,9 @@ def quadrant_experiment(
     backend: str | None = None,
     **options,
 ) -> dict[str, Evaluation]:
-    """The paper's check of the influence: harmful units times ``down``, helpful ones times ``up``, and both.
+    """The paper's check of the importance: harmful units times ``down``, helpful ones times ``up``, and both.
 
-    Measured by :func:`seal_ops.evaluate` (whose ``options`` it takes) on test samples, which the influence never saw.
+    Measured by :func:`seal_ops.evaluate` (whose ``options`` it takes) on test samples, which the importance never saw.
 
     Args:
         measure, noise: what decides harmful and helpful: see :func:`group_by_sign`.
@@ -84,7 +84,7 @@ def quadrant_experiment(
                         factor = keep[layer][0]
                         if per_channel and scale.dim() == 1:
                             raise ValueError(
-                                "seal_ops.quadrant_experiment: model must have channel scales, or none, for an influence of "  # noqa: E501
+                                "seal_ops.quadrant_experiment: model must have channel scales, or none, for an importance of "  # noqa: E501
                                 "channels, got head scales"
                             )
                         scale.copy_(before[layer] * (factor if scale.dim() == 2 else factor[:, 0]))

@@ -1,4 +1,4 @@
-"""``seal study``: comparison, transfer matrix and head influence of one model in one run, with their files and
+"""``seal study``: comparison, transfer matrix and head importance of one model in one run, with their files and
 plots."""
 
 import json
@@ -40,7 +40,7 @@ class Settings:
         rates: learning rates to choose from, by method; one that is not named has the paper's.
         transfer_tasks: trained on each, measured on each.
         transfer_method, transfer_length: what is trained there, and at which length.
-        heads_lengths, heads_cases: where influence is measured, and on how many samples at each length.
+        heads_lengths, heads_cases: where importance is measured, and on how many samples at each length.
         factor: a small step besides removal, at which the gradient's estimate is checked.
         seed: draws all samples.
         device, dtype: see :func:`seal_ops.huggingface.loading.load_model`.
@@ -111,7 +111,7 @@ def run(settings: Settings, output: str, *, progress: bool | None = None, log: C
     lap("transfer")
 
     log(
-        f"\n3. Head influence at {', '.join(map(str, settings.heads_lengths))} tokens, {settings.heads_cases} cases each"  # noqa: E501
+        f"\n3. Head importance at {', '.join(map(str, settings.heads_lengths))} tokens, {settings.heads_cases} cases each"  # noqa: E501
     )
     model, tokenizer = load_model_fn()
     for factor, name in ((0.0, "heads"), (settings.factor, "heads-step")):

@@ -57,11 +57,11 @@ def attention_forward(
     additive mask [B, 1, Sq, Sk]; ``s_aux`` [Hq]: attention sinks.  Returns ([B, Sq, Hq, D], None), scaled by the
     module's scales.  Raises UnsupportedAttention for terms that the op does not have.
     """
-    site = getattr(module, "_seal_site", None)
-    if site is None and not getattr(module, "_seal_bystander", False):
+    layer = getattr(module, "_seal_layer", None)
+    if layer is None and not getattr(module, "_seal_bystander", False):
         raise UnknownCaller(module)
     return _attend(
-        site,
+        layer,
         module,
         query,
         key,
@@ -112,7 +112,7 @@ def plain_attention_forward(
 
 
 def _attend(
-    site,
+    layer,
     module,
     query,
     key,
@@ -133,10 +133,10 @@ def _attend(
                 f"seal_ops.attach: model must have attention without {what}, {type(module).__name__} passes {name}"
             )
     composed = _why_composed(query, key, value, softcap)
-    if site is not None and site.probe is not None:
-        return site.probe.observe(query, key, value, seal_rotation, composed), None
-    scale = None if site is None else site.current()
-    backend = None if site is None else site.backend
+    if layer is not None and layer.probe is not None:
+        return layer.probe.observe(query, key, value, seal_rotation, composed), None
+    scale = None if layer is None else layer.current()
+    backend = None if layer is None else layer.backend
     q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
     if q.dtype != v.dtype:  # autocast turns the rotated q and k to fp32
         q, k = q.to(v.dtype), k.to(v.dtype)

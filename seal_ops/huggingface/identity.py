@@ -121,11 +121,11 @@ def _buffers(model) -> Iterator[tuple[str, Tensor]]:
 def _scales(model) -> Iterator[tuple[str, Tensor]]:
     """What scales multiply each layer by, where they are on."""
     attachment = getattr(getattr(model, "seal_scales", None), "attachment", None)
-    if attachment is None or not attachment.seam.installed:
+    if attachment is None or not attachment.patch.installed:
         return
-    for site in attachment.seam.sites:
-        if (current := site.current()) is not None:
-            yield site.name, current
+    for layer in attachment.patch.layers:
+        if (current := layer.current()) is not None:
+            yield layer.name, current
 
 
 def _materialised(model, name, tensor):

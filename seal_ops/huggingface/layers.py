@@ -117,7 +117,7 @@ def _attached_class(cls: type, backend: str | None, original, _state: tuple) -> 
 
     @functools.wraps(original)
     def forward(self, *args, **kwargs):
-        layer = getattr(self, "_seal_site", None)
+        layer = getattr(self, "_seal_layer", None)
         if layer is None:  # detached; called by a hook that another library had put round this function
             return original(self, *args, **kwargs)
         if self.config._attn_implementation != NAME:

@@ -15,26 +15,27 @@ from .masks import NAME
 
 
 class Patch:
-    """All changes to one model, put on and taken off together; ``sites`` in the order of the layers."""
+    """All changes to one model, put on and taken off together; ``layers`` in the order of the layers."""
 
-    def __init__(self, sites: list[AttentionLayer]):
-        self.sites = sites
-        configs = {id(s.module.config): s.module.config for s in sites}
+    def __init__(self, layers: list[AttentionLayer]):
+        self.layers = layers
+        configs = {id(layer.module.config): layer.module.config for layer in layers}
         self.configs = [(config, config._attn_implementation) for config in configs.values()]
-        self.bystanders = {id(m): m for s in sites for m in s.bystanders}
+        self.bystanders = {id(m): m for layer in layers for m in layer.bystanders}
         self.installed = False
 
     @property
     def num_fused_rotations(self) -> int:
         """Layers whose rotary embedding runs in the fused kernels."""
-        return sum(s.rotation is not None for s in self.sites)
+        return sum(layer.rotation is not None for layer in self.layers)
 
     def summary(self) -> str:
         """What runs fused, in words."""
-        text = f"rotation fused in {self.num_fused_rotations} of {len(self.sites)} layers"
-        composed = sorted({s.composed for s in self.sites if s.composed})
+        text = f"rotation fused in {self.num_fused_rotations} of {len(self.layers)} layers"
+        composed = sorted({layer.composed for layer in self.layers if layer.composed})
         if composed:
-            text += f", attention composed in {sum(s.composed is not None for s in self.sites)} ({', '.join(composed)})"
+            number = sum(layer.composed is not None for layer in self.layers)
+            text += f", attention composed in {number} ({', '.join(composed)})"
         return text
 
     def install(self) -> None:
@@ -42,12 +43,12 @@ class Patch:
             config._attn_implementation_internal = (
                 NAME  # the property would also reach sub-models such as a vision tower
             )
-        for site in self.sites:
-            module = site.module
-            module.__dict__["_seal_site"] = site
+        for layer in self.layers:
+            module = layer.module
+            module.__dict__["_seal_layer"] = layer
             base = type(module)
             if not hasattr(base, "_seal_base"):  # left by an earlier attachment under another library's subclass
-                module.__class__ = attached_class(base, site.backend)
+                module.__class__ = attached_class(base, layer.backend)
             _rebind(module, base.forward)
         for module in self.bystanders.values():
             module.__dict__["_seal_bystander"] = True
@@ -59,9 +60,9 @@ class Patch:
                 config._attn_implementation_internal = previous
         for module in self.bystanders.values():
             module.__dict__.pop("_seal_bystander", None)
-        for site in self.sites:
-            module = site.module
-            module.__dict__.pop("_seal_site", None)
+        for layer in self.layers:
+            module = layer.module
+            module.__dict__.pop("_seal_layer", None)
             attached = type(module)
             if (
                 "_seal_base" in attached.__dict__

@@ -163,7 +163,7 @@ def depth_by_length(evaluation: Evaluation, path, *, bins: int = 5, title: str |
     save(fig, path)
 
 
-def head_influence(
+def head_importance(
     panels: Mapping[str, Sequence[Sequence[float]]], path, *, label: str, title: str | None = None
 ) -> None:
     """Heat maps layers x heads of what a head's removal changes, one panel an entry, on one colour scale.

@@ -77,7 +77,7 @@ def write_head_importance(found, output: str, stem: str = "heads") -> None:
     what = "removing a head" if factor == 0 else f"scaling a head by {factor:g}"
     label = "change of the answer's log-probability (nats)\npurple: helps, orange: hurts"
     title = f"{found.settings['task']}: what {what} changes"
-    plots.head_influence(panels, files(output, stem), label=label, title=title)
+    plots.head_importance(panels, files(output, stem), label=label, title=title)
     if len(methods) == 2:
         length = found.lengths[-1]
         known = found.ablated

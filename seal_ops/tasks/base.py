@@ -1,15 +1,15 @@
 """What a task is: generated prompts that fill a token length, their answers, and how an output is scored.
 
-A task is one class in one file.  It writes the text for a number of ``units`` (lines, sentences, paragraphs, whatever
-it repeats) and scores an output; finding the number of units that fills a token length, the chat format, the label mask
-and the seeds are done here, for any tokenizer::
+A task is one class in one file.  It writes the text for ``num_items`` items (lines, sentences, paragraphs,
+whatever it repeats) and scores an output; finding the number of items that fills a token length, the chat format, the
+label mask and the seeds are done here, for any tokenizer::
 
     class Colours(Task):
         name = "colours"
 
-        def write(self, rng, units, *, index, split):
+        def write(self, rng, num_items, *, index, split):
             colour = rng.choice(["red", "green", "blue"])
-            filler = "The sky is far away. " * units
+            filler = "The sky is far away. " * num_items
             return f"{filler}The ball is {colour}. {filler}What colour is the ball?\\n", f"It is {colour}.", {}
 
         def score(self, sample, text):
@@ -255,27 +255,27 @@ class Task:
 
     Attributes:
         name: how commands and result files call the task.
-        unit: what one unit is called in messages.
+        item: what one item is called in messages.
         max_new_tokens: the most that an output may be long.
-        room: tokens kept free behind the answer within the length.
+        reserve: tokens kept free behind the answer within the length.
         stop: an answer ends at this text (leading white space and reasoning apart) besides the end token; None for
             never.
     """
 
     name = ""
-    unit = "unit"
+    item = "item"
     max_new_tokens = 100
-    room = 16
+    reserve = 16
     stop: str | None = "\n"
 
-    def write(self, rng: random.Random, units: int, *, index: int, split: str) -> tuple[str, str, dict]:
-        """The text of one sample with ``units`` units.
+    def write(self, rng: random.Random, num_items: int, *, index: int, split: str) -> tuple[str, str, dict]:
+        """The text of one sample with ``num_items`` items.
 
-        Called several times with equal random numbers and different ``units`` until the length fits.
+        Called several times with equal random numbers and different ``num_items`` until the length fits.
 
         Args:
             rng: the only source of randomness, seeded by task, split, seed, length and index.
-            units: how many units to write, at least 1.
+            num_items: how many items to write, at least 1.
             index: number of the sample, for what should vary evenly (depths).
             split: "train" or "test", for what must not be shared between them (needles).
 
@@ -300,7 +300,7 @@ class Task:
         chat_template_kwargs: dict | None = None,
         progress: bool | None = False,
     ) -> list[Sample]:
-        """Samples whose prompt, answer and ``room`` fill ``length`` tokens as far as whole units allow.
+        """Samples whose prompt, answer and ``reserve`` tokens fill ``length`` tokens as far as whole items allow.
 
         Args:
             tokenizer: a Hugging Face tokenizer.
@@ -312,7 +312,7 @@ class Task:
             progress: draw a bar; None draws where stderr is a terminal.
 
         Raises:
-            ValueError: the length is too short for one unit, or the tokenizer cannot write an answer
+            ValueError: the length is too short for one item, or the tokenizer cannot write an answer
                 (:meth:`Encoder.check`).
         """
         if split not in SPLITS:
@@ -329,42 +329,42 @@ class Task:
         return self.generate(tokenizer, length, samples, seed, **options)
 
     def _stream(self, encoder, length, samples, seed, split) -> Iterator[Sample]:
-        units = None
+        num_items = None
         for index in range(samples):
             key = f"{self.name}/{split}/{seed}/{length}/{index}"
 
             def draw(count, key=key, index=index):
                 prompt, answer, meta = self.write(random.Random(key), count, index=index, split=split)
                 prompt_ids, answer_ids = encoder(prompt, answer)
-                return Sample(prompt_ids, answer_ids, prompt, answer, {"index": index, "units": count, **meta})
+                return Sample(prompt_ids, answer_ids, prompt, answer, {"index": index, "num_items": count, **meta})
 
-            sample = self._fill(draw, length, units)
+            sample = self._fill(draw, length, num_items)
             encoder.check(sample, self)
-            units = sample.meta["units"]
+            num_items = sample.meta["num_items"]
             yield sample
 
     def _fill(self, draw, length, guess):
-        """The sample with the most units that fits: a search from ``guess`` over a count that is nearly linear."""
-        low, best = 0, None  # the most units known to fit, with its sample
-        high = None  # the fewest units known not to fit
+        """The sample with the most items that fits: a search from ``guess`` over a count that is nearly linear."""
+        low, best = 0, None  # the most items known to fit, with its sample
+        high = None  # the fewest items known not to fit
         count = guess or 1
         while high is None or high - low > 1:
             sample = draw(count)
-            free = length - self.room - len(sample)
+            free = length - self.reserve - len(sample)
             if free >= 0:
                 low, best = count, sample
             else:
                 high = count
             if guess is None and low == 0:
-                break  # not even one unit
-            # Aim by the mean size of a unit, which counts the fixed text too and so falls short rather than beyond.
+                break  # not even one item
+            # Aim by the mean size of an item, which counts the fixed text too and so falls short rather than beyond.
             step = int(free / (len(sample) / count))
             aim = count + step if step else count + (1 if free >= 0 else -1)
             count = max(low + 1, aim if high is None else min(aim, high - 1))
             guess = guess or count
         if best is None:
-            needed = len(draw(1)) + self.room
+            needed = len(draw(1)) + self.reserve
             raise ValueError(
-                f"seal_ops.tasks.{self.name}: length must be at least {needed} tokens to hold one {self.unit}, got {length}"  # noqa: E501
+                f"seal_ops.tasks.{self.name}: length must be at least {needed} tokens to hold one {self.item}, got {length}"  # noqa: E501
             )
         return best

@@ -144,15 +144,15 @@ def train(
         elif checkpoint:
             run.losses, run.seconds = load_checkpoint(checkpoint, run.trained, run.optimizer, run.identity)
         earlier, started = run.seconds, time.monotonic()
-        with bar(run.steps, f"training {run.describe()}", progress) as advance:
-            advance(len(run.losses))
+        with bar(run.steps, f"training {run.describe()}", progress) as update:
+            update(len(run.losses))
             while len(run.losses) < run.steps:
                 loss = run.step()
                 run.seconds = earlier + time.monotonic() - started
                 done = len(run.losses)
                 if checkpoint and (done % checkpoint_every == 0 or done == run.steps):
                     save_checkpoint(checkpoint, run.trained, run.optimizer, run.losses, run.seconds, run.identity)
-                advance(1, f"loss {loss:.3f}")
+                update(1, f"loss {loss:.3f}")
                 if on_step is not None:
                     on_step(done, loss)
     peak = torch.cuda.max_memory_allocated(run.device) if cuda else _largest_size()

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def bar(total, label, enabled=True):
-    """Yields ``advance(steps=1, note="")``; draws nothing where ``enabled`` is false.
+    """Yields ``update(steps=1, note="")``; draws nothing where ``enabled`` is false.
 
     ``enabled=None`` draws where stderr is a terminal.
     """
@@ -37,15 +37,15 @@ def bar(total, label, enabled=True):
     with Progress(*columns, console=Console(stderr=True)) as progress:
         task = progress.add_task(label, total=total, note="")
 
-        def advance(steps=1, note=""):
+        def update(steps=1, note=""):
             progress.update(task, advance=steps, **({"note": note} if note else {}))
 
-        yield advance
+        yield update
 
 
 def track(iterable, total, label, enabled=True):
     """Yields the items of ``iterable`` and draws a bar meanwhile."""
-    with bar(total, label, enabled) as advance:
+    with bar(total, label, enabled) as update:
         for item in iterable:
             yield item
-            advance()
+            update()

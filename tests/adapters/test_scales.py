@@ -259,11 +259,11 @@ class Homemade(nn.Module):
         (weightless, "model must have its weights loaded, found parameters on the meta device"),
     ],
 )
-def test_models_without_a_known_seam(build, message):
+def test_models_that_call_attention_in_no_known_way(build, message):
     model = build()
     with pytest.raises(ValueError, match=message):
         seal_ops.attach(model)
-    assert not hasattr(model, "seal_scales") and all("_seal_site" not in m.__dict__ for m in model.modules())
+    assert not hasattr(model, "seal_scales") and all("_seal_layer" not in m.__dict__ for m in model.modules())
 
 
 def test_deepcopied_scales_of_a_detached_model():

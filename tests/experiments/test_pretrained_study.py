@@ -154,6 +154,11 @@ def test_study_and_summary(capsys, folder, tmp_path):  # noqa: F811
         (2, 0.02),
         (1, 0.02),
     }
+    (by_rate,) = (r for r in content["curve"] if r["method"] == "SEAL-C" and r["samples"] is None)
+    rates = json.loads((output / "elsewhere-rates.json").read_text())["perplexity"]
+    change = rates["rate-lines-SEAL-C-0.02"]["perplexity"] / rates["base"]["perplexity"] - 1
+    assert by_rate["perplexity_change"] == change != 0 and by_rate["validation_loss"] > 0
+    assert by_rate["shortest"] is not None and by_rate["cases"] == 2, "the longest is the row, the shortest a column"
     names = {r["scales"] for r in content["elsewhere"]["perplexity"]}
     assert (
         names == {"base", "lines-SEAL-H-0", "lines-SEAL-C-0"} and content["elsewhere"]["perplexity"][0]["change"] == 0

@@ -27,7 +27,7 @@ def test_fills_the_length_and_scores_its_own_answer(name):
     assert task.name == name
     samples = task(TOKENIZER, length=900, samples=6)
     for sample in samples:
-        assert 900 - task.room - 60 < len(sample) <= 900 - task.room
+        assert 900 - task.reserve - 60 < len(sample) <= 900 - task.reserve
         assert task.score(sample, sample.answer) == 1
         assert len(TOKENIZER(sample.answer)["input_ids"]) < task.max_new_tokens
         assert json.loads(sample.to_json())["meta"] == sample.meta
@@ -211,7 +211,7 @@ def test_long_documents_lose_their_middle(tmp_path):
     path = write_documents(tmp_path / "qa.jsonl", rows=3, words=2000)
     task = DocumentQA(path, held_out=0)
     for sample in task(TOKENIZER, length=900, samples=3):
-        assert 870 < len(sample) + task.room <= 900 and 0 < sample.meta["kept"] < 1
+        assert 870 < len(sample) + task.reserve <= 900 and 0 < sample.meta["kept"] < 1
         i = sample.meta["row"] - 1
         assert f"Sentence {i} 0 follows" in sample.prompt and f"Sentence {i} 499 follows." in sample.prompt
         assert f"Sentence {i} 250 " not in sample.prompt and "\n...\n" in sample.prompt

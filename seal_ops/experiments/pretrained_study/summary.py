@@ -127,11 +127,12 @@ def _training(found):
 
 
 def _curve(found, plan_samples):
-    """Accuracy at the longest length, by samples and by rate."""
+    """Accuracy at the longest length, by samples and by rate; of a rate also what it does elsewhere."""
+    perplexities = found.get("elsewhere-rates", {}).get("perplexity", {})
     rows = []
     for job in _section(found, "curve"):
         for method, measured in job["measured"].items():
-            (values,) = measured["scores"].values()
+            scores = {int(length): values for length, values in measured["scores"].items()}
             training = job["training"][method]
             row = {
                 "method": method,
@@ -139,7 +140,12 @@ def _curve(found, plan_samples):
                 "lr": training["lr"],
                 "seconds": training["seconds"],
             }
-            row |= {"last_loss": training["last_losses"][-1], **cell(values)}
+            row |= {"last_loss": training["last_losses"][-1], **cell(scores[max(scores)])}
+            row["validation_loss"] = training.get("tried", {}).get(f"{training['lr']:g}")
+            row["shortest"] = _mean(scores[min(scores)]) if len(scores) > 1 else None
+            scales = f"rate-{job['task']}-{method}-{training['lr']:g}"
+            if row["samples"] is None and scales in perplexities:
+                row["perplexity_change"] = perplexities[scales]["perplexity"] / perplexities["base"]["perplexity"] - 1
             rows.append(row)
             chosen = found.get(f"main-{job['task']}-0", {}).get("training", {}).get(method, {})
             if row["samples"] is None and chosen.get("lr") == row["lr"]:  # of both curves
@@ -188,23 +194,25 @@ def _beyond(found):
 
 def _heads(found, folder):
     content = {}
-    influence, retrieval = found.get("heads-influence"), found.get("heads-retrieval")
-    if influence is not None:
-        content["agreement"], content["groups"] = influence["agreement"], influence["groups"]
+    importance, retrieval = found.get("heads-importance"), found.get("heads-retrieval")
+    if importance is not None:
+        content["agreement"], content["groups"] = importance["agreement"], importance["groups"]
         content["quadrants"] = [
             {
                 "variant": name,
                 "length": int(length),
                 **cell(values),
-                "against_base": vars(paired(influence["quadrants"]["base"][length], values)),
+                "against_base": vars(paired(importance["quadrants"]["base"][length], values)),
             }
-            for name, lengths in influence["quadrants"].items()
+            for name, lengths in importance["quadrants"].items()
             for length, values in lengths.items()
         ]
-        logprobs = {key.split()[1]: values for key, values in influence["changes"].items() if key.startswith("logprob")}
+        logprobs = {
+            key.split()[1]: values for key, values in importance["changes"].items() if key.startswith("logprob")
+        }
         content["largest"] = {
             length: [
-                {"layer": influence["units"][i][0], "head": influence["units"][i][1], "change": values[i]}
+                {"layer": importance["units"][i][0], "head": importance["units"][i][1], "change": values[i]}
                 for i in sorted(range(len(values)), key=lambda i: values[i])[:5]
             ]
             for length, values in logprobs.items()
@@ -221,17 +229,17 @@ def _heads(found, folder):
         content["retrieval"]["best"] = [
             {"layer": i // width, "head": i % width, "score": round(float(scores[i]), 4)} for i in order
         ]
-        content["correlations"] = _correlations(scores, influence, folder)
+        content["correlations"] = _correlations(scores, importance, folder)
     return content
 
 
-def _correlations(retrieval, influence, folder):
-    """Spearman's, head by head: of the retrieval score with influence and with how far learned scales moved."""
+def _correlations(retrieval, importance, folder):
+    """Spearman's, head by head: of the retrieval score with importance and with how far learned scales moved."""
     rows = {}
-    if influence is not None:
-        for key, values in influence["changes"].items():
+    if importance is not None:
+        for key, values in importance["changes"].items():
             if not key.startswith("accuracy"):
-                rows[f"influence, {key}"] = spearman(retrieval, -torch.tensor(values))
+                rows[f"importance, {key}"] = spearman(retrieval, -torch.tensor(values))
     for name, layers in _learned(folder).items():
         moved = torch.cat([(layer - 1).abs().reshape(layer.shape[0], -1).mean(1) for layer in layers])
         rows[f"moved by {name}"] = spearman(retrieval, moved)
@@ -344,10 +352,20 @@ def _markdown(content) -> str:
     parts += ["## Training", _table(head, rows)]
     if content["curve"]:
         rows = [
-            (r["method"], r["samples"] or "", f"{r['lr']:g}", _shown(r), f"{r['seconds']:.1f}")
+            (
+                r["method"],
+                r["samples"] or "",
+                f"{r['lr']:g}",
+                _shown(r),
+                "" if r["shortest"] is None else f"{r['shortest']:.2f}",
+                "" if r["validation_loss"] is None else f"{r['validation_loss']:.4f}",
+                f"{100 * r['perplexity_change']:+.1f} %" if "perplexity_change" in r else "",
+                f"{r['seconds']:.1f}",
+            )
             for r in content["curve"]
         ]
-        parts += ["## Samples and rate", _table(("method", "samples", "lr", "accuracy", "seconds"), rows)]
+        head = ("method", "samples", "lr", "accuracy", "at the shortest", "validation loss", "perplexity", "seconds")
+        parts += ["## Samples and rate", _table(head, rows)]
     for key, names in (
         ("length", ("method", "train_length")),
         ("beyond", ("kind", "factor", "method")),
