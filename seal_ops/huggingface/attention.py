@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -9,6 +11,7 @@ from transformers.modeling_utils import AttentionInterface
 
 from ..ops.factors import full_view
 from ..ops.functional import attention, rope, rope_attention
+from .context_extension.packing import packing_of, run_packed
 from .masks import NAME, PLAIN, CallMask, as_tensor, read_mask, with_documents
 from .rotation import MAX_HEAD_DIM, Rotation
 
@@ -134,7 +137,7 @@ def _attend(
             )
     composed = _why_composed(query, key, value, softcap)
     if layer is not None and layer.probe is not None:
-        return layer.probe.observe(query, key, value, seal_rotation, composed), None
+        return layer.probe.observe(query, key, value, seal_rotation, composed, sliding_window is not None), None
     scale = None if layer is None else layer.current()
     backend = None if layer is None else layer.backend
     q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
@@ -142,7 +145,12 @@ def _attend(
         q, k = q.to(v.dtype), k.to(v.dtype)
     if scale is not None:
         scale = scale.to(q.device, torch.float64 if q.dtype == torch.float64 else None)
-    if seal_rotation is not None and (seal_rotation.q is not query or seal_rotation.k is not key):
+    program = None if layer is None else layer.program
+    if seal_rotation is None:
+        unchanged = program is None
+    else:  # a program's keys come through the cache
+        unchanged = seal_rotation.q is query and (program is not None or seal_rotation.k is key)
+    if not unchanged:
         raise RuntimeError(
             f"seal_ops: {type(module).__name__} changed q or k after the rotation in this call but not "
             f"when it was attached; attach again in the present configuration"
@@ -151,6 +159,16 @@ def _attend(
     mask = read_mask(module, attention_mask, q.shape[0], q.shape[1], k.shape[1], sliding_window, is_causal)
     mask = with_documents(mask, module, q, kwargs.get("cu_seq_lens_q"), kwargs.get("cu_seq_lens_k"))
     k, v = k[:, : mask.keys], v[:, : mask.keys]
+    if program is not None:
+        if dropout:
+            raise UnsupportedAttention(
+                f"seal_ops: an extended model must have no attention dropout, {type(module).__name__} passes {dropout}"
+            )
+        attend = functools.partial(program.attend, softmax_scale=scaling, sink=sink, backend=backend)
+        packing = packing_of(mask, q, k)
+        if packing is None:
+            return attend(q, k, v, k.shape[1], scale=scale), None
+        return run_packed(packing, attend, q, k, v, scale), None
     common = dict(softmax_scale=scaling, causal=mask.causal, window=mask.window, backend=backend, sink=sink)
     fused = composed is None and dropout == 0 and mask.dense is None
     if seal_rotation is not None:
