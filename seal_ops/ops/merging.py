@@ -105,7 +105,8 @@ class _Merge(torch.autograd.Function):
     def backward(ctx, grad_out, grad_lse):
         if grad_out is None and grad_lse is None:
             return (None,) * (3 + 2 * ctx.parts)
-        outs, lses = ctx.saved_tensors[: ctx.parts], ctx.saved_tensors[ctx.parts :]
+        saved = ctx.saved_tensors  # asked for once: checkpointing gives them once
+        outs, lses = saved[: ctx.parts], saved[ctx.parts :]
         grad_out = torch.zeros_like(outs[0]) if grad_out is None else grad_out
         grads = torch.ops.seal.merge_attention_backward(grad_out, grad_lse, outs, lses, backend=ctx.backend)
         return None, None, None, *grads[0].unbind(), *grads[1].unbind()

@@ -3,6 +3,7 @@
 import functools
 import math
 
+import position_matrices
 import pytest
 import torch
 
@@ -18,57 +19,21 @@ def table(rows=80):
     return angle.cos(), angle.sin()
 
 
-# -- distances (query position - key position) and what is seen, from the papers' formulae ---------------------------
-
-
-def self_extend(p, j, group, window):
-    far = (p // group + window - window // group) - j // group
-    return torch.where(p - j < window, p - j, far), j <= p
-
-
-def dual_chunk(p, j, chunk, length):
-    apart = p // chunk - j // chunk
-    query = torch.where(
-        apart == 0, p % chunk, torch.where(apart == 1, (p % chunk + chunk).clamp_max(length - 1), length - 1)
-    )
-    return query - j % chunk, j <= p
-
-
-def capped(p, j, sinks, window, limit=None):
-    near = p - j < window
-    return torch.where(near, p - j, window if limit is None else limit), (j <= p) & (near | (j < sinks))
-
-
-def streaming(p, j, sinks, window):
-    near = p - j < window
-    return torch.where(near, p - j, p.clamp_max(sinks + window - 1) - j), (j <= p) & (near | (j < sinks))
-
-
 PROGRAMS = {
-    "self_extend": (self_extend, [dict(group=4, window=8), dict(group=3, window=7), dict(group=1, window=5), dict(group=5, window=1)]),  # noqa: E501
-    "dual_chunk": (dual_chunk, [dict(chunk=8, length=12), dict(chunk=5, length=5), dict(chunk=7, length=20), dict(chunk=64, length=70)]),  # noqa: E501
-    "capped": (capped, [dict(sinks=4, window=9), dict(sinks=2, window=6, limit=11), dict(sinks=0, window=5), dict(sinks=10, window=3)]),  # noqa: E501
-    "streaming": (streaming, [dict(sinks=4, window=9), dict(sinks=1, window=1), dict(sinks=0, window=7), dict(sinks=12, window=5)]),  # noqa: E501
+    "self_extend": (position_matrices.self_extend, [dict(group=4, window=8), dict(group=3, window=7), dict(group=1, window=5), dict(group=5, window=1)]),  # noqa: E501
+    "dual_chunk": (position_matrices.dual_chunk, [dict(chunk=8, length=12), dict(chunk=5, length=5), dict(chunk=7, length=20), dict(chunk=64, length=70)]),  # noqa: E501
+    "capped": (position_matrices.capped, [dict(sinks=4, window=9), dict(sinks=2, window=6, limit=11), dict(sinks=0, window=5), dict(sinks=10, window=3)]),  # noqa: E501
+    "streaming": (position_matrices.streaming, [dict(sinks=4, window=9), dict(sinks=1, window=1), dict(sinks=0, window=7), dict(sinks=12, window=5)]),  # noqa: E501
 }  # fmt: skip
 CASES = [(name, options) for name, (_, variants) in PROGRAMS.items() for options in variants]
 
 
 def direct(q, k, v, scale, distances, options, sink=None):
-    """One batch row: q [Sq, Hq, D], k and v [Sk, Hkv, D]. Scores are q . R(distance) k, pair by pair of channels."""
+    """One batch row: q [Sq, Hq, D], k and v [Sk, Hkv, D]."""
     sq, sk = q.shape[0], k.shape[0]
     p, j = torch.arange(sk - sq, sk)[:, None], torch.arange(sk)[None]
-    distance, seen = distances(p, j, **options)
-    k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], 1) for t in (k, v))
-    angle = distance[..., None] * FREQUENCIES
-    (q1, q2), (k1, k2) = q.chunk(2, -1), k.chunk(2, -1)
-    one = torch.einsum("ihc,jhc,ijc->hij", q1, k1, angle.cos()) + torch.einsum("ihc,jhc,ijc->hij", q2, k2, angle.cos())
-    two = torch.einsum("ihc,jhc,ijc->hij", q1, k2, angle.sin()) - torch.einsum("ihc,jhc,ijc->hij", q2, k1, angle.sin())
-    scores = ((one + two) / math.sqrt(D)).masked_fill(~seen, -1e300)
-    if sink is not None:
-        scores = torch.cat([scores, sink[:, None, None].expand(-1, sq, 1)], -1)
-    alive = seen.any(-1)
-    out = torch.einsum("hij,jhd->ihd", scores.softmax(-1)[..., :sk], v) * scale * alive[:, None, None]
-    return out, torch.where(alive, scores.logsumexp(-1), -math.inf)
+    out, lse = position_matrices.attention(q, k, v, *distances(p, j, **options), FREQUENCIES, D**-0.5, sink)
+    return out * scale, lse
 
 
 def inputs(*lead, sq, sk, seed=0):
