@@ -1,10 +1,21 @@
 """``seal train``."""
 
-from .options import Command, backend_option, load, model_options, positive, restart_option, task, task_options
+from .options import (
+    Command,
+    backend_option,
+    extend_option,
+    load,
+    model_options,
+    positive,
+    restart_option,
+    task,
+    task_options,
+)
 
 
 def options(parser):
     model_options(parser)
+    extend_option(parser)
     parser.add_argument("--granularity", choices=["head", "channel"], required=True, help="SEAL-H or SEAL-C")
     parser.add_argument("--output", required=True, metavar="DIR", help="folder for the scales and the checkpoint")
     task_options(parser)

@@ -18,6 +18,7 @@ import torch
 from ...adapters.merging import merge
 from ...evaluation.language_modeling import perplexity
 from ...evaluation.runner import evaluate
+from ...huggingface.context_extension.extending import extended
 from ...tasks import wordings
 from ...tasks.base import Task
 from ...training.recipe import GRANULARITIES
