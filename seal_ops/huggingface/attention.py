@@ -171,6 +171,13 @@ def _attend(
         return run_packed(packing, attend, q, k, v, scale), None
     common = dict(softmax_scale=scaling, causal=mask.causal, window=mask.window, backend=backend, sink=sink)
     fused = composed is None and dropout == 0 and mask.dense is None
+    if layer is not None and layer.training_mask is not None and module.training:
+        if not (fused and mask.causal and mask.window is None):
+            raise UnsupportedAttention(
+                f"seal_ops: a mask of training must take the place of a causal one, {type(module).__name__} has "
+                f"{'attention dropout' if dropout else 'another mask'}"
+            )
+        common |= dict(causal=True, window=None, mask=layer.training_mask)
     if seal_rotation is not None:
         if fused and mask.cu_seqlens is None:
             return rope_attention(q, k, v, seal_rotation.cos, seal_rotation.sin, scale=scale, **common), None

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
+from ..ops.masks import Mask
 from .masks import NAME
 from .rotation import Rotation, rotary_functions, with_fused_rotation
 
@@ -33,7 +34,7 @@ class AttentionLayer:
     ``scaling`` (set by `seal_ops.attach`), called, gives fp32 [Hq], [Hq, D], [B, Hq, 1] or [B, Hq, D]; it counts while
     the patch is on the model for scales.  ``turn``: cos and sin of position 1 as the layer was given them, where its
     rotation is deferred.  ``program`` (set by `seal_ops.extend`): what runs in the place of plain attention, as in
-    `context_extension.programs`.
+    `context_extension.programs`.  ``training_mask``: in the place of causal masks, in training mode.
     """
 
     name: str
@@ -56,6 +57,7 @@ class AttentionLayer:
     scaling: nn.Module | None = None
     scaled: bool = True
     program: object | None = None
+    training_mask: Mask | None = None
     backend: str | None = None
     probe: object | None = None  # discovery's, while it watches
 

@@ -14,13 +14,13 @@ from .layers import AttentionLayer, attached_class
 from .masks import NAME
 
 PATCH = "_seal_patch"  # where a model keeps the patch that is on it
-SCALES, PROGRAM = "scales", "program"  # what a patch may be on a model for
+SCALES, PROGRAM, TRAINING = "scales", "program", "training"  # what a patch may be on a model for
 
 
 class Patch:
     """All changes to one model, put on and taken off together; ``layers`` in the order of the layers.
 
-    Scales and a position program share one patch: it is on the model while one of its ``users`` is.
+    Scales, position programs and masks of training share one patch: it is on while one of its ``users`` is.
     """
 
     def __init__(self, model: nn.Module, layers: list[AttentionLayer]):
