@@ -6,6 +6,8 @@
 
 #include <cstdint>
 
+#include "mask.h"
+
 namespace seal {
 
 // q, k, v or out: dense [batch, rows, heads, head_dim], or packed [rows, heads, head_dim] (batch = 1). Strides in elements,
@@ -32,9 +34,7 @@ struct AttentionForwardParams {
   int32_t sequences;              // batch rows, or packed sequences
   int32_t head_dim;               // of all four tensors; a multiple of 8, at most 256
   float softmax_scale;            // > 0
-  // Query i of a sequence stands at position p = i + length_k - length_q and sees keys p - window_left .. p + window_right;
-  // -1: no limit on that side.
-  int32_t window_left, window_right;
+  Mask mask;
   bool half;                      // fp16, else bf16
   int32_t* tile_counter;          // 4 bytes of device memory, any contents; the launch resets it in the stream
   int32_t multiprocessors = 0;    // thread blocks at most; 0: one on each multiprocessor of the device

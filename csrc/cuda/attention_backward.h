@@ -7,6 +7,8 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "mask.h"
+
 namespace seal {
 
 // A 16-bit tensor [batch, rows, heads, head_dim] (packed: batch 1, rows = all tokens), strides in elements, last stride 1.
@@ -30,7 +32,7 @@ struct AttentionBackwardParams {
   bool deterministic;
   int32_t multiprocessors;                     // CTAs of a persistent grid; 0: as the device has multiprocessors
   int32_t enough_ctas;                         // CTAs of the main kernel that several heads to a CTA must leave; 0: as the device wants
-  int32_t window_left, window_right;           // keys i - left .. i + right of query i (aligned to the end); -1: unbounded
+  Mask mask;
   float softmax_scale;
 
   // ---- inputs. q, k, v and grad_out: 16-byte aligned data and strides (tma_ready).

@@ -55,8 +55,7 @@ Outputs attention(const Call& call) {
   params.sequences = static_cast<int32_t>(call.rows);
   params.head_dim = static_cast<int32_t>(call.head_dim);
   params.softmax_scale = static_cast<float>(call.sigma);
-  params.window_left = call.window_left;
-  params.window_right = call.window_right;
+  params.mask = call.visible;
   params.half = q.scalar_type() == at::kHalf;
   params.tile_counter = tile_counter.mutable_data_ptr<int32_t>();
   params.multiprocessors = launch_overrides().multiprocessors;

@@ -60,8 +60,7 @@ Outputs attention_backward(const Call& call) {
   p.deterministic = call.deterministic;
   p.multiprocessors = launch_overrides().multiprocessors;
   p.enough_ctas = launch_overrides().enough_ctas;
-  p.window_left = call.window_left;
-  p.window_right = call.window_right;
+  p.mask = call.visible;
   p.softmax_scale = static_cast<float>(call.sigma);
   p.q = describe(q);
   p.k = describe(k);

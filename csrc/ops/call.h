@@ -13,14 +13,11 @@
 #include <string_view>
 #include <vector>
 
+#include "../cuda/mask.h"
+
 namespace seal {
 
 using at::Tensor;
-
-// Which keys a query sees: the integers of the op's `mask` in their order (docs/ops.md, "Masks"). Unbounded: 2^30 either way.
-struct Visible {
-  int32_t lower, upper, chunk, chunk_lower, chunk_upper, shift, shifted_from, sinks;
-};
 
 struct Call {
   std::string_view op;  // as backend: text that outlives the call
@@ -42,9 +39,7 @@ struct Call {
   int64_t rows = 0;                // batch rows, or packed sequences
   int64_t seqlen_q = 0, seqlen_k = 0, heads_q = 0, heads_k = 0, head_dim = 0;  // packed: lengths are totals of tokens
   double sigma = 0;                // the softmax scale in force
-  Visible visible;                 // what the mask or its shorthands say
-  bool one_band = true;            // no chunks, no sinks, and every query's own position in the band: as the window below
-  int32_t window_left = -1, window_right = -1;  // keys to the left and right of a query's own position; -1: unbounded
+  Mask visible;                    // what the mask or its shorthands say
   bool needs_scale = false, needs_offset = false;  // asked for, and there
 
   bool needs_input(size_t n) const { return n < needs.size() && needs[n]; }

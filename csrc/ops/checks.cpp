@@ -116,15 +116,15 @@ void check_factor(const Call& call, const char* name, const Tensor* tensor, bool
              t.sizes());
 }
 
-constexpr int32_t kUnbounded = 1 << 30;
+constexpr int32_t kUnbounded = Mask::kUnbounded;
 
 // What `causal` and `window` say.
-Visible shorthand(const Call& call) {
+Mask shorthand(const Call& call) {
   const int32_t reach = call.window ? static_cast<int32_t>(std::min<int64_t>(*call.window - 1, kUnbounded)) : kUnbounded;
   return {-reach, call.causal ? 0 : reach, 0, -kUnbounded, kUnbounded, 0, kUnbounded, 0};
 }
 
-Visible checked_mask(const Call& call) {
+Mask checked_mask(const Call& call) {
   const std::string_view op = call.op;
   const at::IntArrayRef mask(call.mask);
   SEAL_CHECK(!call.window && call.causal, op, "mask", "come without window and causal=False", call.causal ? "window" : "causal=False");
@@ -134,7 +134,7 @@ Visible checked_mask(const Call& call) {
   const bool fits = std::all_of(mask.begin(), mask.end(), [](int64_t n) { return n >= -kUnbounded && n <= kUnbounded; });
   SEAL_CHECK(fits, op, "mask", "have integers from -2^30 to 2^30", mask);
   const auto at = [&](size_t n) { return static_cast<int32_t>(mask[n]); };
-  const Visible v{at(0), at(1), at(2), at(3), at(4), at(5), at(6), at(7)};
+  Mask v{at(0), at(1), at(2), at(3), at(4), at(5), at(6), at(7)};
   SEAL_CHECK(v.lower <= v.upper && v.chunk_lower <= v.chunk_upper, op, "mask", "have lower <= upper and chunk_lower <= chunk_upper", mask);
   SEAL_CHECK(v.chunk >= 0 && v.sinks >= 0 && v.shifted_from >= 0 && v.shift >= 0 && v.shift < std::max(v.chunk, 1), op, "mask",
              "have chunk, shifted_from and sinks of at least 0, and a shift from 0 to below chunk", mask);
@@ -142,6 +142,9 @@ Visible checked_mask(const Call& call) {
   SEAL_CHECK(v.shift == 0 || v.shifted_from >= call.heads_q || v.shifted_from % group == 0, op, "mask",
              join("shift whole groups of ", group, " query heads, those that share a key/value head"), "heads from ",
              int64_t{v.shifted_from}, " on");
+  // Chunks that leave out no key of the band cost nothing.
+  const bool later = v.chunk_upper < kUnbounded && !(v.upper <= 0 && v.chunk_upper >= 0);
+  if (v.chunk_lower == -kUnbounded && !later) v.chunk = 0;
   return v;
 }
 
@@ -152,12 +155,6 @@ void check_mask(Call& call) {
     SEAL_CHECK(*call.window >= 1, call.op, "window", "be at least 1 (the keys a query sees, its own included)", *call.window);
   }
   call.visible = call.has_mask ? checked_mask(call) : shorthand(call);
-  const Visible& v = call.visible;
-  const bool chunked = v.chunk > 0 && (v.chunk_lower > -kUnbounded || v.chunk_upper < kUnbounded);
-  call.one_band = !chunked && v.sinks == 0 && v.lower <= 0 && v.upper >= 0;
-  if (!call.one_band) return;
-  call.window_left = v.lower == -kUnbounded ? -1 : -v.lower;
-  call.window_right = v.upper == kUnbounded ? -1 : v.upper;
 }
 
 void check_positions(const Call& call, const char* name, const Tensor* positions, int64_t seqlen) {

@@ -93,16 +93,26 @@ def attach(
 ) -> Scales:
     """Freezes ``model`` and gives its self-attention layers scales, all 1, that are its only trainable parameters.
 
-    ``model``: a transformers model with loaded weights that calls attention through the attention registry, also inside
-    a PEFT model.  Where PEFT's layers are in it, PEFT has frozen the base already, and what it lets train goes on
-    training beside the scales.  ``granularity``: "head" ([Hq] a layer) or "channel" ([Hq, D]).  ``layers``: the layers
-    that get scales, by the model's own numbers (default: all with attention); every layer runs the fused attention.
-    ``backend``: see `seal_ops.attention`.
+    The model is run once on two tokens to observe sizes and structure.  Where PEFT's layers are in it, PEFT has frozen
+    the base already, and what it lets train goes on training beside the scales.  Every layer runs the fused attention,
+    also one that gets no scales.
 
-    The model is run once on two tokens to observe sizes and structure.  Returns the `Scales`, also found as
-    ``model.seal_scales``.  Raises ValueError, one sentence, for a model that calls attention in no known way
-    or has terms that the scaled attention does not have, for scales already attached, and for a backend that cannot
-    run.
+    Args:
+        model: a transformers model with loaded weights that calls attention through the attention registry, also
+            inside a PEFT model.
+        granularity: "head" (``[Hq]`` a layer) or "channel" (``[Hq, D]``).
+        layers: the layers that get scales, by the model's own numbers; None for all with attention.
+        backend: see `seal_ops.attention`.
+
+    Returns:
+        The `Scales`, also found as ``model.seal_scales``.
+
+    Raises:
+        ValueError: a model that calls attention in no known way or has terms that the scaled attention does not have,
+            scales already attached, or a backend that cannot run.
+
+    Source:
+        SEAL (arXiv 2501.15225), section 4.
     """
     _check_granularity(granularity, "attach")
     refuse_second(model, "attach")
@@ -187,7 +197,13 @@ def detach(model: nn.Module) -> nn.Module:
     """Takes the scales off; the model is bit for bit what it was before `attach`, ``requires_grad`` flags included.
 
     Parameters that the model has got since keep their flags, and where PEFT's layers are in it, PEFT's flags stay.
-    The `Scales` object keeps its values and can still be saved.  Returns the model.
+    The `Scales` object keeps its values and can still be saved.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: no scales on the model.
     """
     scales, attachment = attached(model, "detach")
     attachment.patch.remove(SCALES)
@@ -206,7 +222,11 @@ def detach(model: nn.Module) -> nn.Module:
 
 @contextlib.contextmanager
 def disabled(model: nn.Module):
-    """Inside the block ``model`` computes what it did before `attach`, with its own attention implementation."""
+    """Inside the block ``model`` computes what it did before `attach`, with its own attention implementation.
+
+    Raises:
+        ValueError: no scales on the model.
+    """
     scales, attachment = attached(model, "disabled")
     patch, was_on = attachment.patch, attachment.patch.serves(SCALES)
     patch.remove(SCALES)
@@ -232,13 +252,22 @@ def load(
 
     A model without scales gets them attached.  On a model with scales, those of the active adapter are replaced, or,
     under an ``adapter_name`` that is new, a second adapter is added beside them (`Scales.set_adapter` activates it).
+    Everything is checked before the model is touched.
 
-    ``save_directory``: a folder, or a repository on the Hugging Face hub (``revision``, ``token`` and ``subfolder`` as
-    there); either may also be a whole model's that was saved with its scales.  ``backend``: as in `attach`.
+    Args:
+        save_directory: a folder, or a repository on the Hugging Face hub; either may also be a whole model's that was
+            saved with its scales.
+        backend: as in `attach`.
+        adapter_name: the adapter that gets the values; None for the active one.
+        revision, token, subfolder: as on the hub.
 
-    Everything is checked before the model is touched.  Returns the `Scales`.  Raises FileNotFoundError where there is
-    nothing under the name, and ValueError, one sentence, for a damaged file, an adapter made for another model, or
-    tensors of another shape or dtype than the config says.
+    Returns:
+        The `Scales`.
+
+    Raises:
+        FileNotFoundError: nothing under the name.
+        ValueError: a damaged file, an adapter made for another model, or tensors of another shape or dtype than the
+            config says.
     """
     source = resolve(save_directory, revision=revision, token=token, subfolder=subfolder)
     saved, tensors, version = read(source)

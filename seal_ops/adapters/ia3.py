@@ -44,8 +44,10 @@ def _check_direct(call: str, attention_layers: list[AttentionLayer]) -> None:
 def import_ia3(model: nn.Module, save_directory: str | os.PathLike, backend: str | None = None) -> Scales:
     """Attaches the (IA)^3 adapter saved by PEFT in ``save_directory`` as channel scales; layers it lacks have none.
 
-    Raises FileNotFoundError for a missing file, and ValueError for an adapter that scales anything but the input of the
-    ``o_proj`` of ``model``'s self-attention, or whose vectors have another length.
+    Raises:
+        FileNotFoundError: a missing file.
+        ValueError: an adapter that scales anything but the input of the ``o_proj`` of ``model``'s self-attention, or
+            whose vectors have another length.
     """
     refuse_second(model, "ia3.import_ia3")
     folder = resolve(save_directory, call="ia3.import_ia3")
@@ -92,7 +94,10 @@ def export_ia3(model: nn.Module, save_directory: str | os.PathLike) -> None:
     """Writes the scales attached to ``model`` as an (IA)^3 adapter that ``peft.PeftModel.from_pretrained`` reads.
 
     Head scales are repeated over the channels of their head; layers without a scale get ones.  Both files are replaced
-    in one step each.  Raises ValueError where the model has no scales or has a step between attention and ``o_proj``.
+    in one step each.
+
+    Raises:
+        ValueError: no scales on the model, or a step between attention and ``o_proj``.
     """
     scales, attachment = attached(model, "ia3.export_ia3")
     attention_layers = attachment.patch.layers

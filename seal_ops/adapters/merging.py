@@ -15,10 +15,18 @@ def merge(model: nn.Module) -> nn.Module:
     """Multiplies the scales into the weights that read the attention output and detaches: no cost at inference.
 
     Computed in fp32 and rounded once, so the weights keep their dtype; biases stay.  All layers are checked before the
-    first is written.  ``model`` may be the model, or a PEFT or compiled model round it.  Returns it.  Raises ValueError
-    for a step between attention and its projection that scales do not pass (BitNet's norm), for quantised or adapted
-    projections and for weights that are computed anew in each call (serve those unmerged), and where a merged weight
-    would overflow.  With several adapters, the active one is merged.
+    first is written.  With several adapters, the active one is merged.
+
+    Args:
+        model: the model, or a PEFT or compiled model round it.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: a step between attention and its projection that scales do not pass (BitNet's norm), quantised or
+            adapted projections and weights that are computed anew in each call (serve those unmerged), or a merged
+            weight that would overflow.
     """
     scales, attachment = attached(model, "merge")
     attention_layers = {attn.index: attn for attn in attachment.patch.layers}

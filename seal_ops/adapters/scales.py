@@ -130,7 +130,11 @@ class Scales(nn.Module):
         super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def values(self) -> dict[int, Tensor]:
-        """Layer -> a copy of its whole scale on the CPU; where scales are sharded, all processes must call this."""
+        """Layer -> a copy of its whole scale on the CPU; where scales are sharded, all processes must call this.
+
+        Raises:
+            ValueError: scales that another framework has sharded and not gathered.
+        """
         found = whole({layer: holder for layer, holder in zip(self.config.layers, self.layers.values())})
         for layer, shape in self.config.shapes().items():
             if tuple(found[layer].shape) != shape:
@@ -167,11 +171,15 @@ class Scales(nn.Module):
     def rows(self, rows: Tensor | Sequence[Tensor] | Mapping[int, Tensor]):
         """Inside the block every row b of a batch runs with its own scales, in the place of the learned ones.
 
-        ``rows``: one tensor ``[layers, B, Hq]`` or ``[layers, B, Hq, D]`` (the layers of ``config.layers``, in order),
-        a sequence of one tensor a layer, or a mapping from layer to ``[B, Hq]`` or ``[B, Hq, D]`` (layers that
-        are not named keep their scale).  B is the batch size of the calls inside.  To ablate heads of trained scales,
-        multiply: ``rows = keep[layer] * scale``.  Converted to fp32; gradients flow into ``rows``.
-        Raises ValueError for an unknown layer or a wrong shape.
+        To ablate heads of trained scales, multiply: ``rows = keep[layer] * scale``.  Gradients flow into ``rows``.
+
+        Args:
+            rows: one tensor ``[layers, B, Hq]`` or ``[layers, B, Hq, D]`` (the layers of ``config.layers``, in order),
+                a sequence of one tensor a layer, or a mapping from layer to ``[B, Hq]`` or ``[B, Hq, D]`` (layers that
+                are not named keep their scale); converted to fp32.  B is the batch size of the calls inside.
+
+        Raises:
+            ValueError: an unknown layer or a wrong shape.
         """
         if not isinstance(rows, Mapping):
             if len(rows) != len(self.config.layers):
@@ -215,11 +223,16 @@ class Scales(nn.Module):
 
         The adapter "default", or the only one, goes into the folder itself, others into subfolders of their names, as
         with PEFT.  A README that somebody wrote is left alone.  At every moment the folder holds an adapter that can be
-        read, the old or the new.
+        read, the old or the new.  Where the scales are sharded, all processes must call this.
 
-        ``selected_adapters``: names (default: all).  ``is_main_process``: whether this process writes (default: the
-        first of a distributed run).  Where the scales are sharded, all processes must call.  Raises ValueError for an
-        unknown name, and OSError, naming the folder, where it cannot be written.
+        Args:
+            save_directory: the folder.
+            selected_adapters: names; None for all.
+            is_main_process: whether this process writes; None for the first of a distributed run.
+
+        Raises:
+            ValueError: an unknown name.
+            OSError: the folder cannot be written; the message names it.
         """
         names = self.adapter_names if selected_adapters is None else list(selected_adapters)
         self._check_names("save_pretrained", "selected_adapters", names)
@@ -273,7 +286,13 @@ class Scales(nn.Module):
                 )
 
     def set_adapter(self, adapter_name: str) -> None:
-        """Makes another adapter the one that computes and learns. An optimiser made before keeps its old state."""
+        """Makes another adapter the one that computes and learns.
+
+        An optimiser made before keeps its old state.
+
+        Raises:
+            ValueError: an unknown name.
+        """
         self._check_names("set_adapter", "adapter_name", [adapter_name])
         if adapter_name == self.active_adapter:
             return
@@ -303,7 +322,11 @@ class Scales(nn.Module):
         load(owner_of(self, "Scales.load_adapter"), name_or_path, adapter_name=adapter_name, **options)
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Forgets an adapter. The active one is refused."""
+        """Forgets an adapter.
+
+        Raises:
+            ValueError: an unknown name, or the active adapter's.
+        """
         self._check_names("delete_adapter", "adapter_name", [adapter_name])
         if adapter_name == self.active_adapter:
             raise ValueError(
@@ -316,8 +339,10 @@ class Scales(nn.Module):
     def adapters_per_row(self, adapter_names: Sequence[str]):
         """Inside the block row b of a batch runs with the adapter ``adapter_names[b]``; "base" is the model without.
 
-        Gradients flow into the active adapter only.  Raises ValueError for an unknown name, and where the scales are
-        not attached.
+        Gradients flow into the active adapter only.
+
+        Raises:
+            ValueError: an unknown name, or scales that are not attached.
         """
         from .attachment import owner_of
 

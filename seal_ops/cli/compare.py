@@ -12,6 +12,7 @@ from .options import (
     method_options,
     model_options,
     positive,
+    prompts,
     setting,
     task,
     task_options,
@@ -60,7 +61,7 @@ def run(args):
         alpha=args.alpha,
         target_modules=args.target_modules,
         seed=args.seed,
-        chat_template=args.chat_format,
+        **prompts(args),
         backend=args.backend,
         log=log,
     )

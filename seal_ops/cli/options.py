@@ -5,6 +5,7 @@ command line says wins over the file.
 """
 
 import argparse
+import json
 import os
 import sys
 from collections.abc import Callable
@@ -72,6 +73,28 @@ def chat_format(text: str):
     """auto, on, off, or a format with {prompt} in it."""
     known = {"auto": None, "on": True, "off": False, "True": True, "False": False}  # the last two: YAML's on and off
     return known.get(text, text)
+
+
+def json_object(text: str) -> dict:
+    """A JSON object, like ``{"enable_thinking": false}``."""
+    try:
+        found = json.loads(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"must be a JSON object like {_EXAMPLE}, got {text} ({error})") from None
+    if not isinstance(found, dict):
+        raise argparse.ArgumentTypeError(f"must be a JSON object like {_EXAMPLE}, got {text}")
+    return found
+
+
+_EXAMPLE = '{"enable_thinking": false}'
+
+
+def not_negative(text: str) -> float:
+    """A finite number of at least 0."""
+    number = float(text)
+    if not 0 <= number < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be a number of at least 0, got {text}")
+    return number
 
 
 def setting(text: str) -> tuple[str, object]:
@@ -144,7 +167,7 @@ def extend_option(parser):
 
 
 def task_options(parser, required=True):
-    """--task, --task-option and --chat-format."""
+    """--task, --task-option, --chat-format and --chat-template-kwargs."""
     parser.add_argument(
         "--task",
         default="lines" if required else None,
@@ -162,11 +185,28 @@ def task_options(parser, required=True):
 
 
 def chat_option(parser):
-    """--chat-format."""
+    """--chat-format and --chat-template-kwargs."""
     parser.add_argument(
         "--chat-format", type=chat_format, default="auto", metavar="FORMAT",
         help="auto (the tokenizer's, if it has one), on, off, or a text like 'USER: {prompt} ASSISTANT:'",
     )  # fmt: skip
+    parser.add_argument(
+        "--chat-template-kwargs", type=json_object, metavar="JSON",
+        help="variables of the chat template, like '{\"enable_thinking\": true}' (default: that is false)",
+    )  # fmt: skip
+
+
+def noise_option(parser):
+    """--quadrant-noise."""
+    parser.add_argument(
+        "--quadrant-noise", type=not_negative, default=2.0, metavar="ERRORS",
+        help="a unit is harmful or helpful where its change is more than so many standard errors from 0",
+    )  # fmt: skip
+
+
+def prompts(args) -> dict:
+    """What the chat options say, as the functions that draw samples take it."""
+    return {"chat_template": args.chat_format, "chat_template_kwargs": args.chat_template_kwargs}
 
 
 def backend_option(parser):
@@ -267,6 +307,8 @@ def _value(action, value):
             value = [f"{k}={v}" for k, v in value.items()]
         found = [_one(action, v) for v in (value if isinstance(value, list) else [value])]
         return [number for part in found for number in part] if isinstance(action, Numbers) else found
+    if isinstance(value, dict) and action.type is json_object:
+        return json_object(json.dumps(value))
     if isinstance(value, (list, dict)):
         raise argparse.ArgumentTypeError(f"must be a single value, got {value!r}")
     return _one(action, value)

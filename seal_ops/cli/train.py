@@ -7,6 +7,7 @@ from .options import (
     load,
     model_options,
     positive,
+    prompts,
     restart_option,
     task,
     task_options,
@@ -42,13 +43,16 @@ def run(args):
 
     if args.data is None and args.length is None:
         raise ValueError("--length must be given with --task (or samples with --data), got neither")
+    if args.data is not None and (args.chat_format is not None or args.chat_template_kwargs is not None):
+        raise ValueError(
+            "--chat-format and --chat-template-kwargs must be given to `seal data`, got them with --data, whose "
+            "samples have their chat format already"
+        )
     model, tokenizer = load(args)
     if args.data is not None:
         samples = tasks.read(args.data)
     else:
-        samples = task(args).generate(
-            tokenizer, args.length, args.samples, args.seed, chat_template=args.chat_format, progress=None
-        )
+        samples = task(args).generate(tokenizer, args.length, args.samples, args.seed, **prompts(args))
     attach(model, args.granularity, backend=args.backend)
     result = train(
         model,

@@ -13,6 +13,7 @@ from .options import (
     model_options,
     named_task,
     positive,
+    prompts,
 )
 
 
@@ -48,7 +49,7 @@ def run(args):
         lr=args.lr,
         samples=args.samples,
         seed=args.seed,
-        chat_template=args.chat_format,
+        **prompts(args),
         backend=args.backend,
         log=log,
     )

@@ -28,7 +28,7 @@ from ..huggingface.modes import accepts
 from ..huggingface.origin import provenance
 from ..report import plots
 from ..report.html import NAME as REPORT
-from ..tasks.description import describe
+from ..tasks.description import describe, prompt_options
 from ..training.recipe import LEARNING_RATES, NAMES
 from ..utils.files import atomic_write, replacing_folder
 from .comparison import trained
@@ -50,6 +50,7 @@ class Settings:
         samples: training samples.
         lr_head, lr_channel: learning rates.
         seed: draws the samples of both kinds.
+        chat_template, chat_template_kwargs: see :class:`seal_ops.tasks.Encoder`.
         device, dtype: see :func:`seal_ops.huggingface.loading.load_model`.
         extend: method and options of :func:`seal_ops.extend`, for every model of the demo.
     """
@@ -62,6 +63,8 @@ class Settings:
     lr_head: float = LEARNING_RATES["SEAL-H"]
     lr_channel: float = LEARNING_RATES["SEAL-C"]
     seed: int = 0
+    chat_template: str | bool | None = None
+    chat_template_kwargs: dict | None = None
     device: str = "auto"
     dtype: str = "default"
     extend: tuple[str, dict] | None = None
@@ -107,7 +110,8 @@ def run(settings: Settings, output: str, *, progress: bool | None = None, log=pr
 
     model, tokenizer = load_model_fn()
     origin = provenance(model)
-    described = {task: describe(tasks.get(task), tokenizer) for task in settings.tasks}
+    prompts = settings.chat_template, settings.chat_template_kwargs
+    described = {task: describe(tasks.get(task), tokenizer, *prompts) for task in settings.tasks}
     claimed = {**asdict(settings), "task": described, "fingerprint": origin["model"]["fingerprint"]}
     reserve(output, json.loads(json.dumps(claimed)), "seal demo", " (give another --output, or --restart)")
     count = sum(p.numel() for p in model.parameters())
@@ -140,11 +144,13 @@ def _run_task(settings, task_name, output, load_model_fn, origin, *, progress, l
     started = time.monotonic()
     task, longest = tasks.get(task_name), max(settings.lengths)
     torch.manual_seed(settings.seed)
+    prompts = prompt_options(settings.chat_template, settings.chat_template_kwargs)
+    draw = functools.partial(task.generate, progress=progress, **prompts)
 
     def measure(model, tokenizer, name, file, lengths):
         return evaluate(
             model, tokenizer, task, lengths, settings.cases, seed=settings.seed, name=name,
-            output=os.path.join(output, file), resume=True, progress=progress,
+            output=os.path.join(output, file), resume=True, progress=progress, **prompts,
         )  # fmt: skip
 
     model, tokenizer = load_model_fn()
@@ -159,7 +165,7 @@ def _run_task(settings, task_name, output, load_model_fn, origin, *, progress, l
             load_model_fn,
             name,
             os.path.join(output, granularity),
-            functools.partial(task.generate, tokenizer, longest, settings.samples, settings.seed),
+            functools.partial(draw, tokenizer, longest, settings.samples, settings.seed),
             lr=settings.lr_head if granularity == "head" else settings.lr_channel,
             seed=settings.seed,
             progress=progress,

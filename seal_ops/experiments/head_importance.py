@@ -64,6 +64,7 @@ class HeadImportance:
 
     @property
     def lengths(self) -> list[int]:
+        """The lengths of the cases that were measured, in tokens."""
         return sorted({record["length"] for record in self.records})
 
     def change(self, measure: str, length: int | None = None) -> torch.Tensor:
@@ -72,6 +73,9 @@ class HeadImportance:
         Args:
             measure: "logprob" (nats of the whole answer) or "accuracy" by ablation, "gradient" (nats, first order).
             length: of one length; None for the mean over all cases.
+
+        Raises:
+            ValueError: an unknown measure, or a length without cases.
         """
         return self._changes(measure, length).mean(0)
 

@@ -103,7 +103,8 @@ def backends(
 ) -> dict[str, dict[str, str]]:
     """For every op: which backend runs it on `device` (default: the GPU if there is one), and why each other does not.
 
-    Returns {op: {"chosen": name, other name: one sentence, ...}}.
+    Returns:
+        `{op: {"chosen": name, other name: one sentence, ...}}`.
     """
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if device.type == "cuda" and device.index is None:

@@ -51,11 +51,16 @@ def attention(
     `[B, Sq, Hq, 1]` (packed `[T, Hq, ...]`) multiplies the scaled output by `gate_function` of it ("sigmoid",
     "softplus" or "identity"). Both are composed around the op, are differentiable, and go without an offset.
 
-    Returns out `[B, Sq, Hq, D]` (packed `[T, Hq, D]`), with `return_lse` also the natural-log log-sum-exp `[B, Hq, Sq]`
-    (packed `[Hq, T]`), fp32, -inf where a query sees no key (its attention output is 0).
-    Raises ValueError, one sentence, for arguments outside this contract or a forced backend that cannot run.
-    Source: SEAL (arXiv 2501.15225) section 4 for the scales; FlashAttention for the algorithm; gpt-oss
-    (arXiv 2508.10925) for the sink, gated attention (arXiv 2505.06708) for the gate.
+    Returns:
+        out `[B, Sq, Hq, D]` (packed `[T, Hq, D]`), with `return_lse` also the natural-log log-sum-exp `[B, Hq, Sq]`
+        (packed `[Hq, T]`), fp32, -inf where a query sees no key (its attention output is 0).
+
+    Raises:
+        ValueError: arguments outside this contract, or a forced backend that cannot run.
+
+    Source:
+        SEAL (arXiv 2501.15225) section 4 for the scales; FlashAttention for the algorithm;
+        gpt-oss (arXiv 2508.10925) for the sink; gated attention (arXiv 2505.06708) for the gate.
     """
     out, lse = _attention(
         q,
@@ -94,8 +99,16 @@ def rope(
 
     cos, sin: a table `[N, R/2]` read at `positions` (int, `[S]` or `[B, S]`; default: counted from 0, queries last), or
     values per token `[B, S, R/2]`. The first R channels turn: pairs (c, c + R/2), or (2c, 2c+1) when `interleaved`.
-    `inverse` turns back. Returns the rotated q and k; differentiable. Raises ValueError outside this contract.
-    Source: RoFormer (arXiv 2104.09864), eq. 34. `seal_ops.rope_tables` makes cos and sin.
+    `inverse` turns back. Differentiable. `seal_ops.rope_tables` makes cos and sin.
+
+    Returns:
+        The rotated q and k.
+
+    Raises:
+        ValueError: arguments outside this contract.
+
+    Source:
+        RoFormer (arXiv 2104.09864), eq. 34.
     """
     return _rope(
         q, k, cos, sin, positions, positions_k, interleaved=interleaved, inverse=inverse, backend=backend or "auto"
@@ -129,9 +142,15 @@ def rope_attention(
     gate: Tensor | None = None,
     gate_function: str = "sigmoid",
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """`attention(*rope(q, k, ...), v, ...)` as one op that keeps only the rotated q and k for its backward, where the
-    inverse rotation is applied as grad_q and grad_k are written. Arguments as in `rope` and `attention`; for packed
-    input without positions they restart at 0 in every sequence."""
+    """`attention(*rope(q, k, ...), v, ...)` as one op.
+
+    It keeps only the rotated q and k for its backward, where the inverse rotation is applied as grad_q and grad_k are
+    written. Arguments as in `rope` and `attention`; for packed input without positions they restart at 0 in every
+    sequence.
+
+    Raises:
+        ValueError: as `rope` and `attention`.
+    """
     if cu_seqlens is not None and positions is None and positions_k is None:
         positions = packed_positions(cu_seqlens, q.shape[0], cu_seqlens_k)
         if cu_seqlens_k is not None:
@@ -172,10 +191,14 @@ def _integers(op: str, mask: Mask | Sequence[int] | None, q: Tensor) -> Sequence
 
 
 def packed_positions(cu_seqlens: Tensor, tokens: int, cu_seqlens_k: Tensor | None = None) -> Tensor:
-    """Positions int64 [tokens] that restart at 0 in every packed sequence, without a host sync; with `cu_seqlens_k` the
-    queries are the last of each sequence's keys (position 0 where a query lies before its first key). Tokens beyond
-    the last sequence (padding) count from 0 once more. Raises ValueError for lengths that are not int32 or int64
-    [sequences + 1], or differ in shape."""
+    """Positions int64 `[tokens]` that restart at 0 in every packed sequence, without a host sync.
+
+    With `cu_seqlens_k` the queries are the last of each sequence's keys (position 0 where a query lies before its first
+    key). Tokens beyond the last sequence (padding) count from 0 once more.
+
+    Raises:
+        ValueError: lengths that are not int32 or int64 `[sequences + 1]`, or that differ in shape or device.
+    """
     for name, t in (("cu_seqlens", cu_seqlens), ("cu_seqlens_k", cu_seqlens_k)):
         if t is None:
             continue

@@ -19,7 +19,7 @@ label mask and the seeds are done here, for any tokenizer::
 import json
 import random
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 from ..utils.progress import track
@@ -27,6 +27,8 @@ from .reading import CLOSE, opens_reasoning, read_output
 
 IGNORE_INDEX = -100  # the label that PyTorch's cross entropy and transformers skip
 SPLITS = ("train", "test")
+_THINKING = "enable_thinking"  # the switch that templates of reasoning models read
+_SET_HERE = {"messages", "conversation", "chat_template", "add_generation_prompt", "tokenize"}
 
 
 @dataclass(frozen=True)
@@ -95,11 +97,13 @@ class Encoder:
 
     What a template writes between the prompt and the answer (an empty reasoning block) belongs to the prompt, and a
     reasoning block that it opens is closed, unless ``enable_thinking`` is true.
+
+    Raises:
+        ValueError: no template where one is required, or a variable that the template does not read.
     """
 
     def __init__(self, tokenizer, chat_template=None, caller="seal_ops.tasks", chat_template_kwargs=None):
         self.tokenizer, self.caller = tokenizer, caller
-        self.variables = {"enable_thinking": False, **(chat_template_kwargs or {})}
         own = getattr(tokenizer, "chat_template", None)
         if chat_template is True and not own:
             raise ValueError(
@@ -117,6 +121,24 @@ class Encoder:
                 )
         elif chat_template is not False and own:
             self.template = own
+        self.variables = {_THINKING: False, **self._checked(chat_template_kwargs)}
+
+    def _checked(self, given) -> Mapping:
+        """The variables of the template that were given: a template ignores a name that it does not read."""
+        if not isinstance(given, Mapping | None):
+            raise ValueError(
+                f"{self.caller}: chat_template_kwargs must be a dict of the template's variables, got {given!r}"
+            )
+        for name in given or {}:
+            if name in _SET_HERE:
+                raise ValueError(f"{self.caller}: chat_template_kwargs must leave {name} alone, which is set here")
+            # Templates that always reason read no switch; then it says how an output is read.
+            if name != _THINKING and (self.template is None or not _names(name, self.template)):
+                reader = "no template" if self.template is None else "a template that does not read it"
+                raise ValueError(
+                    f"{self.caller}: chat_template_kwargs must name variables of the chat template, got {name!r} for {reader}"  # noqa: E501
+                )
+        return given or {}
 
     def __call__(self, prompt: str, answer: str) -> tuple[list[int], list[int]]:
         """Token ids ``(prompt_ids, answer_ids)``; the answer ends with the token that ends a turn, if there is one."""
@@ -199,7 +221,7 @@ class Encoder:
     @property
     def thinks(self) -> bool:
         """Whether an output may begin with reasoning."""
-        return self.template is not None and bool(self.variables["enable_thinking"])
+        return self.template is not None and bool(self.variables[_THINKING])
 
     def _encode(self, text, special):
         try:
@@ -244,6 +266,10 @@ class Encoder:
                 f"{self.caller}: the answer {sample.answer[:80]!r}, in the tokens of {_name(self.tokenizer)} and read as an "  # noqa: E501
                 f"output is (up to {task.stop!r}, without special tokens), must score 1, got {score:g} for {text[:80]!r}"  # noqa: E501
             )
+
+
+def _names(variable: str, template: str) -> bool:
+    return re.search(rf"(?<!\w){re.escape(variable)}(?!\w)", template) is not None
 
 
 def _name(tokenizer):
@@ -298,7 +324,7 @@ class Task:
         split: str = "train",
         chat_template=None,
         chat_template_kwargs: dict | None = None,
-        progress: bool | None = False,
+        progress: bool | None = None,
     ) -> list[Sample]:
         """Samples whose prompt, answer and ``reserve`` tokens fill ``length`` tokens as far as whole items allow.
 
@@ -309,7 +335,7 @@ class Task:
             seed: equal seeds give equal samples; a longer list starts with the shorter one.
             split: "train" or "test"; their random numbers never meet, whatever the seeds.
             chat_template, chat_template_kwargs: see :class:`Encoder`.
-            progress: draw a bar; None draws where stderr is a terminal.
+            progress: draw a bar; None draws where stderr is a terminal, unless an outer step has a bar.
 
         Raises:
             ValueError: the length is too short for one item, or the tokenizer cannot write an answer

@@ -11,11 +11,19 @@ template <class Call>
 cudaError_t with_variant(int variant, Call call) {
   int next = 0;
 #define V(...) \
-  if (variant == next++) return call(sm90::DecodeConfig<__nv_bfloat16, __VA_ARGS__>{});
+  if (variant == next++) return call(sm90::DecodeConfig<__nv_bfloat16, Masking::kBand, __VA_ARGS__>{});
   KIT_VARIANTS
 #undef V
   (void)next, (void)call;
   return cudaErrorInvalidValue;
+}
+
+// Keys `left` before to `right` after a query's own; -1: no limit on that side.
+Mask band(int64_t left, int64_t right) {
+  Mask mask;
+  if (left >= 0) mask.lower = static_cast<int32_t>(-left);
+  if (right >= 0) mask.upper = static_cast<int32_t>(right);
+  return mask;
 }
 
 AttentionTensor tensor(const void* data, const int64_t* n) { return {data, n[0], n[1], n[2], n[3], n[4], n[5]}; }
@@ -39,8 +47,7 @@ extern "C" int kit_decode(void* const* pointers, const int64_t* numbers, float s
   const int64_t* n = numbers + 30;
   p.sequences = static_cast<int32_t>(n[0]);
   p.head_dim = static_cast<int32_t>(n[1]);
-  p.window_left = static_cast<int32_t>(n[2]);
-  p.window_right = static_cast<int32_t>(n[3]);
+  p.mask = band(n[2], n[3]);
   p.half = n[4] != 0;
   p.softmax_scale = softmax_scale;
   const int64_t max_length_q = n[5];
@@ -67,7 +74,6 @@ extern "C" int kit_prefers(int64_t sequences, int64_t heads, int64_t kv_heads, i
   p.k.heads = kv_heads;
   p.k.rows = keys;
   p.sequences = static_cast<int32_t>(sequences);
-  p.window_left = static_cast<int32_t>(window_left);
-  p.window_right = static_cast<int32_t>(window_right);
+  p.mask = band(window_left, window_right);
   return prefers_attention_decode(p, max_length_q);
 }

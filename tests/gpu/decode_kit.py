@@ -18,7 +18,7 @@ from seal_ops.ops import factors
 HERE = pathlib.Path(__file__).parent
 Variant = tuple[
     int | bool, ...
-]  # the template arguments of DecodeConfig after the type (csrc/cuda/sm90/decode_kernel.cuh)
+]  # the template arguments of DecodeConfig after type and masking (csrc/cuda/sm90/decode_kernel.cuh)
 
 
 @functools.cache

@@ -59,7 +59,7 @@ def folder(tmp_path_factory):
     found.seconds = {"ablation": 1.0}
     writers.write_head_importance(found, tmp_path)
     groups = group_by_sign(found, "accuracy", noise=0)
-    writers.write_quadrants({n: evaluation(n) for n in ("base", "both")}, groups, found.units, tmp_path, "accuracy")
+    writers.write_quadrants({n: evaluation(n) for n in ("base", "both")}, groups, found.units, tmp_path, "accuracy", 0)
     evaluation("base").save(tmp_path / "raw" / "base.json")
     (tmp_path / "other.csv").write_text("name,value\nalpha,1\nbeta & gamma,2\n")
     (tmp_path / "broken.json").write_text("{")

@@ -13,6 +13,7 @@ import seal_ops
 from seal_ops import tasks
 from seal_ops.tasks.document_qa import DocumentQA, word_f1
 from seal_ops.tasks.needle_in_haystack import Needle
+from seal_ops.utils.progress import bar
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 # Byte-level: any text can be written in it.
@@ -205,6 +206,18 @@ def test_none_draws_a_bar_on_a_terminal(progress, terminal, drawn, monkeypatch, 
     monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal, raising=False)
     tasks.passkey.generate(TOKENIZER, 200, 2, progress=progress)
     assert ("writing samples" in capsys.readouterr().err) == drawn
+
+
+def test_a_bar_inside_a_bar_is_not_drawn(monkeypatch, capsys):
+    """Nor one inside a step that was asked to be silent."""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    for enabled in (True, False):
+        with bar(2, "outer", enabled):
+            tasks.passkey.generate(TOKENIZER, 200, 2)
+        shown = capsys.readouterr().err
+        assert "writing samples" not in shown and ("outer" in shown) == enabled
+    tasks.passkey(TOKENIZER, 200, 2)
+    assert "writing samples" in capsys.readouterr().err, "drawn where nothing is said and no step is around it"
 
 
 def test_long_documents_lose_their_middle(tmp_path):

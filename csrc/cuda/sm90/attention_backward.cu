@@ -1,13 +1,17 @@
 // Plan and launches of the attention backward on sm_90a: which kernels run, on which workspace.
 #include <algorithm>
 
-#include "attention_backward_common.cuh"
+#include "backward_common.cuh"
 
 namespace seal {
 
 using namespace sm90;
 
 namespace {
+
+// Deterministic mode up to head_dim 128: the main kernel adds dQ up in the order of the keys, in five products. False: dQ comes from
+// the query kernel, in two products more.
+constexpr bool kOrderedAdds = true;
 
 // The workspace, part by part, each 256-byte aligned.
 struct Arena {
@@ -26,9 +30,20 @@ int device_multiprocessors() {
   return known ? count : 132;
 }
 
+// Whether sixteen bytes of the tables of cos and sin at a time belong to eight (fp32: four) channels that turn in their order.
+bool reads_by_vectors(const AttentionBackwardParams& p) {
+  if (p.cos == nullptr || p.interleaved || p.rotary_dim % 16 != 0) return false;
+  const int64_t vector = p.cos_type == 2 ? 4 : 8;
+  for (const int64_t stride : {p.cos_batch_stride, p.cos_row_stride, p.sin_batch_stride, p.sin_row_stride}) {
+    if (stride % vector != 0) return false;
+  }
+  return reinterpret_cast<uintptr_t>(p.cos) % 16 == 0 && reinterpret_cast<uintptr_t>(p.sin) % 16 == 0;
+}
+
 // Fills in everything that follows from the caller's struct; returns the bytes of workspace.
 size_t plan(const AttentionBackwardParams& params, BackwardKernelParams* p) {
   static_cast<AttentionBackwardParams&>(*p) = params;
+  p->mask = params.mask.within(params.seqlen_q, params.seqlen_k);
   const bool packed = p->cu_seqlens_q != nullptr;
   const int dim = padded_head_dim(p->head_dim);
   p->key_rows = key_rows(dim);
@@ -39,8 +54,8 @@ size_t plan(const AttentionBackwardParams& params, BackwardKernelParams* p) {
   p->tile_count_k = static_cast<int64_t>(p->tiles_k) * (packed ? 1 : p->batch);
   p->padded_rows_q = p->tile_count_q * kTileRows;
 
-  // A CTA that walks through several query heads of a group adds up their dK and dV in registers; what is split leaves as fp32
-  // partial sums, 16 bytes an element written and read. So as many heads to a CTA as leave enough CTAs: almost two rounds of
+  // A thread block that walks through several query heads of a group adds up their dK and dV in registers; what is split leaves as fp32
+  // partial sums, 16 bytes an element written and read. So as many heads to a thread block as leave enough thread blocks: almost two rounds of
   // them, which the causal tiles, the longest first, fill as well as four (docs/kernel_notes_backward.md).
   const int group = p->heads_q / p->heads_k;
   constexpr int kMostHeads = 32;  // of a thread block (BackwardTask::exact)
@@ -51,7 +66,6 @@ size_t plan(const AttentionBackwardParams& params, BackwardKernelParams* p) {
   for (int heads = 2; heads <= std::min(group, kMostHeads); ++heads) {
     if (group % heads == 0 && key_tiles * (group / heads) >= p->enough_ctas) p->heads_per_cta = heads;
   }
-  if (!kDivisors) p->heads_per_cta = key_tiles >= 4 * 132 && group <= kMostHeads ? group : 1;
   p->splits = group / p->heads_per_cta;
 
   // Sections as wide as the rows of their heads stay in L2, and as fill the multiprocessors: of a narrower one the longest
@@ -60,23 +74,26 @@ size_t plan(const AttentionBackwardParams& params, BackwardKernelParams* p) {
   constexpr int64_t kL2Share = 40 << 20;
   const int64_t pairs = std::max<int64_t>(1, static_cast<int64_t>(packed ? 1 : p->batch) * p->heads_k * p->splits);
   const int64_t pair_bytes = std::max<int64_t>(1, static_cast<int64_t>(p->seqlen_q) * dim * 8 * p->heads_per_cta);
-  const int64_t filling = kFill ? p->multiprocessors / std::max(1, p->tiles_k) : 1;
-  // In the order of the keys, few tiles of a pair should be at work at a time: each adds its dQ behind the ones before it.
-  const bool ordered = kOrdered && p->deterministic && p->grad_q && (p->grad_k || p->grad_v) && dim < 256;
+  const int64_t filling = p->multiprocessors / std::max(1, p->tiles_k);
+  // In the order of the keys, few tiles of a pair should be at work at a time: each adds its dQ behind the ones before it. Where the
+  // tiles of keys that see a query have gaps between them there is no such order yet.
+  const bool ordered = kOrderedAdds && p->mask.is_band() && p->deterministic && p->grad_q && (p->grad_k || p->grad_v) && dim < 256;
   const int64_t least = ordered ? p->multiprocessors / (dim == 64 ? 4 : 16) : 1;
-  p->section = packed ? 1 : static_cast<int32_t>(std::min(pairs, std::max({kL2Share / pair_bytes, filling, least, int64_t{1}})));
-  p->last_section = kFill ? static_cast<int32_t>((pairs / p->section - 1) * p->section) : INT32_MAX;  // with what is left over
+  p->section = packed && !ordered ? 1 : static_cast<int32_t>(std::min(pairs, std::max({kL2Share / pair_bytes, filling, least, int64_t{1}})));
+  p->last_section = static_cast<int32_t>((pairs / p->section - 1) * p->section);  // with what is left over
+
+  p->turn_by_vectors = reads_by_vectors(*p);
 
   const bool need_products = p->grad_q || p->grad_k || p->grad_v, need_keys = p->grad_k || p->grad_v;
   const bool need_rows = need_products || p->grad_scale;
   const int64_t kv_floats = static_cast<int64_t>(p->heads_k) * p->tile_count_k * p->key_rows * dim;
   Arena arena{static_cast<char*>(p->workspace)};
   p->task_count = static_cast<int32_t>(p->tile_count_k * p->heads_k * p->splits);
-  p->task_counter = kPersistent ? reinterpret_cast<int32_t*>(arena.floats(1)) : nullptr;
+  p->task_counter = reinterpret_cast<int32_t*>(arena.floats(1));
   p->lse2 = need_rows ? arena.floats(p->heads_q * p->padded_rows_q) : nullptr;
   p->delta = need_rows ? arena.floats(p->heads_q * p->padded_rows_q) : nullptr;
   p->dq = p->grad_q && need_keys && (!p->deterministic || ordered) && dim < 256 ? arena.floats(p->heads_q * p->padded_rows_q * dim) : nullptr;
-  p->turns = ordered ? reinterpret_cast<int32_t*>(arena.floats(p->heads_q * p->padded_rows_q / step_rows(dim) * 2)) : nullptr;
+  p->added = ordered ? reinterpret_cast<int32_t*>(arena.floats(p->heads_q * p->padded_rows_q / step_rows(dim) * 2)) : nullptr;
   p->dk_partial = p->splits > 1 && p->grad_k ? arena.floats(p->splits * kv_floats) : nullptr;
   p->dv_partial = p->splits > 1 && p->grad_v ? arena.floats(p->splits * kv_floats) : nullptr;
   const int64_t tokens_q = static_cast<int64_t>(p->seqlen_q) * (packed ? 1 : p->batch);

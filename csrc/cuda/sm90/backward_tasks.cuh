@@ -2,84 +2,16 @@
 // of the other side that it sees.
 #pragma once
 
-#include "attention_backward_common.cuh"
+#include "backward_common.cuh"
+#include "mask.cuh"
 
 namespace seal::sm90 {
 
-// Named barriers; 0 is __syncthreads.
-constexpr uint32_t kBarrierConsumers = 1;  // both consumer warpgroups
-constexpr uint32_t kBarrierValues = 2;     // the one that makes dV (attention_backward_wide.cuh)
-
-// The mask between the rows of a tile, queries or keys, and the columns of its score tiles, the other side: row r sees columns
-// r + offset - before .. r + offset + after; -1: no limit on that side.
-struct Band {
-  int offset, before, after;
-  int rows, columns;  // of the sequence
-
-  static SEAL_DEVICE Band of_queries(const BackwardKernelParams& p, const Sequence& s) {
-    return {s.shift(), p.window_left, p.window_right, s.length_q, s.length_k};
-  }
-  static SEAL_DEVICE Band of_keys(const BackwardKernelParams& p, const Sequence& s) {
-    return {-s.shift(), p.window_right, p.window_left, s.length_k, s.length_q};
-  }
-};
-
-enum class Side { kQueries, kKeys };
-
-// The tiles of kColumns columns that a tile of kRows rows of side kOf sees. Queries past the end of their sequence need no mask:
-// their log-sum-exp is infinite. Keys past the end do.
-template <Side kOf, int kRows, int kColumns>
-struct SeenTiles {
-  int begin, end;
-  int full_begin, full_end;  // those of them in which nothing is masked
-
-  SEAL_DEVICE void find(const Band& band, int first_row) {
-    const int last_row = min(first_row + kRows, band.rows) - 1;
-    const int first = band.before < 0 ? 0 : max(0, first_row + band.offset - band.before);
-    const int last = band.after < 0 ? band.columns - 1 : min(band.columns - 1, last_row + band.offset + band.after);
-    begin = first / kColumns;
-    end = last_row < first_row || last < first ? begin : last / kColumns + 1;
-    // Every row sees the columns from last_row + offset - before to first_row + offset + after.
-    full_begin = band.before < 0 ? begin : (max(0, last_row + band.offset - band.before) + kColumns - 1) / kColumns;
-    const int seen_by_all = max(0, first_row + band.offset + band.after + 1);
-    if constexpr (kOf == Side::kQueries) {
-      full_end = (band.after < 0 ? band.columns : min(band.columns, seen_by_all)) / kColumns;
-    } else {
-      full_end = band.after < 0 ? end : seen_by_all / kColumns;
-      if (first_row + kRows > band.rows) full_end = full_begin;
-    }
-  }
-
-  // Sets the scores of tile `tile` to -inf where masked; `row` is the thread's first row of the accumulator.
-  static SEAL_DEVICE void mask(const Band& band, float (&scores)[kColumns / 2], int tile, int row) {
-    const int first_column = tile * kColumns + threadIdx.x % 4 * 2;
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      const int center = row + 8 * h + band.offset;
-      int low = band.before < 0 ? INT32_MIN : center - band.before;
-      int high = band.after < 0 ? INT32_MAX : center + band.after;
-      if constexpr (kOf == Side::kQueries) {
-        high = min(high, band.columns - 1);
-      } else {
-        if (row + 8 * h >= band.rows) low = INT32_MAX;
-      }
-#pragma unroll
-      for (int j = 0; j < kColumns / 8; ++j) {
-#pragma unroll
-        for (int c = 0; c < 2; ++c) {
-          const int column = first_column + 8 * j + c;
-          if (column < low || column > high) scores[4 * j + 2 * h + c] = -INFINITY;
-        }
-      }
-    }
-  }
-};
-
 // A tile of kRows keys and the query tiles of kColumns rows that see it, for some query heads of the group. It lies in shared
 // memory: in registers it would cost what the accumulators need.
-template <int kColumns, int kRows = kTileRows>
-struct BackwardTask : SeenTiles<Side::kKeys, kRows, kColumns> {
-  using Seen = SeenTiles<Side::kKeys, kRows, kColumns>;
+template <int kColumns, int kRows, Masking kMasking>
+struct BackwardTask : QueryTiles<kColumns, kMasking> {
+  using Seen = QueryTiles<kColumns, kMasking>;
 
   Sequence seq;
   bool any;                  // else the launch has no task left
@@ -109,8 +41,9 @@ struct BackwardTask : SeenTiles<Side::kKeys, kRows, kColumns> {
       first_key = local * kRows;
     }
     __syncwarp();
-    Seen seen;
-    seen.find(Band::of_keys(p, seq), first_key);
+    Seen seen{};
+    if (first_key < seq.length_k) seen.find(mask_of_head(p), first_key, min(first_key + kRows, seq.length_k) - 1, seq.length_q, seq.length_k);
+    if (first_key + kRows > seq.length_k) seen.whole_end = seen.whole_begin;  // keys past the end are masked
     if (writes) static_cast<Seen&>(*this) = seen;
   }
   // All lanes of a converged warp call it.
@@ -126,30 +59,70 @@ struct BackwardTask : SeenTiles<Side::kKeys, kRows, kColumns> {
   SEAL_DEVICE int next_exact_head(int head) const { return head + __ffsll(exact >> (head + 1 - first_head)); }
   SEAL_DEVICE int exact_steps() const { return (this->end - this->begin) * __popcll(exact); }
 
-  SEAL_DEVICE void mask(const BackwardKernelParams& p, float (&scores)[kColumns / 2], int m, int key) const {
-    Seen::mask(Band::of_keys(p, seq), scores, m, key);
+  // All query heads of a key/value head have one.
+  SEAL_DEVICE HeadMask<kMasking> mask_of_head(const BackwardKernelParams& p) const { return {p.mask, first_head}; }
+
+  // The first tile of queries that sees a key from the tile's `key`th on.
+  SEAL_DEVICE int first_seen_by(const BackwardKernelParams& p, int key) const {
+    if (first_key + key >= seq.length_k) return INT32_MAX;
+    Seen seen;
+    seen.find(mask_of_head(p), first_key + key, seq.length_k - 1, seq.length_q, seq.length_k);
+    return seen.begin;
+  }
+  // Masks the scores of tile `tile`; `row` is the thread's first row of the accumulator, counted as the tile's keys.
+  SEAL_DEVICE void mask(const BackwardKernelParams& p, float (&scores)[kColumns / 2], int tile, int row) const {
+    const HeadMask<kMasking> head_mask = mask_of_head(p);
+    const int first_position = tile * kColumns + threadIdx.x % 4 * 2 + seq.shift();  // of the thread's first column
+    Span seen[2];
+    int sink_begin[2];
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const int key = first_key + row + 8 * h;
+      const Span positions = head_mask.positions(key);
+      const bool present = key < seq.length_k;
+      seen[h] = {present ? positions.begin - first_position : INT32_MAX, positions.end - first_position};
+      sink_begin[h] = present && head_mask.is_sink(key) ? key - first_position : INT32_MAX;
+    }
+    mask_transposed<kMasking == Masking::kGeneral>(scores, seen, sink_begin);
   }
 };
 
 // A tile of kTileRows queries and the key tiles of kColumns keys that they see.
-template <int kColumns>
-struct QueryTask : SeenTiles<Side::kQueries, kTileRows, kColumns> {
-  using Seen = SeenTiles<Side::kQueries, kTileRows, kColumns>;
-
+template <int kColumns, Masking kMasking>
+struct QueryTask : KeyTiles<kColumns, kMasking> {
+  int whole_begin, whole_end;  // tiles in which nothing is masked
   Sequence seq;
   int batch_row, head, first_query;
 
   SEAL_DEVICE QueryTask(const BackwardKernelParams& p) {
     const bool packed = p.cu_seqlens_q != nullptr;
     const int pair = blockIdx.x / p.tiles_q;
-    batch_row = packed ? 0 : pair / p.heads_q, head = pair % p.heads_q;
+    batch_row = packed ? 0 : pair / p.heads_q;
+    head = pair % p.heads_q;
     int local;
     seq = locate(p, p.cu_seqlens_q, kTileRows, p.tiles_q - 1 - static_cast<int>(blockIdx.x) % p.tiles_q, batch_row, &local);  // the longest first
     first_query = local * kTileRows;
-    Seen::find(Band::of_queries(p, seq), first_query);
+    const HeadMask<kMasking> head_mask(p.mask, head);
+    const int first = first_query + seq.shift(), last = min(first_query + kTileRows, seq.length_q) - 1 + seq.shift();
+    this->find(head_mask, first, last, seq.length_k);
+    const auto all = this->part(head_mask, first, last, seq.length_k);
+    whole_begin = all.whole_begin;
+    whole_end = all.whole_end;
   }
-  SEAL_DEVICE void mask(const BackwardKernelParams& p, float (&scores)[kColumns / 2], int n, int query) const {
-    Seen::mask(Band::of_queries(p, seq), scores, n, query);
+  // Masks the scores of the tile of that number; `row` is the thread's first row of the accumulator, counted as the tile's queries.
+  SEAL_DEVICE void mask(const BackwardKernelParams& p, float (&scores)[kColumns / 2], int number, int row) const {
+    const HeadMask<kMasking> head_mask(p.mask, head);
+    const int first_column = this->place(number) * kColumns + threadIdx.x % 4 * 2;
+    Span seen[2];
+    int sink_end[2];
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const int position = first_query + row + 8 * h + seq.shift();
+      const Span keys = head_mask.keys(position, seq.length_k);
+      seen[h] = {keys.begin - first_column, keys.end - first_column};
+      sink_end[h] = head_mask.sink_end(position, seq.length_k) - first_column;
+    }
+    mask_scores<kMasking == Masking::kGeneral>(scores, seen, sink_end);
   }
 };
 

@@ -14,10 +14,11 @@
 
 namespace seal::sm90 {
 
-template <class T_, int kHeadDim_, int kBlockN_, int kStages_, int kRowTiles_, int kKeyWarps_, int kBlocksPerSM_, bool kEvictFirst_ = false,
-          int kPromotion_ = 128>
+template <class T_, Masking kMasking_, int kHeadDim_, int kBlockN_, int kStages_, int kRowTiles_, int kKeyWarps_, int kBlocksPerSM_,
+          bool kEvictFirst_ = false, int kPromotion_ = 128>
 struct DecodeConfig {
   using T = T_;
+  static constexpr Masking kMasking = kMasking_;
   static constexpr int kHeadDim = kHeadDim_;      // of the shared-memory tiles; the tensors' may be smaller
   static constexpr int kBlockN = kBlockN_;        // keys of a block
   static constexpr int kStages = kStages_;        // blocks of K and of V in flight
@@ -82,30 +83,38 @@ SEAL_DEVICE DecodeSequence decode_sequence(const Sequences& s, int index) {
   return {index, s.cu_seqlens_q[index + 1] - first_q, s.cu_seqlens_k[index + 1] - first_k, first_q, first_k};
 }
 
-// Keys [begin, end) that the query at `position` sees.
-SEAL_DEVICE int2 keys_seen(const Sequences& s, int length_k, int position) {
-  const int begin = s.window_left < 0 ? 0 : max(0, position - s.window_left);
-  const int end = s.window_right < 0 ? length_k : min(length_k - 1 - position, s.window_right) + position + 1;
-  return make_int2(begin, end);
-}
-
-// The keys of a tile's rows [first, last] (positions), and this split's blocks of them, counted from `begin`.
+// The keys of a tile's rows [first, last] (positions), and this split's blocks of them. Blocks are counted from `begin`; before
+// them, where the sinks lie apart, those of the sinks, which end at the sinks' end.
+template <int kKeys, Masking kMasking>
 struct DecodeKeys {
   int begin, end;            // that some row sees
   int full_begin, full_end;  // that every row sees
+  int sink_blocks = 0;
   int block, block_end;      // of this split
 
-  SEAL_DEVICE DecodeKeys(const Sequences& s, int length_k, int first, int last, int split, int splits, int block_keys) {
-    const int2 of_first = keys_seen(s, length_k, first), of_last = keys_seen(s, length_k, last);
-    begin = of_first.x;
-    end = of_last.y;
-    full_begin = of_last.x;
-    full_end = of_first.y;
-    const int blocks = max(0, end - begin + block_keys - 1) / block_keys;
+  SEAL_DEVICE DecodeKeys(const HeadMask<kMasking>& mask, int length_k, int first, int last, int split, int splits) {
+    const Span of_first = mask.keys(first, length_k), of_last = mask.keys(last, length_k);
+    begin = max(0, of_first.begin);
+    end = of_last.end;
+    full_begin = max(0, of_last.begin);
+    full_end = of_first.end;
+    if constexpr (kMasking == Masking::kGeneral) {
+      const int sink_end = mask.sink_end(last, length_k);
+      if (sink_end >= begin || end <= begin) {
+        end = end <= begin ? sink_end : max(end, sink_end);
+        begin = 0;
+      } else {
+        sink_blocks = (sink_end + kKeys - 1) / kKeys;
+      }
+    }
+    const int blocks = sink_blocks + max(0, end - begin + kKeys - 1) / kKeys;
     const int share = blocks / splits, more = blocks % splits;
     block = split * share + min(split, more);
     block_end = block + share + (split < more);
   }
+
+  SEAL_DEVICE bool of_sinks(int number) const { return kMasking == Masking::kGeneral && number < sink_blocks; }
+  SEAL_DEVICE int first_key(int number) const { return of_sinks(number) ? number * kKeys : begin + (number - sink_blocks) * kKeys; }
 };
 
 // Writes one 16-byte group of four channels of the final result.
@@ -129,6 +138,7 @@ SEAL_DEVICE void store_scaled(void* to, const float (&o)[4], const ChannelTensor
 template <class Config>
 class DecodeTile {
   using T = typename Config::T;
+  using Keys = DecodeKeys<Config::kBlockN, Config::kMasking>;
   static constexpr int kHeadDim = Config::kHeadDim, kBlockN = Config::kBlockN, kWarpKeys = Config::kWarpKeys;
 
  public:
@@ -141,7 +151,7 @@ class DecodeTile {
   SEAL_DEVICE void run(int row) {
     const int rows = min(Config::kRows, sequence_.length_q * a_.group - row);
     const int shift = sequence_.length_k - sequence_.length_q;
-    const DecodeKeys keys(a_.sequences, sequence_.length_k, row / a_.group + shift, (row + rows - 1) / a_.group + shift, split_, a_.splits, kBlockN);
+    const Keys keys(mask(), sequence_.length_k, row / a_.group + shift, (row + rows - 1) / a_.group + shift, split_, a_.splits);
     // The first blocks are on their way before Q is.
     if (supplies()) {
       for (int block = keys.block; block < min(keys.block_end, keys.block + Config::kStages); ++block) load(keys, block);
@@ -159,8 +169,11 @@ class DecodeTile {
   SEAL_DEVICE static bool supplies() { return threadIdx.x == 0; }
 
  private:
-  SEAL_DEVICE void load(const DecodeKeys& keys, int block) {
-    const RowCoordinates at(a_.sequences.packed(), kBlockN, keys.begin + block * kBlockN, sequence_.length_k, sequence_.first_k);
+  // All query heads of a key/value head have one.
+  SEAL_DEVICE HeadMask<Config::kMasking> mask() const { return {a_.sequences.mask, kv_head_ * a_.group}; }
+
+  SEAL_DEVICE void load(const Keys& keys, int block) {
+    const RowCoordinates at(a_.sequences.packed(), kBlockN, keys.first_key(block), sequence_.length_k, sequence_.first_k);
     const uint64_t policy = Config::kEvictFirst ? policy_evict_first() : policy_evict_normal();
     const auto fill = [&](uint8_t* to, const CUtensorMap* map, uint64_t* full, uint64_t* empty) {
       barrier_wait(empty, supply_.phase ^ 1);
@@ -205,15 +218,18 @@ class DecodeTile {
     if (lane_ == 0) barrier_arrive(empty);
   }
 
-  SEAL_DEVICE void consume(const DecodeKeys& keys, int row, int rows, int shift) {
+  SEAL_DEVICE void consume(const Keys& keys, int row, int rows, int shift) {
     softmax_ = OnlineSoftmax(a_.scale_log2);
 #pragma unroll
     for (int i = 0; i < kHeadDim / 2; ++i) out_[i] = 0.f;
-    int2 seen[2];  // keys that the thread's two rows see; rows that do not exist see what the last one sees
+    Span seen[2];  // keys that the thread's two rows see; rows that do not exist see what the last one sees
+    int sink_end[2];
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const int own = min(16 * row_tile() + lane_ / 4 + 8 * r, rows - 1);
-      seen[r] = keys_seen(a_.sequences, sequence_.length_k, (row + own) / a_.group + shift);
+      const int position = (row + own) / a_.group + shift;
+      seen[r] = mask().keys(position, sequence_.length_k);
+      sink_end[r] = mask().sink_end(position, sequence_.length_k);
     }
     const auto queries = pieces_a<Config::kRows>(smem_address(shared_.q), 16 * row_tile(), lane_);
     if constexpr (Config::kQueriesInRegisters) {
@@ -228,16 +244,19 @@ class DecodeTile {
       const int ahead = block - 1 + Config::kStages;
       if (supplies() && block > keys.block && ahead < keys.block_end) load(keys, ahead);
       __syncwarp();
-      const int first = keys.begin + block * kBlockN + key_warp() * kWarpKeys;
+      const int first = keys.first_key(block) + key_warp() * kWarpKeys;
       barrier_wait(&shared_.k_full[ring_.stage], ring_.phase);
       float scores[kWarpKeys / 2];
       multiply_keys(scores, k_pieces, queries);
       release(&shared_.k_empty[ring_.stage]);
-      if (first >= keys.full_begin && first + kWarpKeys <= keys.full_end) {
+      if (first >= keys.full_begin && first + kWarpKeys <= keys.full_end && !keys.of_sinks(block)) {
         update<false>(scores);
       } else {
         const int column = first + 2 * (lane_ % 4);
-        mask_scores(scores, {seen[0].x - column, seen[1].x - column}, {seen[0].y - column, seen[1].y - column});
+        // Keys of the band that a block of sinks reaches into come in a later block.
+        const auto end = [&](int row) { return keys.of_sinks(block) ? min(seen[row].end, keys.begin) : seen[row].end; };
+        mask_scores<Config::kMasking == Masking::kGeneral>(
+            scores, {{seen[0].begin - column, end(0) - column}, {seen[1].begin - column, end(1) - column}}, {sink_end[0] - column, sink_end[1] - column});
         update<true>(scores);
       }
       uint32_t p[kWarpKeys / 4];

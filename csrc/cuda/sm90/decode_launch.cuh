@@ -17,7 +17,9 @@ inline int decode_row_tiles(const AttentionForwardParams& p, int64_t max_length_
 // Keys that a sequence's queries see between them. Packed: of a sequence of mean length; the device alone knows the lengths.
 inline int64_t decode_keys(const AttentionForwardParams& p, int64_t max_length_q) {
   const int64_t keys = p.cu_seqlens_k == nullptr ? p.k.rows : p.k.rows / p.sequences;
-  return p.window_left < 0 || p.window_right < 0 ? keys : std::min<int64_t>(keys, int64_t{p.window_left} + max_length_q + p.window_right);
+  int64_t seen = int64_t{p.mask.upper} - p.mask.lower + max_length_q;
+  if (p.mask.chunk > 0) seen = std::min(seen, (int64_t{p.mask.chunk_upper} - p.mask.chunk_lower + 1) * p.mask.chunk + max_length_q);
+  return std::min(keys, seen + p.mask.sinks);
 }
 
 // Splits that fill `slots` thread blocks best: of those within 5 % of the best filled last wave the fewest.
@@ -75,7 +77,7 @@ cudaError_t launch_decode(const AttentionForwardParams& p, const AttentionDecode
   if (status != cudaSuccess) return status;
 
   DecodeArguments a;
-  a.sequences = {p.cu_seqlens_q, p.cu_seqlens_k, p.sequences, static_cast<int>(p.q.rows), static_cast<int>(p.k.rows), p.window_left, p.window_right};
+  a.sequences = {p.cu_seqlens_q, p.cu_seqlens_k, p.sequences, static_cast<int>(p.q.rows), static_cast<int>(p.k.rows), p.mask.within(p.q.rows, p.k.rows)};
   a.q = p.q;
   a.out = p.out;
   a.scale = p.scale;
@@ -109,6 +111,34 @@ cudaError_t launch_decode(const AttentionForwardParams& p, const AttentionDecode
   config.attrs = &attribute;
   config.numAttrs = 1;
   return cudaLaunchKernelEx(&config, attention_decode_combine<typename Config::T, Config::kHeadDim>, a);
+}
+
+// The one table of what is launched. Thread blocks a multiprocessor: what shared memory allows.
+template <class T, Masking kMasking, class Call>
+cudaError_t with_config(int head_dim, int row_tiles, Call call) {
+  //                                                                head_dim, keys, stages, row tiles, key warps, blocks an SM
+  if (head_dim <= 64) {
+    if (row_tiles == 1) return call(DecodeConfig<T, kMasking, 64, 128, 3, 1, 4, 2>{});
+    if (row_tiles == 2) return call(DecodeConfig<T, kMasking, 64, 128, 6, 2, 4, 1>{});
+    if (row_tiles == 4) return call(DecodeConfig<T, kMasking, 64, 128, 6, 4, 2, 1>{});
+    return call(DecodeConfig<T, kMasking, 64, 128, 6, 5, 2, 1>{});
+  }
+  if (head_dim <= 128) {
+    if (row_tiles == 1) return call(DecodeConfig<T, kMasking, 128, 64, 3, 1, 4, 2>{});
+    if (row_tiles == 2) return call(DecodeConfig<T, kMasking, 128, 128, 3, 2, 4, 1>{});
+    return call(DecodeConfig<T, kMasking, 128, 128, 3, 4, 2, 1>{});
+  }
+  if (row_tiles == 1) return call(DecodeConfig<T, kMasking, 256, 64, 3, 1, 4, 1>{});
+  if (row_tiles == 2) return call(DecodeConfig<T, kMasking, 256, 64, 3, 2, 4, 1>{});
+  return call(DecodeConfig<T, kMasking, 256, 64, 3, 4, 2, 1>{});
+}
+
+// Calls whose mask kMasking stands for. attention_decode*.cu instantiate it, so that they compile side by side.
+template <Masking kMasking>
+cudaError_t launch_decode_of(const AttentionForwardParams& p, const AttentionDecodePlan& plan, void* workspace, cudaStream_t stream) {
+  const auto launch = [&](auto config) { return launch_decode<decltype(config)>(p, plan, workspace, stream); };
+  return p.half ? with_config<__half, kMasking>(p.head_dim, plan.row_tiles, launch)
+                : with_config<__nv_bfloat16, kMasking>(p.head_dim, plan.row_tiles, launch);
 }
 
 }  // namespace seal::sm90

@@ -2,14 +2,16 @@
 #pragma once
 
 #include "../attention.h"
+#include "ring.cuh"
 #include "tile_scheduler.cuh"
 #include "wgmma.cuh"
 
 namespace seal::sm90 {
 
-template <class T_, int kHeadDim_, int kBlockN_, int kWarpgroups_, int kKStages_, int kVStages_, int kQStages_>
+template <class T_, int kHeadDim_, int kBlockN_, int kWarpgroups_, int kKStages_, int kVStages_, int kQStages_, Masking kMasking_>
 struct ForwardConfig {
   using T = T_;
+  static constexpr Masking kMasking = kMasking_;
   static constexpr int kHeadDim = kHeadDim_;        // of the shared-memory tiles; the tensors' may be smaller
   static constexpr int kWarpgroups = kWarpgroups_;  // consumers
   static constexpr int kBlockM = 64 * kWarpgroups_, kBlockN = kBlockN_;
@@ -37,7 +39,7 @@ struct Shared {
   uint8_t k[Config::kKStages][Config::kKBytes];
   uint8_t v[Config::kVStages][Config::kKBytes];
   float scale[2][Config::kHeadDim];
-  Tile tile[2];
+  Tile<Config::kBlockN, Config::kMasking> tile[2];
   uint64_t tile_full[2], tile_empty[2], tile_wanted;
   uint64_t q_full[Config::kQStages], q_empty[Config::kQStages], out_empty;
   uint64_t k_full[Config::kKStages], k_empty[Config::kKStages];
@@ -57,19 +59,6 @@ struct Arguments {
   int64_t lse_head_stride, lse_sequence_stride;
   int* tile_counter;
   uint32_t zero;  // 0, which ptxas cannot know: see after() in softmax.cuh
-};
-
-// Position in a ring of kStages buffers.
-template <int kStages>
-struct RingIndex {
-  int stage = 0;
-  uint32_t phase = 0;
-  SEAL_DEVICE void advance() {
-    if (++stage == kStages) {
-      stage = 0;
-      phase ^= 1;
-    }
-  }
 };
 
 // Named barriers: 0 is __syncthreads; one per consumer warpgroup for itself, one for its turn to issue.

@@ -23,12 +23,10 @@ class Consumer {
   using Whole = std::false_type;
   using Half = std::bool_constant<kHalves>;
 
-  // The blocks that this warpgroup's rows see: [begin, end), of which [plain_begin, plain_end) whole.
-  struct Work {
-    int begin, end, plain_begin, plain_end;
+  using Tile = sm90::Tile<kN, Config::kMasking>;
+  // The blocks that this warpgroup's rows see.
+  struct Work : KeyTiles<kN, Config::kMasking>::Part {
     bool half;  // of block end - 1 only the left half is seen
-    SEAL_DEVICE bool any() const { return end > begin; }
-    SEAL_DEVICE bool plain(int block) const { return block >= plain_begin && block < plain_end; }
   };
 
  public:
@@ -45,7 +43,7 @@ class Consumer {
     while (true) {
       const Tile& tile = shared_.tile[slot_.stage];  // read again where needed: registers are scarce
       int block = work.end - 2;
-      const bool store_under_scores = kChain && begun && block >= work.begin && work.plain(block);
+      const bool store_under_scores = kChain && begun && block >= work.begin && work.whole(block);
       if (finished && !store_under_scores) store<!kChain>();
       if (!begun) {
         barrier_wait(&shared_.tile_full[slot_.stage], slot_.phase);
@@ -54,7 +52,7 @@ class Consumer {
         block = work.end - 2;
         softmax = OnlineSoftmax(arguments_.scale_log2);
         barrier_wait(&shared_.q_full[q_.stage], q_.phase);
-        skip(tile.block_end - work.end);
+        skip(tile.blocks.end - work.end);
         if (work.any()) begin(tile, work, softmax);
       }
       if (!store_under_scores) {
@@ -69,22 +67,22 @@ class Consumer {
         if (store_under_scores) step<false, true>(tile, block--, softmax);
         while (block >= work.begin) {
 #pragma unroll 1
-          for (; block >= work.begin && !work.plain(block); --block) step<true, false>(tile, block, softmax);
+          for (; block >= work.begin && !work.whole(block); --block) step<true, false>(tile, block, softmax);
 #pragma unroll 1
-          for (const int last = max(work.begin, work.plain_begin); block >= last; --block) step<false, false>(tile, block, softmax);
+          for (const int last = max(work.begin, work.whole_begin); block >= last; --block) step<false, false>(tile, block, softmax);
         }
       }
       if constexpr (kOutInValues) release(&shared_.q_empty[0]);
       finish(tile, softmax);
       if (work.any()) {
-        if (kChain && work.begin == tile.block_begin) {
+        if (kChain && work.begin == tile.blocks.begin) {
           RingIndex<2> next_slot = slot_;
           next_slot.advance();
           const Tile& next_tile = shared_.tile[next_slot.stage];
           barrier_wait(&shared_.tile_full[next_slot.stage], next_slot.phase);
           if (next_tile.row >= 0) {
             work = work_of(next_tile);
-            begun = work.any() && work.end == next_tile.block_end;
+            begun = work.any() && work.end == next_tile.blocks.end;
           }
           if (begun) {
             softmax = OnlineSoftmax(arguments_.scale_log2);
@@ -98,7 +96,7 @@ class Consumer {
           }
         } else {
           last_step();
-          skip(work.begin - tile.block_begin);
+          skip(work.begin - tile.blocks.begin);
         }
       }
       slot_.advance();
@@ -151,41 +149,29 @@ class Consumer {
   // ---- the mask
 
   SEAL_DEVICE Work work_of(const Tile& tile) const {
-    const int window_left = arguments_.sequences.window_left, window_right = arguments_.sequences.window_right;
     const int position = tile.row + 64 * warpgroup_ + tile.length_k - tile.length_q;  // of the first row
     const int last = min(63, tile.length_q - 1 - tile.row - 64 * warpgroup_);         // last row, < 0: none
-    Work work;
-    int key_begin = 0, key_end = tile.length_k;
-    work.plain_begin = 0;
-    work.plain_end = tile.length_k / kN;
-    if (window_right >= 0) {
-      key_end = min(key_end, position + last + window_right + 1);
-      work.plain_end = min(work.plain_end, max(0, position + window_right + 1) / kN);
-    }
-    if (window_left >= 0) {
-      key_begin = max(0, position - window_left);
-      work.plain_begin = (max(0, position + 63 - window_left) + kN - 1) / kN;
-    }
-    const bool any = last >= 0 && key_end > key_begin;
-    work.begin = any ? key_begin / kN : tile.block_begin;
-    work.end = any ? (key_end + kN - 1) / kN : tile.block_begin;
-    work.half = kHalves && any && key_end <= (work.end - 1) * kN + kN / 2;
+    const HeadMask<Config::kMasking> head_mask(arguments_.sequences.mask, tile.head);
+    Work work{tile.blocks.part(head_mask, position, position + last, tile.length_k)};
+    work.half = kHalves && work.any() && work.keys_end <= tile.blocks.place(work.end - 1) * kN + kN / 2;
     return work;
   }
 
-  // Keys in [left, right) are seen by this thread's row r; columns are counted from the thread's first.
+  // What this thread's rows see of a block; columns are counted from the thread's first.
   SEAL_DEVICE void mask(const Tile& tile, int block) {
-    const int window_left = arguments_.sequences.window_left, window_right = arguments_.sequences.window_right;
-    const int column = block * kN + 2 * (lane_ % 4);
+    const int column = tile.blocks.place(block) * kN + 2 * (lane_ % 4);
     const int first_position = tile.row + 64 * warpgroup_ + 16 * warp_ + lane_ / 4 + tile.length_k - tile.length_q;
-    int left[2], right[2];
+    const HeadMask<Config::kMasking> head_mask(arguments_.sequences.mask, tile.head);
+    Span seen[2];
+    int sink_end[2];
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const int position = first_position + 8 * r;
-      left[r] = (window_left >= 0 ? position - window_left : 0) - column;
-      right[r] = (window_right >= 0 ? min(position + window_right + 1, tile.length_k) : tile.length_k) - column;
+      const Span keys = head_mask.keys(position, tile.length_k);
+      seen[r] = {keys.begin - column, keys.end - column};
+      sink_end[r] = head_mask.sink_end(position, tile.length_k) - column;
     }
-    mask_scores(scores_, left, right);
+    mask_scores<Config::kMasking == Masking::kGeneral>(scores_, seen, sink_end);
   }
 
   // ---- products. Each product and the wait for it lie on one straight path of code, or ptxas serialises them.

@@ -8,12 +8,12 @@ namespace seal::sm90 {
 template <class Config>
 SEAL_DEVICE void produce_tiles(Shared<Config>& shared, const Arguments& arguments) {
   const int lane = threadIdx.x % 32;
-  TileScheduler<Config::kBlockM, Config::kBlockN> scheduler(arguments.sequences, arguments.heads, arguments.kv_heads,
-                                                            arguments.head_dim, arguments.tile_counter);
+  TileScheduler<Config::kBlockM, Config::kBlockN, Config::kMasking> scheduler(arguments.sequences, arguments.heads, arguments.kv_heads,
+                                                                              arguments.head_dim, arguments.tile_counter);
   RingIndex<2> slot;
   RingIndex<1> wanted;
   while (true) {
-    const Tile tile = scheduler.tile();
+    const auto tile = scheduler.tile();
     barrier_wait(&shared.tile_empty[slot.stage], slot.phase ^ 1);
     if (tile.row >= 0) {
       const ChannelTensor& scale = arguments.scale;
@@ -47,7 +47,7 @@ SEAL_DEVICE void produce_operands(Shared<Config>& shared, const Maps& maps, cons
   RingIndex<1> out;
   while (true) {
     barrier_wait(&shared.tile_full[slot.stage], slot.phase);
-    const Tile tile = shared.tile[slot.stage];
+    const auto tile = shared.tile[slot.stage];
     barrier_arrive(&shared.tile_empty[slot.stage]);
     slot.advance();
     if (tile.row < 0) return;
@@ -55,7 +55,7 @@ SEAL_DEVICE void produce_operands(Shared<Config>& shared, const Maps& maps, cons
     const auto load = [&](void* to, const CUtensorMap* map, uint64_t* full, uint64_t* empty, uint32_t phase, int block) {
       barrier_wait(empty, phase ^ 1);
       barrier_expect_bytes(full, present * Config::kBlockN * kSlabRowBytes);
-      const RowCoordinates at(packed, Config::kBlockN, block * Config::kBlockN, tile.length_k, tile.first_k);
+      const RowCoordinates at(packed, Config::kBlockN, tile.blocks.place(block) * Config::kBlockN, tile.length_k, tile.first_k);
       tma_load_tile<Config::kBlockN, Config::kHeadDim>(to, map, full, tile.kv_head, at, keep, present);
     };
     const auto load_k = [&](int block) {
@@ -67,8 +67,8 @@ SEAL_DEVICE void produce_operands(Shared<Config>& shared, const Maps& maps, cons
       v.advance();
     };
 
-    const bool any = tile.block_end > tile.block_begin;
-    if (any) load_k(tile.block_end - 1);
+    const bool any = tile.blocks.end > tile.blocks.begin;
+    if (any) load_k(tile.blocks.end - 1);
     barrier_wait(&shared.q_empty[q.stage], q.phase ^ 1);
     // Only boxes that hold a row (tma.cuh).
     const int boxes = min(Config::kWarpgroups, (tile.length_q - tile.row + Config::kQRows - 1) / Config::kQRows);
@@ -82,18 +82,18 @@ SEAL_DEVICE void produce_operands(Shared<Config>& shared, const Maps& maps, cons
     // Ask for the next tile when the last few blocks of this one remain: early enough to hide the search for it, and no earlier,
     // or tiles are worked on out of order and those at work together no longer share keys in the L2 cache.
     constexpr int kAhead = 4;
-    if (tile.block_end - tile.block_begin <= kAhead) barrier_arrive(&shared.tile_wanted);
-    if (tile.block_end - 2 >= tile.block_begin) load_k(tile.block_end - 2);
+    if (tile.blocks.end - tile.blocks.begin <= kAhead) barrier_arrive(&shared.tile_wanted);
+    if (tile.blocks.end - 2 >= tile.blocks.begin) load_k(tile.blocks.end - 2);
     if constexpr (Config::kOutInValues) {
       barrier_wait(&shared.out_empty, out.phase ^ 1);
       out.advance();
     }
-    for (int block = tile.block_end - 2; block >= tile.block_begin; --block) {
-      if (block == tile.block_begin + kAhead - 1) barrier_arrive(&shared.tile_wanted);
+    for (int block = tile.blocks.end - 2; block >= tile.blocks.begin; --block) {
+      if (block == tile.blocks.begin + kAhead - 1) barrier_arrive(&shared.tile_wanted);
       load_v(block + 1);
-      if (block > tile.block_begin) load_k(block - 1);
+      if (block > tile.blocks.begin) load_k(block - 1);
     }
-    if (any) load_v(tile.block_begin);
+    if (any) load_v(tile.blocks.begin);
   }
 }
 

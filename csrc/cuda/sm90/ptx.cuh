@@ -20,6 +20,10 @@ SEAL_DEVICE uint32_t smem_address(const void* pointer) { return static_cast<uint
 // A value equal in all lanes, told to the compiler, so that it (and what is derived from it) lives in uniform registers.
 SEAL_DEVICE uint32_t warp_uniform(uint32_t value) { return __shfl_sync(0xffffffffu, value, 0); }
 
+// A value equal in all lanes, in a uniform register from the start (the result of a reduction over the warp is one): what is
+// derived from it then costs no register of the threads, of which the accumulators leave few.
+SEAL_DEVICE uint32_t uniform_register(uint32_t value) { return __reduce_max_sync(0xffffffffu, value); }
+
 // True in exactly one lane of a converged warp.
 SEAL_DEVICE bool elect_one() {
   uint32_t elected;
@@ -106,8 +110,6 @@ SEAL_DEVICE void launch_dependents() { asm volatile("griddepcontrol.launch_depen
 
 // Waits until the kernels this one depends on have finished and their writes are visible.
 SEAL_DEVICE void wait_for_dependencies() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
-// Lets the kernels that depend on this one start once every thread block has come here or ended; they wait as above.
-SEAL_DEVICE void release_dependents() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
 
 // ---- counters in global memory, by which thread blocks follow each other
 

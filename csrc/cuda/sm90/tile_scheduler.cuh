@@ -1,6 +1,7 @@
 // Which tile of the output a thread block computes next, and which keys that tile sees.
 #pragma once
 
+#include "../mask.h"
 #include "ptx.cuh"
 
 namespace seal::sm90 {
@@ -11,27 +12,29 @@ struct Sequences {
   const int32_t* cu_seqlens_k;
   int count;
   int length_q, length_k;
-  int window_left, window_right;  // -1: unbounded
+  Mask mask;
 
   SEAL_DEVICE bool packed() const { return cu_seqlens_q != nullptr; }
 };
 
 // One tile of queries of one head of one sequence.
+template <int kBlockN, Masking kMasking>
 struct Tile {
   int row;            // first query of the tile, counted from the sequence's start; -1: no tile left
   int head, kv_head;
   int sequence;
   int length_q, length_k;
   int first_q, first_k;      // what RowCoordinates calls `first`
-  int block_begin, block_end;  // key blocks that some row of the tile sees; empty if none
+  KeyTiles<kBlockN, kMasking> blocks;  // of keys that some row of the tile sees
 };
 
 // Hands out tiles in an order that keeps the end of a launch short and the keys in the L2 cache: sequence by sequence; inside
 // a sequence by sections of heads whose K and V fit in kSectionBytes; inside a section the tiles with the most causal work
 // first. Used by one whole warp; every lane gets the same tile.
-template <int kBlockM, int kBlockN>
+template <int kBlockM, int kBlockN, Masking kMasking>
 class TileScheduler {
  public:
+  using Tile = sm90::Tile<kBlockN, kMasking>;
   static constexpr int64_t kSectionBytes = 16 << 20;
 
   // counter: tiles beyond the first gridDim.x are claimed through it; null: tile t goes to thread block t % gridDim.x.
@@ -101,23 +104,13 @@ class TileScheduler {
     tile.head = section * section_heads + local % heads_here;
     tile.kv_head = tile.head / group_;
     tile.row = (blocks - 1 - local / heads_here) * kBlockM;
-    find_key_blocks(tile);
-
+    const int shift = tile.length_k - tile.length_q;
+    const int last_row = min(tile.row + kBlockM, tile.length_q) - 1;
+    tile.blocks.find(HeadMask<kMasking>(sequences_.mask, tile.head), tile.row + shift, last_row + shift, tile.length_k);
     return tile;
   }
 
  private:
-  SEAL_DEVICE void find_key_blocks(Tile& tile) const {
-    const int shift = tile.length_k - tile.length_q;
-    const int last_row = min(tile.row + kBlockM, tile.length_q) - 1;
-    int end = tile.length_k;
-    if (sequences_.window_right >= 0) end = min(end, last_row + shift + sequences_.window_right + 1);
-    int begin = 0;
-    if (sequences_.window_left >= 0) begin = max(0, tile.row + shift - sequences_.window_left);
-    tile.block_begin = begin / kBlockN;
-    tile.block_end = end > begin ? (end + kBlockN - 1) / kBlockN : tile.block_begin;
-  }
-
   const Sequences& sequences_;
   int heads_, kv_heads_, group_, section_keys_;
   int* counter_;

@@ -146,6 +146,26 @@ SEAL_DEVICE void product(float (&acc)[kAcc], Operand<kMajorA, kRowsA> a, Operand
   }
 }
 
+// The descriptor of k16 step `step`, made at this place: hoisted out of a loop, the descriptors of all steps of all resident
+// operands do not fit in the uniform registers.
+template <Major kMajor, int kRows>
+SEAL_DEVICE uint64_t descriptor_of(const Operand<kMajor, kRows>& operand, int step) {
+  const uint64_t first = operand.at(0);
+  uint32_t low;
+  asm volatile("add.u32 %0, %1, %2;" : "=r"(low) : "r"(static_cast<uint32_t>(first)), "r"(static_cast<uint32_t>(operand.at(step) - first)));
+  return (first & 0xffffffff00000000u) | low;
+}
+
+// product() with such descriptors: slower by their instructions, for kernels that are short of uniform registers.
+template <class T, int kK, Major kMajorA, int kRowsA, Major kMajorB, int kRowsB, int kAcc>
+SEAL_DEVICE void lean_product(float (&acc)[kAcc], Operand<kMajorA, kRowsA> a, Operand<kMajorB, kRowsB> b, bool accumulate) {
+#pragma unroll
+  for (int step = 0; step < kK / 16; ++step) {
+    Wgmma<T, 2 * kAcc>::template ss<kMajorA == Major::kMN, kMajorB == Major::kMN>(acc, descriptor_of(a, step), descriptor_of(b, step),
+                                                                                 accumulate || step > 0);
+  }
+}
+
 // acc (+)= A B with A in registers: four per k16 step, as pack_fragment makes them.
 template <class T, Major kMajorB, int kRowsB, int kAcc, int kA>
 SEAL_DEVICE void product(float (&acc)[kAcc], const uint32_t (&a)[kA], Operand<kMajorB, kRowsB> b, bool accumulate) {

@@ -24,7 +24,11 @@ _ADVICE = ("`pretrained` model kwarg is not of type `str`",)  # that its loading
 
 
 def require() -> None:
-    """Raises ``ImportError``, one sentence, where the package ``lm_eval`` is missing."""
+    """Makes sure that the package ``lm_eval`` is there.
+
+    Raises:
+        ImportError: it is not; the message says how to install it.
+    """
     try:
         import lm_eval  # noqa: F401
     except ImportError as error:

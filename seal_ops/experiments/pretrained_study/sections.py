@@ -30,6 +30,7 @@ from .workbench import REWORDED, VALIDATION, _Drawn, named
 
 SCALED = tuple(GRANULARITIES)
 LOW_RANK = ("LoRA", "DoRA")
+RATE = "rate-"  # begins the names of the rate curve's scales
 
 
 @dataclass(frozen=True)
@@ -305,7 +306,7 @@ def _curve(plan):
 
 
 def _rate_name(task, method, lr):
-    return f"rate-{task}-{method}-{lr:g}"
+    return f"{RATE}{task}-{method}-{lr:g}"
 
 
 def _line(measured):

@@ -51,7 +51,7 @@ class Samples:
         key = (task, length, count, seed, split)
         found = self.drawn.get(key)
         if found is None:
-            found = named(task).generate(self.tokenizer, length, count, seed, split=split)
+            found = named(task).generate(self.tokenizer, length, count, seed, split=split, progress=False)
         self.drawn[key] = found.result() if isinstance(found, Future) else found
         return self.drawn[key]
 
@@ -68,7 +68,7 @@ def _start_worker(model):
 
 
 def _draw(task, length, count, seed, split):
-    return named(task).generate(_tokenizer, length, count, seed, split=split)
+    return named(task).generate(_tokenizer, length, count, seed, split=split, progress=False)
 
 
 class _Drawn(Task):

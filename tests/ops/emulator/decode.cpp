@@ -11,7 +11,28 @@ struct Case {
   bool causal;
   int window;  // 0: none
   std::vector<int> cu_q, cu_k;  // packed
+  Mask mask;                    // in place of causal and window, unless it sees everything
+
+  Mask all() const {
+    if (!mask.is_band()) return mask;
+    Mask band;
+    if (window) band.lower = 1 - window;
+    band.upper = causal ? 0 : -band.lower;
+    return band;
+  }
 };
+
+// The definition (csrc/cuda/mask.h), word by word.
+bool sees(const Mask& m, int head, int p, int j) {
+  const auto chunk_of = [&](int x) { return int(floor((x + (head >= m.shifted_from ? m.shift : 0)) / double(m.chunk))); };
+  const bool band = m.lower <= j - p && j - p <= m.upper;
+  const auto chunks = [&] {
+    const int distance = chunk_of(j) - chunk_of(p);
+    return m.chunk_lower <= distance && distance <= m.chunk_upper;
+  };
+  return (band && (m.chunk == 0 || chunks())) || (j < m.sinks && j <= p);
+}
+
 
 template <class T>
 struct Problem {
@@ -21,8 +42,7 @@ struct Problem {
       : c(c), packed(!c.cu_q.empty()), sequences(packed ? int(c.cu_q.size()) - 1 : c.batch), batch(packed ? 1 : c.batch),
         tokens_q(packed ? c.cu_q.back() : c.queries), tokens_k(packed ? c.cu_k.back() : c.keys), q(make(tokens_q, c.heads)),
         k(make(tokens_k, c.kv_heads)), v(make(tokens_k, c.kv_heads)), out(size_t(batch) * tokens_q * c.heads * c.head_dim, 0xffff),
-        lse(size_t(batch) * tokens_q * c.heads, NAN), scale(size_t(sequences) * c.heads * c.head_dim), offset(size_t(c.heads) * c.head_dim),
-        left(c.window ? c.window - 1 : -1), right(c.causal ? 0 : left) {
+        lse(size_t(batch) * tokens_q * c.heads, NAN), scale(size_t(sequences) * c.heads * c.head_dim), offset(size_t(c.heads) * c.head_dim), mask(c.all()) {
     for (float& x : scale) x = value();
     for (float& x : offset) x = value();
   }
@@ -62,7 +82,7 @@ struct Problem {
           std::vector<double> o(c.head_dim, 0.0);
           double total = 0;
           for (int j = 0; j < length_k; ++j) {
-            if ((left >= 0 && j < position - left) || (right >= 0 && j > position + right)) continue;
+            if (!sees(mask, h, position, j)) continue;
             double score = 0;
             for (int d = 0; d < c.head_dim; ++d) {
               score += double(value_of<T>(q[at(tokens_q, c.heads, b, token, h, d)])) *
@@ -94,7 +114,7 @@ struct Problem {
   const int sequences, batch, tokens_q, tokens_k;
   std::vector<uint16_t> q, k, v, out;
   std::vector<float> lse, scale, offset;
-  const int left, right;
+  const Mask mask;
 };
 
 // True where the kernels agree with fp64.
@@ -104,7 +124,7 @@ bool right(const Case& c) {
   Problem<T> p(c);
   std::vector<float> partial(p.out.size() * c.splits, NAN), partial_lse(p.lse.size() * c.splits, NAN);
   DecodeArguments a = {};
-  a.sequences = {p.packed ? c.cu_q.data() : nullptr, p.packed ? c.cu_k.data() : nullptr, p.sequences, p.tokens_q, p.tokens_k, p.left, p.right};
+  a.sequences = {p.packed ? c.cu_q.data() : nullptr, p.packed ? c.cu_k.data() : nullptr, p.sequences, p.tokens_q, p.tokens_k, p.mask};
   a.q = p.tensor(p.q, p.tokens_q, c.heads);
   a.out = {p.out.data(), p.batch, p.tokens_q, c.heads, int64_t(p.tokens_q) * c.heads * c.head_dim, int64_t(c.heads) * c.head_dim, c.head_dim};
   a.scale = {p.scale.data(), int64_t(c.heads) * c.head_dim, c.head_dim, 1};
@@ -143,11 +163,11 @@ bool right(const Case& c) {
 
 int main() {
   using Bf16 = __nv_bfloat16;
-  using Rows16 = DecodeConfig<Bf16, 128, 64, 3, 1, 4, 2>;
-  using Rows64 = DecodeConfig<Bf16, 128, 128, 3, 4, 2, 1>;
-  using Narrow = DecodeConfig<__half, 64, 128, 3, 1, 4, 2>;
-  using Narrow80 = DecodeConfig<Bf16, 64, 128, 6, 5, 2, 1>;
-  using Wide = DecodeConfig<Bf16, 256, 64, 3, 1, 4, 1>;
+  using Rows16 = DecodeConfig<Bf16, Masking::kBand, 128, 64, 3, 1, 4, 2>;
+  using Rows64 = DecodeConfig<Bf16, Masking::kBand, 128, 128, 3, 4, 2, 1>;
+  using Narrow = DecodeConfig<__half, Masking::kBand, 64, 128, 3, 1, 4, 2>;
+  using Narrow80 = DecodeConfig<Bf16, Masking::kBand, 64, 128, 6, 5, 2, 1>;
+  using Wide = DecodeConfig<Bf16, Masking::kBand, 256, 64, 3, 1, 4, 1>;
   const std::vector<int> cu_q = {0, 1, 6, 6, 30, 33, 34}, cu_k = {0, 200, 330, 350, 440, 440, 441};
   bool good = right<Rows16>({1, 1, 1, 4, 1, 128, 1, 1, true, 0});
   good &= right<Rows16>({2, 1, 701, 8, 2, 128, 3, 1, true, 0});
@@ -162,5 +182,25 @@ int main() {
   good &= right<Narrow80>({1, 1, 300, 71, 1, 64, 2, 1, true, 0});
   good &= right<Wide>({1, 2, 200, 4, 2, 192, 2, 1, true, 0});
   good &= right<Wide>({0, 0, 0, 4, 2, 136, 1, 1, true, 0, {0, 1, 3}, {0, 100, 250}});
+  // Masks with sinks and chunks: sinks in a block of their own and beside the band, more sinks than a block, heads shifted, chunks
+  // that the sequence's alignment to the end cuts, rows that see nothing.
+  using General16 = DecodeConfig<Bf16, Masking::kGeneral, 128, 64, 3, 1, 4, 2>;
+  using General64 = DecodeConfig<Bf16, Masking::kGeneral, 128, 128, 3, 4, 2, 1>;
+  using GeneralWide = DecodeConfig<Bf16, Masking::kGeneral, 256, 64, 3, 1, 4, 1>;
+  constexpr int kAll = Mask::kUnbounded;
+  const Mask streaming{1 - 130, 0, 0, -kAll, kAll, 0, kAll, 4}, many_sinks{1 - 50, 0, 0, -kAll, kAll, 0, kAll, 70};
+  const Mask groups{-kAll, 0, 60, 0, 0, 30, 4, 3}, before{-kAll, 0, 50, -1, -1, 0, kAll, 0}, earlier{-kAll, 0, 40, -kAll, -2, 0, kAll, 0};
+  const Mask ahead{2, 9, 0, -kAll, kAll, 0, kAll, 5};
+  good &= right<General16>({2, 1, 701, 8, 2, 128, 3, 1, true, 0, {}, {}, streaming});
+  good &= right<General16>({1, 4, 300, 8, 2, 80, 2, 1, true, 0, {}, {}, many_sinks});
+  good &= right<General16>({1, 4, 100, 8, 2, 128, 1, 1, true, 0, {}, {}, many_sinks});
+  good &= right<General16>({1, 3, 211, 8, 2, 128, 2, 1, true, 0, {}, {}, groups});
+  good &= right<General16>({1, 5, 2, 4, 2, 128, 1, 1, true, 0, {}, {}, groups});
+  good &= right<General64>({1, 12, 310, 8, 2, 128, 2, 1, true, 0, {}, {}, before});
+  good &= right<General64>({1, 12, 310, 8, 2, 128, 3, 1, true, 0, {}, {}, earlier});
+  good &= right<General16>({1, 7, 90, 8, 2, 128, 2, 1, true, 0, {}, {}, ahead});
+  good &= right<General16>({0, 0, 0, 8, 2, 128, 2, 1, true, 0, cu_q, cu_k, streaming});
+  good &= right<General16>({0, 0, 0, 8, 2, 128, 2, 1, true, 0, cu_q, cu_k, groups});
+  good &= right<GeneralWide>({1, 2, 400, 4, 2, 192, 2, 1, true, 0, {}, {}, streaming});
   return good ? 0 : 1;
 }

@@ -1,0 +1,9 @@
+// Attention backward on sm_90a for masks with chunks or sinks and a head_dim of 65 to 128.
+#include "backward_launch.cuh"
+
+namespace seal::sm90 {
+
+template cudaError_t launch_products<__nv_bfloat16, 128, Masking::kGeneral>(const BackwardKernelParams&, cudaStream_t);
+template cudaError_t launch_products<__half, 128, Masking::kGeneral>(const BackwardKernelParams&, cudaStream_t);
+
+}  // namespace seal::sm90
