@@ -19,16 +19,25 @@ from .dispatch import MERGE_OPS, choose
 def merge_attention(
     outs: Sequence[Tensor], lses: Sequence[Tensor], *, backend: str | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Attention over all keys from attention over parts of them; differentiable in the outputs and the log-sum-exps.
+    """Attention over all keys from attention over parts of them; differentiable in outputs and log-sum-exps.
 
-    outs: the parts' outputs, each `[B, S, H, D]` (or packed `[T, H, D]`), bf16, fp16, fp32 or fp64. lses: their
-    natural-log log-sum-exps, each `[B, H, S]` (packed `[H, T]`), fp32 (fp64 with fp64 outputs), -inf in a row where the
-    part sees no key; such a part's output is not read. Parts made with the same scale may be merged as they are.
-    `lse = log(sum exp(lse_i))` and `out = sum exp(lse_i - lse) out_i`; a row that no part sees gives 0 and -inf, and
-    its gradients are 0. `backend`: "auto", "triton", "cpu" or "reference".
+    `lse = log(sum exp(lse_i))` and `out = sum exp(lse_i - lse) out_i`. A row that no part sees gives 0 and -inf, and
+    its gradients are 0. Parts made with the same scale may be merged as they are.
 
-    Returns out and lse, shaped as the parts' are. Raises ValueError, one sentence, for parts that do not fit together.
-    Source: the combination step of FlashAttention (arXiv 2205.14135, algorithm 1).
+    Args:
+        outs: the parts' outputs, each `[B, S, H, D]` (or packed `[T, H, D]`), bf16, fp16, fp32 or fp64.
+        lses: their natural-log log-sum-exps, each `[B, H, S]` (packed `[H, T]`), fp32 (fp64 with fp64 outputs); -inf
+            in a row where the part sees no key, whose output is not read then.
+        backend: "auto", "triton", "cpu" or "reference".
+
+    Returns:
+        (out, lse), shaped as the parts' are.
+
+    Raises:
+        ValueError: parts that do not fit together, or a backend that cannot run.
+
+    Source:
+        The combination step of FlashAttention (arXiv 2205.14135, algorithm 1).
     """
     if not outs:  # the dispatcher chooses by the tensors
         checks.fail("merge_attention", "outs", "hold at least one part", "none")

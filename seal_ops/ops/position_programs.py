@@ -42,16 +42,26 @@ class Sinks(typing.NamedTuple):
 def self_extend(
     q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, *, group: int, window: int, **options
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Self-Extend: true positions for the last `window` keys, positions in groups of `group` tokens before them.
+    """Self-Extend: true positions for the last `window` keys, positions of groups of `group` tokens before them.
 
     A near key (less than `window` tokens back) at j meets the query at p with the positions (p, j), a far one with
     (p // group + window - window // group, j // group): distances stay below a trained length c up to about
     window + group (c - window) tokens.
 
-    q `[B, Sq, Hq, D]`, k and v `[B, Sk, Hkv, D]` or packed, *not rotated*; cos, sin: a table `[N, R/2]` with a row for
-    each of the Sk positions. Options are those of `capped`. Returns out, with `return_lse` (out, lse), as `attention`.
-    Raises ValueError, one sentence, for a group or window below 1 and for arguments outside the ops' contract.
-    Source: Self-Extend (arXiv 2401.01325), section 3.
+    Args:
+        q, k, v: `[B, Sq, Hq, D]` and `[B, Sk, Hkv, D]`, or packed; *not rotated*.
+        cos, sin: a table `[N, R/2]` with a row for each of the Sk positions.
+        group, window: in tokens.
+        options: those of `capped`.
+
+    Returns:
+        out, with `return_lse` (out, lse), as `seal_ops.attention`.
+
+    Raises:
+        ValueError: a group or window below 1, a short table, or arguments outside the ops' contract.
+
+    Source:
+        Self-Extend (arXiv 2401.01325), section 3.
     """
     group, window = _at_least(1, "self_extend", "group", group), _at_least(1, "self_extend", "window", window)
     _rows("self_extend", cos, k, options)
@@ -76,9 +86,19 @@ def dual_chunk(
     with (min(p mod chunk + chunk, length - 1), j mod chunk), of an earlier one with (length - 1, j mod chunk). No
     distance reaches `length`; the last length - chunk ones are true.
 
-    Arguments as in `self_extend`; the table needs `length` rows. Raises ValueError, one sentence, for a chunk below 1
-    or above `length`, and for arguments outside the ops' contract.
-    Source: dual chunk attention (arXiv 2402.17463), section 3; Qwen2.5-1M (2501.15383).
+    Args:
+        q, k, v, cos, sin: as in `self_extend`; the table needs `length` rows.
+        chunk, length: in tokens.
+        options: those of `capped`.
+
+    Returns:
+        out, with `return_lse` (out, lse), as `seal_ops.attention`.
+
+    Raises:
+        ValueError: a chunk below 1 or above `length`, a short table, or arguments outside the ops' contract.
+
+    Source:
+        Dual chunk attention (arXiv 2402.17463), section 3; Qwen2.5-1M (2501.15383).
     """
     chunk, length = _at_least(1, "dual_chunk", "chunk", chunk), _at_least(1, "dual_chunk", "length", length)
     if chunk > length:
@@ -102,15 +122,26 @@ def capped(
     q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, *, sinks: int, window: int, limit: int | None = None,
     **options,
 ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
-    """LM-Infinite: the last `window` keys at their true distance, and the first `sinks` ones at the distance `limit`.
+    """LM-Infinite: the last `window` keys at their true distance, the first `sinks` ones at the distance `limit`.
 
-    A sink that the window reaches keeps its true distance. `limit` defaults to `window`. Time goes by sinks + window.
+    A sink that the window reaches keeps its true distance. Time goes by sinks + window.
 
-    Arguments as in `self_extend`. Options: scale and softmax_scale, cu_seqlens, cu_seqlens_k, max_seqlen and
-    max_seqlen_k, interleaved, deterministic, backend and return_lse as in `seal_ops.rope_attention`; sink: learned
-    logits `[Hq]` as in `seal_ops.attention`. Raises ValueError, one sentence, for sinks below 0, a window or limit
-    below 1, and for arguments outside the ops' contract.
-    Source: LM-Infinite (arXiv 2308.16137), section 4.
+    Args:
+        q, k, v, cos, sin: as in `self_extend`.
+        sinks, window: in keys.
+        limit: in tokens; `window` where it is None.
+        options: scale, softmax_scale, cu_seqlens, cu_seqlens_k, max_seqlen, max_seqlen_k, interleaved, deterministic,
+            backend and return_lse as in `seal_ops.rope_attention`; sink, learned logits `[Hq]`, as in
+            `seal_ops.attention`.
+
+    Returns:
+        out, with `return_lse` (out, lse), as `seal_ops.attention`.
+
+    Raises:
+        ValueError: sinks below 0, a window or limit below 1, a short table, or arguments outside the ops' contract.
+
+    Source:
+        LM-Infinite (arXiv 2308.16137), section 4.
     """
     limit = window if limit is None else limit
     sinks, window = _at_least(0, "capped", "sinks", sinks), _at_least(1, "capped", "window", window)
@@ -125,12 +156,24 @@ def capped(
 def streaming(
     q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, *, sinks: int, window: int, **options
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """StreamingLLM: the last `window` keys and the first `sinks` ones, at the positions that they have in a cache of
-    sinks + window tokens.
+    """StreamingLLM: the last `window` keys and the first `sinks` ones, as they lie in a cache of sinks + window tokens.
 
     Distances in the window are true; a sink j beyond it meets a query with the positions (min(p, sinks + window - 1),
-    j). Arguments, options and errors as in `capped`.
-    Source: StreamingLLM (arXiv 2309.17453), section 3.2.
+    j).
+
+    Args:
+        q, k, v, cos, sin: as in `self_extend`.
+        sinks, window: in keys.
+        options: those of `capped`.
+
+    Returns:
+        out, with `return_lse` (out, lse), as `seal_ops.attention`.
+
+    Raises:
+        ValueError: as `capped`.
+
+    Source:
+        StreamingLLM (arXiv 2309.17453), section 3.2.
     """
     sinks, window = _at_least(0, "streaming", "sinks", sinks), _at_least(1, "streaming", "window", window)
     _rows("streaming", cos, k, options)

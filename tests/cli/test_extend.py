@@ -97,3 +97,27 @@ def test_a_model_is_extended_where_it_is_loaded(capsys, folder, tmp_path):  # no
     assert code == 1 and err == "seal eval: seal_ops.extend: ntk takes the options factor, got none\n"
     code, _, err = seal(capsys, "eval", "--model", folder, *TINY, "--lengths", 190, "--extend", "nkt:factor=2")
     assert code == 2 and "must begin with one of linear, ntk" in err
+
+
+def test_recipes(capsys, folder, book, tmp_path):  # noqa: F811
+    pytest.importorskip("peft")
+    longer = tmp_path / "longer"
+    arguments = ["train", "--model", folder, *TINY, "--recipe", "longlora", "--length", 500]
+    code, out, err = seal(
+        capsys, *arguments, "--text", book, "--recipe-option", "group=100", "rank=2", "--output", longer, "--lr", 1e-3
+    )
+    assert code == 0 and "weights trained in" in out, err
+    said = json.loads((longer / "training.json").read_text())["settings"]["recipe"]
+    assert said["group"] == 100 and said["rank"] == 2 and (longer / "adapter_model.safetensors").exists()
+    for more, sentence in [
+        ([], "--text and --length must be given with --recipe, got one of them or neither"),
+        (["--granularity", "head"], "--granularity or --recipe must say what is trained, got both"),
+    ]:
+        code, _, err = seal(capsys, *arguments, *more, "--output", tmp_path / "other")
+        assert code == 1 and err == f"seal train: {sentence}\n"
+    code, _, err = seal(capsys, "train", "--model", folder, "--length", 500, "--output", tmp_path / "other")
+    assert code == 1 and "must say what is trained, got neither" in err
+    code, _, err = seal(
+        capsys, "train", "--model", folder, "--granularity", "head", "--text", book, "--output", tmp_path / "other"
+    )
+    assert code == 1 and "--recipe must be given with --text" in err

@@ -23,8 +23,14 @@ from .programs import LengthFrequencies, PositionProgram, Table
 class Extension:
     """What `extend` did to a model; kept in the model's ``__dict__`` and copied with it.
 
-    ``options``: all of the method's, defaults filled in.  ``positions``: how many positions the model may now read,
-    None: any number.  ``layers``: how many attention layers run a position program (0: the frequencies changed).
+    Attributes:
+        method: its name.
+        options: all of the method's, defaults filled in.
+        positions: how many positions the model may now read; None: any number.
+        owner: the transformers model inside its wrappers.
+        layers: how many attention layers run a position program; 0 where frequencies were replaced.
+        patch: what is on those layers.
+        undo: what brings frequencies back.
     """
 
     method: str
@@ -44,22 +50,28 @@ class Extension:
 def extend(model: nn.Module, method: str, *, trained: int | None = None, **options) -> Extension:
     """Lets ``model`` read farther than it was trained to, without training; `unextend` gives it back bit for bit.
 
-    ``method`` and its options (docs/context_extension.md tells them apart):
-      linear, ntk, dynamic_ntk, yarn   factor, how many times the trained length
-      giraffe         k, or low, high and rho (see `seal_ops.rope_frequencies`)
-      self_extend     group and window, in tokens
-      dual_chunk      chunk (default: 3/4 of the length), length (default: the trained one)
-      lm_infinite     sinks (10), window and limit (default: the trained length)
-      streaming       sinks (4), window (default: the rest of the trained length)
-    ``trained``: positions that the model was trained on (default: what its config says).
+    linear, ntk, yarn and giraffe replace rotary frequencies.  The others run in the attention layers, on unrotated keys
+    in the cache, by `seal_ops.position_programs`; layers with a sliding window of their own stay as they are.  Scales
+    may be attached before or after.  An extension is no part of a saved checkpoint.
 
-    The first four and giraffe replace rotary frequencies; dynamic_ntk, and the methods below it, run in the attention
-    layers, on unrotated keys in the cache, by `seal_ops.position_programs`. Layers with a sliding window of their own
-    stay as they are. Scales may be attached before or after. An extension is no part of a saved checkpoint.
+    Args:
+        model: a transformers model with loaded weights, or PEFT's or torch.compile's wrapper of one.
+        method: one of those that docs/context_extension.md tells apart.
+        trained: positions that the model was trained on; None for what its config says.
+        options: of the method.  linear, ntk, dynamic_ntk and yarn: ``factor``, how many times the trained length.
+            giraffe: ``k``, or ``low``, ``high`` and ``rho`` (`seal_ops.rope_frequencies`).  self_extend: ``group`` and
+            ``window``.  dual_chunk: ``length`` (the trained one) and ``chunk`` (3/4 of that).  lm_infinite: ``sinks``
+            (10), ``window`` and ``limit`` (the trained length).  streaming: ``sinks`` (4) and ``window`` (the rest).
 
-    Returns an `Extension`. Raises ValueError, one sentence, for unknown or bad options, a model that is extended
-    already, and one whose rotary embedding the method cannot change.
-    Source: the papers that docs/context_extension.md names.
+    Returns:
+        An `Extension`, which says what the options are and how far the model reads.
+
+    Raises:
+        ValueError: unknown or bad options, a model that is extended already, or one whose rotary embedding the method
+            cannot change.
+
+    Source:
+        The papers that docs/context_extension.md names.
     """
     owner = unwrapped(model, "extend")
     if EXTENSION in owner.__dict__:
@@ -82,9 +94,15 @@ def extend(model: nn.Module, method: str, *, trained: int | None = None, **optio
 
 
 def unextend(model: nn.Module) -> nn.Module:
-    """Takes the extension off: frequencies and attention are bit for bit what they were. Scales stay on.
+    """Takes the extension off: frequencies and attention are bit for bit what they were.
 
-    Returns the model. Raises ValueError where it is not extended.
+    Scales stay on.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: the model is not extended.
     """
     owner = unwrapped(model, "unextend")
     extension = owner.__dict__.pop(EXTENSION, None)
@@ -101,7 +119,11 @@ def unextend(model: nn.Module) -> nn.Module:
 
 @contextlib.contextmanager
 def extended(model: nn.Module, method: str, **options):
-    """Inside the block ``model`` is extended, as by `extend`; yields it."""
+    """Inside the block ``model`` is extended, as by `extend`.
+
+    Yields:
+        The model.
+    """
     extend(model, method, **options)
     try:
         yield model
