@@ -16,6 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers.cache_utils import Cache
 
 from ..huggingface import attention  # noqa: F401 (registers NAME with transformers)
+from ..huggingface.context_window import extension_of
 from ..huggingface.masks import NAME, PLAIN
 from ..huggingface.modes import accepts
 
@@ -30,6 +31,9 @@ _LENGTH_DEPENDENT = ("dynamic", "longrope")
 def supports(model) -> bool:
     """Whether ``model`` (without a PEFT wrapper) is a plain causal decoder whose layers all see the whole past."""
     config = getattr(model, "config", None)
+    extension = extension_of(model)
+    if extension is not None and extension.layers:  # their keys are turned when they are read
+        return False
     if config is None or not getattr(type(model), "_can_compile_fullgraph", False) or hasattr(model, "hf_device_map"):
         return False
     if getattr(config, "is_encoder_decoder", False) or config.get_text_config() is not config:

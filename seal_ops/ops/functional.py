@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import checks, registration  # noqa: F401  registration defines the ops
+from . import checks, epilogue, registration  # noqa: F401  registration defines the ops
 from .masks import Mask
 
 _attention = torch.ops.seal.attention.default
@@ -33,6 +33,9 @@ def attention(
     deterministic: bool | None = None,
     backend: str | None = None,
     return_lse: bool = False,
+    sink: Tensor | None = None,
+    gate: Tensor | None = None,
+    gate_function: str = "sigmoid",
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`scale * softmax(softmax_scale * q k^T + mask) v + offset`, fused; differentiable in q, k, v, scale and offset.
 
@@ -44,6 +47,9 @@ def attention(
     `softmax_scale` defaults to 1/sqrt(D). `max_seqlen` is an optional bound, no sync without it.
     `deterministic` (default: torch.are_deterministic_algorithms_enabled()) makes the gradients bitwise repeatable.
     `backend`: "auto", "cuda", "triton", "cpu" or "reference".
+    `sink`: one logit a query head `[Hq]` that joins the softmax's denominator. `gate` `[B, Sq, Hq, D]` or
+    `[B, Sq, Hq, 1]` (packed `[T, Hq, ...]`) multiplies the scaled output by `gate_function` of it ("sigmoid",
+    "softplus" or "identity"). Both are composed around the op, are differentiable, and go without an offset.
 
     Returns:
         out `[B, Sq, Hq, D]` (packed `[T, Hq, D]`), with `return_lse` also the natural-log log-sum-exp `[B, Hq, Sq]`
@@ -53,7 +59,8 @@ def attention(
         ValueError: arguments outside this contract, or a forced backend that cannot run.
 
     Source:
-        SEAL (arXiv 2501.15225) section 4 for the scales; FlashAttention for the algorithm.
+        SEAL (arXiv 2501.15225) section 4 for the scales; FlashAttention for the algorithm;
+        gpt-oss (arXiv 2508.10925) for the sink; gated attention (arXiv 2505.06708) for the gate.
     """
     out, lse = _attention(
         q,
@@ -72,6 +79,7 @@ def attention(
         deterministic=bool(deterministic),
         backend=backend or "auto",
     )
+    out, lse = epilogue.apply("attention", out, lse, offset, sink, gate, gate_function)
     return (out, lse) if return_lse else out
 
 
@@ -130,6 +138,9 @@ def rope_attention(
     deterministic: bool | None = None,
     backend: str | None = None,
     return_lse: bool = False,
+    sink: Tensor | None = None,
+    gate: Tensor | None = None,
+    gate_function: str = "sigmoid",
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`attention(*rope(q, k, ...), v, ...)` as one op.
 
@@ -166,6 +177,7 @@ def rope_attention(
         deterministic=bool(deterministic),
         backend=backend or "auto",
     )
+    out, lse = epilogue.apply("rope_attention", out, lse, offset, sink, gate, gate_function)
     return (out, lse) if return_lse else out
 
 

@@ -14,6 +14,8 @@ from torch import Tensor
 
 from .. import factors, visibility
 from ..visibility import Visibility
+from .reference import merge_attention as _merge
+from .reference import merge_attention_backward as _merge_backward
 from .reference import rope as _rope
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -343,3 +345,13 @@ def rope_attention(
     """rope, then attention."""
     q, k = rope(q, k, cos, sin, positions, positions_k, interleaved=interleaved)
     return (*attention(q, k, v, scale, offset, **arguments), q, k)
+
+
+def merge_attention(outs, lses):
+    """The oracle's formula in fp32 (fp64 for fp64)."""
+    return _merge(outs, lses, dtype=lses[0].dtype)
+
+
+def merge_attention_backward(grad_out, grad_lse, outs, lses):
+    """The oracle's formula in fp32 (fp64 for fp64)."""
+    return _merge_backward(grad_out, grad_lse, outs, lses, dtype=lses[0].dtype)

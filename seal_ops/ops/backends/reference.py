@@ -6,6 +6,7 @@ the contract; all backends are tested against it. Results come back in the dtype
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
@@ -189,3 +190,37 @@ def rope_attention(
     """rope, then attention; the rotated q and k are what a backward needs."""
     q, k = rope(q, k, cos, sin, positions, positions_k, interleaved=interleaved)
     return (*attention(q, k, v, scale, offset, **arguments), q, k)
+
+
+def merge_attention(outs, lses, *, dtype=_F64):
+    """lse = log(sum exp(lse_i)), out = sum exp(lse_i - lse) out_i; a row that no part sees: 0 and -inf."""
+    weights, lse = _weights(lses, dtype)
+    out = sum(_part(o, w) for o, w in zip(outs, weights))
+    return out.to(outs[0].dtype).contiguous(), lse.to(lses[0].dtype).contiguous()
+
+
+def merge_attention_backward(grad_out, grad_lse, outs, lses, *, dtype=_F64):
+    """The gradients of the parts, stacked: w_i g, and w_i (g . (out_i - out) + grad_lse) summed over channels."""
+    weights, _ = _weights(lses, dtype)
+    out, g = sum(_part(o, w) for o, w in zip(outs, weights)), grad_out.to(dtype)
+    grad_lse = 0.0 if grad_lse is None else grad_lse.to(dtype)
+    into_outs = [_part(g, w).to(grad_out.dtype) for w in weights]
+    into_lses = []
+    for o, w in zip(outs, weights):
+        moved = (g * (torch.where(w.transpose(-1, -2)[..., None] > 0, o.to(dtype), out) - out)).sum(-1)
+        into_lses.append(torch.where(w > 0, w * (moved.transpose(-1, -2) + grad_lse), 0.0).to(lses[0].dtype))
+    return torch.stack(into_outs), torch.stack(into_lses)
+
+
+def _weights(lses, dtype) -> tuple[list[Tensor], Tensor]:
+    """exp(lse_i - lse) of every part, and lse; 0 and -inf in a row that no part sees."""
+    lses = [t.to(dtype) for t in lses]
+    lse = functools.reduce(torch.logaddexp, lses)
+    finite = lse.masked_fill(lse == -math.inf, 0.0)
+    return [torch.exp(t - finite) for t in lses], lse
+
+
+def _part(out: Tensor, weight: Tensor) -> Tensor:
+    """weight [.., H, S] times out [.., S, H, D]; 0 where the weight is 0, whatever stands there."""
+    weight = weight.transpose(-1, -2)[..., None]
+    return torch.where(weight > 0, out.to(weight.dtype) * weight, 0.0)
