@@ -123,9 +123,16 @@ def test_study_and_summary(capsys, folder, tmp_path):  # noqa: F811
         "format_cases=2",
         "rates={SEAL-H: [0.01, 0.1], SEAL-C: [0.02], LoRA: [0.001], DoRA: [0.001]}",
     ]
+    start = arguments.index("--sections") + 1
+    code, out, err = seal(capsys, *arguments[:start], "main", *arguments[arguments.index("--plan") :])
+    assert code == 0 and out.splitlines()[-1] == "2 jobs done here; 0 left: ", err
     code, out, err = seal(capsys, *arguments)
     assert code == 0, err
     assert "failed" not in out and "; 0 left" in out
+    environments = [json.loads(path.read_text()) for path in output.glob("environment-*.json")]
+    assert sorted(name for found in environments for name in found["jobs"]) == sorted(
+        path.stem for path in output.glob("*-*.json") if not path.stem.startswith("environment")
+    ), "every job's environment is kept, also where two processes bear the same number"
     first = json.loads((output / "main-lines-0.json").read_text())
     assert set(first["training"]["SEAL-H"]["tried"]) == {"0.01", "0.1"}
     assert {n: len(s) for n, s in first["measured"]["SEAL-C"]["scores"].items()} == {"190": 2, "230": 2}
