@@ -77,8 +77,9 @@ size_t plan(const AttentionBackwardParams& params, BackwardKernelParams* p) {
   const int64_t pair_bytes = std::max<int64_t>(1, static_cast<int64_t>(p->seqlen_q) * dim * 8 * p->heads_per_cta);
   const int64_t filling = p->multiprocessors / std::max(1, p->tiles_k);
   // In the order of the keys, few tiles of a pair should be at work at a time: each adds its dQ behind the ones before it. Dense:
-  // so many pairs that a kOrderedShare-th of a pair's tiles fills the multiprocessors.
-  const bool ordered = kOrderedAdds && p->deterministic && p->grad_q && (p->grad_k || p->grad_v) && dim < 256;
+  // so many pairs that a kOrderedShare-th of a pair's tiles fills the multiprocessors. Where the tiles of keys that see a query
+  // have gaps between them there is no such order yet.
+  const bool ordered = kOrderedAdds && p->mask.is_band() && p->deterministic && p->grad_q && (p->grad_k || p->grad_v) && dim < 256;
   const int64_t least = !ordered ? 1 : packed ? p->multiprocessors / 16 : p->multiprocessors * kOrderedShare / std::max(1, p->tiles_k);
   p->section = packed && !ordered ? 1 : static_cast<int32_t>(std::min(pairs, std::max({kL2Share / pair_bytes, filling, least, int64_t{1}})));
   p->last_section = static_cast<int32_t>((pairs / p->section - 1) * p->section);  // with what is left over
