@@ -47,14 +47,17 @@ class _Piece(typing.NamedTuple):
         hidden = ~pairs & pairs.any(1, keepdim=True)
         return torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, -math.inf)
 
-    def looks_like(self, other: _Piece | None, seen: Visibility) -> bool:
-        """Whether another piece has the same bias: it does where only the distance counts, and that is the same."""
-        if other is None or seen.chunk or seen.sinks:
+    def looks_like(self, other: _Piece | None, seen: Visibility, first: int) -> bool:
+        """Whether another piece has the same bias: it does where only the distance counts, and that is the same. Sinks
+        count alike for queries that see them all, in a span of their own."""
+        if other is None or seen.chunk:
+            return False
+        if seen.sinks and any(len(p.keys) != 2 or p.queries.start + first < seen.sinks for p in (self, other)):
             return False
         place = lambda piece: (
             piece.queries.stop - piece.queries.start,
-            piece.keys[0].stop - piece.keys[0].start,
-            piece.queries.start - piece.keys[0].start,
+            [keys.stop - keys.start for keys in piece.keys],
+            piece.queries.start - piece.keys[-1].start,
         )
         return place(self) == place(other)
 
@@ -80,8 +83,17 @@ def _pieces(sq: int, sk: int, seen: Visibility) -> typing.Iterator[_Piece]:
     if full or square:
         yield _Piece(slice(begin, end), [slice(0, sk)], causal=square, whole=full)
         return
-    for start in range(begin, end, _CHUNK):
-        stop = min(start + _CHUNK, end)
+    stop = begin
+    while stop < end:
+        start, stop = stop, min(stop + _CHUNK, end)
+        if seen.upper == 0 and not seen.sinks:  # chunks: each is causal attention of its own
+            alone = start
+            while alone < end and low[alone] == low[start] and high[alone] - low[start] == alone - start:
+                alone += 1
+            if alone > stop:
+                stop = alone
+                yield _Piece(slice(start, stop), [slice(low[start], low[start] + stop - start)], causal=True)
+                continue
         keys = slice(low[start], max(low[start], high[stop - 1] + 1))
         spans = [span for span in (slice(0, sinks[stop - 1]), keys) if span.stop > span.start]
         if len(spans) == 2 and spans[0].stop >= keys.start:
@@ -115,7 +127,7 @@ class _Batch:
         """Every piece with ATen's keyword arguments, the mask in the dtype of `like`."""
         before = bias = None
         for piece in _pieces(self.q.shape[2], self.k.shape[2], self.seen):
-            if not piece.looks_like(before, self.seen):
+            if not piece.looks_like(before, self.seen, self.first):
                 bias = piece.bias(self.seen, self.first, like.dtype)
                 bias = None if bias is None else bias.expand(*like.shape[:2], -1, -1)
             before = piece
