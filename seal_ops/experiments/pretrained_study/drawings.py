@@ -96,7 +96,9 @@ def _curve(content, path):
             change = [100 * r["perplexity_change"] for r in rates]
             axes[2].errorbar(change, [r["accuracy"] for r in rates], _errors(rates), capsize=2, **_style(i))
             for x, r in zip(change, rates, strict=True):
-                above = i != 1 or r["low"] < 0.1  # two methods: one has its labels over the intervals, the other under them
+                above = (
+                    i != 1 or r["low"] < 0.1
+                )  # two methods: one has its labels over the intervals, the other under them
                 axes[2].annotate(
                     f"{r['lr']:g}", (x, r["high"] if above else r["low"]), xytext=(0, 4 if above else -10),
                     textcoords="offset points", fontsize=7, color=plots.COLOURS[i], ha="center",
