@@ -92,10 +92,12 @@ class Contestant:
     tolerance: float = 1.0  # times gate.TOLERANCE
 
 
-def _on(device: str, window: bool = True) -> Callable[[str, Problem], str | None]:
+def _on(device: str, window: bool = True, mask: bool = False) -> Callable[[str, Problem], str | None]:
     def why_not(operation: str, problem: Problem) -> str | None:
         if problem.device.type != device:
             return f"runs on {device}"
+        if problem.shape.mask is not None and not mask:
+            return "has no such mask without a mask tensor"
         if problem.shape.geometry.window is not None and not window:
             return "has no sliding window without a mask tensor"
         return None
@@ -116,7 +118,7 @@ def _seal(backend: str) -> Contestant:
         return None
 
     def prepare(operation: str, p: Problem) -> Run:
-        options = dict(backend=backend, window=p.shape.geometry.window)
+        options = dict(backend=backend, window=p.shape.geometry.window, mask=p.shape.mask)
         inputs = (p.q, p.k, p.v, p.scale)
         if operation in ("attention", "decode"):
             return Run(lambda: attention(p.q, p.k, p.v, p.scale, **options), inputs)
@@ -211,6 +213,10 @@ def all_contestants(fa3_folder: str | None = None) -> list[Contestant]:
     def fa4_why_not(operation: str, problem: Problem) -> str | None:
         return gpu(operation, problem) or fa4_missing()
 
+    def masked(operation: str, problem: Problem) -> str | None:
+        there = problem.shape.mask is not None
+        return _on("cuda", mask=True)(operation, problem) or (None if there else "runs on masks of their own")
+
     cudnn, fa2 = SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION
     torch_sdpa = lambda backend: lambda p: peers.sdpa(backend)
     fa3 = lambda p: peers.fa3(p.shape.geometry.window)
@@ -227,8 +233,22 @@ def all_contestants(fa3_folder: str | None = None) -> list[Contestant]:
         _plain(
             "flex",
             "FlexAttention",
-            lambda p: peers.flex(p.shape.seqlen, p.shape.geometry.window, p.device),
-            gpu,
+            lambda p: peers.flex(p.shape.seqlen, p.shape.visibility, p.shape.geometry.heads, p.device),
+            _on("cuda", mask=True),
+            compiled=True,
+        ),
+        _plain(
+            "flex-mask",
+            "FlexAttention, its mask made in the call",
+            lambda p: peers.flex(p.shape.seqlen, p.shape.visibility, p.shape.geometry.heads, p.device, fresh=True),
+            masked,
+            compiled=True,
+        ),
+        _plain(
+            "flex-fa4",
+            "FlexAttention on FlashAttention-4",
+            lambda p: peers.flex(p.shape.seqlen, p.shape.visibility, p.shape.geometry.heads, p.device, kernel="FLASH"),
+            lambda operation, problem: masked(operation, problem) or fa4_missing(),
             compiled=True,
         ),
         _by_hand("hf-fa3", "HF rotary + FlashAttention-3 + scale", fa3, fa3_why_not),

@@ -24,9 +24,10 @@ TOLERANCE = {torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float32: 1e-4, tor
 
 
 def attention_slice(
-    q: Tensor, k: Tensor, v: Tensor, grad_out: Tensor, scale: Tensor | None, window: int | None
+    q: Tensor, k: Tensor, v: Tensor, grad_out: Tensor, scale: Tensor | None, seen: Visibility
 ) -> dict[str, Tensor]:
-    """Causal attention and its gradients for one key/value head: q, grad_out [S, G, D], k, v [S, D], scale [G, D].
+    """Attention and its gradients for one key/value head: q, grad_out [S, G, D], k, v [S, D], scale [G, D]; `seen` is
+    an entry of Visibility.by_heads, and no query sees a later key.
 
     Returns out, grad_q [S, G, D], grad_k, grad_v [S, D] and, with a scale, grad_scale [G, D]: the formulae of
     docs/ops.md in fp64, a block of queries at a time.
@@ -42,14 +43,12 @@ def attention_slice(
         torch.zeros_like(v),
     )
     block = max(64, min(1024, (1 << 27) // length))
-    left = length if window is None else window - 1
-    seen = Visibility.of(True, window)
     for start in range(0, length, block):
         rows = slice(start, min(start + block, length))
-        first = max(0, start - left)
+        positions = torch.arange(start, rows.stop, device=q.device)
+        first = 0 if seen.sinks else max(0, int(seen.limits(positions[:1])[0]))
         keys = slice(first, rows.stop)
-        # The last query of the block stands at the last key taken: aligned to the end, as everywhere.
-        hidden = ~seen.allowed(rows.stop - start, rows.stop - first, device=q.device)[0]
+        hidden = ~seen.pairs(positions, torch.arange(first, rows.stop, device=q.device))
         for head in range(group):
             scores = (q[rows, head] @ k[keys].T).mul_(sigma).masked_fill_(hidden, -math.inf)
             p = torch.softmax(scores, -1)
@@ -66,12 +65,12 @@ def attention_slice(
     return found
 
 
-def rotated_attention_slice(q, k, v, grad_out, scale, window, cos, sin) -> dict[str, Tensor]:
+def rotated_attention_slice(q, k, v, grad_out, scale, seen, cos, sin) -> dict[str, Tensor]:
     """The same with the half-split rotation of q and k before it, positions counted from 0; cos, sin [S, D/2]."""
     cos, sin = cos.double()[:, None], sin.double()[:, None]
     turned_q = reference.turn(q.double(), cos, sin, False)
     turned_k = reference.turn(k.double()[:, None], cos, sin, False)[:, 0]
-    found = attention_slice(turned_q, turned_k, v, grad_out, scale, window)
+    found = attention_slice(turned_q, turned_k, v, grad_out, scale, seen)
     found["grad_q"] = reference.turn(found["grad_q"], cos, -sin, False)
     found["grad_k"] = reference.turn(found["grad_k"][:, None], cos, -sin, False)[:, 0]
     return found

@@ -20,6 +20,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from ..ops.masks import UNBOUNDED
+from ..ops.visibility import Visibility
+
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
@@ -38,20 +41,43 @@ def sdpa(backend: SDPBackend | None) -> Attention:
     return run
 
 
-def flex(seqlen: int, window: int | None, device: torch.device) -> Attention:
-    """Compiled FlexAttention with a causal (and sliding-window) block mask made beforehand."""
+def flex(
+    seqlen: int,
+    seen: Visibility,
+    heads: int,
+    device: torch.device,
+    fresh: bool = False,
+    kernel: str | None = None,
+) -> Attention:
+    """Compiled FlexAttention with its block mask made beforehand, or `fresh` in every call; `kernel` "FLASH" has
+    FlashAttention-4 run it."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-    def seen(_b, _h, i, j):
-        return (i >= j) if window is None else (i >= j) & (i - j < window)
+    parts = seen.by_heads(heads)
+    # What the mask does not have is left out, as a user would.
+    last, shift_from = parts[-1][1], parts[-1][0].start if len(parts) > 1 else 0
+
+    def sees(_b, h, i, j):
+        found = i >= j
+        if last.lower > -UNBOUNDED:
+            found = found & (j - i >= last.lower)
+        if last.chunk:
+            shift = torch.where(h >= shift_from, last.shift, 0) if len(parts) > 1 else last.shift
+            found = found & ((i + shift) // last.chunk == (j + shift) // last.chunk)
+        return found | ((j < last.sinks) & (i >= j)) if last.sinks else found
 
     # Compiled mask creation: the eager one holds a boolean [S, S], 16 GiB at 128k.
-    blocks = torch.compile(create_block_mask)(seen, None, None, seqlen, seqlen, device=device)
+    create = torch.compile(create_block_mask)
+    make = lambda: create(sees, None, heads if len(parts) > 1 else None, seqlen, seqlen, device=device)
+    blocks = None if fresh else make()
     compiled = torch.compile(flex_attention, dynamic=False)
+    options = {} if kernel is None else dict(kernel_options={"BACKEND": kernel})
 
     def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         gqa = q.shape[2] != k.shape[2]
-        return compiled(*(t.transpose(1, 2) for t in (q, k, v)), block_mask=blocks, enable_gqa=gqa).transpose(1, 2)
+        mask = make() if fresh else blocks
+        found = compiled(*(t.transpose(1, 2) for t in (q, k, v)), block_mask=mask, enable_gqa=gqa, **options)
+        return found.transpose(1, 2)
 
     return run
 

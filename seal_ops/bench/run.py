@@ -36,7 +36,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--ops",
-        help=f"comma-separated operations of {', '.join(OPERATIONS)} (the suite decode: decode; others: all but that)",
+        help=f"comma-separated operations of {', '.join(OPERATIONS)} (the suite decode: decode; masks: attention; "
+        "others: all but decode)",
     )
     parser.add_argument("--only", metavar="NAMES", help="comma-separated contestants (all that can run here)")
     parser.add_argument("--no-compiled", action="store_true", help="leave out contestants under torch.compile")
@@ -108,7 +109,7 @@ def oracle(operation: str, problem: Problem, scaled: bool, grad: Tensor, cache: 
             problem.v[-1, :, -1].detach(),
             grad,
             problem.scale.detach()[group] if scaled else None,
-            g.window,
+            problem.shape.visibility.by_heads(g.heads)[-1][1],
         )
         cache[key] = (
             gate.rotated_attention_slice(*inputs, problem.cos, problem.sin)
@@ -177,7 +178,7 @@ def check_decode(problem: DecodeProblem, contestant: Contestant, run: Run) -> tu
         problem.k[-1:, :, -1:].double(),
         problem.v[-1:, :, -1:].double(),
         problem.scale[group].double() if contestant.scaled else None,
-        window=g.window,
+        mask=problem.shape.visibility.by_heads(g.heads)[-1][1],
     )
     return gate.error(out[-1, 0, group], expected[0, 0], False), peak
 
@@ -334,7 +335,9 @@ def bench(options: argparse.Namespace) -> int:
     only = _chosen("--only", options.only, [c.name for c in contestants])
     shapes = [parse_shape(text) for text in options.shape or ()]
     suite = options.suite or (None if shapes else "headline" if on_gpu else "smoke")
-    unless_given = "decode" if suite == "decode" else ",".join(o for o in OPERATIONS if o != "decode")
+    unless_given = {"decode": "decode", "masks": "attention"}.get(
+        suite, ",".join(o for o in OPERATIONS if o != "decode")
+    )
     operations = _chosen("--ops", options.ops or unless_given, list(OPERATIONS))
     shapes += SUITES[suite] if suite else []
 

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
+
+from ..ops import masks
+from ..ops.visibility import Visibility
 
 
 @dataclasses.dataclass(frozen=True)
@@ -14,6 +18,7 @@ class Geometry:
     head_dim: int
     rope_theta: float = 10_000.0
     window: int | None = None  # keys a query sees in the model's sliding-window layers; None: full causal attention
+    mask: Callable[[int], masks.Mask] | None = None  # of a sequence length, in place of causal attention
 
 
 MODELS = {
@@ -28,7 +33,11 @@ MODELS = {
     "gemma-3-4b-local": Geometry(8, 4, 256, window=1024),
     "pythia-4096": Geometry(64, 64, 64),  # 4096 channels in heads of 64, no GQA: the head_dim 64 row of peers' papers
     "falcon-7b": Geometry(71, 1, 64),  # one KV head for all
+    # LongLoRA's training attention, and StreamingLLM's, on the heads of Llama 3.1 8B
+    "llama-3.1-8b-s2": Geometry(32, 8, 128, 500_000.0, mask=lambda length: masks.shifted_groups(max(1, length // 4))),
+    "llama-3.1-8b-streaming": Geometry(32, 8, 128, 500_000.0, mask=lambda length: masks.streaming(4, 4096)),
     "tiny": Geometry(4, 2, 32),
+    "tiny-s2": Geometry(4, 2, 32, mask=lambda length: masks.shifted_groups(max(1, length // 4), sinks=2)),
 }
 
 
@@ -46,9 +55,20 @@ class Shape:
         return MODELS[self.model]
 
     @property
+    def mask(self) -> masks.Mask | None:
+        return None if self.geometry.mask is None else self.geometry.mask(self.seqlen)
+
+    @property
+    def visibility(self) -> Visibility:
+        """What the heads see, as the ops read it."""
+        return Visibility.of(True, self.geometry.window, self.mask and self.mask.resolve(self.geometry.heads))
+
+    @property
     def pairs(self) -> float:
-        """(query, key) pairs that causal attention computes in one head: half the square; with a window its band."""
+        """(query, key) pairs that attention computes in one head: causal half the square; with a window its band."""
         s, w = self.seqlen, self.geometry.window
+        if self.mask is not None:
+            return self.visibility.count(s, s, self.geometry.heads)
         return s * s / 2 if w is None or w >= s else w * s - w * w / 2
 
     @property
@@ -106,6 +126,11 @@ SUITES: dict[str, list[Shape]] = {
         Shape("pythia-4096", 8, 4 * _K),
         Shape("gemma-7b", 4, 8 * _K),
         Shape("qwen3.5-heads", 4, 8 * _K),
+    ],
+    # Each mask beside full causal attention of its length.
+    "masks": [
+        *(Shape(model, 1, 32 * _K) for model in ("llama-3.1-8b", "llama-3.1-8b-s2", "llama-3.1-8b-streaming")),
+        *(Shape(model, 1, 128 * _K) for model in ("llama-3.1-8b", "llama-3.1-8b-streaming")),
     ],
     "smoke": [Shape("tiny", 2, 48)],
     "decode": [

@@ -64,14 +64,15 @@ def candidates(device: torch.device) -> tuple[str, ...]:
     return ("cpu", "reference") if device.type == "cpu" else ("cuda", "triton", "reference")
 
 
-def _best(op: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
-    return next(name for name in candidates(device) if why_not(name, op, device, dtype, head_dim) is None)
+def _best(op: str, device: torch.device, dtype: torch.dtype, head_dim: int, names) -> str:
+    return next(name for name in names if why_not(name, op, device, dtype, head_dim) is None)
 
 
 @functools.cache
 def _warn_of_the_oracle(op: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> None:
     """Once for each kind of call: the oracle is right, but slow, and holds whole score matrices in fp64."""
-    reasons = "; ".join(why_not(name, op, device, dtype, head_dim) for name in candidates(device)[:-1])
+    declined = "backend cuda does not take this mask or softmax_scale"  # the one reason that `why_not` cannot know
+    reasons = "; ".join(why_not(name, op, device, dtype, head_dim) or declined for name in candidates(device)[:-1])
     warnings.warn(
         f"seal::{op}: the slow reference runs this call, in fp64 and with whole score matrices ({reasons}); "
         "backend='reference' says that this is meant",
@@ -80,13 +81,15 @@ def _warn_of_the_oracle(op: str, device: torch.device, dtype: torch.dtype, head_
 
 
 def choose(backend: str, op: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
-    """The backend that runs. Raises `why_not`'s sentence where a forced one cannot; warns where only the oracle can."""
+    """The backend that runs what csrc/ops/dispatch.cpp left to Python: the CUDA kernels decline some calls (a mask, a
+    softmax scale of 0) on tensors that they otherwise take. Raises `why_not`'s sentence where a forced one cannot;
+    warns where only the oracle can."""
     if backend != "auto":
         reason = why_not(backend, op, device, dtype, head_dim)
         if reason is not None:
             raise ValueError(f"seal::{op}: {reason}")
         return backend
-    best = _best(op, device, dtype, head_dim)
+    best = _best(op, device, dtype, head_dim, [name for name in candidates(device) if name != "cuda"])
     if best == "reference":
         _warn_of_the_oracle(op, device, dtype, head_dim)
     return best
@@ -104,7 +107,7 @@ def backends(
         device = torch.device("cuda", torch.cuda.current_device())
     found = {}
     for op in OPS:
-        chosen = _best(op, device, dtype, head_dim)
+        chosen = _best(op, device, dtype, head_dim, candidates(device))
         found[op] = {"chosen": chosen}
         for name in NAMES:
             if name != chosen:

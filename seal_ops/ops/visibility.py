@@ -60,6 +60,18 @@ class Visibility(typing.NamedTuple):
             seen |= (keys < self.sinks) & (keys <= positions[:, None])
         return seen
 
+    def count(self, sq: int, sk: int, heads: int) -> float:
+        """How many pairs a head sees, the mean over the heads."""
+        total, positions = 0.0, torch.arange(sk - sq, sk)
+        for part, own in self.by_heads(heads):
+            low, high = own.limits(positions)
+            low, high = low.clamp_(min=0), high.clamp_(max=sk - 1)
+            sinks = positions.clamp(-1, min(self.sinks, sk) - 1) + 1
+            in_both = (torch.minimum(high + 1, sinks) - low).clamp_(min=0)
+            seen = (high - low + 1).clamp_(min=0) + sinks - in_both
+            total += (part.stop - part.start) * float(seen.sum())
+        return total / heads
+
     def allowed(self, sq: int, sk: int, heads: int = 1, device: torch.device | str = "cpu") -> Tensor:
         """Boolean [heads, Sq, Sk], or [1, Sq, Sk] where all heads see the same. Whole: for the oracle and for tests."""
         positions, keys = torch.arange(sk - sq, sk, device=device), torch.arange(sk, device=device)

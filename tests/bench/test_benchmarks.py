@@ -7,23 +7,32 @@ import json
 import pytest
 import torch
 
-from seal_ops import bench
+import seal_ops
+from seal_ops import bench, masks
 from seal_ops.bench import contestants, gate, report, run, shapes, timing
 from seal_ops.bench.host_time import host_times, sentence
 from seal_ops.ops.backends import reference
+from seal_ops.ops.visibility import Visibility
+
+SEEN = [
+    Visibility.of(),
+    Visibility.of(True, 37),
+    Visibility(*masks.streaming(3, 37).resolve(1)),
+    Visibility(*masks.shifted_groups(40, shifted_heads=1, sinks=2).resolve(3)),
+]
 
 
-@pytest.mark.parametrize("window", [None, 37])
-def test_the_block_oracle_agrees_with_the_reference(window, monkeypatch):
+@pytest.mark.parametrize("seen", SEEN, ids=str)
+def test_the_block_oracle_agrees_with_the_reference(seen):
     """One key/value head with a group of 3: values and gradients against the library's whole-matrix oracle."""
     q, grad_out = torch.randn(2, 1, 150, 3, 16, dtype=torch.float64)
     k, v = torch.randn(2, 1, 150, 1, 16, dtype=torch.float64)
     scale = torch.randn(3, 16, dtype=torch.float64)
-    out, lse = reference.attention(q, k, v, scale, window=window)
+    out, lse = reference.attention(q, k, v, scale, mask=seen)
     grads = reference.attention_backward(
-        grad_out, None, q, k, v, out, lse, scale, None, needs=(True,) * 4 + (False,), window=window
+        grad_out, None, q, k, v, out, lse, scale, None, needs=(True,) * 4 + (False,), mask=seen
     )
-    found = gate.attention_slice(q[0], k[0, :, 0], v[0, :, 0], grad_out[0], scale, window)
+    found = gate.attention_slice(q[0], k[0, :, 0], v[0, :, 0], grad_out[0], scale, seen)
     for name, expected in (
         ("out", out[0]),
         ("grad_q", grads[0][0]),
@@ -63,6 +72,27 @@ def test_a_wrong_contestant_is_reported_and_never_timed():
         ("seal-cpu", "backward", "ok"),
     ]
     assert rows[0]["ms"] == "" and rows[0]["worst_error"] > 0.1
+
+
+def test_a_contestant_that_ignores_the_mask_is_wrong():
+    (right,) = (c for c in contestants.all_contestants() if c.name == "seal-cpu")
+
+    def causal(operation, p):
+        return contestants.Run(lambda: seal_ops.attention(p.q, p.k, p.v, p.scale), (p.q, p.k, p.v, p.scale))
+
+    device = torch.device("cpu")
+    session = run.Session(device, torch.float32, timing.Clock(device), None, row_ms=2)
+    for model, wrong in (("tiny-s2", ["cheat"]), ("tiny", [])):
+        group = [right, dataclasses.replace(right, name="cheat", prepare=causal)]
+        rows = run.measure_shape("attention", shapes.Shape(model, 1, 96), group, session)
+        assert [r["contestant"] for r in rows if r["status"].startswith("wrong")] == wrong
+        assert all(r["status"] == "ok" for r in rows if r["contestant"] == "seal-cpu")
+
+
+@pytest.mark.parametrize("seen", SEEN, ids=str)
+def test_the_work_of_a_mask_is_the_pairs_that_it_shows(seen):
+    for heads, sq, sk in ((1, 150, 150), (6, 40, 90), (4, 90, 30)):
+        assert seen.count(sq, sk, heads) == seen.allowed(sq, sk, heads).double().sum((1, 2)).mean()
 
 
 def test_a_contestant_that_fails_gets_a_row_and_the_others_go_on():

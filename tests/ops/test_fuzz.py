@@ -93,12 +93,15 @@ def by_hand(op: str, a: dict) -> list[torch.Tensor]:
         scores = scores * (a["softmax_scale"] if a.get("softmax_scale") is not None else 1 / math.sqrt(head_dim))
         place = torch.arange(scores.shape[1], device=q.device)[:, None] + scores.shape[2] - scores.shape[1]
         other = torch.arange(scores.shape[2], device=q.device)[None, :]
-        seen = (other <= place) if a.get("causal", True) else torch.ones_like(other <= place)
-        if a.get("window") is not None:
-            seen = seen & ((place - other).abs() < a["window"])
-        alive = seen.any(1)
-        scores = torch.where(alive[:, None], scores.masked_fill(~seen, -math.inf), 0.0)
-        p = torch.softmax(scores, -1) * alive[:, None]
+        if a.get("mask") is not None:
+            seen = masked(a["mask"], place, other, heads)
+        else:
+            seen = (other <= place) if a.get("causal", True) else torch.ones_like(other <= place)
+            if a.get("window") is not None:
+                seen = seen & ((place - other).abs() < a["window"])
+        alive = seen.any(-1)
+        scores = torch.where(alive[..., None], scores.masked_fill(~seen, -math.inf), 0.0)
+        p = torch.softmax(scores, -1) * alive[..., None]
         o = torch.einsum("hij,jhd->ihd", p, a["v"][in_k].repeat_interleave(heads // k.shape[-2], 1))
         scale, offset = factor(a.get("scale"), n), factor(a.get("offset"), n)
         o = o if scale is None else o * scale
@@ -115,7 +118,30 @@ def by_hand(op: str, a: dict) -> list[torch.Tensor]:
     ]
 
 
+def masked(mask: list, place: torch.Tensor, other: torch.Tensor, heads: int) -> torch.Tensor:
+    """[heads, Sq, Sk] of the op's eight integers: the sentence of docs/ops.md, without a bound on numbers."""
+    lower, upper, chunk, chunk_lower, chunk_upper, shift, shifted_from, sinks = mask
+    distance = other - place
+    seen = ((lower <= distance) & (distance <= upper)).repeat(heads, 1, 1)
+    if chunk:
+        for head in range(heads):
+            own = shift if head >= shifted_from else 0
+            apart = (other + own).div(chunk, rounding_mode="floor") - (place + own).div(chunk, rounding_mode="floor")
+            seen[head] &= (chunk_lower <= apart) & (apart <= chunk_upper)
+    return seen | ((other < sinks) & (other <= place))
+
+
 # ---- random calls
+
+
+def random_mask(rng: random.Random, kv_heads: int, group: int) -> list:
+    far = 2**30
+    lower, upper = sorted((rng.choice((-far, -3, -1, rng.randint(-9, 9))), rng.choice((0, 0, far, rng.randint(-9, 9)))))
+    chunk = rng.choice((0, 0, 1, 2, 3, 5, 1000))
+    chunk_lower, chunk_upper = rng.choice(((-far, far), (0, 0), (-1, -1), (-far, -2), (-1, 1), (0, far)))
+    shifted = chunk > 1 and rng.random() < 0.5
+    shift, shifted_from = (rng.randrange(chunk), group * rng.randint(0, kv_heads)) if shifted else (0, far)
+    return [lower, upper, chunk, chunk_lower, chunk_upper, shift, shifted_from, rng.choice((0, 0, 1, 4, far))]
 
 
 def scattered(t: torch.Tensor, rng: random.Random) -> torch.Tensor:
@@ -188,6 +214,9 @@ def random_call(rng: random.Random, backend: str, device: torch.device) -> tuple
         a["causal"] = rng.random() < 0.6
         if rng.random() < 0.3:
             a["window"] = rng.choice((1, 2, 3, 5, 2**20, 2**31, 2**40))
+        own = random.Random(generator.initial_seed())  # so that the other draws of a seed stay what they were
+        if own.random() < 0.3:
+            a.update(causal=True, window=None, mask=random_mask(own, kv_heads, heads // kv_heads))
         if rng.random() < 0.3:
             a["softmax_scale"] = rng.choice((0.3, 1.0, -0.5, 0.0))
         a["deterministic"] = rng.random() < 0.3
@@ -236,6 +265,9 @@ def spoil(a: dict, rng: random.Random) -> None:
         wrong = (
             dict(window=0),
             dict(window=-3),
+            dict(mask=[0] * 7),
+            dict(mask=[1, 0, *[0] * 6]),
+            dict(mask=[0] * 8, causal=False),
             dict(softmax_scale=math.nan),
             dict(softmax_scale=-math.inf),
             dict(max_seqlen=-1),
