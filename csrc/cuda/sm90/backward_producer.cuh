@@ -113,7 +113,7 @@ SEAL_DEVICE void add_queries(BackwardShared<Config>& shared, const BackwardKerne
       const int tile = query_tile<kD>(task.begin, task.end, place);
       [[maybe_unused]] int32_t* const added = p.added + 2 * (first_tile + tile) + group;
       if constexpr (Config::kOrdered) {
-        const int first_key_tile = first_column_seen(band_of_queries(p, task.seq), tile * kM) / Config::kBlockN;
+        const int first_key_tile = columns_seen(band_of_queries(p, task.seq), tile * kM).begin / Config::kBlockN;
         wait_for_count(added, task.first_key / Config::kBlockN - first_key_tile);
         fence_proxy_async_global();
       }

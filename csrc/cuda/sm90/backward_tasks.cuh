@@ -68,10 +68,10 @@ struct BackwardTask : SeenTiles<Side::kKeys, kRows, kColumns> {
   // The first tile of queries that sees a key from the tile's `key`th on.
   SEAL_DEVICE int first_seen_by(const BackwardKernelParams& p, int key) const {
     if (first_key + key >= seq.length_k) return INT32_MAX;
-    return first_column_seen(band_of_keys(p, seq), first_key + key) / kColumns;
+    return columns_seen(band_of_keys(p, seq), first_key + key).begin / kColumns;
   }
-  SEAL_DEVICE void mask(const BackwardKernelParams& p, float (&scores)[kColumns / 2], int m, int key) const {
-    Seen::mask(band_of_keys(p, seq), scores, m, key);
+  SEAL_DEVICE void mask(const BackwardKernelParams& p, float (&scores)[kColumns / 2], int query_tile, int key) const {
+    mask_tile<Side::kKeys>(band_of_keys(p, seq), scores, query_tile * kColumns, key);
   }
 };
 
@@ -93,8 +93,8 @@ struct QueryTask : SeenTiles<Side::kQueries, kTileRows, kColumns> {
     first_query = local * kTileRows;
     Seen::find(band_of_queries(p, seq), first_query);
   }
-  SEAL_DEVICE void mask(const BackwardKernelParams& p, float (&scores)[kColumns / 2], int n, int query) const {
-    Seen::mask(band_of_queries(p, seq), scores, n, query);
+  SEAL_DEVICE void mask(const BackwardKernelParams& p, float (&scores)[kColumns / 2], int key_tile, int query) const {
+    mask_tile<Side::kQueries>(band_of_queries(p, seq), scores, key_tile * kColumns, query);
   }
 };
 

@@ -3,7 +3,7 @@
 // The rows of a tile are the queries of a sequence times the query heads of the KV head ("packed"), so K and V are read once whatever
 // the group. A warp has 16 rows and, of every block of keys, its own share; it keeps a softmax of its own, and the shares are merged in
 // the end through the ring's memory. One thread of warp 0 runs the copy engine through a ring of K and V blocks, between its own steps: a
-// supplying warp of its own would take the registers of four. Bytes decide here, not products: mma.sync on 16 rows costs a
+// producing warp of its own would take the registers of four. Bytes decide here, not products: mma.sync on 16 rows costs a
 // fraction of the time that a block takes to arrive (docs/kernel_notes_decode.md).
 #pragma once
 
@@ -82,25 +82,18 @@ SEAL_DEVICE DecodeSequence decode_sequence(const Sequences& s, int index) {
   return {index, s.cu_seqlens_q[index + 1] - first_q, s.cu_seqlens_k[index + 1] - first_k, first_q, first_k};
 }
 
-// Keys [begin, end) that the query at `position` sees.
-SEAL_DEVICE int2 keys_seen(const Sequences& s, int length_k, int position) {
-  const int begin = s.window_left < 0 ? 0 : max(0, position - s.window_left);
-  const int end = s.window_right < 0 ? length_k : min(length_k - 1 - position, s.window_right) + position + 1;
-  return make_int2(begin, end);
-}
-
-// The keys of a tile's rows [first, last] (positions), and this split's blocks of them, counted from `begin`.
+// The keys of a tile's queries [first, last], and this split's blocks of them, counted from `begin`.
 struct DecodeKeys {
   int begin, end;            // that some row sees
   int full_begin, full_end;  // that every row sees
   int block, block_end;      // of this split
 
-  SEAL_DEVICE DecodeKeys(const Sequences& s, int length_k, int first, int last, int split, int splits, int block_keys) {
-    const int2 of_first = keys_seen(s, length_k, first), of_last = keys_seen(s, length_k, last);
-    begin = of_first.x;
-    end = of_last.y;
-    full_begin = of_last.x;
-    full_end = of_first.y;
+  SEAL_DEVICE DecodeKeys(const Band& band, int first, int last, int split, int splits, int block_keys) {
+    const Columns of_first = columns_seen(band, first), of_last = columns_seen(band, last);
+    begin = of_first.begin;
+    end = of_last.end;
+    full_begin = of_last.begin;
+    full_end = of_first.end;
     const int blocks = max(0, end - begin + block_keys - 1) / block_keys;
     const int share = blocks / splits, more = blocks % splits;
     block = split * share + min(split, more);
@@ -140,15 +133,15 @@ class DecodeTile {
   // The tile of packed rows that starts at `row`, from its loads to its results.
   SEAL_DEVICE void run(int row) {
     const int rows = min(Config::kRows, sequence_.length_q * a_.group - row);
-    const int shift = sequence_.length_k - sequence_.length_q;
-    const DecodeKeys keys(a_.sequences, sequence_.length_k, row / a_.group + shift, (row + rows - 1) / a_.group + shift, split_, a_.splits, kBlockN);
+    const Band band = a_.sequences.band(sequence_.length_q, sequence_.length_k);
+    const DecodeKeys keys(band, row / a_.group, (row + rows - 1) / a_.group, split_, a_.splits, kBlockN);
     // The first blocks are on their way before Q is.
-    if (supplies()) {
+    if (produces()) {
       for (int block = keys.block; block < min(keys.block_end, keys.block + Config::kStages); ++block) load(keys, block);
     }
     load_queries(row, rows);
     __syncthreads();
-    consume(keys, row, rows, shift);
+    consume(keys, band, row, rows);
     __syncthreads();
     leave_share();
     __syncthreads();
@@ -156,20 +149,20 @@ class DecodeTile {
   }
 
   // The thread that issues loads, and before them initialises the barriers.
-  SEAL_DEVICE static bool supplies() { return threadIdx.x == 0; }
+  SEAL_DEVICE static bool produces() { return threadIdx.x == 0; }
 
  private:
   SEAL_DEVICE void load(const DecodeKeys& keys, int block) {
     const RowCoordinates at(a_.sequences.packed(), kBlockN, keys.begin + block * kBlockN, sequence_.length_k, sequence_.first_k);
     const uint64_t policy = Config::kEvictFirst ? policy_evict_first() : policy_evict_normal();
     const auto fill = [&](uint8_t* to, const CUtensorMap* map, uint64_t* full, uint64_t* empty) {
-      barrier_wait(empty, supply_.phase ^ 1);
+      barrier_wait(empty, load_ring_.phase ^ 1);
       barrier_expect_bytes(full, present_ * kBlockN * kSlabRowBytes);
       tma_load_tile<kBlockN, kHeadDim>(to, map, full, kv_head_, at, policy, present_);
     };
-    fill(shared_.k[supply_.stage], &maps_.k, &shared_.k_full[supply_.stage], &shared_.k_empty[supply_.stage]);
-    fill(shared_.v[supply_.stage], &maps_.v, &shared_.v_full[supply_.stage], &shared_.v_empty[supply_.stage]);
-    supply_.advance();
+    fill(shared_.k[load_ring_.stage], &maps_.k, &shared_.k_full[load_ring_.stage], &shared_.k_empty[load_ring_.stage]);
+    fill(shared_.v[load_ring_.stage], &maps_.v, &shared_.v_full[load_ring_.stage], &shared_.v_empty[load_ring_.stage]);
+    load_ring_.advance();
   }
 
   // Packed row r is query r / group and, of the KV head's query heads, the (r % group)th.
@@ -205,15 +198,15 @@ class DecodeTile {
     if (lane_ == 0) barrier_arrive(empty);
   }
 
-  SEAL_DEVICE void consume(const DecodeKeys& keys, int row, int rows, int shift) {
+  SEAL_DEVICE void consume(const DecodeKeys& keys, const Band& band, int row, int rows) {
     softmax_ = OnlineSoftmax(a_.scale_log2);
 #pragma unroll
     for (int i = 0; i < kHeadDim / 2; ++i) out_[i] = 0.f;
-    int2 seen[2];  // keys that the thread's two rows see; rows that do not exist see what the last one sees
+    Columns seen[2];  // keys that the thread's two rows see; rows that do not exist see what the last one sees
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const int own = min(16 * row_tile() + lane_ / 4 + 8 * r, rows - 1);
-      seen[r] = keys_seen(a_.sequences, sequence_.length_k, (row + own) / a_.group + shift);
+      seen[r] = columns_seen(band, (row + own) / a_.group);
     }
     const auto queries = pieces_a<Config::kRows>(smem_address(shared_.q), 16 * row_tile(), lane_);
     if constexpr (Config::kQueriesInRegisters) {
@@ -226,7 +219,7 @@ class DecodeTile {
     for (int block = keys.block; block < keys.block_end; ++block) {
       // Into the place of the block before, which all warps are done with soon.
       const int ahead = block - 1 + Config::kStages;
-      if (supplies() && block > keys.block && ahead < keys.block_end) load(keys, ahead);
+      if (produces() && block > keys.block && ahead < keys.block_end) load(keys, ahead);
       __syncwarp();
       const int first = keys.begin + block * kBlockN + key_warp() * kWarpKeys;
       barrier_wait(&shared_.k_full[ring_.stage], ring_.phase);
@@ -237,7 +230,7 @@ class DecodeTile {
         update<false>(scores);
       } else {
         const int column = first + 2 * (lane_ % 4);
-        mask_scores(scores, {seen[0].x - column, seen[1].x - column}, {seen[0].y - column, seen[1].y - column});
+        mask_scores(scores, {seen[0].begin - column, seen[1].begin - column}, {seen[0].end - column, seen[1].end - column});
         update<true>(scores);
       }
       uint32_t p[kWarpKeys / 4];
@@ -374,7 +367,7 @@ class DecodeTile {
   const int kv_head_, split_;
   const DecodeSequence& sequence_;
   const int warp_, lane_, present_;
-  RingIndex<Config::kStages> ring_, supply_;
+  RingIndex<Config::kStages> ring_, load_ring_;
   OnlineSoftmax softmax_{0.f};
   uint32_t queries_[Config::kQueriesInRegisters ? kHeadDim / 16 : 1][4];
   float out_[kHeadDim / 2];  // not yet divided by the sum
@@ -386,7 +379,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSM)
   extern __shared__ __align__(1024) uint8_t memory[];
   auto& shared = *reinterpret_cast<DecodeShared<Config>*>(memory);
   launch_dependents();  // the combining kernel may take its place now; it waits for our results
-  if (DecodeTile<Config>::supplies()) {  // it alone uses the barriers before the first __syncthreads
+  if (DecodeTile<Config>::produces()) {  // it alone uses the barriers before the first __syncthreads
     if (smem_address(memory) % 1024 != 0) __trap();  // the copy engine's swizzle counts from there
     for (int i = 0; i < Config::kStages; ++i) {
       barrier_init(shared.k_full + i, 1);
@@ -408,7 +401,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSM)
   DecodeTile<Config> tile(shared, maps, arguments, kv_head, split, sequence);
 #pragma unroll 1
   for (int row = row_block * Config::kRows; row < sequence.length_q * arguments.group; row += arguments.row_blocks * Config::kRows) {
-    if (row >= arguments.row_blocks * Config::kRows) {  // another turn: the ring's memory held shares, its next writer is the copy engine
+    if (row >= arguments.row_blocks * Config::kRows) {  // another round: the ring's memory held shares, its next writer is the copy engine
       fence_proxy_async();
       __syncthreads();
     }

@@ -1,4 +1,4 @@
-// The computing side of the forward kernel: one warpgroup with 64 query rows of the tile.
+// The consuming side of the forward kernel: one warpgroup with 64 query rows of the tile.
 #pragma once
 
 #include "forward_common.cuh"
@@ -9,6 +9,29 @@ namespace seal::sm90 {
 // Walks the key blocks of a tile from the last to the first. One step issues S' = Q K'^T of the next block and O += P V of
 // the present one; the softmax of S' runs under that product and then under the products of the other warpgroups. Steps chain
 // across tiles: the last step of a tile issues the first S' of the next one, and O leaves under the second.
+//
+// A tile of blocks n - 1 .. 0, then the next one of n' blocks, as run() goes through them; S(b) is Q K^T of block b, PV(b) the product
+// with its V. A line is a call; what stands in "under them" runs while the products issued are under way:
+//
+//   call                  issues          waits, in order                under them              afterwards
+//   begin                 S(n-1)          q_full, k_full, turn; S        O of the tile before    softmax of n-1
+//                                                                        leaves
+//   step<., true>         S(n-2), PV(n-1) k_full, turn; v_full; S; PV    store of the tile       (only if begun: then in place of the
+//                                                                        before, softmax of n-2  first step)
+//   step<., false>        S(b), PV(b+1)   k_full, turn; v_full; S; PV    softmax of b            O rescaled
+//   ...
+//   step_to_next_tile     S(n'-1), PV(0)  q_full, k_full, turn; v_full;  softmax of n'-1, of     O is complete; the next tile is begun
+//                                         S; PV                          the next tile
+//   or last_step          PV(0)           v_full; PV                                             O is complete
+//
+// The second one where the tiles cannot be chained: one place for Q, a next tile whose last block this warpgroup's rows do not see, or
+// blocks of this tile left to skip. What holds at the top of the loop in run():
+//   begun      work, softmax and scores_ are those of the tile in slot_, of whose last block scores_ holds the exponentials. The rings
+//              stand behind its K and before its V.
+//   finished   out_ and inverse_ are the result of the tile in the other slot, nowhere stored yet.
+//   leaving_   (member) the copy engine may still read the result last stored. release_leaving() gives its place back: q_empty lets
+//              warp 0 load the next tile's Q there, out_empty the present tile's V.
+// Between two tiles all warpgroups take the same turns and release the same blocks, whether they see them or not: see skip().
 template <class Config>
 class Consumer {
   using T = typename Config::T;
@@ -20,15 +43,17 @@ class Consumer {
   static constexpr bool kChain = Config::kQStages > 1;
   static constexpr bool kOutInValues = Config::kOutInValues;
   static constexpr bool kSpareRegisters = Config::kWarpgroups == 2;  // 232 a thread rather than 160
+  static constexpr int kTurnThreads = 2 * 128;  // of the warpgroup that waits and the one that arrives
   using Whole = std::false_type;
   using Half = std::bool_constant<kHalves>;
 
-  // The blocks that this warpgroup's rows see: [begin, end), of which [plain_begin, plain_end) whole.
+  // The blocks that this warpgroup's rows see.
   struct Work {
-    int begin, end, plain_begin, plain_end;
-    bool half;  // of block end - 1 only the left half is seen
-    SEAL_DEVICE bool any() const { return end > begin; }
-    SEAL_DEVICE bool plain(int block) const { return block >= plain_begin && block < plain_end; }
+    SeenTiles<Side::kQueries, 64, kN> blocks{};
+    bool half = false;  // of the last block only the left half is seen
+    SEAL_DEVICE int begin() const { return blocks.begin; }
+    SEAL_DEVICE int end() const { return blocks.end; }
+    SEAL_DEVICE bool any() const { return blocks.end > blocks.begin; }
   };
 
  public:
@@ -44,17 +69,17 @@ class Consumer {
     bool finished = false;  // out_ is the result of the tile before, to be stored
     while (true) {
       const Tile& tile = shared_.tile[slot_.stage];  // read again where needed: registers are scarce
-      int block = work.end - 2;
-      const bool store_under_scores = kChain && begun && block >= work.begin && work.plain(block);
+      int block = work.end() - 2;
+      const bool store_under_scores = kChain && begun && block >= work.begin() && work.blocks.full(block);
       if (finished && !store_under_scores) store<!kChain>();
       if (!begun) {
         barrier_wait(&shared_.tile_full[slot_.stage], slot_.phase);
         if (tile.row < 0) break;
         work = work_of(tile);
-        block = work.end - 2;
+        block = work.end() - 2;
         softmax = OnlineSoftmax(arguments_.scale_log2);
         barrier_wait(&shared_.q_full[q_.stage], q_.phase);
-        skip(tile.block_end - work.end);
+        skip(tile.block_end - work.end());
         if (work.any()) begin(tile, work, softmax);
       }
       if (!store_under_scores) {
@@ -67,24 +92,24 @@ class Consumer {
       if (work.any()) {
         pack_fragment<T>(p_, scores_);
         if (store_under_scores) step<false, true>(tile, block--, softmax);
-        while (block >= work.begin) {
+        while (block >= work.begin()) {
 #pragma unroll 1
-          for (; block >= work.begin && !work.plain(block); --block) step<true, false>(tile, block, softmax);
+          for (; block >= work.begin() && !work.blocks.full(block); --block) step<true, false>(tile, block, softmax);
 #pragma unroll 1
-          for (const int last = max(work.begin, work.plain_begin); block >= last; --block) step<false, false>(tile, block, softmax);
+          for (const int last = max(work.begin(), work.blocks.full_begin); block >= last; --block) step<false, false>(tile, block, softmax);
         }
       }
       if constexpr (kOutInValues) release(&shared_.q_empty[0]);
       finish(tile, softmax);
       if (work.any()) {
-        if (kChain && work.begin == tile.block_begin) {
+        if (kChain && work.begin() == tile.block_begin) {
           RingIndex<2> next_slot = slot_;
           next_slot.advance();
           const Tile& next_tile = shared_.tile[next_slot.stage];
           barrier_wait(&shared_.tile_full[next_slot.stage], next_slot.phase);
           if (next_tile.row >= 0) {
             work = work_of(next_tile);
-            begun = work.any() && work.end == next_tile.block_end;
+            begun = work.any() && work.end() == next_tile.block_end;
           }
           if (begun) {
             softmax = OnlineSoftmax(arguments_.scale_log2);
@@ -98,7 +123,7 @@ class Consumer {
           }
         } else {
           last_step();
-          skip(work.begin - tile.block_begin);
+          skip(work.begin() - tile.block_begin);
         }
       }
       slot_.advance();
@@ -110,8 +135,8 @@ class Consumer {
  private:
   // ---- turns: a warpgroup issues its products only after the one before it has issued its own
 
-  SEAL_DEVICE void take_turn() const { named_sync(kBarrierTurn + warpgroup_, 256); }
-  SEAL_DEVICE void pass_turn() const { named_arrive(kBarrierTurn + (warpgroup_ + 1) % Config::kWarpgroups, 256); }
+  SEAL_DEVICE void take_turn() const { named_sync(kBarrierTurn + warpgroup_, kTurnThreads); }
+  SEAL_DEVICE void pass_turn() const { named_arrive(kBarrierTurn + (warpgroup_ + 1) % Config::kWarpgroups, kTurnThreads); }
 
   // ---- buffers
 
@@ -150,42 +175,20 @@ class Consumer {
 
   // ---- the mask
 
+  SEAL_DEVICE Band band(const Tile& tile) const { return arguments_.sequences.band(tile.length_q, tile.length_k); }
+
   SEAL_DEVICE Work work_of(const Tile& tile) const {
-    const int window_left = arguments_.sequences.window_left, window_right = arguments_.sequences.window_right;
-    const int position = tile.row + 64 * warpgroup_ + tile.length_k - tile.length_q;  // of the first row
-    const int last = min(63, tile.length_q - 1 - tile.row - 64 * warpgroup_);         // last row, < 0: none
     Work work;
-    int key_begin = 0, key_end = tile.length_k;
-    work.plain_begin = 0;
-    work.plain_end = tile.length_k / kN;
-    if (window_right >= 0) {
-      key_end = min(key_end, position + last + window_right + 1);
-      work.plain_end = min(work.plain_end, max(0, position + window_right + 1) / kN);
-    }
-    if (window_left >= 0) {
-      key_begin = max(0, position - window_left);
-      work.plain_begin = (max(0, position + 63 - window_left) + kN - 1) / kN;
-    }
-    const bool any = last >= 0 && key_end > key_begin;
-    work.begin = any ? key_begin / kN : tile.block_begin;
-    work.end = any ? (key_end + kN - 1) / kN : tile.block_begin;
-    work.half = kHalves && any && key_end <= (work.end - 1) * kN + kN / 2;
+    const Columns keys = work.blocks.find(band(tile), tile.row + 64 * warpgroup_);
+    if (!work.any()) work.blocks.begin = work.blocks.end = tile.block_begin;
+    work.half = kHalves && work.any() && keys.end <= (work.end() - 1) * kN + kN / 2;
     return work;
   }
 
-  // Keys in [left, right) are seen by this thread's row r; columns are counted from the thread's first.
   SEAL_DEVICE void mask(const Tile& tile, int block) {
-    const int window_left = arguments_.sequences.window_left, window_right = arguments_.sequences.window_right;
-    const int column = block * kN + 2 * (lane_ % 4);
-    const int first_position = tile.row + 64 * warpgroup_ + 16 * warp_ + lane_ / 4 + tile.length_k - tile.length_q;
-    int left[2], right[2];
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      const int position = first_position + 8 * r;
-      left[r] = (window_left >= 0 ? position - window_left : 0) - column;
-      right[r] = (window_right >= 0 ? min(position + window_right + 1, tile.length_k) : tile.length_k) - column;
-    }
-    mask_scores(scores_, left, right);
+    const int row = tile.row + 64 * warpgroup_ + 16 * warp_ + lane_ / 4, column = block * kN + 2 * (lane_ % 4);
+    const Columns seen[2] = {columns_seen(band(tile), row), columns_seen(band(tile), row + 8)};
+    mask_scores(scores_, {seen[0].begin - column, seen[1].begin - column}, {seen[0].end - column, seen[1].end - column});
   }
 
   // ---- products. Each product and the wait for it lie on one straight path of code, or ptxas serialises them.
@@ -266,7 +269,7 @@ class Consumer {
     release_leaving();
     wgmma_wait<0>();
     release_keys();
-    mask(tile, work.end - 1);
+    mask(tile, work.end() - 1);
 #pragma unroll
     for (int row = 0; row < 2; ++row) {
       softmax.template raise_maximum<true>(row, scores_, factor_[row], 0.f, 0);
@@ -312,7 +315,7 @@ class Consumer {
     multiply_values();
     pass_turn();
     wgmma_wait<1>();
-    mask(next_tile, next_work.end - 1);  // in a half block also what was not computed
+    mask(next_tile, next_work.end() - 1);  // in a half block also what was not computed
     softmax_over_product<true>(softmax);
   }
 

@@ -1,20 +1,10 @@
-// Online softmax over the rows of a wgmma accumulator, and the mask. Thread layout as in wgmma.cuh: a thread holds two rows,
+// Online softmax over the rows of a wgmma accumulator. Thread layout as in wgmma.cuh: a thread holds two rows,
 // l / 4 and l / 4 + 8 of its warp's 16, and of each block of keys the columns 8 j + 2 (l % 4) + {0, 1}.
 #pragma once
 
 #include "wgmma.cuh"
 
 namespace seal::sm90 {
-
-// Sets scores outside [left, right) to -inf. left and right count from the thread's first column of the block.
-template <int kAcc>
-SEAL_DEVICE void mask_scores(float (&scores)[kAcc], const int (&left)[2], const int (&right)[2]) {
-#pragma unroll
-  for (int i = 0; i < kAcc; ++i) {
-    const int column = 8 * (i / 4) + i % 2, row = (i / 2) % 2;
-    if (column < left[row] || column >= right[row]) scores[i] = -INFINITY;
-  }
-}
 
 // `value`, but computed after `earlier`. ptxas puts independent instructions in an order of its own, in which less of the
 // softmax overlaps with the products; this dependence holds it to ours. `zero` is 0 at run time, which ptxas cannot know.

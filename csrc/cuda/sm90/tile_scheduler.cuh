@@ -1,7 +1,7 @@
 // Which tile of the output a thread block computes next, and which keys that tile sees.
 #pragma once
 
-#include "ptx.cuh"
+#include "mask.cuh"
 
 namespace seal::sm90 {
 
@@ -14,6 +14,8 @@ struct Sequences {
   int window_left, window_right;  // -1: unbounded
 
   SEAL_DEVICE bool packed() const { return cu_seqlens_q != nullptr; }
+  // Of the queries of a sequence with these lengths. Query i stands at position i + q's shift to the end of the keys.
+  SEAL_DEVICE Band band(int length_q, int length_k) const { return {length_k - length_q, window_left, window_right, length_q, length_k}; }
 };
 
 // One tile of queries of one head of one sequence.
@@ -101,23 +103,14 @@ class TileScheduler {
     tile.head = section * section_heads + local % heads_here;
     tile.kv_head = tile.head / group_;
     tile.row = (blocks - 1 - local / heads_here) * kBlockM;
-    find_key_blocks(tile);
-
+    SeenTiles<Side::kQueries, kBlockM, kBlockN> seen;
+    seen.find(sequences_.band(tile.length_q, tile.length_k), tile.row);
+    tile.block_begin = seen.begin;
+    tile.block_end = seen.end;
     return tile;
   }
 
  private:
-  SEAL_DEVICE void find_key_blocks(Tile& tile) const {
-    const int shift = tile.length_k - tile.length_q;
-    const int last_row = min(tile.row + kBlockM, tile.length_q) - 1;
-    int end = tile.length_k;
-    if (sequences_.window_right >= 0) end = min(end, last_row + shift + sequences_.window_right + 1);
-    int begin = 0;
-    if (sequences_.window_left >= 0) begin = max(0, tile.row + shift - sequences_.window_left);
-    tile.block_begin = begin / kBlockN;
-    tile.block_end = end > begin ? (end + kBlockN - 1) / kBlockN : tile.block_begin;
-  }
-
   const Sequences& sequences_;
   int heads_, kv_heads_, group_, section_keys_;
   int* counter_;
