@@ -36,7 +36,26 @@ class UnknownCaller(RuntimeError):
         self.module = module
 
 
-def attention_forward(
+def attention_forward(module: nn.Module, *tensors, **options) -> tuple[Tensor, None]:
+    """The entry of transformers' attention registry.
+
+    query [B, Hq, Sq, D], key and value [B, Hkv, Sk, D], ``attention_mask`` from `attention_mask` above, or a boolean or
+    additive mask [B, 1, Sq, Sk]; then the options of `_attend`.  Returns ([B, Sq, Hq, D], None), scaled by the module's
+    scales.  Raises UnsupportedAttention for attention sinks and other terms that the op does not have.
+    """
+    site = getattr(module, "_seal_site", None)
+    if site is None and not getattr(module, "_seal_bystander", False):
+        raise UnknownCaller(module)
+    return _attend(site, module, *tensors, **options)
+
+
+def plain_attention_forward(module: nn.Module, *tensors, **options) -> tuple[Tensor, None]:
+    """`attention_forward` for a model without scales, under the name ``PLAIN``."""
+    return _attend(None, module, *tensors, **options)
+
+
+def _attend(
+    site,
     module: nn.Module,
     query: Tensor,
     key: Tensor,
@@ -50,78 +69,6 @@ def attention_forward(
     seal_rotation: Rotation | None = None,
     **kwargs,
 ) -> tuple[Tensor, None]:
-    """The entry of transformers' attention registry.
-
-    query [B, Hq, Sq, D], key and value [B, Hkv, Sk, D], ``attention_mask`` from `attention_mask` above, or a boolean or
-    additive mask [B, 1, Sq, Sk].  Returns ([B, Sq, Hq, D], None), scaled by the module's scales.  Raises
-    UnsupportedAttention for attention sinks and other terms that the op does not have.
-    """
-    site = getattr(module, "_seal_site", None)
-    if site is None and not getattr(module, "_seal_bystander", False):
-        raise UnknownCaller(module)
-    return _attend(
-        site,
-        module,
-        query,
-        key,
-        value,
-        attention_mask,
-        scaling,
-        dropout,
-        sliding_window,
-        softcap,
-        is_causal,
-        seal_rotation,
-        **kwargs,
-    )
-
-
-def plain_attention_forward(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    is_causal: bool | None = None,
-    **kwargs,
-) -> tuple[Tensor, None]:
-    """`attention_forward` for a model without scales, under the name ``PLAIN``."""
-    return _attend(
-        None,
-        module,
-        query,
-        key,
-        value,
-        attention_mask,
-        scaling,
-        dropout,
-        sliding_window,
-        softcap,
-        is_causal,
-        None,
-        **kwargs,
-    )
-
-
-def _attend(
-    site,
-    module,
-    query,
-    key,
-    value,
-    attention_mask,
-    scaling,
-    dropout,
-    sliding_window,
-    softcap,
-    is_causal,
-    seal_rotation,
-    **kwargs,
-):
     for name, what in _UNSUPPORTED.items():
         if kwargs.get(name) is not None:
             raise UnsupportedAttention(

@@ -2,7 +2,7 @@
 // With the key/value kernel it makes the deterministic backward: two products more than the five of the main kernel (S and
 // dP are computed twice), but no fp32 dQ in memory, no atomics and a fixed order of summation.
 //
-// Warpgroup 0 supplies K and V; warpgroups 1 and 2 consume, 64 queries each, and never wait for each other. A step, kN keys:
+// Warpgroup 0 produces K and V; warpgroups 1 and 2 consume, 64 queries each, and never wait for each other. A step, kN keys:
 //   S = Q K^T    dP = dO V^T    dQ += dS K
 #pragma once
 
