@@ -73,7 +73,7 @@ class Consumer {
         barrier_wait(&shared_.tile_full[slot_.stage], slot_.phase);
         if (tile.row < 0) break;
         work = work_of(tile);
-        block = work.end() - 2;
+        block = work.end - 2;
         softmax = OnlineSoftmax(arguments_.scale_log2);
         barrier_wait(&shared_.q_full[q_.stage], q_.phase);
         skip(tile.blocks.end - work.end);
@@ -89,7 +89,7 @@ class Consumer {
       if (work.any()) {
         pack_fragment<T>(p_, scores_);
         if (store_under_scores) step<false, true>(tile, block--, softmax);
-        while (block >= work.begin()) {
+        while (block >= work.begin) {
 #pragma unroll 1
           for (; block >= work.begin && !work.whole(block); --block) step<true, false>(tile, block, softmax);
 #pragma unroll 1
@@ -171,8 +171,6 @@ class Consumer {
   }
 
   // ---- the mask
-
-  SEAL_DEVICE Band band(const Tile& tile) const { return arguments_.sequences.band(tile.length_q, tile.length_k); }
 
   SEAL_DEVICE Work work_of(const Tile& tile) const {
     const int position = tile.row + 64 * warpgroup_ + tile.length_k - tile.length_q;  // of the first row
@@ -278,7 +276,7 @@ class Consumer {
     release_leaving();
     wgmma_wait<0>();
     release_keys();
-    mask(tile, work.end() - 1);
+    mask(tile, work.end - 1);
 #pragma unroll
     for (int row = 0; row < 2; ++row) {
       softmax.template raise_maximum<true>(row, scores_, factor_[row], 0.f, 0);
@@ -324,7 +322,7 @@ class Consumer {
     multiply_values();
     pass_turn();
     wgmma_wait<1>();
-    mask(next_tile, next_work.end() - 1);  // in a half block also what was not computed
+    mask(next_tile, next_work.end - 1);  // in a half block also what was not computed
     softmax_over_product<true>(softmax);
   }
 

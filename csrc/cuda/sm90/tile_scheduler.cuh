@@ -15,8 +15,6 @@ struct Sequences {
   Mask mask;
 
   SEAL_DEVICE bool packed() const { return cu_seqlens_q != nullptr; }
-  // Of the queries of a sequence with these lengths. Query i stands at position i + q's shift to the end of the keys.
-  SEAL_DEVICE Band band(int length_q, int length_k) const { return {length_k - length_q, window_left, window_right, length_q, length_k}; }
 };
 
 // One tile of queries of one head of one sequence.
