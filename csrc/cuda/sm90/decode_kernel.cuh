@@ -158,7 +158,7 @@ class DecodeTile {
     }
     load_queries(row, rows);
     __syncthreads();
-    consume(keys, band, row, rows);
+    consume(keys, row, rows, shift);
     __syncthreads();
     leave_share();
     __syncthreads();
