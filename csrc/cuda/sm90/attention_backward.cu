@@ -68,7 +68,8 @@ size_t plan(const AttentionBackwardParams& params, BackwardKernelParams* p) {
   // In the order of the keys, few tiles of a pair should be at work at a time: each adds its dQ behind the ones before it. Where the
   // tiles of keys that see a query have gaps between them there is no such order yet.
   const bool ordered = kOrderedAdds && p->mask.is_band() && p->deterministic && p->grad_q && (p->grad_k || p->grad_v) && dim < 256;
-  const int64_t least = ordered ? p->multiprocessors / (dim == 64 ? 4 : 16) : 1;
+  // Tiles of sinks are seen by all later queries, a hundred times as many as others in a long sequence: all of them start first.
+  const int64_t least = ordered ? p->multiprocessors / (dim == 64 ? 4 : 16) : p->mask.sinks > 0 ? pairs : 1;
   p->section = packed && !ordered ? 1 : static_cast<int32_t>(std::min(pairs, std::max({kL2Share / pair_bytes, filling, least, int64_t{1}})));
   p->last_section = static_cast<int32_t>((pairs / p->section - 1) * p->section);  // with what is left over
 

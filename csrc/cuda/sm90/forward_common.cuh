@@ -26,6 +26,8 @@ struct ForwardConfig {
   static constexpr int kConsumerRegisters = kWarpgroups == 2 ? 232 : 160;
   // A big O is rescaled between the issue of the two products, under the first; a small one right after its own product.
   static constexpr bool kRescaleLate = kHeadDim > 128;
+  // What warpgroups and rows see of a general mask is worked out by the warp that picks tiles: the consumers lack the registers.
+  static constexpr bool kLimitsInShared = kMasking == Masking::kGeneral && kWarpgroups > 2;
   static constexpr int kQRows = 64;  // Q lies as one tile per warpgroup
   static constexpr int kQBytes = tile_bytes(kQRows, kHeadDim);
   static constexpr int kKBytes = tile_bytes(kBlockN, kHeadDim);
@@ -44,6 +46,28 @@ struct ForwardConfig {
 //                                                   block, also those it need not see
 //
 // out_empty: O has left v, through which it goes where Q has one place only. tile_wanted: warp 0 wants the next tile.
+// The blocks that a warpgroup's rows see.
+template <class Config>
+struct Work : KeyTiles<Config::kBlockN, Config::kMasking>::Part {
+  // Rows that end in the left half of their last key block compute the scores of that half only.
+  static constexpr bool kHalves = Config::kBlockN == 128;
+  bool half;  // of block end - 1 only the left half is seen
+
+  static SEAL_DEVICE Work of(const Tile<Config::kBlockN, Config::kMasking>& tile, const Mask& mask, int warpgroup) {
+    const int position = tile.row + 64 * warpgroup + tile.length_k - tile.length_q;  // of the first row
+    const int last = min(63, tile.length_q - 1 - tile.row - 64 * warpgroup);         // last row, < 0: none
+    const HeadMask<Config::kMasking> head_mask(mask, tile.head);
+    Work work{tile.blocks.part(head_mask, position, position + last, tile.length_k)};
+    work.half = kHalves && work.any() && work.keys_end <= tile.blocks.place(work.end - 1) * Config::kBlockN + Config::kBlockN / 2;
+    return work;
+  }
+};
+
+// The keys that a row sees: those in [begin, end), and those before sink_end.
+struct alignas(16) RowLimits {
+  int begin, end, sink_end;
+};
+
 template <class Config>
 struct Shared {
   uint8_t q[Config::kQStages][Config::kWarpgroups][Config::kQBytes];
@@ -55,6 +79,9 @@ struct Shared {
   uint64_t q_full[Config::kQStages], q_empty[Config::kQStages], out_empty;
   uint64_t k_full[Config::kKStages], k_empty[Config::kKStages];
   uint64_t v_full[Config::kVStages], v_empty[Config::kVStages];
+  // With kLimitsInShared: what each row and each warpgroup of the tile sees.
+  RowLimits limits[2][Config::kLimitsInShared ? Config::kBlockM : 1];
+  Work<Config> work[2][Config::kWarpgroups];
 
   // By one thread.
   SEAL_DEVICE void init_barriers() {
