@@ -15,7 +15,7 @@ demo: $(VENV)/installed
 	$(BIN)/seal demo --output $(OUTPUT)
 
 real: $(VENV)/installed
-	$(BIN)/python -m pip install -q -c constraints.txt gguf
+	$(BIN)/python -m pip install -q -c constraints.txt gguf accelerate
 	$(BIN)/seal demo --model smollm2 --output $(REAL_OUTPUT)
 
 # The script pytest, not `python -m pytest`: that would find the checkout's package first, in which nothing is built.

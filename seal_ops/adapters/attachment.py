@@ -16,7 +16,8 @@ from torch import nn
 
 from ..huggingface.discovery import find_attention_layers
 from ..huggingface.layers import GRANULARITIES, AttentionLayer
-from ..huggingface.patch import Patch
+from ..huggingface.patch import SCALES, Patch, patch_on
+from ..huggingface.wrappers import unwrapped
 from ..ops.dispatch import choose
 from . import peft_registry
 from .files import DEFAULT_ADAPTER, ScalesConfig, read, shown, tensor_name
@@ -25,7 +26,6 @@ from .saving import SaveBoth
 from .scales import Scales, check_new_name
 
 SUBMODULE = "seal_scales"
-_PARALLEL = {"DataParallel", "DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule"}
 
 
 @dataclasses.dataclass(eq=False)
@@ -38,7 +38,7 @@ class Attachment:
     """
 
     owner: nn.Module
-    seam: Patch
+    patch: Patch
     requires_grad: dict[str, bool] | None
     savers: list[SaveBoth]
 
@@ -61,18 +61,6 @@ def owner_of(scales: Scales, call: str) -> nn.Module:
     return scales.attachment.owner
 
 
-def unwrapped(model: nn.Module, call: str) -> nn.Module:
-    """The transformers model inside PEFT's and torch.compile's wrappers, which is what its own verbs give back."""
-    if any(base.__name__ in _PARALLEL for base in type(model).__mro__):
-        # Their scales would be one a process, each learning by itself.
-        raise ValueError(
-            f"seal_ops.{call}: model must be given before it is wrapped or sharded for several devices, "
-            f"got {type(model).__name__}"
-        )
-    model = getattr(model, "_orig_mod", model)
-    return model.get_base_model() if callable(getattr(model, "get_base_model", None)) else model
-
-
 def _has_peft_layers(model: nn.Module) -> bool:
     tuners = sys.modules.get("peft.tuners.tuners_utils")  # where PEFT is not imported, there are none
     return tuners is not None and any(isinstance(m, tuners.BaseTunerLayer) for m in model.modules())
@@ -82,10 +70,10 @@ def _base_config(model: nn.Module):
     return getattr(model, "config", None)
 
 
-def _select(sites: list[AttentionLayer], layers: Sequence[int] | None, call: str) -> list[AttentionLayer]:
+def _select(attention_layers: list[AttentionLayer], layers: Sequence[int] | None, call: str) -> list[AttentionLayer]:
     if layers is None:
-        return list(sites)
-    known = {site.index: site for site in sites}
+        return list(attention_layers)
+    known = {attn.index: attn for attn in attention_layers}
     chosen = sorted(set(layers))
     if not chosen or not all(type(i) is int and i in known for i in chosen):
         numbers = list(known)
@@ -105,19 +93,36 @@ def attach(
 ) -> Scales:
     """Freezes ``model`` and gives its self-attention layers scales, all 1, that are its only trainable parameters.
 
-    ``model``: a transformers model with loaded weights that calls attention through the attention registry, also inside
-    a PEFT model.  Where PEFT's layers are in it, PEFT has frozen the base already, and what it lets train goes on
-    training beside the scales.  ``granularity``: "head" ([Hq] a layer) or "channel" ([Hq, D]).  ``layers``: the layers
-    that get scales, by the model's own numbers (default: all with attention); every layer runs the fused attention.
-    ``backend``: see `seal_ops.attention`.
+    The model is run once on two tokens to observe sizes and structure.  Where PEFT's layers are in it, PEFT has frozen
+    the base already, and what it lets train goes on training beside the scales.  Every layer runs the fused attention,
+    also one that gets no scales.
 
-    The model is run once on two tokens to observe sizes and structure.  Returns the `Scales`, also found as
-    ``model.seal_scales``.  Raises ValueError, one sentence, for a model without a known seam or with terms that the
-    scaled attention does not have, for scales already attached, and for a backend that cannot run.
+    Args:
+        model: a transformers model with loaded weights that calls attention through the attention registry, also
+            inside a PEFT model.
+        granularity: "head" (``[Hq]`` a layer) or "channel" (``[Hq, D]``).
+        layers: the layers that get scales, by the model's own numbers; None for all with attention.
+        backend: see `seal_ops.attention`.
+
+    Returns:
+        The `Scales`, also found as ``model.seal_scales``.
+
+    Raises:
+        ValueError: a model that calls attention in no known way or has terms that the scaled attention does not have,
+            scales already attached, or a backend that cannot run.
+
+    Source:
+        SEAL (arXiv 2501.15225), section 4.
     """
     _check_granularity(granularity, "attach")
     refuse_second(model, "attach")
-    return attach_to(model, find_attention_layers(unwrapped(model, "attach")), granularity, layers, backend)
+    return attach_to(model, layers_of(unwrapped(model, "attach")), granularity, layers, backend)
+
+
+def layers_of(model: nn.Module) -> list[AttentionLayer]:
+    """The attention layers of a model without wrappers, as found now or when it was extended."""
+    patch = patch_on(model)
+    return find_attention_layers(model) if patch is None else patch.layers
 
 
 def _check_granularity(granularity, call: str) -> None:
@@ -127,21 +132,22 @@ def _check_granularity(granularity, call: str) -> None:
 
 def attach_to(
     model: nn.Module,
-    sites: list[AttentionLayer],
+    attention_layers: list[AttentionLayer],
     granularity: str,
     layers: Sequence[int] | None,
     backend: str | None,
     adapter_name: str = DEFAULT_ADAPTER,
 ) -> Scales:
-    """`attach`, for sites that are already found."""
+    """`attach`, for attention layers that are already found."""
     owner = unwrapped(model, "attach")
-    config = describe(owner, sites, granularity, layers)
+    config = describe(owner, attention_layers, granularity, layers)
     if backend not in (None, "auto"):
-        choose(backend, "attention", sites[0].device, sites[0].dtype, sites[0].head_dim)
-    scales = Scales(config, {site.index: site.device for site in sites}, adapter_name)
-    scales.bind(sites)
-    for site in sites:
-        site.backend = backend
+        first = attention_layers[0]
+        choose(backend, "attention", first.device, first.dtype, first.head_dim)
+    scales = Scales(config, {attn.index: attn.device for attn in attention_layers}, adapter_name)
+    scales.bind(attention_layers)
+    for attn in attention_layers:
+        attn.backend = backend
     flags = None
     if not _has_peft_layers(owner):
         flags = {name: p.requires_grad for name, p in owner.named_parameters()}
@@ -152,8 +158,8 @@ def attach_to(
         for m in dict.fromkeys((getattr(model, "_orig_mod", model), owner))
         if callable(getattr(type(m), "save_pretrained", None))
     ]
-    scales.attachment = Attachment(owner, Patch(sites), flags, savers)
-    scales.attachment.seam.install()
+    scales.attachment = Attachment(owner, patch_on(owner) or Patch(owner, attention_layers), flags, savers)
+    scales.attachment.patch.install(SCALES)
     for saver in savers:
         saver.install()
     peft_registry.register()
@@ -162,13 +168,13 @@ def attach_to(
 
 def describe(
     model: nn.Module,
-    sites: list[AttentionLayer],
+    attention_layers: list[AttentionLayer],
     granularity: str,
     layers: Sequence[int] | None = None,
     call: str = "attach",
 ) -> ScalesConfig:
     """The config that scales of this granularity would have on ``model``."""
-    chosen = _select(sites, layers, call)
+    chosen = _select(attention_layers, layers, call)
     base = _base_config(model)
     return ScalesConfig(
         granularity,
@@ -184,17 +190,25 @@ def new_config(scales: Scales, granularity: str, layers: Sequence[int] | None) -
     """The config of another adapter for the model that ``scales`` are on."""
     owner = owner_of(scales, "Scales.add_adapter")
     _check_granularity(granularity, "Scales.add_adapter")
-    return describe(owner, scales.attachment.seam.sites, granularity, layers, "Scales.add_adapter")
+    return describe(owner, scales.attachment.patch.layers, granularity, layers, "Scales.add_adapter")
 
 
 def detach(model: nn.Module) -> nn.Module:
     """Takes the scales off; the model is bit for bit what it was before `attach`, ``requires_grad`` flags included.
 
     Parameters that the model has got since keep their flags, and where PEFT's layers are in it, PEFT's flags stay.
-    The `Scales` object keeps its values and can still be saved.  Returns the model.
+    The `Scales` object keeps its values and can still be saved.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: no scales on the model.
     """
     scales, attachment = attached(model, "detach")
-    attachment.seam.remove()
+    attachment.patch.remove(SCALES)
+    for layer in attachment.patch.layers:
+        layer.scaling = None
     delattr(attachment.owner, SUBMODULE)
     for saver in attachment.savers:
         saver.remove()
@@ -208,16 +222,20 @@ def detach(model: nn.Module) -> nn.Module:
 
 @contextlib.contextmanager
 def disabled(model: nn.Module):
-    """Inside the block ``model`` computes what it did before `attach`, with its own attention implementation."""
+    """Inside the block ``model`` computes what it did before `attach`, with its own attention implementation.
+
+    Raises:
+        ValueError: no scales on the model.
+    """
     scales, attachment = attached(model, "disabled")
-    seam, was_installed = attachment.seam, attachment.seam.installed
-    seam.remove()
+    patch, was_on = attachment.patch, attachment.patch.serves(SCALES)
+    patch.remove(SCALES)
     try:
         yield model
     finally:
         # Not where the block detached or merged the model.
-        if was_installed and scales.attachment is attachment:
-            seam.install()
+        if was_on and scales.attachment is attachment:
+            patch.install(SCALES)
 
 
 def load(
@@ -234,13 +252,22 @@ def load(
 
     A model without scales gets them attached.  On a model with scales, those of the active adapter are replaced, or,
     under an ``adapter_name`` that is new, a second adapter is added beside them (`Scales.set_adapter` activates it).
+    Everything is checked before the model is touched.
 
-    ``save_directory``: a folder, or a repository on the Hugging Face hub (``revision``, ``token`` and ``subfolder`` as
-    there); either may also be a whole model's that was saved with its scales.  ``backend``: as in `attach`.
+    Args:
+        save_directory: a folder, or a repository on the Hugging Face hub; either may also be a whole model's that was
+            saved with its scales.
+        backend: as in `attach`.
+        adapter_name: the adapter that gets the values; None for the active one.
+        revision, token, subfolder: as on the hub.
 
-    Everything is checked before the model is touched.  Returns the `Scales`.  Raises FileNotFoundError where there is
-    nothing under the name, and ValueError, one sentence, for a damaged file, an adapter made for another model, or
-    tensors of another shape or dtype than the config says.
+    Returns:
+        The `Scales`.
+
+    Raises:
+        FileNotFoundError: nothing under the name.
+        ValueError: a damaged file, an adapter made for another model, or tensors of another shape or dtype than the
+            config says.
     """
     source = resolve(save_directory, revision=revision, token=token, subfolder=subfolder)
     saved, tensors, version = read(source)
@@ -254,12 +281,14 @@ def load(
             f"model with scales; call seal_ops.detach(model) first"
         )
     owner = unwrapped(model, "load") if scales is None else scales.attachment.owner
-    sites = find_attention_layers(owner) if scales is None else scales.attachment.seam.sites
-    config = _numbered(saved, version, sites, source)
-    _check_fits(config, owner, sites, source)
+    attention_layers = layers_of(owner) if scales is None else scales.attachment.patch.layers
+    config = _numbered(saved, version, attention_layers, source)
+    _check_fits(config, owner, attention_layers, source)
     values = {layer: tensors[tensor_name(number)] for layer, number in zip(config.layers, saved.layers)}
     if scales is None:
-        scales = attach_to(model, sites, config.granularity, config.layers, backend, adapter_name or DEFAULT_ADAPTER)
+        scales = attach_to(
+            model, attention_layers, config.granularity, config.layers, backend, adapter_name or DEFAULT_ADAPTER
+        )
     if adapter_name in (None, scales.active_adapter):
         scales.set_values(config, values)
     else:
@@ -267,19 +296,19 @@ def load(
     return scales
 
 
-def _numbered(config: ScalesConfig, version: int, sites: list[AttentionLayer], source: str) -> ScalesConfig:
+def _numbered(config: ScalesConfig, version: int, attention_layers: list[AttentionLayer], source: str) -> ScalesConfig:
     """``config`` with the model's own layer numbers; files of version 1 counted attention layers."""
     if version > 1:
         return config
-    if max(config.layers) >= len(sites):
+    if max(config.layers) >= len(attention_layers):
         raise ValueError(
-            f"seal_ops.load: {source!r} must be an adapter for {len(sites)} layers, got one with layer "
+            f"seal_ops.load: {source!r} must be an adapter for {len(attention_layers)} layers, got one with layer "
             f"{shown(max(config.layers))}"
         )
-    return dataclasses.replace(config, layers=tuple(sites[number].index for number in config.layers))
+    return dataclasses.replace(config, layers=tuple(attention_layers[number].index for number in config.layers))
 
 
-def _check_fits(config: ScalesConfig, model: nn.Module, sites: list[AttentionLayer], source: str) -> None:
+def _check_fits(config: ScalesConfig, model: nn.Module, attention_layers: list[AttentionLayer], source: str) -> None:
     """ValueError where an adapter with this config was made for another model."""
     model_type = getattr(_base_config(model), "model_type", None)
     if config.model_type and model_type and config.model_type != model_type:
@@ -287,17 +316,17 @@ def _check_fits(config: ScalesConfig, model: nn.Module, sites: list[AttentionLay
             f"seal_ops.load: {source!r} must be an adapter for model type {model_type!r}, got one for "
             f"{shown(config.model_type)}"
         )
-    known = {site.index: site for site in sites}
+    known = {attn.index: attn for attn in attention_layers}
     for layer, heads, head_dim in zip(config.layers, config.num_heads, config.head_dim):
         if layer not in known:
             raise ValueError(
-                f"seal_ops.load: {source!r} must be an adapter for the {len(sites)} attention layers "
+                f"seal_ops.load: {source!r} must be an adapter for the {len(attention_layers)} attention layers "
                 f"{shown(list(known))}, got one with layer {shown(layer)}"
             )
-        site = known[layer]
-        if (heads, head_dim) != (site.num_heads, site.head_dim):
+        attn = known[layer]
+        if (heads, head_dim) != (attn.num_heads, attn.head_dim):
             raise ValueError(
-                f"seal_ops.load: {source!r} must be an adapter for {site.num_heads} heads of "
-                f"{site.head_dim} channels in layer {layer}, got one for {shown(heads)} heads of "
+                f"seal_ops.load: {source!r} must be an adapter for {attn.num_heads} heads of "
+                f"{attn.head_dim} channels in layer {layer}, got one for {shown(heads)} heads of "
                 f"{shown(head_dim)}"
             )

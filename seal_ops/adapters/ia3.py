@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ..huggingface.discovery import find_attention_layers
 from ..huggingface.layers import AttentionLayer
+from ..huggingface.wrappers import unwrapped
 from ..utils.files import atomic_write, replacing
-from .attachment import attach_to, attached, refuse_second, unwrapped
+from .attachment import attach_to, attached, layers_of, refuse_second
 from .files import CONFIG_FILE, WEIGHTS_FILE, read_json, read_tensors, shown
 from .hub import resolve
 from .scales import Scales
@@ -27,25 +27,27 @@ from .scales import Scales
 _PREFIX, _SUFFIX = "base_model.model.", ".ia3_l"
 
 
-def _key(site: AttentionLayer) -> str:
-    return f"{_PREFIX}{site.projection_name}{_SUFFIX}"
+def _key(attn: AttentionLayer) -> str:
+    return f"{_PREFIX}{attn.projection_name}{_SUFFIX}"
 
 
-def _check_direct(call: str, sites: list[AttentionLayer]) -> None:
+def _check_direct(call: str, attention_layers: list[AttentionLayer]) -> None:
     """(IA)^3 scales what the output projection reads; SEAL what attention gives."""
-    for site in sites:
-        if site.output_projection is None or "channel" not in site.commutes:
+    for attn in attention_layers:
+        if attn.output_projection is None or "channel" not in attn.commutes:
             raise ValueError(
-                f"seal_ops.ia3.{call}: {site.projection_name or site.name} must read the attention output "
-                f"directly, got a module with another step in between ({type(site.module).__name__})"
+                f"seal_ops.ia3.{call}: {attn.projection_name or attn.name} must read the attention output "
+                f"directly, got a module with another step in between ({type(attn.module).__name__})"
             )
 
 
 def import_ia3(model: nn.Module, save_directory: str | os.PathLike, backend: str | None = None) -> Scales:
     """Attaches the (IA)^3 adapter saved by PEFT in ``save_directory`` as channel scales; layers it lacks have none.
 
-    Raises FileNotFoundError for a missing file, and ValueError for an adapter that scales anything but the input of the
-    ``o_proj`` of ``model``'s self-attention, or whose vectors have another length.
+    Raises:
+        FileNotFoundError: a missing file.
+        ValueError: an adapter that scales anything but the input of the ``o_proj`` of ``model``'s self-attention, or
+            whose vectors have another length.
     """
     refuse_second(model, "ia3.import_ia3")
     folder = resolve(save_directory, call="ia3.import_ia3")
@@ -56,54 +58,57 @@ def import_ia3(model: nn.Module, save_directory: str | os.PathLike, backend: str
             f"{config.get('peft_type')!r}"
         )
     tensors = read_tensors(folder, call="ia3.import_ia3")
-    sites = find_attention_layers(unwrapped(model, "ia3.import_ia3"))
-    by_key = {_key(site): site for site in sites}
+    attention_layers = layers_of(unwrapped(model, "ia3.import_ia3"))
+    by_key = {_key(attn): attn for attn in attention_layers}
     found: dict[int, Tensor] = {}
     for name, tensor in tensors.items():
         if name not in by_key:
             raise ValueError(
                 f"seal_ops.ia3.import_ia3: {folder!r} must scale only the output projection "
-                f"({_names(sites)}) of self-attention in {type(model).__name__}, got {shown(name)}"
+                f"({_names(attention_layers)}) of self-attention in {type(model).__name__}, got {shown(name)}"
             )
-        site = by_key[name]
-        if tuple(tensor.shape) != (1, site.num_heads * site.head_dim) or not tensor.is_floating_point():
+        attn = by_key[name]
+        if tuple(tensor.shape) != (1, attn.num_heads * attn.head_dim) or not tensor.is_floating_point():
             raise ValueError(
                 f"seal_ops.ia3.import_ia3: {name} must be a floating tensor of shape "
-                f"[1, {site.num_heads * site.head_dim}] (what the projection reads: feedforward_modules "
+                f"[1, {attn.num_heads * attn.head_dim}] (what the projection reads: feedforward_modules "
                 f"must name it), got {tensor.dtype} of shape {list(tensor.shape)}"
             )
         if not bool(torch.isfinite(tensor).all()):
             raise ValueError(f"seal_ops.ia3.import_ia3: {name} must be finite, got NaN or infinity")
-        found[site.index] = tensor.reshape(site.num_heads, site.head_dim).float()
+        found[attn.index] = tensor.reshape(attn.num_heads, attn.head_dim).float()
     if not found:
         raise ValueError(f"seal_ops.ia3.import_ia3: {folder!r} must hold at least one vector, got none")
-    _check_direct("import_ia3", [site for site in sites if site.index in found])
-    scales = attach_to(model, sites, "channel", sorted(found), backend)
+    _check_direct("import_ia3", [attn for attn in attention_layers if attn.index in found])
+    scales = attach_to(model, attention_layers, "channel", sorted(found), backend)
     scales.set_values(scales.config, found)
     return scales
 
 
-def _names(sites: list[AttentionLayer]) -> str:
+def _names(attention_layers: list[AttentionLayer]) -> str:
     """The last parts of the names of the output projections."""
-    return ", ".join(sorted({(site.projection_name or "none").rpartition(".")[2] for site in sites}))
+    return ", ".join(sorted({(attn.projection_name or "none").rpartition(".")[2] for attn in attention_layers}))
 
 
 def export_ia3(model: nn.Module, save_directory: str | os.PathLike) -> None:
     """Writes the scales attached to ``model`` as an (IA)^3 adapter that ``peft.PeftModel.from_pretrained`` reads.
 
     Head scales are repeated over the channels of their head; layers without a scale get ones.  Both files are replaced
-    in one step each.  Raises ValueError where the model has no scales or has a step between attention and ``o_proj``.
+    in one step each.
+
+    Raises:
+        ValueError: no scales on the model, or a step between attention and ``o_proj``.
     """
     scales, attachment = attached(model, "ia3.export_ia3")
-    sites = attachment.seam.sites
-    _check_direct("export_ia3", sites)
+    attention_layers = attachment.patch.layers
+    _check_direct("export_ia3", attention_layers)
     learned, tensors = scales.values(), {}
-    for site in sites:
-        scale = learned.get(site.index, torch.ones(site.num_heads))
-        scale = scale.reshape(site.num_heads, -1).expand(-1, site.head_dim)
-        tensors[_key(site)] = scale.reshape(1, -1).contiguous()
+    for attn in attention_layers:
+        scale = learned.get(attn.index, torch.ones(attn.num_heads))
+        scale = scale.reshape(attn.num_heads, -1).expand(-1, attn.head_dim)
+        tensors[_key(attn)] = scale.reshape(1, -1).contiguous()
     # PEFT matches names by their ending; where that would also hit other modules, each is named in full.
-    modules = [site.projection_name for site in sites]
+    modules = [attn.projection_name for attn in attention_layers]
     endings = sorted({name.rpartition(".")[2] for name in modules})
     others = [n for n, _ in attachment.owner.named_modules() if n.rpartition(".")[2] in endings and n not in modules]
     targets = sorted(modules) if others else endings
@@ -111,7 +116,7 @@ def export_ia3(model: nn.Module, save_directory: str | os.PathLike) -> None:
         "peft_type": "IA3",
         "task_type": "CAUSAL_LM",
         "inference_mode": True,
-        "fan_in_fan_out": any(isinstance(site.output_projection, Conv1D) for site in sites),
+        "fan_in_fan_out": any(isinstance(attn.output_projection, Conv1D) for attn in attention_layers),
         "base_model_name_or_path": scales.config.base_model_name_or_path,
         "revision": None,
         "target_modules": targets,

@@ -15,40 +15,48 @@ def merge(model: nn.Module) -> nn.Module:
     """Multiplies the scales into the weights that read the attention output and detaches: no cost at inference.
 
     Computed in fp32 and rounded once, so the weights keep their dtype; biases stay.  All layers are checked before the
-    first is written.  ``model`` may be the model, or a PEFT or compiled model round it.  Returns it.  Raises ValueError
-    for a step between attention and its projection that scales do not pass (BitNet's norm), for quantised or adapted
-    projections and for weights that are computed anew in each call (serve those unmerged), and where a merged weight
-    would overflow.  With several adapters, the active one is merged.
+    first is written.  With several adapters, the active one is merged.
+
+    Args:
+        model: the model, or a PEFT or compiled model round it.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: a step between attention and its projection that scales do not pass (BitNet's norm), quantised or
+            adapted projections and weights that are computed anew in each call (serve those unmerged), or a merged
+            weight that would overflow.
     """
     scales, attachment = attached(model, "merge")
-    sites = {site.index: site for site in attachment.seam.sites}
+    attention_layers = {attn.index: attn for attn in attachment.patch.layers}
     learned = scales.values()
     work = [
         (
-            sites[layer],
-            _present_projection(attachment.owner, sites[layer]),
+            attention_layers[layer],
+            _present_projection(attachment.owner, attention_layers[layer]),
             value if value.dim() == 2 else value[:, None],
         )
         for layer, value in learned.items()
     ]
     seen: set[int] = set()
-    for site, projection, scale in work:
-        _check_mergeable(site, projection, scale, scales.config.granularity, seen)
-    for site, projection, scale in work:
-        projection.weight.copy_(_merged(projection, projection.weight, scale, site))
+    for attn, projection, scale in work:
+        _check_mergeable(attn, projection, scale, scales.config.granularity, seen)
+    for attn, projection, scale in work:
+        projection.weight.copy_(_merged(projection, projection.weight, scale, attn))
         # A merge that is interrupted leaves a model that computes the same, and that can be merged again.
-        scales.layers[str(site.index)].scale.fill_(1)
+        scales.layers[str(attn.index)].scale.fill_(1)
     detach(model)
     scales.set_values(scales.config, learned)
     return model
 
 
-def _present_projection(owner: nn.Module, site: AttentionLayer) -> nn.Module | None:
+def _present_projection(owner: nn.Module, attn: AttentionLayer) -> nn.Module | None:
     """The module under the projection's name now: since `attach`, an adapter may have been put round it."""
-    if site.output_projection is None:
+    if attn.output_projection is None:
         return None
     try:
-        return owner.get_submodule(site.projection_name)
+        return owner.get_submodule(attn.projection_name)
     except AttributeError:
         return None
 
@@ -58,24 +66,24 @@ def _reads_rows(projection: nn.Module) -> bool:
     return type(projection) is Conv1D
 
 
-def _merged(projection: nn.Module, weight: Tensor, scale: Tensor, site: AttentionLayer) -> Tensor:
+def _merged(projection: nn.Module, weight: Tensor, scale: Tensor, attn: AttentionLayer) -> Tensor:
     """fp32 (fp64) weight [hidden, Hq * D] (Conv1D [Hq * D, hidden]) times the scale [Hq, 1 or D] of what it reads."""
     compute = torch.promote_types(weight.dtype, torch.float32)
-    factor = scale.to(weight.device, compute).expand(-1, site.head_dim).reshape(-1)
+    factor = scale.to(weight.device, compute).expand(-1, attn.head_dim).reshape(-1)
     return weight.to(compute) * (factor[:, None] if _reads_rows(projection) else factor)
 
 
 def _check_mergeable(
-    site: AttentionLayer, projection: nn.Module | None, scale: Tensor, granularity: str, seen: set[int]
+    attn: AttentionLayer, projection: nn.Module | None, scale: Tensor, granularity: str, seen: set[int]
 ) -> None:
     def refuse(expected: str, got: str):
-        raise ValueError(f"seal_ops.merge: {site.projection_name or site.name} must {expected}, got {got}")
+        raise ValueError(f"seal_ops.merge: {attn.projection_name or attn.name} must {expected}, got {got}")
 
     unmerged = "keep the scales attached instead"
-    if projection is None or granularity not in site.commutes:
+    if projection is None or granularity not in attn.commutes:
         refuse(
             "read the attention output directly",
-            f"a module with another step in between ({type(site.module).__name__}); {unmerged}",
+            f"a module with another step in between ({type(attn.module).__name__}); {unmerged}",
         )
     if hasattr(projection, "base_layer"):
         refuse(
@@ -99,7 +107,7 @@ def _check_mergeable(
             "one that is computed anew in each call (pruned, or with "
             "weight_norm); make that permanent first (torch.nn.utils.prune.remove, remove_weight_norm)",
         )
-    width = site.num_heads * site.head_dim
+    width = attn.num_heads * attn.head_dim
     if weight.is_meta or hasattr(weight, "full_tensor") or weight.shape[0 if _reads_rows(projection) else 1] != width:
         refuse(f"hold its whole weight with {width} columns", f"{list(weight.shape)} on {weight.device}")
     if id(weight) in seen:
@@ -107,5 +115,5 @@ def _check_mergeable(
     seen.add(id(weight))
     # Largest magnitude a channel would get, without a second copy of the weight.
     largest = weight.detach().abs().amax(1 if _reads_rows(projection) else 0, keepdim=True)
-    if not bool((_merged(projection, largest, scale, site).abs() <= torch.finfo(weight.dtype).max).all()):
+    if not bool((_merged(projection, largest, scale, attn).abs() <= torch.finfo(weight.dtype).max).all()):
         refuse(f"stay finite in {weight.dtype}", "scales that overflow it")

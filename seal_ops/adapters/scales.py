@@ -130,7 +130,11 @@ class Scales(nn.Module):
         super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def values(self) -> dict[int, Tensor]:
-        """Layer -> a copy of its whole scale on the CPU; where scales are sharded, all processes must call this."""
+        """Layer -> a copy of its whole scale on the CPU; where scales are sharded, all processes must call this.
+
+        Raises:
+            ValueError: scales that another framework has sharded and not gathered.
+        """
         found = whole({layer: holder for layer, holder in zip(self.config.layers, self.layers.values())})
         for layer, shape in self.config.shapes().items():
             if tuple(found[layer].shape) != shape:
@@ -141,33 +145,41 @@ class Scales(nn.Module):
         return found
 
     @torch.no_grad()
-    def set_values(self, config: ScalesConfig, values: Mapping[int, Tensor], sites=None) -> None:
+    def set_values(self, config: ScalesConfig, values: Mapping[int, Tensor], attention_layers=None) -> None:
         """Takes over a config and values; parameters stay the same objects where the shapes allow it."""
         if config.shapes() != self.config.shapes():
-            sites = self.attachment.seam.sites if sites is None and self.attachment is not None else sites or []
+            attention_layers = (
+                self.attachment.patch.layers
+                if attention_layers is None and self.attachment is not None
+                else attention_layers or []
+            )
             trainable = any(p.requires_grad for p in self.parameters())
-            self._set_layers(config, _present_devices(sites))
+            self._set_layers(config, _present_devices(attention_layers))
             self.requires_grad_(trainable)
-            self.bind(sites)
+            self.bind(attention_layers)
         self.config = config
         for layer, scale in self.items():
             scale.copy_(like(values[layer], scale))
 
-    def bind(self, sites) -> None:
+    def bind(self, attention_layers) -> None:
         """Makes the attention layers read these scales."""
-        for site in sites:
-            site.scaling = self.layers[str(site.index)] if site.index in self.config.layers else None
+        for attn in attention_layers:
+            attn.scaling = self.layers[str(attn.index)] if attn.index in self.config.layers else None
 
     # -- rows --------------------------------------------------------------------------------------------------------
     @contextlib.contextmanager
     def rows(self, rows: Tensor | Sequence[Tensor] | Mapping[int, Tensor]):
         """Inside the block every row b of a batch runs with its own scales, in the place of the learned ones.
 
-        ``rows``: one tensor ``[layers, B, Hq]`` or ``[layers, B, Hq, D]`` (the layers of ``config.layers``, in order),
-        a sequence of one tensor a layer, or a mapping from layer to ``[B, Hq]`` or ``[B, Hq, D]`` (layers that
-        are not named keep their scale).  B is the batch size of the calls inside.  To ablate heads of trained scales,
-        multiply: ``rows = keep[layer] * scale``.  Converted to fp32; gradients flow into ``rows``.
-        Raises ValueError for an unknown layer or a wrong shape.
+        To ablate heads of trained scales, multiply: ``rows = keep[layer] * scale``.  Gradients flow into ``rows``.
+
+        Args:
+            rows: one tensor ``[layers, B, Hq]`` or ``[layers, B, Hq, D]`` (the layers of ``config.layers``, in order),
+                a sequence of one tensor a layer, or a mapping from layer to ``[B, Hq]`` or ``[B, Hq, D]`` (layers that
+                are not named keep their scale); converted to fp32.  B is the batch size of the calls inside.
+
+        Raises:
+            ValueError: an unknown layer or a wrong shape.
         """
         if not isinstance(rows, Mapping):
             if len(rows) != len(self.config.layers):
@@ -211,11 +223,16 @@ class Scales(nn.Module):
 
         The adapter "default", or the only one, goes into the folder itself, others into subfolders of their names, as
         with PEFT.  A README that somebody wrote is left alone.  At every moment the folder holds an adapter that can be
-        read, the old or the new.
+        read, the old or the new.  Where the scales are sharded, all processes must call this.
 
-        ``selected_adapters``: names (default: all).  ``is_main_process``: whether this process writes (default: the
-        first of a distributed run).  Where the scales are sharded, all processes must call.  Raises ValueError for an
-        unknown name, and OSError, naming the folder, where it cannot be written.
+        Args:
+            save_directory: the folder.
+            selected_adapters: names; None for all.
+            is_main_process: whether this process writes; None for the first of a distributed run.
+
+        Raises:
+            ValueError: an unknown name.
+            OSError: the folder cannot be written; the message names it.
         """
         names = self.adapter_names if selected_adapters is None else list(selected_adapters)
         self._check_names("save_pretrained", "selected_adapters", names)
@@ -269,7 +286,13 @@ class Scales(nn.Module):
                 )
 
     def set_adapter(self, adapter_name: str) -> None:
-        """Makes another adapter the one that computes and learns. An optimiser made before keeps its old state."""
+        """Makes another adapter the one that computes and learns.
+
+        An optimiser made before keeps its old state.
+
+        Raises:
+            ValueError: an unknown name.
+        """
         self._check_names("set_adapter", "adapter_name", [adapter_name])
         if adapter_name == self.active_adapter:
             return
@@ -299,7 +322,11 @@ class Scales(nn.Module):
         load(owner_of(self, "Scales.load_adapter"), name_or_path, adapter_name=adapter_name, **options)
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Forgets an adapter. The active one is refused."""
+        """Forgets an adapter.
+
+        Raises:
+            ValueError: an unknown name, or the active adapter's.
+        """
         self._check_names("delete_adapter", "adapter_name", [adapter_name])
         if adapter_name == self.active_adapter:
             raise ValueError(
@@ -312,8 +339,10 @@ class Scales(nn.Module):
     def adapters_per_row(self, adapter_names: Sequence[str]):
         """Inside the block row b of a batch runs with the adapter ``adapter_names[b]``; "base" is the model without.
 
-        Gradients flow into the active adapter only.  Raises ValueError for an unknown name, and where the scales are
-        not attached.
+        Gradients flow into the active adapter only.
+
+        Raises:
+            ValueError: an unknown name, or scales that are not attached.
         """
         from .attachment import owner_of
 
@@ -323,29 +352,29 @@ class Scales(nn.Module):
         scale_of[self.active_adapter] = dict(self.items())
         replaced = []
         try:
-            for site in self.attachment.seam.sites:
-                scales = [scale_of.get(name, {}).get(site.index) for name in adapter_names]
-                if all(s is None for s in scales) and site.scaling is None:
+            for attn in self.attachment.patch.layers:
+                scales = [scale_of.get(name, {}).get(attn.index) for name in adapter_names]
+                if all(s is None for s in scales) and attn.scaling is None:
                     continue
                 device = next((s.device for s in scales if s is not None), None)
-                if site.index in self.config.layers:
-                    device = self.layers[str(site.index)].scale.device
+                if attn.index in self.config.layers:
+                    device = self.layers[str(attn.index)].scale.device
                 wide = any(s is not None and s.dim() == 2 for s in scales)
-                shape = (site.num_heads, site.head_dim if wide else 1)
+                shape = (attn.num_heads, attn.head_dim if wide else 1)
                 full = [
                     torch.ones(shape, device=device)
                     if s is None
-                    else s.to(device).reshape(site.num_heads, -1).expand(shape)
+                    else s.to(device).reshape(attn.num_heads, -1).expand(shape)
                     for s in scales
                 ]
-                holder = LayerScale((site.num_heads,), device)
+                holder = LayerScale((attn.num_heads,), device)
                 holder.per_row = torch.stack(full)
-                replaced.append((site, site.scaling))
-                site.scaling = holder
+                replaced.append((attn, attn.scaling))
+                attn.scaling = holder
             yield self
         finally:
-            for site, scaling in replaced:
-                site.scaling = scaling
+            for attn, scaling in replaced:
+                attn.scaling = scaling
 
     # -- the model ---------------------------------------------------------------------------------------------------
     def disable_adapter(self):
@@ -382,7 +411,7 @@ class Scales(nn.Module):
 
     def extra_repr(self) -> str:
         adapters = f", adapter={self.active_adapter!r} of {self.adapter_names}" if self.inactive else ""
-        runs = "" if self.attachment is None else f", {self.attachment.seam.summary()}"
+        runs = "" if self.attachment is None else f", {self.attachment.patch.summary()}"
         return f"granularity={self.config.granularity!r}, layers={len(self.config.layers)}{adapters}{runs}"
 
 
@@ -405,10 +434,10 @@ def _called_by(function: str) -> bool:
     return frame is not None
 
 
-def _present_devices(sites) -> dict:
+def _present_devices(attention_layers) -> dict:
     """Layer -> where its module is now; a quantised one may have buffers only."""
     found = {}
-    for site in sites:
-        tensors = itertools.chain(site.module.parameters(), site.module.buffers())
-        found[site.index] = next((t.device for t in tensors if not t.is_meta), site.device)
+    for attn in attention_layers:
+        tensors = itertools.chain(attn.module.parameters(), attn.module.buffers())
+        found[attn.index] = next((t.device for t in tensors if not t.is_meta), attn.device)
     return found

@@ -35,10 +35,15 @@ class SealCallback(TrainerCallback):
     scales too: that is where the Trainer looks when it resumes.  Under FSDP and DeepSpeed all processes gather, and the
     first one writes.
 
-    ``save_base_model=False``: checkpoints hold the scales and the optimiser's state but not the frozen base model, so
-    kilobytes for a model of any size; a Trainer resumes from them, ``from_pretrained`` refuses them.  ``resume_from``:
-    the checkpoint that ``Trainer.train(resume_from_checkpoint=...)`` is given, needed only where it lies outside
-    ``output_dir`` and its weights file has no scales (PEFT's checkpoints, and those saved without this callback).
+    Args:
+        save_base_model: False for checkpoints that hold the scales and the optimiser's state but not the frozen base
+            model, so kilobytes for a model of any size; a Trainer resumes from them, ``from_pretrained`` refuses them.
+        resume_from: the checkpoint that ``Trainer.train(resume_from_checkpoint=...)`` is given, needed only where it
+            lies outside ``output_dir`` and its weights file has no scales (PEFT's checkpoints, and those saved without
+            this callback).
+
+    Raises:
+        ValueError: no scales on the Trainer's model, when its training begins.
     """
 
     def __init__(self, save_base_model: bool = True, resume_from: str | os.PathLike | None = None):

@@ -4,6 +4,7 @@ from .options import (
     Command,
     Numbers,
     backend_option,
+    extend_option,
     folder_option,
     list_files,
     load_model_fn,
@@ -11,6 +12,7 @@ from .options import (
     method_options,
     model_options,
     positive,
+    prompts,
     setting,
     task,
     task_options,
@@ -21,6 +23,7 @@ def options(parser):
     from ..experiments.comparison import METHODS
 
     model_options(parser)
+    extend_option(parser)
     task_options(parser)
     parser.add_argument("--lengths", action=Numbers, required=True, help="prompt tokens")
     parser.add_argument("--cases", type=positive, default=50, help="test cases at each length")
@@ -58,7 +61,7 @@ def run(args):
         alpha=args.alpha,
         target_modules=args.target_modules,
         seed=args.seed,
-        chat_template=args.chat_format,
+        **prompts(args),
         backend=args.backend,
         log=log,
     )

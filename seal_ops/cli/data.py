@@ -1,6 +1,6 @@
 """``seal data``."""
 
-from .options import Command, positive, task, task_options
+from .options import Command, positive, prompts, task, task_options
 
 
 def options(parser):
@@ -18,9 +18,7 @@ def run(args):
     from ..huggingface.loading import load_tokenizer
 
     tokenizer = load_tokenizer(args.tokenizer, "seal data")
-    samples = task(args).generate(
-        tokenizer, args.length, args.samples, args.seed, split=args.split, chat_template=args.chat_format, progress=None
-    )
+    samples = task(args).generate(tokenizer, args.length, args.samples, args.seed, split=args.split, **prompts(args))
     tasks.write(args.output, samples)
     print(f"{len(samples)} samples of {min(map(len, samples))} to {max(map(len, samples))} tokens in {args.output}")
 

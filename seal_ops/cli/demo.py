@@ -4,13 +4,14 @@ import os
 from dataclasses import fields, replace
 
 from ..huggingface.loading import shipped
-from .options import Command, Numbers, model_options, positive
+from .options import Command, Numbers, chat_option, extend_option, model_options, positive
 
 MODEL = os.path.join("models", "seal-tiny")
 
 
 def options(parser):
     model_options(parser, required=False)
+    extend_option(parser)
     parser.set_defaults(model=MODEL)
     parser.add_argument("--output", default="demo-results", metavar="DIR", help="folder for results, plots and scales")
     # Without a default here: what is not given comes from the model's preset.
@@ -23,6 +24,7 @@ def options(parser):
     parser.add_argument("--lr-head", type=float, help="learning rate of SEAL-H (default: the model's preset)")
     parser.add_argument("--lr-channel", type=float, help="learning rate of SEAL-C (default: the model's preset)")
     parser.add_argument("--seed", type=int, default=0, help="draws the samples")
+    chat_option(parser)
     parser.add_argument(
         "--full",
         action="store_true",
@@ -38,6 +40,7 @@ def run(args):
     from ..report.html import write_report
 
     settings = demo.preset(args.model, args.device)
+    args.chat_template = args.chat_format
     given = {f.name: getattr(args, f.name) for f in fields(settings) if getattr(args, f.name) is not None}
     settings = replace(settings, **{name: tuple(v) if isinstance(v, list) else v for name, v in given.items()})
     settings = replace(settings, lengths=tuple(sorted(set(settings.lengths))), model=shipped(settings.model))

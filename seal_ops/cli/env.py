@@ -18,7 +18,7 @@ def run(args):
     from ..huggingface.loading import load_model, shipped
 
     model, _ = load_model(shipped(args.model), device=args.device, dtype=args.dtype, call="seal env")
-    print(f"\n{args.model}: {attach(model).attachment.seam.summary()}")
+    print(f"\n{args.model}: {attach(model).attachment.patch.summary()}")
 
 
 COMMAND = Command(

@@ -6,10 +6,12 @@ from .options import (
     Command,
     Numbers,
     backend_option,
+    extend_option,
     load,
     model_options,
     plot_file,
     positive,
+    prompts,
     restart_option,
     task,
     task_options,
@@ -18,6 +20,7 @@ from .options import (
 
 def options(parser):
     model_options(parser)
+    extend_option(parser)
     parser.add_argument("--scales", metavar="DIR", help="trained scales to put on the model")
     task_options(parser)
     parser.add_argument("--lengths", action=Numbers, required=True, help="prompt tokens")
@@ -54,7 +57,7 @@ def run(args):
         args.cases,
         batch_size=args.batch_size,
         seed=args.seed,
-        chat_template=args.chat_format,
+        **prompts(args),
         name=name,
         output=args.output,
         resume=not args.restart,

@@ -6,11 +6,14 @@ from .options import (
     Command,
     Numbers,
     backend_option,
+    extend_option,
     folder_option,
     list_files,
     load,
     model_options,
+    noise_option,
     positive,
+    prompts,
     task,
     task_options,
 )
@@ -20,6 +23,7 @@ def options(parser):
     from ..experiments.head_importance import METHODS
 
     model_options(parser)
+    extend_option(parser)
     parser.add_argument("--scales", metavar="DIR", help="trained scales to put on the model")
     task_options(parser)
     parser.add_argument("--lengths", action=Numbers, required=True, help="tokens a sample fills")
@@ -40,6 +44,7 @@ def options(parser):
     parser.add_argument("--quadrant-cases", type=positive, default=50, help="test cases of that, at each length")
     parser.add_argument("--quadrant-measure", choices=["accuracy", "logprob", "gradient"], default="accuracy",
                         help="what decides harmful and helpful")  # fmt: skip
+    noise_option(parser)
     parser.add_argument("--seed", type=int, default=0, help="draws the samples")
     folder_option(parser)
     backend_option(parser)
@@ -68,7 +73,7 @@ def run(args):
         limit=args.units,
         batch_size=args.batch_size,
         seed=args.seed,
-        chat_template=args.chat_format,
+        **prompts(args),
         gradient_checkpointing={None: False, "all": True}.get(args.gradient_checkpointing, args.gradient_checkpointing),
         backend=args.backend,
         output=os.path.join(args.output, "heads.json"),
@@ -88,12 +93,11 @@ def run(args):
     if args.quadrants:
         results = quadrant_experiment(
             model, tokenizer, found, task(args), args.lengths, args.quadrant_cases, measure=args.quadrant_measure,
-            output=os.path.join(args.output, "quadrants"), seed=args.seed, chat_template=args.chat_format, resume=True,
-            backend=args.backend,
+            noise=args.quadrant_noise, output=os.path.join(args.output, "quadrants"), seed=args.seed, resume=True,
+            backend=args.backend, **prompts(args),
         )  # fmt: skip
-        write_quadrants(
-            results, group_by_sign(found, args.quadrant_measure), found.units, args.output, args.quadrant_measure
-        )
+        groups = group_by_sign(found, args.quadrant_measure, args.quadrant_noise)
+        write_quadrants(results, groups, found.units, args.output, args.quadrant_measure, args.quadrant_noise)
         for result in results.values():
             print(f"{result.name}\n{result.table()}")
     list_files(args.output, ["heads.json", "heads.csv", "heads.png", *(["quadrants.png"] if args.quadrants else [])])

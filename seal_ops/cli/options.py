@@ -5,6 +5,7 @@ command line says wins over the file.
 """
 
 import argparse
+import json
 import os
 import sys
 from collections.abc import Callable
@@ -74,6 +75,28 @@ def chat_format(text: str):
     return known.get(text, text)
 
 
+def json_object(text: str) -> dict:
+    """A JSON object, like ``{"enable_thinking": false}``."""
+    try:
+        found = json.loads(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"must be a JSON object like {_EXAMPLE}, got {text} ({error})") from None
+    if not isinstance(found, dict):
+        raise argparse.ArgumentTypeError(f"must be a JSON object like {_EXAMPLE}, got {text}")
+    return found
+
+
+_EXAMPLE = '{"enable_thinking": false}'
+
+
+def not_negative(text: str) -> float:
+    """A finite number of at least 0."""
+    number = float(text)
+    if not 0 <= number < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be a number of at least 0, got {text}")
+    return number
+
+
 def setting(text: str) -> tuple[str, object]:
     """``KEY=VALUE``, the value read as YAML: ``depths=5``, ``LoRA=[2e-4, 2e-3]``; numbers may be written ``2e-4``."""
     import yaml
@@ -85,6 +108,16 @@ def setting(text: str) -> tuple[str, object]:
         return key.strip(), _numbers(yaml.safe_load(value))
     except yaml.YAMLError:
         raise argparse.ArgumentTypeError(f"must have a YAML value, got {text}") from None
+
+
+def extension(text: str) -> tuple[str, dict]:
+    """``METHOD`` or ``METHOD:key=value,...`` of `seal_ops.extend`: ``self_extend:group=8,window=1024``."""
+    from ..huggingface.context_extension.methods import METHODS
+
+    method, _, rest = text.partition(":")
+    if method not in METHODS:
+        raise argparse.ArgumentTypeError(f"must begin with one of {', '.join(METHODS)}, got {text}")
+    return method, dict(setting(part) for part in rest.split(",") if part)
 
 
 def _numbers(value):
@@ -125,8 +158,16 @@ def model_options(parser, required=True):
     parser.add_argument("--trust-remote-code", action="store_true", help="run code that comes with a model on the hub")
 
 
+def extend_option(parser):
+    """--extend, which `load` heeds."""
+    parser.add_argument(
+        "--extend", type=extension, metavar="METHOD[:KEY=VALUE,...]",
+        help="read beyond the trained length, like self_extend:group=8,window=1024 (docs/context_extension.md)",
+    )  # fmt: skip
+
+
 def task_options(parser, required=True):
-    """--task, --task-option and --chat-format."""
+    """--task, --task-option, --chat-format and --chat-template-kwargs."""
     parser.add_argument(
         "--task",
         default="lines" if required else None,
@@ -144,11 +185,28 @@ def task_options(parser, required=True):
 
 
 def chat_option(parser):
-    """--chat-format."""
+    """--chat-format and --chat-template-kwargs."""
     parser.add_argument(
         "--chat-format", type=chat_format, default="auto", metavar="FORMAT",
         help="auto (the tokenizer's, if it has one), on, off, or a text like 'USER: {prompt} ASSISTANT:'",
     )  # fmt: skip
+    parser.add_argument(
+        "--chat-template-kwargs", type=json_object, metavar="JSON",
+        help="variables of the chat template, like '{\"enable_thinking\": true}' (default: that is false)",
+    )  # fmt: skip
+
+
+def noise_option(parser):
+    """--quadrant-noise."""
+    parser.add_argument(
+        "--quadrant-noise", type=not_negative, default=2.0, metavar="ERRORS",
+        help="a unit is harmful or helpful where its change is more than so many standard errors from 0",
+    )  # fmt: skip
+
+
+def prompts(args) -> dict:
+    """What the chat options say, as the functions that draw samples take it."""
+    return {"chat_template": args.chat_format, "chat_template_kwargs": args.chat_template_kwargs}
 
 
 def backend_option(parser):
@@ -176,10 +234,16 @@ def load(args):
     """``(model, tokenizer)`` that ``args`` name."""
     from ..huggingface.loading import load_model
 
-    return load_model(
+    model, tokenizer = load_model(
         args.model, device=args.device, dtype=args.dtype, device_map=args.device_map, quantization=args.quantization,
         revision=args.revision, trust_remote_code=args.trust_remote_code, call=f"seal {args.command}",
     )  # fmt: skip
+    if getattr(args, "extend", None) is not None:
+        from ..huggingface.context_extension.extending import extend
+
+        method, options = args.extend
+        extend(model, method, **options)
+    return model, tokenizer
 
 
 # ---------------------------------------------------------------------------------------------- configuration files
@@ -243,6 +307,8 @@ def _value(action, value):
             value = [f"{k}={v}" for k, v in value.items()]
         found = [_one(action, v) for v in (value if isinstance(value, list) else [value])]
         return [number for part in found for number in part] if isinstance(action, Numbers) else found
+    if isinstance(value, dict) and action.type is json_object:
+        return json_object(json.dumps(value))
     if isinstance(value, (list, dict)):
         raise argparse.ArgumentTypeError(f"must be a single value, got {value!r}")
     return _one(action, value)

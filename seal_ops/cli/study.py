@@ -4,7 +4,18 @@ import os
 from dataclasses import fields
 
 from ..huggingface.loading import shipped
-from .options import Command, Numbers, folder_option, list_files, log, model_options, positive, setting
+from .options import (
+    Command,
+    Numbers,
+    chat_option,
+    folder_option,
+    list_files,
+    log,
+    model_options,
+    noise_option,
+    positive,
+    setting,
+)
 
 
 def options(parser):
@@ -29,7 +40,9 @@ def options(parser):
     parser.add_argument("--heads-lengths", action=Numbers, default=list(default["heads_lengths"]), help="tokens")
     parser.add_argument("--heads-cases", type=positive, default=default["heads_cases"], help="samples at each of them")
     parser.add_argument("--factor", type=float, default=default["factor"], help="a small step besides removal")
+    noise_option(parser)
     parser.add_argument("--seed", type=int, default=default["seed"], help="draws all samples")
+    chat_option(parser)
     folder_option(parser, "tables, plots and a report")
     group = parser.add_argument_group(
         "a study of a pretrained model",
@@ -55,6 +68,7 @@ def run(args):
         return _preset(args)
     from ..experiments import study
 
+    args.chat_template = args.chat_format
     values = {f.name: getattr(args, f.name) for f in fields(study.Settings)}
     values = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
     values |= {"rates": dict(args.rates), "model": shipped(args.model or study.Settings.model)}
@@ -98,7 +112,7 @@ def _preset(args):
 
 
 COMMAND = Command(
-    "comparison, transfer matrix and head influence in one run, with a report",
+    "comparison, transfer matrix and head importance in one run, with a report",
     "seal study --model models/seal-tiny --output study",
     options,
     run,

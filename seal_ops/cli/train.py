@@ -1,11 +1,38 @@
 """``seal train``."""
 
-from .options import Command, backend_option, load, model_options, positive, restart_option, task, task_options
+from .options import (
+    Command,
+    backend_option,
+    extend_option,
+    load,
+    model_options,
+    positive,
+    prompts,
+    restart_option,
+    setting,
+    task,
+    task_options,
+)
 
 
 def options(parser):
     model_options(parser)
-    parser.add_argument("--granularity", choices=["head", "channel"], required=True, help="SEAL-H or SEAL-C")
+    extend_option(parser)
+    parser.add_argument("--granularity", choices=["head", "channel"], help="SEAL-H or SEAL-C")
+    parser.add_argument(
+        "--recipe", choices=["longlora", "sinklora"], help="instead: adapters for a longer context, on --text"
+    )
+    parser.add_argument(
+        "--recipe-option",
+        type=setting,
+        nargs="+",
+        default=[],
+        metavar="KEY=VALUE",
+        help="of the recipe, like group=4096",
+    )
+    parser.add_argument(
+        "--text", metavar="FILE", help="a text, or .jsonl with texts, packed into rows of --length tokens"
+    )
     parser.add_argument("--output", required=True, metavar="DIR", help="folder for the scales and the checkpoint")
     task_options(parser)
     parser.add_argument("--length", type=positive, help="tokens a sample fills (with --task)")
@@ -29,40 +56,64 @@ def run(args):
     from ..adapters.attachment import attach
     from ..training.loop import train
 
+    if (args.granularity is None) == (args.recipe is None):
+        given = "neither" if args.recipe is None else "both"
+        raise ValueError(f"--granularity or --recipe must say what is trained, got {given}")
+    if args.recipe is not None:
+        return _run_recipe(args)
+    if args.text is not None or args.recipe_option:
+        raise ValueError("--recipe must be given with --text and --recipe-option, got none")
     if args.data is None and args.length is None:
         raise ValueError("--length must be given with --task (or samples with --data), got neither")
+    if args.data is not None and (args.chat_format is not None or args.chat_template_kwargs is not None):
+        raise ValueError(
+            "--chat-format and --chat-template-kwargs must be given to `seal data`, got them with --data, whose "
+            "samples have their chat format already"
+        )
     model, tokenizer = load(args)
     if args.data is not None:
         samples = tasks.read(args.data)
     else:
-        samples = task(args).generate(
-            tokenizer, args.length, args.samples, args.seed, chat_template=args.chat_format, progress=None
-        )
+        samples = task(args).generate(tokenizer, args.length, args.samples, args.seed, **prompts(args))
     attach(model, args.granularity, backend=args.backend)
-    result = train(
-        model,
-        samples,
-        lr=args.lr,
-        epochs=args.epochs,
-        batch_size=args.batch_size,
-        accumulate=args.accumulate,
-        seed=args.seed,
-        gradient_checkpointing={None: False, "all": True}.get(args.gradient_checkpointing, args.gradient_checkpointing),
-        output_dir=args.output,
-        resume=not args.restart,
-    )
+    _report(train(model, samples, **_settings(args)), "scales", args)
+
+
+def _run_recipe(args):
+    from ..training.loop import train
+
+    if args.text is None or args.length is None:
+        raise ValueError("--text and --length must be given with --recipe, got one of them or neither")
+    model, tokenizer = load(args)
+    options = {**dict(args.recipe_option), "length": args.length}
+    found = train(model, args.text, recipe=args.recipe, recipe_options=options, tokenizer=tokenizer, **_settings(args))
+    _report(found, "weights", args)
+
+
+def _settings(args) -> dict:
+    """What `train` takes in either case."""
+    checkpointing = {None: False, "all": True}.get(args.gradient_checkpointing, args.gradient_checkpointing)
+    return dict(
+        lr=args.lr, epochs=args.epochs, batch_size=args.batch_size, accumulate=args.accumulate, seed=args.seed,
+        gradient_checkpointing=checkpointing, output_dir=args.output, resume=not args.restart,
+    )  # fmt: skip
+
+
+def _report(result, what, args):
     losses = result.losses
     edge = max(1, len(losses) // 5)
     first, last = sum(losses[:edge]) / edge, sum(losses[-edge:]) / edge
     print(
-        f"{result.parameters} scales trained in {len(losses)} steps, {result.seconds:.0f} s, "
+        f"{result.parameters} {what} trained in {len(losses)} steps, {result.seconds:.0f} s, "
         f"peak memory {result.peak_memory / 2**30:.2f} GiB; loss {first:.3f} -> {last:.3f}; saved in {args.output}"
     )
 
 
 COMMAND = Command(
-    "train scales on a task",
-    "seal train --model models/seal-tiny --granularity head --task lines --length 2048 --output my-scales",
+    "train scales on a task, or adapters for a longer context",
+    "seal train --model models/seal-tiny --granularity head --task lines --length 2048 --output my-scales\n\n"
+    "LongLoRA on a text of one's own:\n"
+    "seal train --model models/seal-tiny --recipe longlora --text book.txt --length 2048 --output longer",
     options,
     run,
 )

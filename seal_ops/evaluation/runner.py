@@ -48,7 +48,7 @@ def evaluate(
         model: a causal language model of transformers, with or without attached scales.
         tokenizer: its tokenizer.
         task: a :class:`seal_ops.tasks.Task`, a task's name, or ``"module:Class"``.
-        lengths: prompt lengths in tokens (answer and room included), one or more.
+        lengths: prompt lengths in tokens (answer and reserved tokens included), one or more.
         cases: samples at each length.
         batch_size: prompts in a batch at most; None takes as many as :func:`.decoding.rows_at_once` says.  Where they
             do not fit into the GPU's memory half as many are taken, with a warning.  An output does not depend on what
@@ -94,8 +94,8 @@ def evaluate(
 
     growing = Growing(result, output, SAVE_EVERY)
     started, spent = time.monotonic(), result.seconds
-    with mode(model, False), bar(len(lengths) * cases, name or task.name, progress) as advance:
-        advance(len(result.records))
+    with mode(model, False), bar(len(lengths) * cases, name or task.name, progress) as update:
+        update(len(result.records))
         for length in lengths:
             if not (missing := growing.missing(length, cases)):
                 continue
@@ -123,7 +123,7 @@ def evaluate(
                 result.seconds = spent + time.monotonic() - started
                 growing.add(found)
                 here = [record["score"] for record in result.records if record["length"] == length]
-                advance(len(batch), f"{length} tokens: {sum(here) / len(here):.2f}")
+                update(len(batch), f"{length} tokens: {sum(here) / len(here):.2f}")
     return growing.finish()
 
 

@@ -29,7 +29,11 @@ class Paired:
 
 
 def mcnemar(better: int, worse: int) -> float:
-    """Two-sided exact p-value of McNemar's test: under no difference the discordant cases fall like fair coins."""
+    """Two-sided exact p-value of McNemar's test: under no difference the discordant cases fall like fair coins.
+
+    Raises:
+        ValueError: a negative count.
+    """
     if better < 0 or worse < 0:
         raise ValueError(f"seal_ops.statistics.mcnemar: counts must not be negative, got {better} and {worse}")
     n = better + worse
@@ -41,8 +45,11 @@ def paired(first: Sequence[float], second: Sequence[float]) -> Paired:
     """Compares scores of the same cases, in the same order.
 
     The p-value is the sign test's, which for right and wrong is McNemar's.  The interval is Agresti and Min's (2005)
-    for
-    paired proportions: half a case is added to each of the four outcomes, which keeps it honest where all cases agree.
+    for paired proportions: half a case is added to each of the four outcomes, which keeps it honest where all cases
+    agree.
+
+    Raises:
+        ValueError: lists of different lengths, or empty ones.
     """
     if len(first) != len(second) or not first:
         sizes = f"{len(first)} and {len(second)}"
@@ -66,8 +73,13 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def spearman(one: torch.Tensor, other: torch.Tensor) -> float:
-    """Spearman's rank correlation of two vectors ``[N]``; ties get the mean of their ranks; NaN where one is
-    constant."""
+    """Spearman's rank correlation of two vectors ``[N]``.
+
+    Ties get the mean of their ranks.  NaN where one of the vectors is constant.
+
+    Raises:
+        ValueError: vectors of different lengths, or of less than two values.
+    """
     if one.shape != other.shape or one.dim() != 1 or len(one) < 2:
         shapes = f"{list(one.shape)} and {list(other.shape)}"
         raise ValueError(f"seal_ops.statistics.spearman: both must be vectors of one length, got {shapes}")
@@ -87,6 +99,9 @@ def wilson(correct: float, cases: int, z: float = 1.959963984540054) -> tuple[fl
 
     Partial scores in [0, 1] may be summed into ``correct``: their variance is never above that of right and wrong, so
     the interval is then wide rather than narrow.
+
+    Raises:
+        ValueError: no cases.
     """
     if cases < 1:
         raise ValueError(f"seal_ops.statistics.wilson: cases must be at least 1, got {cases}")

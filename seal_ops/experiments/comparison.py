@@ -164,7 +164,7 @@ def compare(
 
     @functools.cache
     def draw():
-        return task.generate(tokenizer, train_length, samples, seed, **prompts)
+        return task.generate(tokenizer, train_length, samples, seed, progress=progress, **prompts)
 
     evaluations, training = {BASE: measure(model, tokenizer, BASE)}, {}
     for method in methods:
@@ -175,7 +175,8 @@ def compare(
                 load_model_fn, method, folder, draw, lr=lr, seed=seed, progress=progress, **form
             )
             if len(settings["rates"][method]) > 1:
-                tried[lr] = _validation_loss(model, tokenizer, task, train_length, seed, prompts, folder)
+                drawing = {**prompts, "progress": progress}
+                tried[lr] = _validation_loss(model, tokenizer, task, train_length, seed, drawing, folder)
         if tried:
             best = min(tried, key=tried.get)
             folder = os.path.join(output, "adapters", f"{method}-{best:g}")
@@ -223,11 +224,11 @@ def adapted(load_model_fn, method, folder, *, rank=4, alpha=8, target_modules=TA
         return get_peft_model(model, config).eval(), tokenizer, result
 
 
-def _validation_loss(model, tokenizer, task, length, seed, prompts, folder):
+def _validation_loss(model, tokenizer, task, length, seed, drawing, folder):
     """:func:`validation_loss` on training-split samples of another seed; kept in the adapter's folder."""
     path = os.path.join(folder, "validation.json")
     if not os.path.exists(path):
-        drawn = task.generate(tokenizer, length, VALIDATION, seed + 1, **prompts)
+        drawn = task.generate(tokenizer, length, VALIDATION, seed + 1, **drawing)
         atomic_write(path, json.dumps({"loss": validation_loss(model, drawn)}) + "\n")
     return read_json_file(path)["loss"]
 

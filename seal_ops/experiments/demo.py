@@ -20,6 +20,7 @@ from ..adapters.attachment import load
 from ..adapters.merging import merge
 from ..evaluation.results import Evaluation
 from ..evaluation.runner import evaluate
+from ..huggingface.context_extension.extending import extend
 from ..huggingface.identity import fingerprint
 from ..huggingface.loading import load_model
 from ..huggingface.model_packages import PACKAGES, resolve
@@ -27,7 +28,7 @@ from ..huggingface.modes import accepts
 from ..huggingface.origin import provenance
 from ..report import plots
 from ..report.html import NAME as REPORT
-from ..tasks.description import describe
+from ..tasks.description import describe, prompt_options
 from ..training.recipe import LEARNING_RATES, NAMES
 from ..utils.files import atomic_write, replacing_folder
 from .comparison import trained
@@ -49,7 +50,9 @@ class Settings:
         samples: training samples.
         lr_head, lr_channel: learning rates.
         seed: draws the samples of both kinds.
+        chat_template, chat_template_kwargs: see :class:`seal_ops.tasks.Encoder`.
         device, dtype: see :func:`seal_ops.huggingface.loading.load_model`.
+        extend: method and options of :func:`seal_ops.extend`, for every model of the demo.
     """
 
     model: str = os.path.join("models", "seal-tiny")
@@ -60,8 +63,11 @@ class Settings:
     lr_head: float = LEARNING_RATES["SEAL-H"]
     lr_channel: float = LEARNING_RATES["SEAL-C"]
     seed: int = 0
+    chat_template: str | bool | None = None
+    chat_template_kwargs: dict | None = None
     device: str = "auto"
     dtype: str = "default"
+    extend: tuple[str, dict] | None = None
 
 
 # Where the defaults of Settings are not for a model: on a GPU, and on a CPU, where a pretrained model is slow.
@@ -96,11 +102,16 @@ def run(settings: Settings, output: str, *, progress: bool | None = None, log=pr
     path = resolve(settings.model, call="seal demo", log=log)
 
     def load_model_fn(folder=path):
-        return load_model(folder, device=settings.device, dtype=settings.dtype, call="seal demo")
+        model, tokenizer = load_model(folder, device=settings.device, dtype=settings.dtype, call="seal demo")
+        if settings.extend is not None:
+            method, options = settings.extend
+            extend(model, method, **options)
+        return model, tokenizer
 
     model, tokenizer = load_model_fn()
     origin = provenance(model)
-    described = {task: describe(tasks.get(task), tokenizer) for task in settings.tasks}
+    prompts = settings.chat_template, settings.chat_template_kwargs
+    described = {task: describe(tasks.get(task), tokenizer, *prompts) for task in settings.tasks}
     claimed = {**asdict(settings), "task": described, "fingerprint": origin["model"]["fingerprint"]}
     reserve(output, json.loads(json.dumps(claimed)), "seal demo", " (give another --output, or --restart)")
     count = sum(p.numel() for p in model.parameters())
@@ -111,7 +122,7 @@ def run(settings: Settings, output: str, *, progress: bool | None = None, log=pr
         known = PACKAGES[settings.model]
         log(f"   {known.title}; {known.license}")
     if not all(os.path.exists(os.path.join(folder, RESULTS)) for folder in folders.values()):
-        log(f"   about {_duration(_estimate(model, settings))} for all of it here, if nothing else wants the machine")
+        log(f"   about {_duration(_estimate(model, settings))} for all of it here, as busy as the machine is")
     del model
     return {
         task: _run_task(settings, task, folder, load_model_fn, origin, progress=progress, log=log)
@@ -133,11 +144,13 @@ def _run_task(settings, task_name, output, load_model_fn, origin, *, progress, l
     started = time.monotonic()
     task, longest = tasks.get(task_name), max(settings.lengths)
     torch.manual_seed(settings.seed)
+    prompts = prompt_options(settings.chat_template, settings.chat_template_kwargs)
+    draw = functools.partial(task.generate, progress=progress, **prompts)
 
     def measure(model, tokenizer, name, file, lengths):
         return evaluate(
             model, tokenizer, task, lengths, settings.cases, seed=settings.seed, name=name,
-            output=os.path.join(output, file), resume=True, progress=progress,
+            output=os.path.join(output, file), resume=True, progress=progress, **prompts,
         )  # fmt: skip
 
     model, tokenizer = load_model_fn()
@@ -152,7 +165,7 @@ def _run_task(settings, task_name, output, load_model_fn, origin, *, progress, l
             load_model_fn,
             name,
             os.path.join(output, granularity),
-            functools.partial(task.generate, tokenizer, longest, settings.samples, settings.seed),
+            functools.partial(draw, tokenizer, longest, settings.samples, settings.seed),
             lr=settings.lr_head if granularity == "head" else settings.lr_channel,
             seed=settings.seed,
             progress=progress,

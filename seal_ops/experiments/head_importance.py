@@ -1,4 +1,4 @@
-"""Head influence: what every head, or every channel of its output, does for retrieval.
+"""Head importance: what every head, or every channel of its output, does for retrieval.
 
 Two measures of one thing, the change of the answer's log-probability when a unit is taken away:
 
@@ -64,6 +64,7 @@ class HeadImportance:
 
     @property
     def lengths(self) -> list[int]:
+        """The lengths of the cases that were measured, in tokens."""
         return sorted({record["length"] for record in self.records})
 
     def change(self, measure: str, length: int | None = None) -> torch.Tensor:
@@ -72,6 +73,9 @@ class HeadImportance:
         Args:
             measure: "logprob" (nats of the whole answer) or "accuracy" by ablation, "gradient" (nats, first order).
             length: of one length; None for the mean over all cases.
+
+        Raises:
+            ValueError: an unknown measure, or a length without cases.
         """
         return self._changes(measure, length).mean(0)
 
@@ -179,7 +183,7 @@ def measure_head_importance(
     resume: bool = False,
     progress: bool | None = None,
 ) -> HeadImportance:
-    """The influence of every head or channel on the task's answers, on training samples of the task.
+    """The importance of every head or channel on the task's answers, on training samples of the task.
 
     An answer counts as exact where greedy decoding would write it token for token, which one forward pass over prompt
     and answer tells; so an ablated variant costs one forward pass.
@@ -228,8 +232,8 @@ def measure_head_importance(
             found = resume_run(HeadImportance.load, output, settings, "seal_ops.measure_head_importance")
             result.records, result.seconds = found.records, found.seconds
         growing, per_case = Growing(result, output, SAVE_EVERY), len(ablated) + ("gradient" in methods)
-        with bar(len(lengths) * cases * per_case, f"importance of {len(units)} {granularity}s", progress) as advance:
-            advance(len(result.records) * per_case)
+        with bar(len(lengths) * cases * per_case, f"importance of {len(units)} {granularity}s", progress) as update:
+            update(len(result.records) * per_case)
             for length in lengths:
                 if not (missing := growing.missing(length, cases)):
                     continue
@@ -241,10 +245,10 @@ def measure_head_importance(
                     if "gradient" in methods:
                         record |= _gradient(model, scales, sample, units, factor, gradient_checkpointing)
                         result.seconds["gradient"] += time.monotonic() - started
-                        advance(1)
+                        update(1)
                     if "ablation" in methods:
                         started = time.monotonic()
-                        record |= _ablation(model, scales, sample, [units[i] for i in ablated], factor, pieces, advance)
+                        record |= _ablation(model, scales, sample, [units[i] for i in ablated], factor, pieces, update)
                         result.seconds["ablation"] += time.monotonic() - started
                     growing.add([record])
     return growing.finish()
@@ -301,7 +305,7 @@ def _times_scale(scales, keep):
 
 
 @torch.no_grad()
-def _ablation(model, scales, sample, units, factor, pieces, advance):
+def _ablation(model, scales, sample, units, factor, pieces, update):
     input_ids = torch.tensor([sample.input_ids], device=model.device)
     per_channel = any(len(unit) == 3 for unit in units)
     logprobs, exact = [], []
@@ -318,7 +322,7 @@ def _ablation(model, scales, sample, units, factor, pieces, advance):
     for chunk, (logprob, right) in pieces.run(variants, measure):
         logprobs += logprob.tolist()
         exact += right.tolist()
-        advance(len(chunk) - (chunk[0] is None))
+        update(len(chunk) - (chunk[0] is None))
     return {
         "logprob": _short(logprobs[0]),
         "exact": exact[0],

@@ -25,9 +25,11 @@ def group_by_sign(found: HeadImportance, measure: str = "accuracy", noise: float
     Returns:
         ``{"harmful": ..., "helpful": ..., "mixed": ...}``, indices into ``found.units``: removal helps at every length,
         hurts at every length, or neither.
+
+    Raises:
+        ValueError: a negative ``noise``, or an unknown measure.
     """
-    if not noise >= 0:
-        raise ValueError(f"seal_ops.group_by_sign: noise must be at least 0, got {noise!r}")
+    check_noise(noise, "seal_ops.group_by_sign")
     changes = torch.stack([found.change(measure, length) for length in found.lengths])
     errors = torch.stack([found.standard_error(measure, length) for length in found.lengths]).nan_to_num(0.0)
     harmful, helpful = (changes > noise * errors).all(0), (changes < -noise * errors).all(0)
@@ -36,6 +38,12 @@ def group_by_sign(found: HeadImportance, measure: str = "accuracy", noise: float
         "helpful": helpful.nonzero().flatten().tolist(),
         "mixed": (~harmful & ~helpful).nonzero().flatten().tolist(),
     }
+
+
+def check_noise(noise: float, call: str) -> None:
+    """``ValueError`` in the name of ``call`` where ``noise`` is no number of standard errors."""
+    if not noise >= 0:
+        raise ValueError(f"{call}: noise must be at least 0, got {noise!r}")
 
 
 def quadrant_experiment(
@@ -54,9 +62,9 @@ def quadrant_experiment(
     backend: str | None = None,
     **options,
 ) -> dict[str, Evaluation]:
-    """The paper's check of the influence: harmful units times ``down``, helpful ones times ``up``, and both.
+    """The paper's check of the importance: harmful units times ``down``, helpful ones times ``up``, and both.
 
-    Measured by :func:`seal_ops.evaluate` (whose ``options`` it takes) on test samples, which the influence never saw.
+    Measured by :func:`seal_ops.evaluate` (whose ``options`` it takes) on test samples, which the importance never saw.
 
     Args:
         measure, noise: what decides harmful and helpful: see :func:`group_by_sign`.
@@ -64,6 +72,12 @@ def quadrant_experiment(
 
     Returns:
         ``{"base", "harmful x0.9", "helpful x1.1", "both": Evaluation}``.
+
+    Raises:
+        ValueError: an importance of channels for a model with head scales, a bad ``noise``, or a folder of another run.
+
+    Source:
+        SEAL (arXiv 2501.15225), section 3.
     """
     groups = group_by_sign(found, measure, noise)
     shown = {"harmful": f"harmful x{down:g}", "helpful": f"helpful x{up:g}"}
@@ -84,7 +98,7 @@ def quadrant_experiment(
                         factor = keep[layer][0]
                         if per_channel and scale.dim() == 1:
                             raise ValueError(
-                                "seal_ops.quadrant_experiment: model must have channel scales, or none, for an influence of "  # noqa: E501
+                                "seal_ops.quadrant_experiment: model must have channel scales, or none, for an importance of "  # noqa: E501
                                 "channels, got head scales"
                             )
                         scale.copy_(before[layer] * (factor if scale.dim() == 2 else factor[:, 0]))

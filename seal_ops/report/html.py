@@ -1,6 +1,6 @@
 """One self-contained HTML file that joins what a run left in a folder: its tables, plots and settings.
 
-Files are recognised by what is in them: evaluations, training results, comparisons, transfer matrices, head influence,
+Files are recognised by what is in them: evaluations, training results, comparisons, transfer matrices, head importance,
 quadrant experiments, demos and studies (JSON), any other CSV, and plots (SVG, or PNG where there is no SVG of the same
 name).
 """
@@ -316,7 +316,7 @@ _ORDER = (
     ("demo", "Demo", _demo, ("accuracy", "scales")),
     ("seal_ops.compare", "Comparison of methods", _comparison, ("{stem}", "cost")),
     ("seal_ops.transfer", "Transfer", _transfer, ("{stem}",)),
-    ("seal_ops.heads", "Head influence", _heads, ("{stem}", "{stem}-agreement")),
+    ("seal_ops.heads", "Head importance", _heads, ("{stem}", "{stem}-agreement")),
     ("seal_ops.quadrants", "Quadrant experiment", _quadrants, ("{stem}",)),
     ("training", "Training", _training, ()),
     ("seal_ops.study", "Run", _study, ()),

@@ -33,7 +33,8 @@ def figure(columns: int = 1, rows: int = 1, width: float = 6.4, height: float = 
 def save(fig, path) -> None:
     """Writes the figure, the format by the suffix; ``path`` may also be a list of paths.
 
-    Raises ``ValueError`` for a suffix that is not one of ``FORMATS``.
+    Raises:
+        ValueError: a suffix that is not one of ``FORMATS``.
     """
     if isinstance(path, (list, tuple)):
         for one in path:
@@ -133,6 +134,9 @@ def depth_by_length(evaluation: Evaluation, path, *, bins: int = 5, title: str |
     Args:
         evaluation: its records must have ``depth`` in [0, 1].
         bins: rows where the depths are not on a grid of at most 11 values.
+
+    Raises:
+        ValueError: a case without a depth.
     """
     depths = sorted({record.get("depth") for record in evaluation.records}, key=lambda d: -1 if d is None else d)
     if not depths or depths[0] is None:
@@ -163,7 +167,7 @@ def depth_by_length(evaluation: Evaluation, path, *, bins: int = 5, title: str |
     save(fig, path)
 
 
-def head_influence(
+def head_importance(
     panels: Mapping[str, Sequence[Sequence[float]]], path, *, label: str, title: str | None = None
 ) -> None:
     """Heat maps layers x heads of what a head's removal changes, one panel an entry, on one colour scale.

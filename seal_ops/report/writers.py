@@ -77,7 +77,7 @@ def write_head_importance(found, output: str, stem: str = "heads") -> None:
     what = "removing a head" if factor == 0 else f"scaling a head by {factor:g}"
     label = "change of the answer's log-probability (nats)\npurple: helps, orange: hurts"
     title = f"{found.settings['task']}: what {what} changes"
-    plots.head_influence(panels, files(output, stem), label=label, title=title)
+    plots.head_importance(panels, files(output, stem), label=label, title=title)
     if len(methods) == 2:
         length = found.lengths[-1]
         known = found.ablated
@@ -99,15 +99,22 @@ def describe_agreement(found) -> str:
 
 
 def write_quadrants(
-    results: Mapping[str, Evaluation], groups: Mapping[str, list[int]], units: list, output: str, measure: str
+    results: Mapping[str, Evaluation],
+    groups: Mapping[str, list[int]],
+    units: list,
+    output: str,
+    measure: str,
+    noise: float,
 ) -> None:
-    """``quadrants.json`` and the plot of the four curves; ``groups`` are indices into ``units``."""
+    """``quadrants.json`` and the plot of the four curves; ``groups`` are indices into ``units``, by ``measure`` and
+    ``noise``."""
     cells = {name: evaluation.cells() for name, evaluation in results.items()}
     of_groups = {name: [units[i] for i in group] for name, group in groups.items()}
     origin = next((evaluation.provenance for evaluation in results.values()), {})
     content = {
         "kind": "seal_ops.quadrants",
         "measure": measure,
+        "noise": noise,
         "units": of_groups,
         "accuracy": cells,
         "provenance": origin,

@@ -71,8 +71,10 @@ def make(name: str, **options) -> Task:
 
 
 def get(task) -> Task:
-    """The task of a name, of ``"documents:FILE.jsonl"``, of ``"module:Class"`` (a task of one's own), or the task
-    itself.
+    """The task that a name stands for, or the task itself.
+
+    Args:
+        task: a name, ``"documents:FILE.jsonl"``, ``"module:Class"`` (a task of one's own), or a :class:`Task`.
 
     Raises:
         ValueError: no task of that name; the message lists the names.

@@ -1,15 +1,15 @@
 """What a task is: generated prompts that fill a token length, their answers, and how an output is scored.
 
-A task is one class in one file.  It writes the text for a number of ``units`` (lines, sentences, paragraphs, whatever
-it repeats) and scores an output; finding the number of units that fills a token length, the chat format, the label mask
-and the seeds are done here, for any tokenizer::
+A task is one class in one file.  It writes the text for ``num_items`` items (lines, sentences, paragraphs,
+whatever it repeats) and scores an output; finding the number of items that fills a token length, the chat format, the
+label mask and the seeds are done here, for any tokenizer::
 
     class Colours(Task):
         name = "colours"
 
-        def write(self, rng, units, *, index, split):
+        def write(self, rng, num_items, *, index, split):
             colour = rng.choice(["red", "green", "blue"])
-            filler = "The sky is far away. " * units
+            filler = "The sky is far away. " * num_items
             return f"{filler}The ball is {colour}. {filler}What colour is the ball?\\n", f"It is {colour}.", {}
 
         def score(self, sample, text):
@@ -19,7 +19,7 @@ and the seeds are done here, for any tokenizer::
 import json
 import random
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 from ..utils.progress import track
@@ -27,6 +27,8 @@ from .reading import CLOSE, opens_reasoning, read_output
 
 IGNORE_INDEX = -100  # the label that PyTorch's cross entropy and transformers skip
 SPLITS = ("train", "test")
+_THINKING = "enable_thinking"  # the switch that templates of reasoning models read
+_SET_HERE = {"messages", "conversation", "chat_template", "add_generation_prompt", "tokenize"}
 
 
 @dataclass(frozen=True)
@@ -95,11 +97,13 @@ class Encoder:
 
     What a template writes between the prompt and the answer (an empty reasoning block) belongs to the prompt, and a
     reasoning block that it opens is closed, unless ``enable_thinking`` is true.
+
+    Raises:
+        ValueError: no template where one is required, or a variable that the template does not read.
     """
 
     def __init__(self, tokenizer, chat_template=None, caller="seal_ops.tasks", chat_template_kwargs=None):
         self.tokenizer, self.caller = tokenizer, caller
-        self.variables = {"enable_thinking": False, **(chat_template_kwargs or {})}
         own = getattr(tokenizer, "chat_template", None)
         if chat_template is True and not own:
             raise ValueError(
@@ -117,6 +121,24 @@ class Encoder:
                 )
         elif chat_template is not False and own:
             self.template = own
+        self.variables = {_THINKING: False, **self._checked(chat_template_kwargs)}
+
+    def _checked(self, given) -> Mapping:
+        """The variables of the template that were given: a template ignores a name that it does not read."""
+        if not isinstance(given, Mapping | None):
+            raise ValueError(
+                f"{self.caller}: chat_template_kwargs must be a dict of the template's variables, got {given!r}"
+            )
+        for name in given or {}:
+            if name in _SET_HERE:
+                raise ValueError(f"{self.caller}: chat_template_kwargs must leave {name} alone, which is set here")
+            # Templates that always reason read no switch; then it says how an output is read.
+            if name != _THINKING and (self.template is None or not _names(name, self.template)):
+                reader = "no template" if self.template is None else "a template that does not read it"
+                raise ValueError(
+                    f"{self.caller}: chat_template_kwargs must name variables of the chat template, got {name!r} for {reader}"  # noqa: E501
+                )
+        return given or {}
 
     def __call__(self, prompt: str, answer: str) -> tuple[list[int], list[int]]:
         """Token ids ``(prompt_ids, answer_ids)``; the answer ends with the token that ends a turn, if there is one."""
@@ -199,7 +221,7 @@ class Encoder:
     @property
     def thinks(self) -> bool:
         """Whether an output may begin with reasoning."""
-        return self.template is not None and bool(self.variables["enable_thinking"])
+        return self.template is not None and bool(self.variables[_THINKING])
 
     def _encode(self, text, special):
         try:
@@ -246,6 +268,10 @@ class Encoder:
             )
 
 
+def _names(variable: str, template: str) -> bool:
+    return re.search(rf"(?<!\w){re.escape(variable)}(?!\w)", template) is not None
+
+
 def _name(tokenizer):
     return getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__
 
@@ -255,27 +281,27 @@ class Task:
 
     Attributes:
         name: how commands and result files call the task.
-        unit: what one unit is called in messages.
+        item: what one item is called in messages.
         max_new_tokens: the most that an output may be long.
-        room: tokens kept free behind the answer within the length.
+        reserve: tokens kept free behind the answer within the length.
         stop: an answer ends at this text (leading white space and reasoning apart) besides the end token; None for
             never.
     """
 
     name = ""
-    unit = "unit"
+    item = "item"
     max_new_tokens = 100
-    room = 16
+    reserve = 16
     stop: str | None = "\n"
 
-    def write(self, rng: random.Random, units: int, *, index: int, split: str) -> tuple[str, str, dict]:
-        """The text of one sample with ``units`` units.
+    def write(self, rng: random.Random, num_items: int, *, index: int, split: str) -> tuple[str, str, dict]:
+        """The text of one sample with ``num_items`` items.
 
-        Called several times with equal random numbers and different ``units`` until the length fits.
+        Called several times with equal random numbers and different ``num_items`` until the length fits.
 
         Args:
             rng: the only source of randomness, seeded by task, split, seed, length and index.
-            units: how many units to write, at least 1.
+            num_items: how many items to write, at least 1.
             index: number of the sample, for what should vary evenly (depths).
             split: "train" or "test", for what must not be shared between them (needles).
 
@@ -298,9 +324,9 @@ class Task:
         split: str = "train",
         chat_template=None,
         chat_template_kwargs: dict | None = None,
-        progress: bool | None = False,
+        progress: bool | None = None,
     ) -> list[Sample]:
-        """Samples whose prompt, answer and ``room`` fill ``length`` tokens as far as whole units allow.
+        """Samples whose prompt, answer and ``reserve`` tokens fill ``length`` tokens as far as whole items allow.
 
         Args:
             tokenizer: a Hugging Face tokenizer.
@@ -309,10 +335,10 @@ class Task:
             seed: equal seeds give equal samples; a longer list starts with the shorter one.
             split: "train" or "test"; their random numbers never meet, whatever the seeds.
             chat_template, chat_template_kwargs: see :class:`Encoder`.
-            progress: draw a bar; None draws where stderr is a terminal.
+            progress: draw a bar; None draws where stderr is a terminal, unless an outer step has a bar.
 
         Raises:
-            ValueError: the length is too short for one unit, or the tokenizer cannot write an answer
+            ValueError: the length is too short for one item, or the tokenizer cannot write an answer
                 (:meth:`Encoder.check`).
         """
         if split not in SPLITS:
@@ -329,42 +355,42 @@ class Task:
         return self.generate(tokenizer, length, samples, seed, **options)
 
     def _stream(self, encoder, length, samples, seed, split) -> Iterator[Sample]:
-        units = None
+        num_items = None
         for index in range(samples):
             key = f"{self.name}/{split}/{seed}/{length}/{index}"
 
             def draw(count, key=key, index=index):
                 prompt, answer, meta = self.write(random.Random(key), count, index=index, split=split)
                 prompt_ids, answer_ids = encoder(prompt, answer)
-                return Sample(prompt_ids, answer_ids, prompt, answer, {"index": index, "units": count, **meta})
+                return Sample(prompt_ids, answer_ids, prompt, answer, {"index": index, "num_items": count, **meta})
 
-            sample = self._fill(draw, length, units)
+            sample = self._fill(draw, length, num_items)
             encoder.check(sample, self)
-            units = sample.meta["units"]
+            num_items = sample.meta["num_items"]
             yield sample
 
     def _fill(self, draw, length, guess):
-        """The sample with the most units that fits: a search from ``guess`` over a count that is nearly linear."""
-        low, best = 0, None  # the most units known to fit, with its sample
-        high = None  # the fewest units known not to fit
+        """The sample with the most items that fits: a search from ``guess`` over a count that is nearly linear."""
+        low, best = 0, None  # the most items known to fit, with its sample
+        high = None  # the fewest items known not to fit
         count = guess or 1
         while high is None or high - low > 1:
             sample = draw(count)
-            free = length - self.room - len(sample)
+            free = length - self.reserve - len(sample)
             if free >= 0:
                 low, best = count, sample
             else:
                 high = count
             if guess is None and low == 0:
-                break  # not even one unit
-            # Aim by the mean size of a unit, which counts the fixed text too and so falls short rather than beyond.
+                break  # not even one item
+            # Aim by the mean size of an item, which counts the fixed text too and so falls short rather than beyond.
             step = int(free / (len(sample) / count))
             aim = count + step if step else count + (1 if free >= 0 else -1)
             count = max(low + 1, aim if high is None else min(aim, high - 1))
             guess = guess or count
         if best is None:
-            needed = len(draw(1)) + self.room
+            needed = len(draw(1)) + self.reserve
             raise ValueError(
-                f"seal_ops.tasks.{self.name}: length must be at least {needed} tokens to hold one {self.unit}, got {length}"  # noqa: E501
+                f"seal_ops.tasks.{self.name}: length must be at least {needed} tokens to hold one {self.item}, got {length}"  # noqa: E501
             )
         return best

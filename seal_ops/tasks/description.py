@@ -18,7 +18,7 @@ def describe(task, tokenizer, chat_template=None, chat_template_kwargs: dict | N
 
 def describe_options(task) -> dict:
     """A task's class, options and limits as JSON values."""
-    limits = {name: getattr(task, name) for name in ("unit", "room", "stop", "max_new_tokens")}
+    limits = {name: getattr(task, name) for name in ("item", "reserve", "stop", "max_new_tokens")}
     options = {**limits, **vars(task), "class": f"{type(task).__module__}.{type(task).__qualname__}"}
     return {name: _stable(value) for name, value in sorted(options.items())}
 

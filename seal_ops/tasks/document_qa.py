@@ -38,7 +38,7 @@ class DocumentQA(Task):
     """
 
     name = "documents"
-    unit = "word of the document"
+    item = "word of the document"
     stop = None  # answers may have several lines
 
     def __init__(self, path, prompt: str = PROMPT, held_out: float = 0.5, max_new_tokens: int = 100):
@@ -96,18 +96,18 @@ class DocumentQA(Task):
             )
 
         whole = draw(len(words))
-        if len(whole) + self.room <= length:
+        if len(whole) + self.reserve <= length:
             return whole
         low, high, best = 0, len(words), draw(0)
-        if len(best) + self.room > length:
+        if len(best) + self.reserve > length:
             raise ValueError(
-                f"seal_ops.tasks.documents: length must be at least {len(best) + self.room} tokens for the question in line "  # noqa: E501
+                f"seal_ops.tasks.documents: length must be at least {len(best) + self.reserve} tokens for the question in line "  # noqa: E501
                 f"{meta['row']} of {self.path}, got {length}"
             )
         while high - low > 1:
             middle = (low + high) // 2
             sample = draw(middle)
-            if len(sample) + self.room <= length:
+            if len(sample) + self.reserve <= length:
                 low, best = middle, sample
             else:
                 high = middle

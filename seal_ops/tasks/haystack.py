@@ -83,7 +83,7 @@ def filler(kind: str, rng: random.Random, sentences: int) -> list[str]:
 
 
 class Haystack(Task):
-    """A task that hides facts among filler sentences; a unit is one sentence of filler.
+    """A task that hides facts among filler sentences; an item is one sentence of filler.
 
     Args:
         filler: "prose" or "noise".
@@ -93,7 +93,7 @@ class Haystack(Task):
     A subclass defines :meth:`hide`.
     """
 
-    unit = "sentence of filler"
+    item = "sentence of filler"
 
     def __init__(self, filler: str = "prose", depths: int = 10):
         if filler not in FILLERS:
@@ -110,14 +110,14 @@ class Haystack(Task):
         """
         raise NotImplementedError(f"{type(self).__name__} must define hide()")
 
-    def write(self, rng, units, *, index, split):
+    def write(self, rng, num_items, *, index, split):
         header, asked, others, question, answer, meta = self.hide(rng, split)
         depth = 0.5 if self.depths == 1 else (index % self.depths) / (self.depths - 1)
         places = [depth] + [rng.random() for _ in range(len(asked) + len(others) - 1)]
-        sentences = filler(self.filler, random.Random(rng.random()), units)
+        sentences = filler(self.filler, random.Random(rng.random()), num_items)
         # From the back, so that an insertion moves no later place; equal places keep their order.
         hidden = sorted(zip(places, asked + others, strict=True), key=lambda pair: pair[0], reverse=True)
         for place, sentence in hidden:
-            sentences.insert(round(place * units), sentence)
+            sentences.insert(round(place * num_items), sentence)
         body = "".join(" " + sentence for sentence in sentences)
         return header + body + question, answer, {**meta, "depth": depth}

@@ -18,7 +18,7 @@ DIRECTIONS = ("forward", "backward", "random")
 
 
 class KeyThreads(Task):
-    """A JSON object with a thread of ``hops`` look-ups in it; a unit is one pair beside the thread.
+    """A JSON object with a thread of ``hops`` look-ups in it; an item is one pair beside the thread.
 
     Args:
         hops: look-ups from the first key to the last value; 1 is plain key-value retrieval.
@@ -29,7 +29,7 @@ class KeyThreads(Task):
     """
 
     name = "threads"
-    unit = "pair"
+    item = "pair"
 
     def __init__(self, hops: int = 2, direction: str = "random"):
         if not isinstance(hops, int) or not 1 <= hops <= 100:
@@ -40,13 +40,13 @@ class KeyThreads(Task):
             )
         self.hops, self.direction = hops, direction
 
-    def write(self, rng, units, *, index, split):
+    def write(self, rng, num_items, *, index, split):
         most = (len(ADJECTIVES) * len(NOUNS) - self.hops - 1) // 2
-        if units > most:
+        if num_items > most:
             raise ValueError(
-                f"seal_ops.tasks.threads: length must ask for at most {most} pairs (distinct words), got {units}"
+                f"seal_ops.tasks.threads: length must ask for at most {most} pairs (distinct words), got {num_items}"
             )
-        drawn = rng.sample(range(len(ADJECTIVES) * len(NOUNS)), 2 * units + self.hops + 1)
+        drawn = rng.sample(range(len(ADJECTIVES) * len(NOUNS)), 2 * num_items + self.hops + 1)
         words = [f"{ADJECTIVES[k // len(NOUNS)]}-{NOUNS[k % len(NOUNS)]}" for k in drawn]
         thread = words[: self.hops + 1]
         pairs = list(zip(words[self.hops + 1 :: 2], words[self.hops + 2 :: 2], strict=True))
@@ -56,7 +56,7 @@ class KeyThreads(Task):
         for place, link in zip(
             places, reversed(order), strict=True
         ):  # from the back: an insertion moves no later place
-            pairs.insert(round(place * units), link)
+            pairs.insert(round(place * num_items), link)
         record = "{\n" + ",\n".join(f"{json.dumps(k)}: {json.dumps(v)}" for k, v in pairs) + "\n}\n"
         meta = {
             "start": thread[0],

@@ -28,23 +28,23 @@ class LineRetrieval(Task):
     """
 
     name = "lines"
-    unit = "line"
+    item = "line"
 
-    def write(self, rng, units, *, index, split):
-        if units > len(ADJECTIVES) * len(NOUNS):
+    def write(self, rng, num_items, *, index, split):
+        if num_items > len(ADJECTIVES) * len(NOUNS):
             raise ValueError(
                 f"seal_ops.tasks.lines: length must ask for at most {len(ADJECTIVES) * len(NOUNS)} lines (distinct keys), "  # noqa: E501
-                f"got {units} lines"
+                f"got {num_items} lines"
             )
-        line = int(rng.random() * units)
+        line = int(rng.random() * num_items)
         keys = [
             f"{ADJECTIVES[k // len(NOUNS)]}-{NOUNS[k % len(NOUNS)]}"
-            for k in rng.sample(range(len(ADJECTIVES) * len(NOUNS)), units)
+            for k in rng.sample(range(len(ADJECTIVES) * len(NOUNS)), num_items)
         ]
         numbers = [rng.randint(1, MAX_NUMBER) for _ in keys]
         record = "".join(f"line {k}: REGISTER_CONTENT is <{n}>\n" for k, n in zip(keys, numbers, strict=True))
         key, number = keys[line], numbers[line]
-        meta = {"key": key, "number": number, "line": line, "depth": line / max(units - 1, 1)}
+        meta = {"key": key, "number": number, "line": line, "depth": line / max(num_items - 1, 1)}
         return HEADER + record + QUESTION.format(key=key), ANSWER.format(key=key, number=number), meta
 
     def score(self, sample, text):

@@ -26,7 +26,7 @@ class Variables(Task):
     """
 
     name = "variables"
-    unit = "sentence of filler"
+    item = "sentence of filler"
 
     def __init__(self, chains: int = 2, hops: int = 4, filler: str = "noise"):
         for option, value in (("chains", chains), ("hops", hops)):
@@ -37,7 +37,7 @@ class Variables(Task):
         self.chains, self.hops, self.filler = chains, hops, filler
         self.max_new_tokens = 40 + 8 * (hops + 1)
 
-    def write(self, rng, units, *, index, split):
+    def write(self, rng, num_items, *, index, split):
         names, values = [], []
         while len(names) < self.chains * (self.hops + 1):
             name = "".join(rng.choice(string.ascii_uppercase) for _ in range(5))
@@ -54,9 +54,9 @@ class Variables(Task):
             places = sorted(rng.random() for _ in chain)  # an assignment stands behind the one it refers to
             sources = [str(value), *(f"VAR {name}" for name in chain)]
             hidden += [(p, f"VAR {n} = {s}.") for p, n, s in zip(places, chain, sources, strict=False)]
-        sentences = filler(self.filler, random.Random(rng.random()), units)
+        sentences = filler(self.filler, random.Random(rng.random()), num_items)
         for place, sentence in sorted(hidden, reverse=True):
-            sentences.insert(round(place * units), sentence)
+            sentences.insert(round(place * num_items), sentence)
         body = "".join(" " + sentence for sentence in sentences)
         answer = ANSWER.format(count=len(chains[0]), value=values[0], names=" ".join(chains[0]))
         meta = {"value": values[0], "variables": chains[0], "others": [n for c in chains[1:] for n in c]}

@@ -15,7 +15,7 @@ RARE = 3  # occurrences of a word that is not common
 
 
 class CommonWords(Task):
-    """A numbered list in which ``common`` words occur more often than all others; a unit is one other entry.
+    """A numbered list in which ``common`` words occur more often than all others; an item is one other entry.
 
     Args:
         common: how many words are asked for.
@@ -26,7 +26,7 @@ class CommonWords(Task):
     """
 
     name = "words"
-    unit = "entry"
+    item = "entry"
 
     def __init__(self, common: int = 10, repeats: int = 30):
         if not isinstance(common, int) or not 1 <= common <= 100:
@@ -36,17 +36,17 @@ class CommonWords(Task):
         self.common, self.repeats = common, repeats
         self.max_new_tokens = 40 + 10 * common
 
-    def write(self, rng, units, *, index, split):
-        # In a short list a third of the entries is common; `units` counts the others, so that any number of them fits.
-        repeats = max(RARE + 1, min(self.repeats, units // (2 * self.common)))
+    def write(self, rng, num_items, *, index, split):
+        # In a short list a third of the entries is common; `num_items` counts the others, so that any number fits.
+        repeats = max(RARE + 1, min(self.repeats, num_items // (2 * self.common)))
         distinct = len(ADJECTIVES) * len(NOUNS)
         pool = [f"{ADJECTIVES[k // len(NOUNS)]}-{NOUNS[k % len(NOUNS)]}" for k in rng.sample(range(distinct), distinct)]
         words, rest = pool[: self.common], pool[self.common :]
-        if units > RARE * len(rest):
+        if num_items > RARE * len(rest):
             raise ValueError(
-                f"seal_ops.tasks.common_words: length must ask for at most {RARE * len(rest)} entries, got {units}"
+                f"seal_ops.tasks.common_words: length must ask for at most {RARE * len(rest)} entries, got {num_items}"
             )
-        rare = [rest[i // RARE] for i in range(units)]
+        rare = [rest[i // RARE] for i in range(num_items)]
         entries = words * repeats + rare
         rng.shuffle(entries)
         listed = " ".join(f"{i}. {word}" for i, word in enumerate(entries, 1))

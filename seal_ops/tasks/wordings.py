@@ -65,10 +65,15 @@ class Reworded(Task):
         if task.name not in _OTHER:
             raise ValueError(f"tasks.Reworded: task must be one of {', '.join(_OTHER)}, got {task.name!r}")
         self.task, self.name = task, f"{task.name}, reworded"
-        self.unit, self.max_new_tokens, self.room, self.stop = task.unit, task.max_new_tokens, task.room, task.stop
+        self.item, self.max_new_tokens, self.reserve, self.stop = (
+            task.item,
+            task.max_new_tokens,
+            task.reserve,
+            task.stop,
+        )
 
-    def write(self, rng, units, *, index, split):
-        prompt, answer, meta = self.task.write(rng, units, index=index, split=split)
+    def write(self, rng, num_items, *, index, split):
+        prompt, answer, meta = self.task.write(rng, num_items, index=index, split=split)
         for pattern, replacement in _OTHER[self.task.name]:
             prompt, answer = (re.sub(pattern, replacement, text, flags=re.DOTALL) for text in (prompt, answer))
         return prompt, answer, meta

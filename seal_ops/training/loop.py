@@ -15,7 +15,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 
 import torch
 import torch.nn.functional as F
@@ -32,8 +32,10 @@ from ..utils.progress import bar
 from .checkpoint import NAME as CHECKPOINT
 from .checkpoint import load_checkpoint, save_checkpoint
 from .collator import Collator
+from .long_context import LEARNING_RATE, prepare, recipe_of, training_masks
 from .recipe import LEARNING_RATES, NAMES
 from .samples import to_rows
+from .texts import packed_texts
 
 RESULT = "training.json"
 
@@ -50,6 +52,7 @@ class TrainResult:
         peak_memory: bytes: the most allocated on the GPU during the run; on the CPU the largest size of the process.
         settings: the recipe, as given and completed, with the tasks and lengths that the samples name.
         provenance: the trained model and versions, for people; empty without ``output_dir``.
+        model: what was trained: the model that was given, or what the recipe put round it.
     """
 
     losses: list[float]
@@ -59,12 +62,15 @@ class TrainResult:
     peak_memory: int
     settings: dict = field(default_factory=dict)
     provenance: dict = field(default_factory=dict)
+    model: object = field(default=None, repr=False, compare=False)
 
 
 def train(
     model,
     samples: Iterable,
     *,
+    recipe: str | None = None,
+    recipe_options: dict | None = None,
     tokenizer=None,
     chat_template=None,
     chat_template_kwargs: dict | None = None,
@@ -90,9 +96,15 @@ def train(
             adapter (PEFT), which then needs ``lr``.
         samples: samples of a task (:mod:`seal_ops.tasks`), or dicts, in a list or a ``datasets.Dataset``: token ids
             with labels, prompt and answer, conversations or texts; see :func:`seal_ops.training.samples.to_rows`.
+        recipe: "longlora" or "sinklora": puts LoRA, trainable embeddings and norms on a plain ``model``, and trains
+            them with attention in groups on texts of a longer context.  ``samples`` may then be a text file or a
+            ``.jsonl`` file of objects with ``text``, packed into rows.  The trained PEFT model is the result's
+            ``model``; it attends in full.
+        recipe_options: ``length``, the longer context in tokens, and those of
+            :class:`seal_ops.training.long_context.LongContextRecipe`.
         tokenizer, chat_template, chat_template_kwargs: for samples that are text.
-        lr: constant learning rate; None for the paper's: 1e-2 (head) or 2e-2 (channel).  It is worth a search: see
-            docs/training.md.
+        lr: constant learning rate; None for the paper's: 1e-2 (head), 2e-2 (channel) or 2e-5 (a recipe).  It is worth a
+            search: see docs/training.md.
         epochs: passes over the samples, each in an order of its own drawn from ``seed``.
         batch_size: samples in one forward pass, padded on the right.
         accumulate: forward passes in one optimiser step; the loss is the mean over all answer tokens of the step.
@@ -118,8 +130,17 @@ def train(
         RuntimeError: a trained parameter without a finite gradient at the first step (it is named), or a loss that is
             not finite.
     """
+    if recipe is None and recipe_options is not None:
+        raise ValueError(f"seal_ops.train: recipe must be given with recipe_options, got None and {recipe_options}")
+    plan = None if recipe is None else recipe_of(recipe, recipe_options or {})
+    if plan is not None and isinstance(samples, (str, os.PathLike)):
+        samples = packed_texts(samples, tokenizer, plan.length, "seal_ops.train")
     samples = to_rows(samples, tokenizer, chat_template, chat_template_kwargs)
-    run = _Run(model, samples, lr, epochs, batch_size, accumulate, weight_decay, betas, max_grad_norm, seed)
+    masks = contextlib.nullcontext()
+    if plan is not None:
+        model, patch = prepare(model, plan, seed)
+        masks, lr = training_masks(patch), LEARNING_RATE if lr is None else lr
+    run = _Run(model, samples, lr, epochs, batch_size, accumulate, weight_decay, betas, max_grad_norm, seed, plan)
     if gradient_checkpointing not in (False, True, "selective"):
         raise ValueError(
             f"seal_ops.train: gradient_checkpointing must be False, True or 'selective', got {gradient_checkpointing!r}"
@@ -135,7 +156,7 @@ def train(
     cuda = run.device.type == "cuda"
     if cuda:
         torch.cuda.reset_peak_memory_stats(run.device)
-    with torch.random.fork_rng(devices=[run.device] if cuda else []), prepared(model, gradient_checkpointing):
+    with torch.random.fork_rng(devices=[run.device] if cuda else []), masks, prepared(model, gradient_checkpointing):
         torch.manual_seed(seed)
         if checkpoint and not (resume and os.path.exists(checkpoint)):
             for name in (RESULT, CHECKPOINT):  # of an earlier run: nothing in the folder may pass for this one's
@@ -144,33 +165,39 @@ def train(
         elif checkpoint:
             run.losses, run.seconds = load_checkpoint(checkpoint, run.trained, run.optimizer, run.identity)
         earlier, started = run.seconds, time.monotonic()
-        with bar(run.steps, f"training {run.describe()}", progress) as advance:
-            advance(len(run.losses))
+        with bar(run.steps, f"training {run.describe()}", progress) as update:
+            update(len(run.losses))
             while len(run.losses) < run.steps:
                 loss = run.step()
                 run.seconds = earlier + time.monotonic() - started
                 done = len(run.losses)
                 if checkpoint and (done % checkpoint_every == 0 or done == run.steps):
                     save_checkpoint(checkpoint, run.trained, run.optimizer, run.losses, run.seconds, run.identity)
-                advance(1, f"loss {loss:.3f}")
+                update(1, f"loss {loss:.3f}")
                 if on_step is not None:
                     on_step(done, loss)
     peak = torch.cuda.max_memory_allocated(run.device) if cuda else _largest_size()
     count = sum(p.numel() for p in run.trained.values())
     origin = {} if output_dir is None else provenance(model)
-    result = TrainResult(run.losses, run.settings["lr"], count, run.seconds, peak, run.settings, origin)
+    result = TrainResult(run.losses, run.settings["lr"], count, run.seconds, peak, run.settings, origin, model)
     if output_dir is not None:
         if run.scales is not None:
             run.scales.training_settings = result.settings
         save_trained(model, run.scales, output_dir)
-        atomic_write(os.path.join(output_dir, RESULT), json.dumps(asdict(result), indent=1) + "\n")
+        atomic_write(os.path.join(output_dir, RESULT), json.dumps(_facts(result), indent=1) + "\n")
     return result
+
+
+def _facts(result: TrainResult) -> dict:
+    return {f.name: getattr(result, f.name) for f in fields(result) if f.name != "model"}
 
 
 class _Run:
     """The state of one training run: what a checkpoint holds, and one optimiser step."""
 
-    def __init__(self, model, samples, lr, epochs, batch_size, accumulate, weight_decay, betas, max_grad_norm, seed):
+    def __init__(
+        self, model, samples, lr, epochs, batch_size, accumulate, weight_decay, betas, max_grad_norm, seed, plan=None
+    ):
         self.model, self.samples = model, samples
         self.scales = getattr(model, "seal_scales", None)
         self.trained = _trained(model, self.scales)
@@ -197,6 +224,8 @@ class _Run:
             "max_grad_norm": max_grad_norm,
             "seed": seed,
         }
+        if plan is not None:
+            self.settings["recipe"] = asdict(plan)
         self.steps = epochs * -(-len(self.samples) // (batch_size * accumulate))
         self.optimizer = torch.optim.AdamW(self.trained.values(), lr=lr, betas=betas, weight_decay=weight_decay)
         self.collate = Collator(label_positions_only=True)

@@ -2,6 +2,7 @@
 
 import copy
 
+import causal_lms
 import pytest
 import torch
 import transformers
@@ -210,20 +211,13 @@ def test_a_shared_config_object_is_refused():
         seal_ops.attach(second)
 
 
-def gpt_oss():
-    return transformers.GptOssForCausalLM(
-        transformers.GptOssConfig(
-            vocab_size=97,
-            hidden_size=64,
-            intermediate_size=32,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            head_dim=16,
-            num_local_experts=2,
-            num_experts_per_tok=1,
-        )
-    )
+def of_family(name):
+    def build():
+        if name not in causal_lms.FAMILIES:
+            pytest.skip(f"this transformers has no {name}")
+        return causal_lms.build(name)
+
+    return build
 
 
 def bloom():
@@ -251,18 +245,25 @@ class Homemade(nn.Module):
 @pytest.mark.parametrize(
     "build, message",
     [
-        (gpt_oss, "seal_ops.attach: model must have attention without attention sinks, GptOssAttention passes s_aux"),
+        (
+            of_family("inkling_text"),
+            "seal_ops.attach: model must have attention without a position bias, InklingAttention passes",
+        ),
+        (
+            of_family("deepseek_v4"),
+            "model must hand the mask to attention as it is, DeepseekV4Attention extends it by keys of its own",
+        ),
         (bloom, "transformers' attention registry, BloomForCausalLM has no module that takes part in it"),
         (lambda: nn.Linear(3, 3), "transformers' attention registry, Linear has no module that takes part in it"),
         (Homemade, "transformers' attention registry, Homemade has no module that takes part in it"),
         (weightless, "model must have its weights loaded, found parameters on the meta device"),
     ],
 )
-def test_models_without_a_known_seam(build, message):
+def test_models_that_call_attention_in_no_known_way(build, message):
     model = build()
     with pytest.raises(ValueError, match=message):
         seal_ops.attach(model)
-    assert not hasattr(model, "seal_scales") and all("_seal_site" not in m.__dict__ for m in model.modules())
+    assert not hasattr(model, "seal_scales") and all("_seal_layer" not in m.__dict__ for m in model.modules())
 
 
 def test_deepcopied_scales_of_a_detached_model():

@@ -77,7 +77,7 @@ def test_study(capsys, folder, tmp_path):  # noqa: F811
     comparison = json.loads((output / "comparison.json").read_text())
     assert set(comparison["training"]["LoRA"]["tried"]) == {"0.001", "0.02"}
     report = (output / "report.html").read_text()
-    for word in ("Comparison of methods", "Transfer", "Head influence", "Quadrant experiment", "model and versions"):
+    for word in ("Comparison of methods", "Transfer", "Head importance", "Quadrant experiment", "model and versions"):
         assert word in report
     before = (output / "comparison.json").read_text()
     code, _, err = seal(capsys, "study", "--config", config, "--output", output)

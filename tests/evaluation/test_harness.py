@@ -73,7 +73,7 @@ def test_a_prompt_is_cut_only_where_it_is_asked_for(monkeypatch, caplog):
     with caplog.at_level("WARNING"):
         harness.evaluate(model().eval(), tokenizer(), ["longeval_lines"], length=300, cases=1, max_length=200)
     assert seen == [100] and "Left truncation applied" in caplog.text
-    monkeypatch.setattr(harness, "ROOM", 0)
+    monkeypatch.setattr(harness, "RESERVE", 0)
     with pytest.raises(
         ValueError, match=r"prompts must be at most 200 tokens \(300 with the output\), got one of 2\d\d"
     ) as raised:

@@ -1,11 +1,11 @@
-"""Head influence: ablation by rows of scales, gradients, their agreement, quadrants."""
+"""Head importance: ablation by rows of scales, gradients, their agreement, quadrants."""
 
 import csv
 import json
 
 import pytest
 import torch
-from influences import made
+from importances import made
 from retrieval_fixtures import model, one_thread, tokenizer  # noqa: F401
 
 import seal_ops

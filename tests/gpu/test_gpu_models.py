@@ -1,4 +1,4 @@
-"""Whole models on the GPU: the seam with the kernels behind it, against the untouched model and plain PyTorch."""
+"""Whole models on the GPU: attached ones, which run the kernels, against the untouched model and plain PyTorch."""
 
 import pytest
 import torch

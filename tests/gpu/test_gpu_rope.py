@@ -121,6 +121,13 @@ ROPE_ATTENTION = [  # sq, sk, (heads, kv_heads), head_dim, rotary_dim, interleav
     (333, 333, (6, 1), 64, 32, True, "random", 57),
     (640, 640, (8, 2), 128, 64, False, "gathered", None),
     (1, 300, (8, 2), 128, 128, False, "counted", None),
+    # the gradients' way back: 16-byte reads of a table in 16 bits; of part of the channels; and tables they do not fit
+    (201, 201, (4, 2), 128, 128, False, "bf16", None),
+    (201, 201, (2, 1), 256, 64, False, "random", None),
+    (201, 201, (4, 2), 64, 48, False, "bf16", None),
+    (201, 201, (4, 2), 64, 40, False, "counted", None),
+    (201, 201, (4, 2), 128, 128, False, "view", None),
+    (201, 201, (4, 2), 128, 128, False, "view of bf16", None),
 ]
 
 
@@ -144,6 +151,11 @@ def test_rope_attention(backend, device, shape, deterministic):
     elif where == "gathered":
         rows = torch.randint(0, 3000, (2, sq), device=device)
         cos, sin = cos[rows], sin[rows]
+    if "bf16" in where:
+        cos, sin = cos.bfloat16(), sin.bfloat16()
+    if "view" in where:  # begins beside a multiple of 16 bytes
+        cos, sin = (torch.nn.functional.pad(t, (1, 3))[:, 1:-3] for t in (cos, sin))
+        assert cos.data_ptr() % 16
 
     def by_hand(q, k, v, scale):
         turned = []

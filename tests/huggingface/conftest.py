@@ -1,9 +1,9 @@
-"""Fixtures of the seam's tests."""
+"""Fixtures of the tests of the integration with transformers."""
 
 import pytest
 import torch
 
-from seal_ops.huggingface import attention as seam
+from seal_ops.huggingface import attention as attention_module
 from seal_ops.huggingface import rotation
 
 
@@ -18,14 +18,14 @@ def _one_thread():
 
 @pytest.fixture
 def called(monkeypatch) -> list[str]:
-    """The names of what the seam calls for an attention, in order."""
+    """The names of what the patched model calls for an attention, in order."""
     names = []
     for module, name in (
-        (seam, "attention"),
-        (seam, "rope"),
+        (attention_module, "attention"),
+        (attention_module, "rope"),
         (rotation, "rope"),
-        (seam, "rope_attention"),
-        (seam, "_composed"),
+        (attention_module, "rope_attention"),
+        (attention_module, "_composed"),
     ):
 
         def spy(*args, _name=name, _function=getattr(module, name), **kwargs):  # noqa: B008

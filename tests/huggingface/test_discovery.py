@@ -223,7 +223,7 @@ def test_a_head_dim_above_the_ops_runs_composed(family, called):
         r"above 256",
     ):
         scales = seal_ops.attach(model, "channel")
-    assert scales.attachment.seam.summary() == (
+    assert scales.attachment.patch.summary() == (
         "rotation fused in 0 of 2 layers, attention composed in 2 (head_dim 320 above 256)"
     )
     assert close(logits(model, tokens()), logits(base, tokens()))
@@ -272,7 +272,7 @@ def test_torch_ao_int8_is_served():
     base = logits(model, tokens())
     scales = seal_ops.attach(model, "head")
     assert close(logits(model, tokens()), base)
-    assert all(layer.projection_name.endswith("o_proj") for layer in scales.attachment.seam.sites)
+    assert all(layer.projection_name.endswith("o_proj") for layer in scales.attachment.patch.layers)
 
 
 def test_the_scales_say_what_runs_fused():

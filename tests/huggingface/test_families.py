@@ -53,8 +53,8 @@ def test_family(family):
     untouched = causal_lms.build(family)
     scales = attach(model, "channel")
     randomise(scales)
-    sites = scales.attachment.seam.sites
-    leaves = {s.name: s.scaling.scale for s in sites}
+    layers = scales.attachment.patch.layers
+    leaves = {s.name: s.scaling.scale for s in layers}
     reference, reference_leaves = scaled_reference.scaled(untouched, leaves)
     expected = logits(reference, ids)
     got = logits(model, ids)

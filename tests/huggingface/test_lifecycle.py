@@ -74,7 +74,7 @@ def test_copies_are_attached_and_independent(family, twin_of):
     assert torch.equal(logits(twin, tokens()), expected)
     randomise(twin.seal_scales, seed=7)
     assert not close(logits(twin, tokens()), expected) and torch.equal(logits(model, tokens()), expected)
-    assert twin.seal_scales.attachment.seam.summary() == scales.attachment.seam.summary()
+    assert twin.seal_scales.attachment.patch.summary() == scales.attachment.patch.summary()
     seal_ops.detach(twin)
     assert torch.equal(logits(twin, tokens()), logits(base, tokens()))
     assert torch.equal(logits(model, tokens()), expected)
@@ -131,7 +131,7 @@ def test_hooks_before_attach_keep_the_fusion(hooks, called, recwarn):
     base = untouched(model)
     hook_all(hooks, model)
     scales = seal_ops.attach(model)
-    assert scales.attachment.seam.summary() == "rotation fused in 2 of 2 layers"
+    assert scales.attachment.patch.summary() == "rotation fused in 2 of 2 layers"
     called.clear()
     assert close(logits(model, tokens()), logits(base, tokens()))
     assert called == ["rope_attention"] * 2
@@ -221,7 +221,7 @@ def test_a_whole_model_may_have_attention_without_scales():
     with torch.no_grad():
         expected = model(ids, **arguments).logits
         scales = seal_ops.attach(model)
-        assert [s.index for s in scales.attachment.seam.sites] == [0, 2]
+        assert [s.index for s in scales.attachment.patch.layers] == [0, 2]
         assert close(model(ids, **arguments).logits, expected)
         seal_ops.detach(model)
         assert torch.equal(model(ids, **arguments).logits, expected)
@@ -260,7 +260,9 @@ def test_a_vision_tower_goes_on_as_it_was():
 
     base = run()
     scales = seal_ops.attach(model, "channel")
-    assert all("vision" not in s.name for s in scales.attachment.seam.sites) and len(scales.attachment.seam.sites) == 2
+    assert (
+        all("vision" not in s.name for s in scales.attachment.patch.layers) and len(scales.attachment.patch.layers) == 2
+    )
     assert model.config.vision_config._attn_implementation == tower
     assert close(run(), base)
     randomise(scales)

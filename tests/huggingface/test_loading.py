@@ -234,3 +234,14 @@ def test_a_damaged_file(whole):
 
 def test_a_tokenizer_by_itself(folder):
     assert load_tokenizer(str(folder), "seal data").eos_token == "</s>"
+
+
+@pytest.mark.parametrize("package", ["gguf", "accelerate"])
+def test_a_gguf_file_asks_for_both_packages(tmp_path, monkeypatch, package):
+    import importlib.util
+
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == package else find(name, *a))
+    (tmp_path / "it.gguf").write_bytes(b"GGUF")
+    with pytest.raises(ImportError, match=f"a .gguf model needs the package {package}, which is not installed"):
+        load_model(str(tmp_path / "it.gguf"), device="cpu")

@@ -80,7 +80,7 @@ def test_chunks_are_no_sliding_window(length):
     model = chunked()
     ids = tokens(2, length)
     expected = logits(model, ids)
-    assert seal_ops.attach(model).attachment.seam.sites[0].module.config.attention_chunk_size == 6
+    assert seal_ops.attach(model).attachment.patch.layers[0].module.config.attention_chunk_size == 6
     assert close(logits(model, ids), expected)
     padding = torch.ones_like(ids).index_fill(1, torch.tensor([0, 1]), 0)
     got = logits(model, ids, attention_mask=padding)

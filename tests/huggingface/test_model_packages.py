@@ -69,10 +69,11 @@ def test_no_pip_and_no_network(cache, monkeypatch, stderr, reason):
     assert str(error.value).startswith("seal demo: ") and "\n" not in str(error.value)
 
 
-def test_package_gguf_is_asked_for_before_anything_is_fetched(tmp_path, monkeypatch):
+@pytest.mark.parametrize("package", ["gguf", "accelerate"])
+def test_packages_are_asked_for_before_anything_is_fetched(tmp_path, monkeypatch, package):
     monkeypatch.setenv("SEAL_OPS_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("transformers.utils.is_gguf_available", lambda *a: False)
+    monkeypatch.setattr(f"transformers.utils.is_{package}_available", lambda *a: False)
     calls = downloads(monkeypatch, [KNOWN.gguf])
-    with pytest.raises(ImportError, match="needs the package gguf"):
+    with pytest.raises(ImportError, match=rf"\(pip install gguf accelerate\), got {package} missing"):
         resolve("smollm2")
     assert not calls

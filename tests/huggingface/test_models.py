@@ -11,7 +11,7 @@ from transformers import DynamicCache, StaticCache
 from transformers.masking_utils import create_chunked_causal_mask
 
 import seal_ops
-from seal_ops.huggingface import attention as seam
+from seal_ops.huggingface import attention as attention_module
 from seal_ops.huggingface import rotation
 
 ALL = list(FAMILIES)
@@ -45,10 +45,10 @@ def test_what_is_observed(family, granularity):
     assert [(layer, tuple(s.shape), s.dtype) for layer, s in scales.items()] == [
         (layer, shape, torch.float32) for layer in expected.layers
     ]
-    for site in scales.attachment.seam.sites:
-        assert site.num_kv_heads == model.config.num_key_value_heads
-        assert site.direct == expected.mergeable
-        assert site.rotation == expected.rotation
+    for attn in scales.attachment.patch.layers:
+        assert attn.num_kv_heads == model.config.num_key_value_heads
+        assert attn.direct == expected.mergeable
+        assert attn.rotation == expected.rotation
 
 
 @every_dtype
@@ -409,7 +409,12 @@ def test_a_forced_backend_runs_everything(monkeypatch):
     model = FAMILIES["llama"].build()
     seal_ops.attach(model, "head", backend="reference")
     backends = []
-    for module, name in ((seam, "attention"), (seam, "rope"), (rotation, "rope"), (seam, "rope_attention")):
+    for module, name in (
+        (attention_module, "attention"),
+        (attention_module, "rope"),
+        (rotation, "rope"),
+        (attention_module, "rope_attention"),
+    ):
 
         def spy(*args, _function=getattr(module, name), **kwargs):  # noqa: B008
             backends.append(kwargs["backend"])

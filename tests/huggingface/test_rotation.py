@@ -34,7 +34,7 @@ def assert_fused(model: nn.Module, called: list[str]) -> None:
     ids = tokens()
     expected = logits(base, ids)
     scales = attach_quietly(model)
-    assert scales.attachment.seam.summary() == "rotation fused in 2 of 2 layers"
+    assert scales.attachment.patch.summary() == "rotation fused in 2 of 2 layers"
     called.clear()
     assert close(logits(model, ids), expected)
     assert called == ["rope_attention"] * 2
@@ -130,7 +130,7 @@ def test_a_rotation_out_of_sight_is_reported_and_right(monkeypatch):
         r"embedding: its forward hides the rotary function apply_rotary_pos_emb$",
     ):
         scales = seal_ops.attach(model)
-    assert scales.attachment.seam.summary() == "rotation fused in 0 of 2 layers"
+    assert scales.attachment.patch.summary() == "rotation fused in 0 of 2 layers"
     assert close(logits(model, tokens()), expected)
 
 
@@ -144,7 +144,7 @@ def test_a_forward_replaced_on_the_instance_is_reported(recwarn):
         UserWarning, match=rf"LlamaAttention \(1 of 2 layers\) .* replaced on the instance \(by {__name__}\)"
     ):
         scales = seal_ops.attach(model)
-    assert scales.attachment.seam.summary() == "rotation fused in 1 of 2 layers"
+    assert scales.attachment.patch.summary() == "rotation fused in 1 of 2 layers"
     assert close(logits(model, tokens()), expected)
 
 
@@ -178,7 +178,7 @@ def test_another_librarys_rotary_function_that_cannot_be_tried_is_reported(monke
     monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", foreign(apply_rotary_pos_emb))
     model = LLAMA.build()
     expected = logits(model, tokens())
-    with pytest.warns(UserWarning, match="its rotary function apply_rotary_pos_emb is fastlib.rope's, which the seam"):
+    with pytest.warns(UserWarning, match="its rotary function apply_rotary_pos_emb is fastlib.rope's, which seal_ops"):
         seal_ops.attach(model)
     assert close(logits(model, tokens()), expected)
 
@@ -229,7 +229,7 @@ def test_renames_stay_fused(replacements, called):
     model = kind(LLAMA.build().config.__class__(**LLAMA.build().config.to_dict())).eval()
     base = untouched(model)
     seal = attach_quietly(model)
-    assert seal.attachment.seam.summary() == "rotation fused in 2 of 2 layers"
+    assert seal.attachment.patch.summary() == "rotation fused in 2 of 2 layers"
     called.clear()
     assert close(logits(model, tokens()), logits(base, tokens()))
     assert called == ["rope_attention"] * 2

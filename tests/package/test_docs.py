@@ -1,45 +1,38 @@
-"""Commands and links in the documentation: what is printed can be typed."""
+"""Commands, links and paths in the documentation: what is printed can be typed, and is there."""
 
-import glob
-import os
 import re
-import shlex
 
 import pytest
+from printed import PAGES, ROOT, commands, is_fragment, parser_of
 
-from seal_ops.cli import main as cli
-
-ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-PAGES = sorted(glob.glob(os.path.join(ROOT, "docs", "*.md"))) + [os.path.join(ROOT, "README.md")]
-PAGES = [page for page in PAGES if os.path.exists(page)]
+from seal_ops.cli.main import COMMANDS
 
 
-def commands(page):
-    with open(page, encoding="utf-8") as file:
-        text = file.read()
-    for block in re.findall(r"^```(?:bash|console|sh)\n(.*?)^```", text, re.M | re.S):
-        for line in block.replace("\\\n", " ").splitlines():
-            if line.startswith("seal "):
-                yield shlex.split(re.sub(r"\$\w+", "1", line), comments=True)  # variables of a loop: numbers
-
-
-@pytest.mark.parametrize("page", PAGES, ids=map(os.path.basename, PAGES))
+@pytest.mark.parametrize("page", PAGES)
 def test_commands_parse(page, capsys):
-    for words in commands(page):
-        words = [word for word in words if not word.startswith("--config")]
-        if words[1:] and words[1] in cli.COMMANDS and "eval.yaml" not in words:
-            try:
-                cli._parser(words[1:]).parse_args(words[1:])
-            except SystemExit:
-                pytest.fail(f"{' '.join(words)}: {capsys.readouterr().err}")
-        elif words[1:]:
-            assert words[1] in cli.COMMANDS or words[1].startswith("-"), " ".join(words)
+    for command in commands(page):
+        if command.words[0] != "seal":
+            continue
+        assert command.words[1] in COMMANDS, command.text
+        parser = parser_of(command)
+        if is_fragment(command):
+            for action in parser._actions:
+                action.required = False
+        try:
+            parser.parse_args(command.words[2:])
+        except SystemExit:
+            pytest.fail(f"{command.text}: {capsys.readouterr().err}")
 
 
-@pytest.mark.parametrize("page", PAGES, ids=map(os.path.basename, PAGES))
+@pytest.mark.parametrize("page", PAGES)
 def test_links_lead_somewhere(page):
-    with open(page, encoding="utf-8") as file:
-        links = re.findall(r"\]\(([^)#\s]+)", file.read())
-    for link in links:
+    for link in re.findall(r"\]\(([^)#\s]+)", (ROOT / page).read_text(encoding="utf-8")):
         if not re.match(r"[a-z]+://", link):
-            assert os.path.exists(os.path.join(os.path.dirname(page), link)), f"{os.path.basename(page)}: {link}"
+            assert ((ROOT / page).parent / link).exists(), link
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_paths_of_the_repository_are_there(page):
+    folders = "|".join(path.name for path in ROOT.iterdir() if path.is_dir() and not path.name.startswith("."))
+    for path in re.findall(rf"`((?:{folders})/[\w./-]*)`", (ROOT / page).read_text(encoding="utf-8")):
+        assert (ROOT / path).exists() or list(ROOT.glob(f"{path}.*")), path

@@ -10,7 +10,7 @@ import xml.etree.ElementTree as xml
 from html.parser import HTMLParser
 
 import pytest
-from influences import made
+from importances import made
 
 from seal_ops.evaluation.results import Evaluation
 from seal_ops.experiments.comparison import Comparison
@@ -59,7 +59,7 @@ def folder(tmp_path_factory):
     found.seconds = {"ablation": 1.0}
     writers.write_head_importance(found, tmp_path)
     groups = group_by_sign(found, "accuracy", noise=0)
-    writers.write_quadrants({n: evaluation(n) for n in ("base", "both")}, groups, found.units, tmp_path, "accuracy")
+    writers.write_quadrants({n: evaluation(n) for n in ("base", "both")}, groups, found.units, tmp_path, "accuracy", 0)
     evaluation("base").save(tmp_path / "raw" / "base.json")
     (tmp_path / "other.csv").write_text("name,value\nalpha,1\nbeta & gamma,2\n")
     (tmp_path / "broken.json").write_text("{")
@@ -101,7 +101,7 @@ def test_report_is_one_whole_file(folder):
         "A & B",
         "Comparison of methods",
         "Transfer",
-        "Head influence",
+        "Head importance",
         "Quadrant experiment",
         "Evaluations",
     ):
@@ -174,8 +174,8 @@ def test_depth_by_length(tmp_path):
         plots.depth_by_length(evaluation("base"), tmp_path / "a.jpg")
 
 
-def test_head_influence_of_a_large_model_stays_legible(tmp_path):
+def test_head_importance_of_a_large_model_stays_legible(tmp_path):
     grid = [[(layer - 20) * (head - 30) / 100 for head in range(64)] for layer in range(40)]
-    plots.head_influence({"512": grid, "2048": grid}, tmp_path / "heads.png", label="nats", title="large")
+    plots.head_importance({"512": grid, "2048": grid}, tmp_path / "heads.png", label="nats", title="large")
     width, height = struct.unpack(">II", (tmp_path / "heads.png").read_bytes()[16:24])
     assert width < 5000 and height > 800

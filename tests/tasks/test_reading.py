@@ -126,8 +126,8 @@ def test_a_thinking_models_output_is_scored_behind_its_reasoning(monkeypatch):
     class Count(tasks.Task):
         name = "count"
 
-        def write(self, rng, units, *, index, split):
-            return "x" * units, f"It is {units}.", {"number": units}
+        def write(self, rng, num_items, *, index, split):
+            return "x" * num_items, f"It is {num_items}.", {"number": num_items}
 
         def score(self, sample, text):
             return float(text == sample.answer)

@@ -15,13 +15,13 @@ from seal_ops.tasks.vocabulary import ADJECTIVES, NOUNS
 def test_samples_fill_the_length(length, chat):
     tok = tokenizer(chat)
     for sample in tasks.lines(tok, length=length, samples=5):
-        assert len(sample) + tasks.lines.room <= length
+        assert len(sample) + tasks.lines.reserve <= length
         one_more = sample.prompt.count("\nline ") + 1
         longer, answer, _ = tasks.lines.write(
             random.Random(f"lines/train/0/{length}/{sample.meta['index']}"), one_more, index=0, split="train"
         )
         more = sum(map(len, tasks.Encoder(tok)(longer, answer)))
-        assert more + tasks.lines.room > length, "another line would have fitted"
+        assert more + tasks.lines.reserve > length, "another line would have fitted"
 
 
 def test_wording_and_target():
@@ -29,7 +29,7 @@ def test_wording_and_target():
     meta = sample.meta
     body = sample.prompt.split("\n\n")[1].split("\n")
     assert body[meta["line"]] == f"line {meta['key']}: REGISTER_CONTENT is <{meta['number']}>"
-    assert len(body) == meta["units"] and len({line.split(":")[0] for line in body}) == len(body)
+    assert len(body) == meta["num_items"] and len({line.split(":")[0] for line in body}) == len(body)
     assert sample.prompt.startswith("Below is a record of lines I want you to remember. Each line begins with ")
     assert sample.prompt.endswith(
         f"\nNow the record is over. Tell me what is the <REGISTER_CONTENT> in line {meta['key']}? I need the number.\n"
@@ -106,7 +106,7 @@ def test_line_score(text, right):
 
 def test_a_task_in_one_class():
     samples = Colours()(tokenizer(), length=120, samples=4)
-    assert all(100 <= len(s) + Colours.room <= 120 for s in samples)
+    assert all(100 <= len(s) + Colours.reserve <= 120 for s in samples)
     assert Colours().score(samples[0], samples[0].answer) == 1
     assert isinstance(tasks.get("test_tasks:Colours"), Colours)
     assert tasks.get("lines") is tasks.lines is tasks.get(tasks.lines)

@@ -13,6 +13,7 @@ import seal_ops
 from seal_ops import tasks
 from seal_ops.tasks.document_qa import DocumentQA, word_f1
 from seal_ops.tasks.needle_in_haystack import Needle
+from seal_ops.utils.progress import bar
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 # Byte-level: any text can be written in it.
@@ -27,7 +28,7 @@ def test_fills_the_length_and_scores_its_own_answer(name):
     assert task.name == name
     samples = task(TOKENIZER, length=900, samples=6)
     for sample in samples:
-        assert 900 - task.room - 60 < len(sample) <= 900 - task.room
+        assert 900 - task.reserve - 60 < len(sample) <= 900 - task.reserve
         assert task.score(sample, sample.answer) == 1
         assert len(TOKENIZER(sample.answer)["input_ids"]) < task.max_new_tokens
         assert json.loads(sample.to_json())["meta"] == sample.meta
@@ -207,11 +208,23 @@ def test_none_draws_a_bar_on_a_terminal(progress, terminal, drawn, monkeypatch, 
     assert ("writing samples" in capsys.readouterr().err) == drawn
 
 
+def test_a_bar_inside_a_bar_is_not_drawn(monkeypatch, capsys):
+    """Nor one inside a step that was asked to be silent."""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    for enabled in (True, False):
+        with bar(2, "outer", enabled):
+            tasks.passkey.generate(TOKENIZER, 200, 2)
+        shown = capsys.readouterr().err
+        assert "writing samples" not in shown and ("outer" in shown) == enabled
+    tasks.passkey(TOKENIZER, 200, 2)
+    assert "writing samples" in capsys.readouterr().err, "drawn where nothing is said and no step is around it"
+
+
 def test_long_documents_lose_their_middle(tmp_path):
     path = write_documents(tmp_path / "qa.jsonl", rows=3, words=2000)
     task = DocumentQA(path, held_out=0)
     for sample in task(TOKENIZER, length=900, samples=3):
-        assert 870 < len(sample) + task.room <= 900 and 0 < sample.meta["kept"] < 1
+        assert 870 < len(sample) + task.reserve <= 900 and 0 < sample.meta["kept"] < 1
         i = sample.meta["row"] - 1
         assert f"Sentence {i} 0 follows" in sample.prompt and f"Sentence {i} 499 follows." in sample.prompt
         assert f"Sentence {i} 250 " not in sample.prompt and "\n...\n" in sample.prompt

@@ -29,6 +29,7 @@ struct BackwardKernelParams : AttentionBackwardParams {
   int32_t section;             // (batch row, head, split) pairs whose tiles are interleaved in launch order
   int32_t last_section;        // first pair of the last section, which reaches to the end
   int32_t task_count;          // tiles of keys times pairs
+  bool turn_by_vectors;        // half-split rotation with tables of cos and sin that 16-byte reads fit
   int32_t* task_counter;       // tasks claimed beyond the first of each thread block; attention_backward_rows sets it to 0
 
   float *lse2, *delta;         // [heads_q, padded_rows_q]: lse * log2(e) (+inf: no probability), rowsum(g * (out - offset)) - grad_lse

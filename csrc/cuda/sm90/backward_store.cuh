@@ -36,6 +36,69 @@ SEAL_DEVICE void stage_rows(float* tile, const float (&accumulator)[kD / 2], int
   }
 }
 
+// Eight values of a table from `index` on; 16-byte aligned (BackwardKernelParams::turn_by_vectors).
+SEAL_DEVICE void read_eight(const void* data, int64_t index, int type, float (&x)[8]) {
+  if (type == 2) {
+    const float4* const from = reinterpret_cast<const float4*>(static_cast<const float*>(data) + index);
+    const float4 a = __ldg(from), b = __ldg(from + 1);
+    x[0] = a.x, x[1] = a.y, x[2] = a.z, x[3] = a.w, x[4] = b.x, x[5] = b.y, x[6] = b.z, x[7] = b.w;
+    return;
+  }
+  const uint4 four = __ldg(reinterpret_cast<const uint4*>(static_cast<const uint16_t*>(data) + index));
+  const uint32_t words[4] = {four.x, four.y, four.z, four.w};
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    const uint32_t bits = i % 2 == 0 ? words[i / 2] & 0xffffu : words[i / 2] >> 16;
+    x[i] = type == 0 ? __uint_as_float(bits << 16) : __half2float(__ushort_as_half(static_cast<unsigned short>(bits)));
+  }
+}
+
+template <class T>
+SEAL_DEVICE void store_eight(T* to, const float (&x)[8], float factor) {
+  *reinterpret_cast<uint4*>(to) = make_uint4(pack<T>(x[0] * factor, x[1] * factor), pack<T>(x[2] * factor, x[3] * factor),
+                                             pack<T>(x[4] * factor, x[5] * factor), pack<T>(x[6] * factor, x[7] * factor));
+}
+
+SEAL_DEVICE void load_eight(const float* from, float (&x)[8]) {
+  const float4 a = *reinterpret_cast<const float4*>(from), b = *reinterpret_cast<const float4*>(from + 4);
+  x[0] = a.x, x[1] = a.y, x[2] = a.z, x[3] = a.w, x[4] = b.x, x[5] = b.y, x[6] = b.z, x[7] = b.w;
+}
+
+// store_rows with a half-split rotation taken back: a lane holds the two times eight channels that turn together, so it reads
+// cos and sin once for both, 16 bytes at a time. `to`: channel 0 of the head in row 0; `stride`: from row to row.
+template <class T, int kD>
+SEAL_DEVICE void store_turned_rows(const BackwardKernelParams& p, const float* tile, int rows, T* to, int64_t stride, int64_t token,
+                                   int batch_row, float factor, const BackwardPositions& positions) {
+  const int lane = threadIdx.x % 32, half = p.rotary_dim / 2, pairs = half / 8;
+  const int items = pairs + (p.head_dim - p.rotary_dim) / 8, rows_at_once = 32 / items;  // behind the pairs: channels that do not turn
+  if (lane >= rows_at_once * items) return;
+  const int item = lane % items;
+  const bool turns = item < pairs;
+  const int channel = turns ? item * 8 : p.rotary_dim + (item - pairs) * 8;
+#pragma unroll 2
+  for (int row = lane / items; row < rows; row += rows_at_once) {
+    float x[8];
+    load_eight(tile + row * (kD + kPad) + channel, x);
+    if (turns) {
+      const int64_t wanted = position_of(positions, batch_row, token + row);
+      const bool inside = wanted >= 0 && wanted < p.cos_rows;
+      const int64_t position = inside ? wanted : 0;
+      float cos[8], sin[8], y[8];
+      read_eight(p.cos, batch_row * p.cos_batch_stride + position * p.cos_row_stride + channel, p.cos_type, cos);
+      read_eight(p.sin, batch_row * p.sin_batch_stride + position * p.sin_row_stride + channel, p.cos_type, sin);
+      load_eight(tile + row * (kD + kPad) + channel + half, y);
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        const float first = inside ? x[i] * cos[i] + y[i] * sin[i] : NAN;
+        y[i] = inside ? y[i] * cos[i] - x[i] * sin[i] : NAN;
+        x[i] = first;
+      }
+      store_eight(to + row * stride + channel + half, y, factor);
+    }
+    store_eight(to + row * stride + channel, x, factor);
+  }
+}
+
 // One warp writes rows [0, rows) of a tile of kD + kPad floats a row to global memory, times `factor`, after the inverse rotation
 // where `rotate`. `token` is the tensor's row (packed: of the whole tensor) of tile row 0.
 template <class T, int kD>
@@ -58,6 +121,13 @@ SEAL_DEVICE void store_rows(const BackwardKernelParams& p, const float* tile, in
     }
     return;
   }
+  if (p.turn_by_vectors) {
+    const int64_t stride = static_cast<int64_t>(heads) * p.head_dim;
+    T* const to = static_cast<T*>(output) + (batch_row * rows_per_batch + token) * stride + head * p.head_dim;
+    store_turned_rows<T, kD>(p, tile, rows, to, stride, token, batch_row, factor, positions);
+    return;
+  }
+  // Interleaved pairs, and tables that 16-byte reads do not fit.
   for (int row = lane / kChunks; row < rows; row += kRowsAtOnce) {
     const int channel = lane % kChunks * 8;
     if (channel >= p.head_dim) continue;

@@ -35,17 +35,6 @@ struct ForwardConfig {
   SEAL_DEVICE static int present_slabs(int head_dim) { return kHeadDim <= 128 ? slabs(kHeadDim) : slabs(head_dim); }
 };
 
-// Who fills and who empties what. `full` barriers are arrived at by the side that fills, `empty` ones by the side that reads; the other
-// side waits. Arrivals are one a warp of consumers (its lane 0), one a producing warp.
-//
-//   buffer               filled by                  read by                            count of full, empty
-//   tile, scale [slot]   warp 1                     warp 0 and the consumers           1, kConsumerWarps + 1
-//   q [stage]            warp 0 (copy engine)       the consumers; at head_dim up to   1 and bytes, kConsumerWarps
-//                                                   128 emptied when O has left it
-//   k, v [stage]         warp 0 (copy engine)       the consumers, each for each       1 and bytes, kConsumerWarps
-//                                                   block, also those it need not see
-//
-// out_empty: O has left v, through which it goes where Q has one place only. tile_wanted: warp 0 wants the next tile.
 // The blocks that a warpgroup's rows see.
 template <class Config>
 struct Work : KeyTiles<Config::kBlockN, Config::kMasking>::Part {
@@ -68,6 +57,18 @@ struct alignas(16) RowLimits {
   int begin, end, sink_end;
 };
 
+// Who fills and who empties what. `full` barriers are arrived at by the side that fills, `empty` ones by the side that reads; the other
+// side waits. Arrivals are one a warp of consumers (its lane 0), one a producing warp.
+//
+//   buffer               filled by                  read by                            count of full, empty
+//   tile, scale, limits, warp 1                     warp 0 and the consumers           1, kConsumerWarps + 1
+//     work [slot]
+//   q [stage]            warp 0 (copy engine)       the consumers; at head_dim up to   1 and bytes, kConsumerWarps
+//                                                   128 emptied when O has left it
+//   k, v [stage]         warp 0 (copy engine)       the consumers, each for each       1 and bytes, kConsumerWarps
+//                                                   block, also those it need not see
+//
+// out_empty: O has left v, through which it goes where Q has one place only. tile_wanted: warp 0 wants the next tile.
 template <class Config>
 struct Shared {
   uint8_t q[Config::kQStages][Config::kWarpgroups][Config::kQBytes];

@@ -19,12 +19,16 @@ from ...huggingface.origin import provenance
 from ...utils.files import atomic_write
 
 FOLDER = os.path.join(os.path.dirname(os.path.abspath(__file__)), "longeval")
-ROOM = 1024  # tokens beyond `length` for chat format and output
+RESERVE = 1024  # tokens beyond `length` for chat format and output
 _ADVICE = ("`pretrained` model kwarg is not of type `str`",)  # that its loading options have no effect
 
 
 def require() -> None:
-    """Raises ``ImportError``, one sentence, where the package ``lm_eval`` is missing."""
+    """Makes sure that the package ``lm_eval`` is there.
+
+    Raises:
+        ImportError: it is not; the message says how to install it.
+    """
     try:
         import lm_eval  # noqa: F401
     except ImportError as error:
@@ -110,7 +114,7 @@ def _wrapped(model, tokenizer, batch_size, length, max_length):
     known = inspect.signature(HFLM.__init__).parameters
     options = {"enable_thinking": False} if "enable_thinking" in known else {}
     # The harness fits prompts into the window that the config speaks of, less the output: a length equal to it, too.
-    most = max(window(model) or 0, length + ROOM) if whole else max_length
+    most = max(window(model) or 0, length + RESERVE) if whole else max_length
     # It changes the tokenizer's padding.
     return Whole(
         pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size, max_length=most, **options

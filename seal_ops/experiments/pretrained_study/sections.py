@@ -4,7 +4,7 @@
 and DoRA on the
 same; ``beyond`` contexts longer than the model's; ``curve`` accuracy by samples and by rate; ``length`` trained short
 and measured
-long; ``heads`` influence, quadrants and retrieval score; ``transfer`` scales of one task on all tasks and other
+long; ``heads`` importance, quadrants and retrieval score; ``transfer`` scales of one task on all tasks and other
 wordings;
 ``elsewhere`` perplexity and merging; ``quantised`` scales on a 4-bit base; ``format``
 the base without its chat template.
@@ -18,7 +18,7 @@ import torch
 from ...adapters.merging import merge
 from ...evaluation.language_modeling import perplexity
 from ...evaluation.runner import evaluate
-from ...huggingface.context_extension import extended
+from ...huggingface.context_extension.extending import extended
 from ...tasks import wordings
 from ...tasks.base import Task
 from ...training.recipe import GRANULARITIES
@@ -30,6 +30,7 @@ from .workbench import REWORDED, VALIDATION, _Drawn, named
 
 SCALED = tuple(GRANULARITIES)
 LOW_RANK = ("LoRA", "DoRA")
+RATE = "rate-"  # begins the names of the rate curve's scales
 
 
 @dataclass(frozen=True)
@@ -105,6 +106,8 @@ def jobs(plan: Plan) -> list[Job]:
 
 def _rank(plan, name):
     section, _, rest = name.partition("-")
+    if name == "elsewhere-rates":  # behind the trainings that it reads
+        section = "curve"
     if section in ("main", "adapters"):
         task, _, seed = rest.rpartition("-")
         first, core = int(seed) == plan.seeds[0], task in plan.adapter_tasks
@@ -216,7 +219,7 @@ def _beyond_job(plan, kind, factor, length):
     def run(bench):
         lr = bench.result(f"main-{task}-{seed}")["training"]["SEAL-C"]["lr"]
         lengths = [n for n in plan.lengths[-1:]] + [length]
-        with extended(bench.model, kind, factor):
+        with extended(bench.model, kind, factor=factor):
             measured = {"base": bench.measure(task, lengths, plan.beyond_cases, seed)}
             with bench.with_scales(f"{task}-SEAL-C-{seed}"):
                 measured[f"SEAL-C of {plan.longest}"] = bench.measure(task, lengths, plan.beyond_cases, seed)
@@ -270,8 +273,14 @@ def _curve(plan):
         return Job(f"curve-samples-{count}", run, 14 + count * 0.4, drawn, (f"main-{task}-{seed}",))
 
     def by_rate(method, lr):
+        def then(bench, model):
+            model.seal_scales.save_pretrained(bench.scales_folder(_rate_name(task, method, lr)))
+            return bench.measure(task, (plan.lengths[0], longest), plan.curve_cases, seed, model)
+
         def run(bench):
-            training, measured = bench.search(method, task, longest, plan.samples, (lr,), seed, measure_with(bench))
+            training, measured = bench.search(
+                method, task, longest, plan.samples, (lr,), seed, lambda model: then(bench, model), validate=True
+            )
             measured = {method: measured}
             return {
                 "task": task,
@@ -282,14 +291,22 @@ def _curve(plan):
                 "summary": _line(measured),
             }
 
-        drawn = (*_tests(plan, task, (longest,), plan.curve_cases), (task, longest, plan.samples, seed, "train"))
-        return Job(f"curve-rate-{method}-{lr:g}", run, 18, drawn)
+        drawn = (
+            *_tests(plan, task, (plan.lengths[0], longest), plan.curve_cases),
+            (task, longest, plan.samples, seed, "train"),
+            (task, longest, VALIDATION, seed + 1, "train"),
+        )
+        return Job(f"curve-rate-{method}-{lr:g}", run, 22, drawn)
 
     def measure_with(bench):
         return lambda model: bench.measure(task, (longest,), plan.curve_cases, seed, model)
 
     rates = [(method, lr) for method in SCALED for lr in plan.curve_rates[method]]
     return [by_samples(count) for count in plan.curve_samples] + [by_rate(*pair) for pair in rates]
+
+
+def _rate_name(task, method, lr):
+    return f"{RATE}{task}-{method}-{lr:g}"
 
 
 def _line(measured):
@@ -331,7 +348,7 @@ def _length(plan):
 def _heads(plan):
     task, seed = plan.curve_task, plan.seeds[0]
 
-    def influence(bench):
+    def importance(bench):
         found = measure_head_importance(
             bench.model,
             bench.tokenizer,
@@ -396,7 +413,7 @@ def _heads(plan):
     drawn = tuple((task, n, plan.heads_cases, seed, "train") for n in plan.heads_lengths)
     drawn += _tests(plan, task, (plan.heads_lengths[0], plan.longest), plan.curve_cases, seed)
     return [
-        Job("heads-influence", influence, 120, drawn),
+        Job("heads-importance", importance, 120, drawn),
         Job("heads-retrieval", retrieval, 20, (("needle", min(1024, plan.longest), 20, seed, "train"),)),
     ]
 
@@ -438,11 +455,11 @@ def _transfer(plan):
 def _elsewhere(plan):
     seed, task = plan.seeds[0], plan.curve_task
 
-    def run(bench):
+    def run(bench, names):
         found = {}
         with open(plan.text, encoding="utf-8", errors="replace") as file:
             text = file.read()
-        for name in (None, *(f"{t}-{m}-{seed}" for t in plan.tasks for m in SCALED)):
+        for name in (None, *names):
             if name is None or os.path.isdir(bench.scales_folder(name)):
                 with bench.with_scales(name):
                     found[name or "base"] = perplexity(bench.model, bench.tokenizer, text)
@@ -475,7 +492,13 @@ def _elsewhere(plan):
         )
     ]
     if plan.text is not None:
-        made.append(Job("elsewhere-perplexity", run, 25, (), tuple(f"main-{t}-{seed}" for t in plan.tasks)))
+        trained = [f"{t}-{m}-{seed}" for t in plan.tasks for m in SCALED]
+        needs = tuple(f"main-{t}-{seed}" for t in plan.tasks)
+        made.append(Job("elsewhere-perplexity", lambda bench: run(bench, trained), 25, (), needs))
+        rates = [(m, lr) for m in SCALED for lr in plan.curve_rates[m]]  # what the rate gains beside what it costs
+        names = [_rate_name(task, m, lr) for m, lr in rates]
+        needs = tuple(f"curve-rate-{m}-{lr:g}" for m, lr in rates)
+        made.append(Job("elsewhere-rates", lambda bench: run(bench, names), 20, (), needs))
     return made
 
 

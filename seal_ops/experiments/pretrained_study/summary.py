@@ -10,7 +10,7 @@ from ...evaluation.statistics import holm, paired, spearman, wilson
 from ...utils.files import atomic_write, write_csv
 from ..runs import read_json_file
 from . import drawings
-from .sections import LOW_RANK, SCALED
+from .sections import LOW_RANK, RATE, SCALED
 
 METHODS = ("base", *SCALED, *LOW_RANK)
 SUMMARY, TABLES = "summary.json", "tables.md"
@@ -63,7 +63,7 @@ def _section(found, name):
 
 
 def _main(found):
-    """Cells pooled over seeds, and paired tests on the cases that both have, at the longest length."""
+    """Cells pooled over seeds, and paired tests on the cases that both have, at the longest and the shortest length."""
     scores: dict[str, dict[str, dict[int, dict[int, list]]]] = {}  # [task][method][length][seed]
     for job in _section(found, "main") + _section(found, "adapters"):
         for method, measured in job["measured"].items():
@@ -88,10 +88,10 @@ def _main(found):
     ]
     tests = []
     for task, by_method in scores.items():
-        longest = max(by_method["base"])
-        pairs = [("base", m, longest) for m in METHODS[1:]]
-        pairs += [(a, b, longest) for a, b in (("SEAL-H", "SEAL-C"), ("SEAL-C", "LoRA"), ("SEAL-C", "DoRA"))]
-        pairs += [("base", m, min(by_method["base"])) for m in METHODS[1:]]
+        shortest, longest = min(by_method["base"]), max(by_method["base"])
+        pairs = [("base", m, longest) for m in METHODS[1:]] + [("SEAL-H", "SEAL-C", longest)]
+        pairs += [(a, b, longest) for a in SCALED for b in LOW_RANK]
+        pairs += [("base", m, shortest) for m in METHODS[1:]] + [("SEAL-C", m, shortest) for m in LOW_RANK]
         for first, second, length in pairs:
             if first in by_method and second in by_method:
                 row = {"task": task, "first": first, "second": second, "length": length}
@@ -127,11 +127,14 @@ def _training(found):
 
 
 def _curve(found, plan_samples):
-    """Accuracy at the longest length, by samples and by rate."""
+    """Accuracy at the longest length, by samples and by rate; of a rate also what it does elsewhere."""
+    perplexities = found.get("elsewhere-rates", {}).get("perplexity", {})
     rows = []
     for job in _section(found, "curve"):
+        main = found.get(f"main-{job['task']}-0", {})
         for method, measured in job["measured"].items():
-            (values,) = measured["scores"].values()
+            scores = {int(length): values for length, values in measured["scores"].items()}
+            shortest, longest = min(scores), max(scores)
             training = job["training"][method]
             row = {
                 "method": method,
@@ -139,21 +142,50 @@ def _curve(found, plan_samples):
                 "lr": training["lr"],
                 "seconds": training["seconds"],
             }
-            row |= {"last_loss": training["last_losses"][-1], **cell(values)}
+            row |= {"last_loss": training["last_losses"][-1], **cell(scores[longest])}
+            row["against_base"] = _against_base(found, job["task"], longest, scores[longest])
+            row["validation_loss"] = training.get("tried", {}).get(f"{training['lr']:g}")
+            row["shortest"] = _mean(scores[shortest]) if shortest < longest else None
+            if shortest < longest:
+                row["shortest_against_base"] = _against_base(found, job["task"], shortest, scores[shortest])
+            scales = f"{RATE}{job['task']}-{method}-{training['lr']:g}"
+            if row["samples"] is None and scales in perplexities:
+                row["perplexity_change"] = perplexities[scales]["perplexity"] / perplexities["base"]["perplexity"] - 1
             rows.append(row)
-            chosen = found.get(f"main-{job['task']}-0", {}).get("training", {}).get(method, {})
+            chosen = main.get("training", {}).get(method, {})
             if row["samples"] is None and chosen.get("lr") == row["lr"]:  # of both curves
                 rows.append({**row, "samples": plan_samples})
     return rows
 
 
+def _against_base(found, task, length, values):
+    """The paired test on the cases of the first seed on which the base was measured too; None where it was not."""
+    key = str(length)
+    importance, main = found.get("heads-importance", {}), found.get(f"main-{task}-0", {})
+    base = importance.get("quadrants", {}).get("base", {}).get(key) if importance.get("task") == task else None
+    base = base or main.get("measured", {}).get("base", {}).get("scores", {}).get(key)  # which are fewer cases
+    if not base:
+        return None
+    count = min(len(base), len(values))
+    return {"base": _mean(base[:count]), **vars(paired(base[:count], values[:count]))}
+
+
 def _length(found):
-    return [
-        {"method": method, "train_length": job["train_length"], "length": int(length), **cell(values)}
-        for job in _section(found, "length")
-        for method, measured in job["measured"].items()
-        for length, values in measured["scores"].items()
-    ]
+    """Accuracy by the length trained at, on the cases of the first seed; the main table's training is one of them."""
+    jobs = _section(found, "length")
+    rows = []
+    for main in {job["task"]: found.get(f"main-{job['task']}-0") for job in jobs}.values():
+        for method, measured in (main or {"measured": {}})["measured"].items():
+            longest = max(map(int, measured["scores"]))
+            rows += _at_lengths(measured, method=method, train_length="" if method == "base" else longest)
+    for job in jobs:
+        for method, measured in job["measured"].items():
+            rows += _at_lengths(measured, method=method, train_length=job["train_length"])
+    return rows
+
+
+def _at_lengths(measured, **names):
+    return [{**names, "length": int(length), **cell(values)} for length, values in measured["scores"].items()]
 
 
 def _transfer(found):
@@ -166,6 +198,9 @@ def _transfer(found):
                 if base is not None:
                     row["against_base"] = vars(paired(base["measured"][task]["scores"][length], values))
                 rows.append(row)
+    tests = [row["against_base"] for row in rows if row["trained"] != "base" and "against_base" in row]
+    for test, p in zip(tests, holm([test["p"] for test in tests]), strict=True):
+        test["p_adjusted"] = p
     return rows
 
 
@@ -188,23 +223,25 @@ def _beyond(found):
 
 def _heads(found, folder):
     content = {}
-    influence, retrieval = found.get("heads-influence"), found.get("heads-retrieval")
-    if influence is not None:
-        content["agreement"], content["groups"] = influence["agreement"], influence["groups"]
+    importance, retrieval = found.get("heads-importance"), found.get("heads-retrieval")
+    if importance is not None:
+        content["agreement"], content["groups"] = importance["agreement"], importance["groups"]
         content["quadrants"] = [
             {
                 "variant": name,
                 "length": int(length),
                 **cell(values),
-                "against_base": vars(paired(influence["quadrants"]["base"][length], values)),
+                "against_base": vars(paired(importance["quadrants"]["base"][length], values)),
             }
-            for name, lengths in influence["quadrants"].items()
+            for name, lengths in importance["quadrants"].items()
             for length, values in lengths.items()
         ]
-        logprobs = {key.split()[1]: values for key, values in influence["changes"].items() if key.startswith("logprob")}
+        logprobs = {
+            key.split()[1]: values for key, values in importance["changes"].items() if key.startswith("logprob")
+        }
         content["largest"] = {
             length: [
-                {"layer": influence["units"][i][0], "head": influence["units"][i][1], "change": values[i]}
+                {"layer": importance["units"][i][0], "head": importance["units"][i][1], "change": values[i]}
                 for i in sorted(range(len(values)), key=lambda i: values[i])[:5]
             ]
             for length, values in logprobs.items()
@@ -221,17 +258,17 @@ def _heads(found, folder):
         content["retrieval"]["best"] = [
             {"layer": i // width, "head": i % width, "score": round(float(scores[i]), 4)} for i in order
         ]
-        content["correlations"] = _correlations(scores, influence, folder)
+        content["correlations"] = _correlations(scores, importance, folder)
     return content
 
 
-def _correlations(retrieval, influence, folder):
-    """Spearman's, head by head: of the retrieval score with influence and with how far learned scales moved."""
+def _correlations(retrieval, importance, folder):
+    """Spearman's, head by head: of the retrieval score with importance and with how far learned scales moved."""
     rows = {}
-    if influence is not None:
-        for key, values in influence["changes"].items():
+    if importance is not None:
+        for key, values in importance["changes"].items():
             if not key.startswith("accuracy"):
-                rows[f"influence, {key}"] = spearman(retrieval, -torch.tensor(values))
+                rows[f"importance, {key}"] = spearman(retrieval, -torch.tensor(values))
     for name, layers in _learned(folder).items():
         moved = torch.cat([(layer - 1).abs().reshape(layer.shape[0], -1).mean(1) for layer in layers])
         rows[f"moved by {name}"] = spearman(retrieval, moved)
@@ -252,7 +289,11 @@ def _learned(folder):
 
 def _similarity(folder):
     """Pearson's correlation of what two trainings of one method moved: of one task from two draws, and of two tasks."""
-    vectors = {name: torch.cat([layer.flatten() for layer in layers]) - 1 for name, layers in _learned(folder).items()}
+    vectors = {
+        name: torch.cat([layer.flatten() for layer in layers]) - 1
+        for name, layers in _learned(folder).items()
+        if not name.startswith(RATE)  # those differ in the rate, not in the draw
+    }
     rows = []
     for method in SCALED:
         mine = {tuple(name.split(f"-{method}-")): v for name, v in vectors.items() if f"-{method}-" in name}
@@ -344,10 +385,26 @@ def _markdown(content) -> str:
     parts += ["## Training", _table(head, rows)]
     if content["curve"]:
         rows = [
-            (r["method"], r["samples"] or "", f"{r['lr']:g}", _shown(r), f"{r['seconds']:.1f}")
-            for r in content["curve"]
+            (
+                r["method"],
+                r["samples"] or "",
+                f"{r['lr']:g}",
+                _shown(r),
+                _test(r["against_base"]),
+                "" if r["shortest"] is None else f"{r['shortest']:.2f}",
+                _test(r.get("shortest_against_base")),
+                "" if r["validation_loss"] is None else f"{r['validation_loss']:.4f}",
+                f"{100 * r['perplexity_change']:+.1f} %" if "perplexity_change" in r else "",
+                f"{r['seconds']:.1f}",
+            )
+            for r in sorted(
+                content["curve"], key=lambda r: (r["samples"] is None, r["method"], r["samples"] or r["lr"])
+            )
         ]
-        parts += ["## Samples and rate", _table(("method", "samples", "lr", "accuracy", "seconds"), rows)]
+        against = "against the base"
+        head = ("method", "samples", "lr", "accuracy", against, "at the shortest", against, "validation loss")
+        head += ("perplexity", "seconds")
+        parts += ["## Samples and rate", _table(head, rows)]
     for key, names in (
         ("length", ("method", "train_length")),
         ("beyond", ("kind", "factor", "method")),
@@ -357,13 +414,28 @@ def _markdown(content) -> str:
         if content[key]:
             parts += [f"## {key}", _by_length(content[key], names)]
     if content["transfer"]:
+        lost = [
+            (
+                r["trained"],
+                r["measured"],
+                r["length"],
+                f"{r['against_base']['difference']:+.2f}",
+                _test(r["against_base"]),
+                _p(r["against_base"]["p_adjusted"]),
+            )
+            for r in content["transfer"]
+            if r.get("against_base", {}).get("difference", 0) <= drawings.MARKED
+        ]
         for length in sorted({r["length"] for r in content["transfer"]}):
             parts += [
                 f"## Transfer at {length} tokens",
                 _matrix([r for r in content["transfer"] if r["length"] == length]),
             ]
+        head = ("trained on", "measured", "tokens", "difference", "better / worse", "Holm")
+        if lost:
+            parts += ["### Where transfer costs: .03 and more below the base", _table(head, lost)]
     if content["heads"]:
-        parts += ["## Heads", "```json\n" + json.dumps(content["heads"], indent=1) + "\n```"]
+        parts += ["## Heads", *_head_tables(content["heads"])]
     if content["similarity"]:
         grouped: dict[tuple, list] = {}
         for row in content["similarity"]:
@@ -386,6 +458,32 @@ def _markdown(content) -> str:
     total = sum(content["seconds"].values())
     parts += [f"{len(content['seconds'])} jobs, {total:.0f} s of one GPU in all."]
     return "\n\n".join(parts) + "\n"
+
+
+def _head_tables(heads):
+    parts = []
+    if "agreement" in heads:
+        agreement = heads["agreement"]
+        rows = [(f"gradient and removal, {n} tokens", f"{r:.2f}") for n, r in agreement["gradient_ablation"].items()]
+        rows += [(f"removal at {n.replace(',', ' and ')} tokens", f"{r:.2f}") for n, r in agreement["lengths"].items()]
+        parts += ["### Agreement over the heads, Spearman", _table(("", "correlation"), rows)]
+        counted = ", ".join(f"{n} {name}" for name, n in heads["groups"].items())
+        rows = [(r["variant"], r["length"], _shown(r), _test(r["against_base"])) for r in heads["quadrants"]]
+        head = ("heads", "tokens", "accuracy", "better / worse")
+        parts += [f"### Steps of a tenth by group: {counted}", _table(head, rows)]
+        rows = [
+            (n, ", ".join(f"{h['layer']}.{h['head']} {h['change']:.1f}" for h in found))
+            for n, found in heads["largest"].items()
+        ]
+        parts += ["### Largest loss of log-probability when removed (layer.head)", _table(("tokens", "nats"), rows)]
+    if "retrieval" in heads:
+        found = heads["retrieval"]
+        best = ", ".join(f"{h['layer']}.{h['head']} {h['score']:.2f}" for h in found["best"])
+        rows = [(found["heads"], found["over_0.5"], found["over_0.1"], best)]
+        parts += ["### Retrieval score", _table(("heads", "over .5", "over .1", "highest (layer.head)"), rows)]
+        rows = [(name, f"{r:.2f}") for name, r in heads["correlations"].items()]
+        parts += ["### The retrieval score's rank correlation", _table(("with", "correlation"), rows)]
+    return parts
 
 
 def _by_length(rows, names):
@@ -417,6 +515,11 @@ def _matrix(rows):
 
 def _shown(row):
     return f"{row['accuracy']:.2f} [{row['low']:.2f}, {row['high']:.2f}]"
+
+
+def _test(test):
+    """A paired test in one cell."""
+    return "" if test is None else f"{test['better']} / {test['worse']} of {test['cases']}, p = {_p(test['p'])}"
 
 
 def _p(value):

@@ -51,7 +51,7 @@ class Samples:
         key = (task, length, count, seed, split)
         found = self.drawn.get(key)
         if found is None:
-            found = named(task).generate(self.tokenizer, length, count, seed, split=split)
+            found = named(task).generate(self.tokenizer, length, count, seed, split=split, progress=False)
         self.drawn[key] = found.result() if isinstance(found, Future) else found
         return self.drawn[key]
 
@@ -68,7 +68,7 @@ def _start_worker(model):
 
 
 def _draw(task, length, count, seed, split):
-    return named(task).generate(_tokenizer, length, count, seed, split=split)
+    return named(task).generate(_tokenizer, length, count, seed, split=split, progress=False)
 
 
 class _Drawn(Task):
@@ -76,7 +76,8 @@ class _Drawn(Task):
 
     def __init__(self, name, samples):
         task = named(name)
-        self.name, self.unit, self.max_new_tokens, self.stop = task.name, task.unit, task.max_new_tokens, task.stop
+        self.name, self.item, self.max_new_tokens = task.name, task.item, task.max_new_tokens
+        self.reserve, self.stop = task.reserve, task.stop
         self._name, self._task, self._samples = name, task, samples
 
     def generate(self, tokenizer, length, samples=50, seed=0, *, split="train", **options):
@@ -159,15 +160,26 @@ class Workbench:
             "last_losses": [round(x, 4) for x in result.losses[-5:]],
         }
 
-    def search(self, method: str, task: str, length: int, count: int, rates: Sequence[float], seed: int, then):
+    def search(
+        self,
+        method: str,
+        task: str,
+        length: int,
+        count: int,
+        rates: Sequence[float],
+        seed: int,
+        then,
+        *,
+        validate: bool = False,
+    ):
         """Trains at every rate and calls ``then(model)`` at the one with the least loss on further training-split
         samples.
 
         Returns ``(training, what then returned)``; ``training["tried"]`` has the validation loss of every rate,
-        ``"search_seconds"``
-        what all trainings took.  With one rate nothing is searched.
+        ``"search_seconds"`` what all trainings took.  One rate is validated only with ``validate``.
         """
-        validation = self.samples.get(task, length, VALIDATION, seed + 1, "train") if len(rates) > 1 else None
+        wanted = validate or len(rates) > 1
+        validation = self.samples.get(task, length, VALIDATION, seed + 1, "train") if wanted else None
         tried, spent, best = {}, 0.0, None
         for lr in rates:
             with self.adapted(method) as model:

@@ -22,7 +22,7 @@ def dataset(**kwargs):
     for length in kwargs.get("max_seq_lengths", [4096]):
         # Plain text: the harness puts it into a chat format where it is asked to.
         for sample in lines.generate(
-            tokenizer, length, kwargs.get("cases", 50), SEED, split="test", chat_template=False
+            tokenizer, length, kwargs.get("cases", 50), SEED, split="test", chat_template=False, progress=False
         ):
             meta = {key: sample.meta[key] for key in ("key", "number", "depth")}
             rows.append({"prompt": sample.prompt, "answer": sample.answer, "length": length, **meta})
