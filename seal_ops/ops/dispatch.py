@@ -74,7 +74,7 @@ def _best(op: str, device: torch.device, dtype: torch.dtype, head_dim: int, name
 @functools.cache
 def _warn_of_the_oracle(op: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> None:
     """Once for each kind of call: the oracle is right, but slow, and holds whole score matrices in fp64."""
-    declined = "backend cuda does not take this softmax_scale"  # the one reason that `why_not` cannot know
+    declined = "backend cuda does not take this mask or softmax_scale"  # the one reason that `why_not` cannot know
     reasons = "; ".join(why_not(name, op, device, dtype, head_dim) or declined for name in candidates(device)[:-1])
     warnings.warn(
         f"seal::{op}: the slow reference runs this call, in fp64 and with whole score matrices ({reasons}); "
@@ -84,7 +84,7 @@ def _warn_of_the_oracle(op: str, device: torch.device, dtype: torch.dtype, head_
 
 
 def choose(backend: str, op: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
-    """The backend that runs what csrc/ops/dispatch.cpp left to Python: the CUDA kernels decline some calls (a
+    """The backend that runs what csrc/ops/dispatch.cpp left to Python: the CUDA kernels decline some calls (a mask, a
     softmax scale of 0) on tensors that they otherwise take. Raises `why_not`'s sentence where a forced one cannot;
     warns where only the oracle can."""
     if backend != "auto":
