@@ -57,10 +57,15 @@ def rows_that_fit(model, length: int) -> int:
     config = model.config
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    row = 2 * config.num_hidden_layers * heads * head_dim * model.dtype.itemsize * length
+    row = 2 * config.num_hidden_layers * heads * head_dim * model.dtype.itemsize * _rounded(length)
     free, _ = torch.cuda.mem_get_info(model.device)
     free += torch.cuda.memory_reserved(model.device) - torch.cuda.memory_allocated(model.device)
     return max(1, min(MOST_ROWS, int(CACHE_SHARE * free) // row))
+
+
+def _rounded(length):
+    """The length of the cache that holds ``length`` tokens."""
+    return -(-length // ROUNDING) * ROUNDING
 
 
 def decode(
@@ -77,8 +82,7 @@ def decode(
     device = model.device
     graph = device.type == "cuda" if graph is None else graph
     lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
-    size = -(-(max(map(len, prompts)) + most) // ROUNDING) * ROUNDING
-    cache = _FixedCache(len(prompts), size)
+    cache = _FixedCache(len(prompts), _rounded(max(map(len, prompts)) + most))
     step = _Step(model, cache, _read(model, cache, prompts), lengths)
     with _decoding_attention(model):
         replay = None

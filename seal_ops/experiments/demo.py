@@ -122,7 +122,7 @@ def run(settings: Settings, output: str, *, progress: bool | None = None, log=pr
         known = PACKAGES[settings.model]
         log(f"   {known.title}; {known.license}")
     if not all(os.path.exists(os.path.join(folder, RESULTS)) for folder in folders.values()):
-        log(f"   about {_duration(_estimate(model, settings))} for all of it here, if nothing else wants the machine")
+        log(f"   about {_duration(_estimate(model, settings))} for all of it here, as busy as the machine is")
     del model
     return {
         task: _run_task(settings, task, folder, load_model_fn, origin, progress=progress, log=log)

@@ -39,7 +39,27 @@ class UnknownCaller(RuntimeError):
         self.module = module
 
 
-def attention_forward(
+def attention_forward(module: nn.Module, *tensors, **options) -> tuple[Tensor, None]:
+    """The entry of transformers' attention registry.
+
+    query [B, Hq, Sq, D], key and value [B, Hkv, Sk, D], ``attention_mask`` from `attention_mask` above, or a boolean or
+    additive mask [B, 1, Sq, Sk]; then the options of `_attend`, among them ``s_aux`` [Hq], attention sinks.  Returns
+    ([B, Sq, Hq, D], None), scaled by the module's scales.  Raises UnsupportedAttention for terms that the op does not
+    have.
+    """
+    layer = getattr(module, "_seal_layer", None)
+    if layer is None and not getattr(module, "_seal_bystander", False):
+        raise UnknownCaller(module)
+    return _attend(layer, module, *tensors, **options)
+
+
+def plain_attention_forward(module: nn.Module, *tensors, **options) -> tuple[Tensor, None]:
+    """`attention_forward` for a model without scales, under the name ``PLAIN``."""
+    return _attend(None, module, *tensors, **options)
+
+
+def _attend(
+    layer,
     module: nn.Module,
     query: Tensor,
     key: Tensor,
@@ -54,87 +74,12 @@ def attention_forward(
     seal_rotation: Rotation | None = None,
     **kwargs,
 ) -> tuple[Tensor, None]:
-    """The entry of transformers' attention registry.
-
-    query [B, Hq, Sq, D], key and value [B, Hkv, Sk, D], ``attention_mask`` from `attention_mask` above, or a boolean or
-    additive mask [B, 1, Sq, Sk]; ``s_aux`` [Hq]: attention sinks.  Returns ([B, Sq, Hq, D], None), scaled by the
-    module's scales.  Raises UnsupportedAttention for terms that the op does not have.
-    """
-    layer = getattr(module, "_seal_layer", None)
-    if layer is None and not getattr(module, "_seal_bystander", False):
-        raise UnknownCaller(module)
-    return _attend(
-        layer,
-        module,
-        query,
-        key,
-        value,
-        attention_mask,
-        scaling,
-        dropout,
-        sliding_window,
-        softcap,
-        is_causal,
-        s_aux,
-        seal_rotation,
-        **kwargs,
-    )
-
-
-def plain_attention_forward(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    is_causal: bool | None = None,
-    s_aux: Tensor | None = None,
-    **kwargs,
-) -> tuple[Tensor, None]:
-    """`attention_forward` for a model without scales, under the name ``PLAIN``."""
-    return _attend(
-        None,
-        module,
-        query,
-        key,
-        value,
-        attention_mask,
-        scaling,
-        dropout,
-        sliding_window,
-        softcap,
-        is_causal,
-        s_aux,
-        None,
-        **kwargs,
-    )
-
-
-def _attend(
-    layer,
-    module,
-    query,
-    key,
-    value,
-    attention_mask,
-    scaling,
-    dropout,
-    sliding_window,
-    softcap,
-    is_causal,
-    sink,
-    seal_rotation,
-    **kwargs,
-):
     for name, what in _UNSUPPORTED.items():
         if kwargs.get(name) is not None:
             raise UnsupportedAttention(
                 f"seal_ops.attach: model must have attention without {what}, {type(module).__name__} passes {name}"
             )
+    sink = s_aux  # transformers' name for it
     composed = _why_composed(query, key, value, softcap)
     if layer is not None and layer.probe is not None:
         return layer.probe.observe(query, key, value, seal_rotation, composed, sliding_window is not None), None

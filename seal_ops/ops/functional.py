@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import checks, epilogue, registration  # noqa: F401  registration defines the ops
-from .masks import Mask
+from .masks import BlockMask, Mask
 
 _attention = torch.ops.seal.attention.default
 _rope = torch.ops.seal.rope.default
@@ -25,7 +25,7 @@ def attention(
     softmax_scale: float | None = None,
     causal: bool = True,
     window: int | None = None,
-    mask: Mask | Sequence[int] | None = None,
+    mask: Mask | BlockMask | Sequence[int] | None = None,
     cu_seqlens: Tensor | None = None,
     cu_seqlens_k: Tensor | None = None,
     max_seqlen: int | None = None,
@@ -73,7 +73,7 @@ def attention(
         softmax_scale=softmax_scale,
         causal=causal,
         window=window,
-        mask=_integers("attention", mask, q),
+        **_mask_arguments("attention", mask, q),
         max_seqlen=max_seqlen,
         max_seqlen_k=max_seqlen_k,
         deterministic=bool(deterministic),
@@ -130,7 +130,7 @@ def rope_attention(
     softmax_scale: float | None = None,
     causal: bool = True,
     window: int | None = None,
-    mask: Mask | Sequence[int] | None = None,
+    mask: Mask | BlockMask | Sequence[int] | None = None,
     cu_seqlens: Tensor | None = None,
     cu_seqlens_k: Tensor | None = None,
     max_seqlen: int | None = None,
@@ -171,7 +171,7 @@ def rope_attention(
         softmax_scale=softmax_scale,
         causal=causal,
         window=window,
-        mask=_integers("rope_attention", mask, q),
+        **_mask_arguments("rope_attention", mask, q),
         max_seqlen=max_seqlen,
         max_seqlen_k=max_seqlen_k,
         deterministic=bool(deterministic),
@@ -181,13 +181,17 @@ def rope_attention(
     return (out, lse) if return_lse else out
 
 
-def _integers(op: str, mask: Mask | Sequence[int] | None, q: Tensor) -> Sequence[int] | None:
-    """The op's `mask` argument for q [..., H, D]: a mask's share of shifted heads becomes heads."""
+def _mask_arguments(op: str, mask: Mask | BlockMask | Sequence[int] | None, q: Tensor) -> dict:
+    """The op's arguments for a mask of q [..., H, D]: its share of shifted heads becomes heads."""
+    arguments = {}
+    if isinstance(mask, BlockMask):
+        arguments = dict(blocks=mask.visited, block_size=mask.size)
+        mask = mask.mask
     if isinstance(mask, Mask):
-        return mask.resolve(q.shape[-2])
+        mask = mask.resolve(q.shape[-2])
     if mask is not None and not isinstance(mask, (list, tuple)):
         checks.fail(op, "mask", "be made by seal_ops.masks (or be the op's 8 integers)", type(mask).__name__)
-    return mask
+    return dict(arguments, mask=mask)
 
 
 def packed_positions(cu_seqlens: Tensor, tokens: int, cu_seqlens_k: Tensor | None = None) -> Tensor:

@@ -2,6 +2,7 @@
 // configurations those of the macro KIT_VARIANTS, a row of V(head_dim, keys, stages, row tiles, key warps, blocks an SM
 // [, whether the L2 cache drops the keys first, bytes that a miss of it fetches]).
 #include "cuda/sm90/attention_decode.cu"
+#include "cuda/sm90/attention_decode_masked.cu"
 
 namespace {
 

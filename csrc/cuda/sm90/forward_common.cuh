@@ -20,7 +20,7 @@ struct ForwardConfig {
   static constexpr bool kOutInValues = kQStages == 1;
   // Q as register operand: a third less shared memory traffic of Q K^T. At head_dim 64 and 256 there are no registers for it.
   static constexpr bool kQueriesInRegisters = kHeadDim == 128;
-  static constexpr int kThreads = 128 * (kWarpgroups + 1);
+  static constexpr int kThreads = 128 * (kWarpgroups + 1), kConsumerWarps = 4 * kWarpgroups;
   // 65,536 registers: 40 + 2 * 232 or 32 + 3 * 160 for each of 128 lanes of a warpgroup.
   static constexpr int kProducerRegisters = kWarpgroups == 2 ? 40 : 32;
   static constexpr int kConsumerRegisters = kWarpgroups == 2 ? 232 : 160;
@@ -33,6 +33,17 @@ struct ForwardConfig {
   SEAL_DEVICE static int present_slabs(int head_dim) { return kHeadDim <= 128 ? slabs(kHeadDim) : slabs(head_dim); }
 };
 
+// Who fills and who empties what. `full` barriers are arrived at by the side that fills, `empty` ones by the side that reads; the other
+// side waits. Arrivals are one a warp of consumers (its lane 0), one a producing warp.
+//
+//   buffer               filled by                  read by                            count of full, empty
+//   tile, scale [slot]   warp 1                     warp 0 and the consumers           1, kConsumerWarps + 1
+//   q [stage]            warp 0 (copy engine)       the consumers; at head_dim up to   1 and bytes, kConsumerWarps
+//                                                   128 emptied when O has left it
+//   k, v [stage]         warp 0 (copy engine)       the consumers, each for each       1 and bytes, kConsumerWarps
+//                                                   block, also those it need not see
+//
+// out_empty: O has left v, through which it goes where Q has one place only. tile_wanted: warp 0 wants the next tile.
 template <class Config>
 struct Shared {
   uint8_t q[Config::kQStages][Config::kWarpgroups][Config::kQBytes];
@@ -44,6 +55,20 @@ struct Shared {
   uint64_t q_full[Config::kQStages], q_empty[Config::kQStages], out_empty;
   uint64_t k_full[Config::kKStages], k_empty[Config::kKStages];
   uint64_t v_full[Config::kVStages], v_empty[Config::kVStages];
+
+  // By one thread.
+  SEAL_DEVICE void init_barriers() {
+    barriers_init(tile_full, 1);
+    barriers_init(tile_empty, Config::kConsumerWarps + 1);
+    barrier_init(&tile_wanted, 1);
+    barriers_init(q_full, 1);
+    barriers_init(q_empty, Config::kConsumerWarps);
+    barrier_init(&out_empty, Config::kConsumerWarps);
+    barriers_init(k_full, 1);
+    barriers_init(k_empty, Config::kConsumerWarps);
+    barriers_init(v_full, 1);
+    barriers_init(v_empty, Config::kConsumerWarps);
+  }
 };
 
 struct Maps {

@@ -1,4 +1,4 @@
-// The computing side of the forward kernel: one warpgroup with 64 query rows of the tile.
+// The consuming side of the forward kernel: one warpgroup with 64 query rows of the tile.
 #pragma once
 
 #include "forward_common.cuh"
@@ -9,6 +9,29 @@ namespace seal::sm90 {
 // Walks the key blocks of a tile from the last to the first. One step issues S' = Q K'^T of the next block and O += P V of
 // the present one; the softmax of S' runs under that product and then under the products of the other warpgroups. Steps chain
 // across tiles: the last step of a tile issues the first S' of the next one, and O leaves under the second.
+//
+// A tile of blocks n - 1 .. 0, then the next one of n' blocks, as run() goes through them; S(b) is Q K^T of block b, PV(b) the product
+// with its V. A line is a call; what stands in "under them" runs while the products issued are under way:
+//
+//   call                  issues          waits, in order                under them              afterwards
+//   begin                 S(n-1)          q_full, k_full, turn; S        O of the tile before    softmax of n-1
+//                                                                        leaves
+//   step<., true>         S(n-2), PV(n-1) k_full, turn; v_full; S; PV    store of the tile       (only if begun: then in place of the
+//                                                                        before, softmax of n-2  first step)
+//   step<., false>        S(b), PV(b+1)   k_full, turn; v_full; S; PV    softmax of b            O rescaled
+//   ...
+//   step_to_next_tile     S(n'-1), PV(0)  q_full, k_full, turn; v_full;  softmax of n'-1, of     O is complete; the next tile is begun
+//                                         S; PV                          the next tile
+//   or last_step          PV(0)           v_full; PV                                             O is complete
+//
+// The second one where the tiles cannot be chained: one place for Q, a next tile whose last block this warpgroup's rows do not see, or
+// blocks of this tile left to skip. What holds at the top of the loop in run():
+//   begun      work, softmax and scores_ are those of the tile in slot_, of whose last block scores_ holds the exponentials. The rings
+//              stand behind its K and before its V.
+//   finished   out_ and inverse_ are the result of the tile in the other slot, nowhere stored yet.
+//   leaving_   (member) the copy engine may still read the result last stored. release_leaving() gives its place back: q_empty lets
+//              warp 0 load the next tile's Q there, out_empty the present tile's V.
+// Between two tiles all warpgroups take the same turns and release the same blocks, whether they see them or not: see skip().
 template <class Config>
 class Consumer {
   using T = typename Config::T;
@@ -20,6 +43,7 @@ class Consumer {
   static constexpr bool kChain = Config::kQStages > 1;
   static constexpr bool kOutInValues = Config::kOutInValues;
   static constexpr bool kSpareRegisters = Config::kWarpgroups == 2;  // 232 a thread rather than 160
+  static constexpr int kTurnThreads = 2 * 128;  // of the warpgroup that waits and the one that arrives
   using Whole = std::false_type;
   using Half = std::bool_constant<kHalves>;
 
@@ -108,8 +132,8 @@ class Consumer {
  private:
   // ---- turns: a warpgroup issues its products only after the one before it has issued its own
 
-  SEAL_DEVICE void take_turn() const { named_sync(kBarrierTurn + warpgroup_, 256); }
-  SEAL_DEVICE void pass_turn() const { named_arrive(kBarrierTurn + (warpgroup_ + 1) % Config::kWarpgroups, 256); }
+  SEAL_DEVICE void take_turn() const { named_sync(kBarrierTurn + warpgroup_, kTurnThreads); }
+  SEAL_DEVICE void pass_turn() const { named_arrive(kBarrierTurn + (warpgroup_ + 1) % Config::kWarpgroups, kTurnThreads); }
 
   // ---- buffers
 

@@ -1,4 +1,4 @@
-// The supplying side of the forward kernel: one warp that picks tiles, one that runs the copy engine.
+// The producing side of the forward kernel: one warp that picks tiles, one that runs the copy engine.
 #pragma once
 
 #include "forward_common.cuh"
@@ -39,7 +39,7 @@ template <class Config>
 SEAL_DEVICE void produce_operands(Shared<Config>& shared, const Maps& maps, const Arguments& arguments) {
   const bool packed = arguments.sequences.packed();
   const int present = Config::present_slabs(arguments.head_dim);
-  const uint64_t keep = policy_evict_last(), stream = policy_evict_first();
+  const uint64_t keep = policy_evict_last(), once = policy_evict_first();
   RingIndex<2> slot;
   RingIndex<Config::kQStages> q;
   RingIndex<Config::kKStages> k;
@@ -76,7 +76,7 @@ SEAL_DEVICE void produce_operands(Shared<Config>& shared, const Maps& maps, cons
 #pragma unroll 1
     for (int w = 0; w < boxes; ++w) {
       const RowCoordinates at(packed, Config::kQRows, tile.row + w * Config::kQRows, tile.length_q, tile.first_q);
-      tma_load_tile<Config::kQRows, Config::kHeadDim>(shared.q[q.stage][w], &maps.q, &shared.q_full[q.stage], tile.head, at, stream, present);
+      tma_load_tile<Config::kQRows, Config::kHeadDim>(shared.q[q.stage][w], &maps.q, &shared.q_full[q.stage], tile.head, at, once, present);
     }
     q.advance();
     // Ask for the next tile when the last few blocks of this one remain: early enough to hide the search for it, and no earlier,

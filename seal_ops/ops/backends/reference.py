@@ -30,13 +30,27 @@ def _lse_row(lse: Tensor, index) -> Tensor:
     return lse[:, index] if isinstance(index, slice) else lse[index]
 
 
-def _softmax(q: Tensor, k: Tensor, sigma: float, seen: Visibility) -> tuple[Tensor, Tensor]:
-    """P [Hq, Sq, Sk] and lse [Hq, Sq] of one row; q [Sq, Hq, D], k [Sk, Hkv, D]. Empty rows: P = 0, lse = -inf."""
+def _softmax(q: Tensor, k: Tensor, sigma: float, seen: Tensor) -> tuple[Tensor, Tensor]:
+    """P [Hq, Sq, Sk] and lse [Hq, Sq] of one row; q [Sq, Hq, D], k [Sk, Hkv, D], seen bool [Hq or 1,
+    Sq, Sk]. Empty rows: P = 0, lse = -inf."""
     group = q.shape[1] // k.shape[1]
     scores = torch.einsum("ihd,jhd->hij", q.to(_F64), k.to(_F64).repeat_interleave(group, 1)) * sigma
-    scores = scores.masked_fill(~seen.allowed(q.shape[0], k.shape[0], q.shape[1], q.device), -math.inf)
+    scores = scores.masked_fill(~seen, -math.inf)
     lse = torch.logsumexp(scores, -1)
     return torch.exp(scores - lse.masked_fill(lse == -math.inf, 0.0)[..., None]), lse
+
+
+def seen_pairs(seen: Visibility, blocks: Tensor | None, size: int):
+    """A function of one row's q [Sq, Hq, D] and k, and the row's number: which pairs count, bool [Hq or 1, Sq, Sk]."""
+
+    def pairs(q: Tensor, k: Tensor, row: int) -> Tensor:
+        found = seen.allowed(q.shape[0], k.shape[0], q.shape[1], q.device)
+        if blocks is None:
+            return found
+        each = blocks[row if blocks.shape[0] > 1 else 0].repeat_interleave(size, 1).repeat_interleave(size, 2)
+        return found & each[:, : q.shape[0], : k.shape[0]]
+
+    return pairs
 
 
 def _sigma(softmax_scale: float | None, head_dim: int) -> float:
@@ -54,6 +68,8 @@ def attention(
     causal=True,
     window=None,
     mask=None,
+    blocks=None,
+    block_size=128,
     cu_seqlens=None,
     cu_seqlens_k=None,
     max_seqlen=None,
@@ -62,11 +78,11 @@ def attention(
 ):
     """out = scale * softmax(sigma q k^T + mask) v + offset, and the log-sum-exp."""
     heads, head_dim = q.shape[-2:]
-    seen = Visibility.of(causal, window, mask)
+    pairs = seen_pairs(Visibility.of(causal, window, mask), blocks, block_size)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty((*q.shape[:-3], heads, q.shape[-3]), dtype=_statistics(q), device=q.device)
     for n, (rq, rk) in enumerate(_rows(q, k, cu_seqlens, cu_seqlens_k)):
-        p, row_lse = _softmax(q[rq], k[rk], _sigma(softmax_scale, head_dim), seen)
+        p, row_lse = _softmax(q[rq], k[rk], _sigma(softmax_scale, head_dim), pairs(q[rq], k[rk], n))
         o = torch.einsum("hij,jhd->ihd", p, v[rk].to(_F64).repeat_interleave(heads // v.shape[-2], 1))
         if scale is not None:
             o = o * factors.row(scale, n, heads, head_dim).to(_F64)
@@ -98,6 +114,8 @@ def attention_backward(
     causal=True,
     window=None,
     mask=None,
+    blocks=None,
+    block_size=128,
     cu_seqlens=None,
     cu_seqlens_k=None,
     max_seqlen=None,
@@ -108,13 +126,13 @@ def attention_backward(
     heads, head_dim = q.shape[-2:]
     group = heads // k.shape[-2]
     sigma = _sigma(softmax_scale, head_dim)
-    seen = Visibility.of(causal, window, mask)
+    pairs = seen_pairs(Visibility.of(causal, window, mask), blocks, block_size)
     rows = _rows(q, k, cu_seqlens, cu_seqlens_k)
     dq, dk, dv = (torch.zeros(t.shape, dtype=_F64, device=t.device) for t in (q, k, v))
     dscale = torch.zeros(len(rows), heads, head_dim, dtype=_F64, device=q.device)
     doffset = torch.zeros_like(dscale)
     for n, (rq, rk) in enumerate(rows):
-        p, row_lse = _softmax(q[rq], k[rk], sigma, seen)
+        p, row_lse = _softmax(q[rq], k[rk], sigma, pairs(q[rq], k[rk], n))
         g = grad_out[rq].to(_F64)
         v_row = v[rk].to(_F64).repeat_interleave(group, 1)
         o = torch.einsum("hij,jhd->ihd", p, v_row)
