@@ -7,9 +7,10 @@ use, so that the kernels cost no import of transformers.
 
 import importlib
 
-from .ops import masks
+from .ops import masks, position_programs
 from .ops.dispatch import backends
 from .ops.functional import attention, packed_positions, rope, rope_attention
+from .ops.merging import merge_attention
 from .ops.rotary_tables import rope_frequencies, rope_tables
 from .version import __version__
 
@@ -27,11 +28,13 @@ _LAZY = {
     "evaluate": "evaluation.runner", "Evaluation": "evaluation.results", "statistics": "evaluation.statistics",
     "measure_head_importance": "experiments.head_importance", "quadrant_experiment": "experiments.quadrants",
     "HeadImportance": "experiments.head_importance", "group_by_sign": "experiments.quadrants",
+    "extend": "huggingface.context_extension.extending", "unextend": "huggingface.context_extension.extending",
     "load_model": "huggingface.loading", "lm_eval": "evaluation.lm_eval",
     "compare": "experiments.comparison", "transfer": "experiments.transfer_matrix", "plots": "report.plots",
 }  # fmt: skip
 __all__ = [
-    "__version__", "attention", "backends", "masks", "packed_positions", "rope", "rope_attention", "rope_frequencies", "rope_tables",  # noqa: E501
+    "__version__", "attention", "backends", "masks", "merge_attention", "packed_positions", "position_programs",  # noqa: E501
+    "rope", "rope_attention", "rope_frequencies", "rope_tables",
     *_LAZY,
 ]  # fmt: skip
 

@@ -108,7 +108,7 @@ class Recorder:
             use.problem = "more tensor memory than 512 columns"
         self.found.append(use)
 
-    def choose(self, kernel: str, like, launch):
+    def choose(self, kernel: str, like, launch, size=None):
         """What configs.choose does, with every tile."""
         from seal_ops.ops.backends.triton import configs, host
 

@@ -45,7 +45,7 @@ const std::pair<const char*, Field> kFields[] = {
     {"grad_out", tensor<&Call::grad_out>}, {"grad_lse", tensor<&Call::grad_lse>}, {"scale", tensor<&Call::scale>},
     {"offset", tensor<&Call::offset>}, {"cos", tensor<&Call::cos>}, {"sin", tensor<&Call::sin>}, {"positions", tensor<&Call::positions>},
     {"positions_k", tensor<&Call::positions_k>}, {"cu_seqlens", tensor<&Call::cu_seqlens>}, {"cu_seqlens_k", tensor<&Call::cu_seqlens_k>},
-    {"softmax_scale", number<&Call::softmax_scale>}, {"window", number<&Call::window>}, {"mask", mask}, {"max_seqlen", number<&Call::max_seqlen>},
+    {"softmax_scale", number<&Call::softmax_scale>}, {"window", number<&Call::window>}, {"mask", mask}, {"blocks", tensor<&Call::blocks>}, {"block_size", number<&Call::block_size>}, {"max_seqlen", number<&Call::max_seqlen>},
     {"max_seqlen_k", number<&Call::max_seqlen_k>}, {"causal", flag<&Call::causal>}, {"deterministic", flag<&Call::deterministic>},
     {"interleaved", flag<&Call::interleaved>}, {"inverse", flag<&Call::inverse>}, {"needs", needs}, {"backend", backend}};
 

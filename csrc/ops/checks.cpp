@@ -157,6 +157,22 @@ void check_mask(Call& call) {
   call.visible = call.has_mask ? checked_mask(call) : shorthand(call);
 }
 
+// Which blocks of keys a block of queries visits.
+void check_blocks(const Call& call) {
+  if (call.blocks == nullptr) return;
+  const std::string_view op = call.op;
+  const Tensor& t = *call.blocks;
+  const int64_t size = call.block_size, heads = call.heads_q, rows = call.rows;
+  SEAL_CHECK(!call.packed, op, "blocks", "come without cu_seqlens", "packed sequences");
+  SEAL_CHECK(size > 0 && size % 32 == 0 && size <= (1 << 20), op, "block_size", "be a multiple of 32 up to 2^20", size);
+  SEAL_CHECK(t.scalar_type() == at::kBool, op, "blocks", "be torch.bool", t.scalar_type());
+  SEAL_CHECK(t.device() == call.q->device(), op, "blocks", join("be on q's device ", call.q->device()), t.device());
+  const int64_t blocks_q = (call.seqlen_q + size - 1) / size, blocks_k = (call.seqlen_k + size - 1) / size;
+  const bool fits = t.dim() == 4 && (t.size(0) == rows || t.size(0) == 1) && (t.size(1) == heads || t.size(1) == 1) &&
+                    t.size(2) == blocks_q && t.size(3) == blocks_k;
+  SEAL_CHECK(fits, op, "blocks", join("have shape [", rows, " or 1, ", heads, " or 1, ", blocks_q, ", ", blocks_k, "]"), t.sizes());
+}
+
 void check_positions(const Call& call, const char* name, const Tensor* positions, int64_t seqlen) {
   if (positions == nullptr) return;
   const Tensor& t = *positions;
@@ -229,6 +245,7 @@ void check(Call& call) {
   if (call.v) {
     check_packing(call);
     check_mask(call);
+    check_blocks(call);
     check_factor(call, "scale", call.scale, true);
     check_factor(call, "offset", call.offset, false);
   }

@@ -41,6 +41,7 @@ bool Runner::runs_here(const Call& call) const {
   const float sigma = static_cast<float>(call.sigma);
   if (call.v && reason.empty() && !(sigma > 0 && std::isfinite(sigma)))
     reason = join("backend cuda takes a softmax_scale above 0 (in fp32), got ", call.sigma);
+  if (call.blocks && reason.empty()) reason = "backend cuda takes no block lists, got blocks";
   if (reason.empty()) return true;
   if (call.backend == "cuda") throw c10::ValueError(SEAL_HERE, join("seal::", name_, ": ", reason));
 #endif

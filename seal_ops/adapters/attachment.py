@@ -15,7 +15,8 @@ from torch import nn
 
 from ..huggingface.discovery import find_attention_layers
 from ..huggingface.layers import GRANULARITIES, AttentionLayer
-from ..huggingface.patch import Patch
+from ..huggingface.patch import SCALES, Patch, patch_on
+from ..huggingface.wrappers import unwrapped
 from ..ops.dispatch import choose
 from . import peft_registry
 from .files import DEFAULT_ADAPTER, ScalesConfig, read, shown, tensor_name
@@ -25,7 +26,6 @@ from .saving import SaveBoth
 from .scales import Scales, check_new_name
 
 SUBMODULE = "seal_scales"
-_PARALLEL = {"DataParallel", "DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule"}
 
 
 @dataclasses.dataclass(eq=False)
@@ -57,18 +57,6 @@ def owner_of(scales: Scales, call: str) -> nn.Module:
     if scales.attachment is None:
         raise ValueError(f"seal_ops.{call}: the scales must be attached to a model, got scales that were taken off")
     return scales.attachment.owner
-
-
-def unwrapped(model: nn.Module, call: str) -> nn.Module:
-    """The transformers model inside PEFT's and torch.compile's wrappers, which is what its own verbs give back."""
-    if any(base.__name__ in _PARALLEL for base in type(model).__mro__):
-        # Their scales would be one a process, each learning by itself.
-        raise ValueError(
-            f"seal_ops.{call}: model must be given before it is wrapped or sharded for several devices, "
-            f"got {type(model).__name__}"
-        )
-    model = getattr(model, "_orig_mod", model)
-    return model.get_base_model() if callable(getattr(model, "get_base_model", None)) else model
 
 
 def _base_config(model: nn.Module):
@@ -121,7 +109,13 @@ def attach(
     """
     _check_granularity(granularity, "attach")
     refuse_second(model, "attach")
-    return attach_to(model, find_attention_layers(unwrapped(model, "attach")), granularity, layers, backend)
+    return attach_to(model, layers_of(unwrapped(model, "attach")), granularity, layers, backend)
+
+
+def layers_of(model: nn.Module) -> list[AttentionLayer]:
+    """The attention layers of a model without wrappers, as found now or when it was extended."""
+    patch = patch_on(model)
+    return find_attention_layers(model) if patch is None else patch.layers
 
 
 def _check_granularity(granularity, call: str) -> None:
@@ -154,8 +148,9 @@ def attach_to(
         for m in dict.fromkeys((getattr(model, "_orig_mod", model), owner))
         if callable(getattr(type(m), "save_pretrained", None))
     ]
-    scales.attachment = Attachment(owner, Patch(attention_layers), savers)
-    scales.attachment.patch.install()
+    patch = patch_on(owner) or Patch(owner, attention_layers)
+    scales.attachment = Attachment(owner, patch, savers)
+    scales.attachment.patch.install(SCALES)
     for saver in savers:
         saver.install()
     peft_registry.register()
@@ -203,7 +198,9 @@ def detach(model: nn.Module) -> nn.Module:
         ValueError: no scales on the model.
     """
     scales, attachment = attached(model, "detach")
-    attachment.patch.remove()
+    attachment.patch.remove(SCALES)
+    for layer in attachment.patch.layers:
+        layer.scaling = None
     delattr(attachment.owner, SUBMODULE)
     for saver in attachment.savers:
         saver.remove()
@@ -220,14 +217,14 @@ def disabled(model: nn.Module):
         ValueError: no scales on the model.
     """
     scales, attachment = attached(model, "disabled")
-    patch, was_installed = attachment.patch, attachment.patch.installed
-    patch.remove()
+    patch, was_on = attachment.patch, attachment.patch.serves(SCALES)
+    patch.remove(SCALES)
     try:
         yield model
     finally:
         # Not where the block detached or merged the model.
-        if was_installed and scales.attachment is attachment:
-            patch.install()
+        if was_on and scales.attachment is attachment:
+            patch.install(SCALES)
 
 
 def load(
@@ -273,7 +270,7 @@ def load(
             f"model with scales; call seal_ops.detach(model) first"
         )
     owner = unwrapped(model, "load") if scales is None else scales.attachment.owner
-    attention_layers = find_attention_layers(owner) if scales is None else scales.attachment.patch.layers
+    attention_layers = layers_of(owner) if scales is None else scales.attachment.patch.layers
     config = _numbered(saved, version, attention_layers, source)
     _check_fits(config, owner, attention_layers, source)
     values = {layer: tensors[tensor_name(number)] for layer, number in zip(config.layers, saved.layers)}

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ..huggingface.discovery import find_attention_layers
 from ..huggingface.layers import AttentionLayer
+from ..huggingface.wrappers import unwrapped
 from ..utils.files import atomic_write, replacing
-from .attachment import attach_to, attached, refuse_second, unwrapped
+from .attachment import attach_to, attached, layers_of, refuse_second
 from .files import CONFIG_FILE, WEIGHTS_FILE, read_json, read_tensors, shown
 from .hub import resolve
 from .scales import Scales
@@ -58,7 +58,7 @@ def import_ia3(model: nn.Module, save_directory: str | os.PathLike, backend: str
             f"{config.get('peft_type')!r}"
         )
     tensors = read_tensors(folder, call="ia3.import_ia3")
-    attention_layers = find_attention_layers(unwrapped(model, "ia3.import_ia3"))
+    attention_layers = layers_of(unwrapped(model, "ia3.import_ia3"))
     by_key = {_key(attn): attn for attn in attention_layers}
     found: dict[int, Tensor] = {}
     for name, tensor in tensors.items():

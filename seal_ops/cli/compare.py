@@ -4,6 +4,7 @@ from .options import (
     Command,
     Numbers,
     backend_option,
+    extend_option,
     folder_option,
     list_files,
     load_model_fn,
@@ -22,6 +23,7 @@ def options(parser):
     from ..experiments.comparison import METHODS
 
     model_options(parser)
+    extend_option(parser)
     task_options(parser)
     parser.add_argument("--lengths", action=Numbers, required=True, help="prompt tokens")
     parser.add_argument("--cases", type=positive, default=50, help="test cases at each length")

@@ -4,13 +4,14 @@ import os
 from dataclasses import fields, replace
 
 from ..huggingface.loading import shipped
-from .options import Command, Numbers, chat_option, model_options, positive
+from .options import Command, Numbers, chat_option, extend_option, model_options, positive
 
 MODEL = os.path.join("models", "seal-tiny")
 
 
 def options(parser):
     model_options(parser, required=False)
+    extend_option(parser)
     parser.set_defaults(model=MODEL)
     parser.add_argument("--output", default="demo-results", metavar="DIR", help="folder for results, plots and scales")
     # Without a default here: what is not given comes from the model's preset.

@@ -6,6 +6,7 @@ from .options import (
     Command,
     Numbers,
     backend_option,
+    extend_option,
     load,
     model_options,
     plot_file,
@@ -19,6 +20,7 @@ from .options import (
 
 def options(parser):
     model_options(parser)
+    extend_option(parser)
     parser.add_argument("--scales", metavar="DIR", help="trained scales to put on the model")
     task_options(parser)
     parser.add_argument("--lengths", action=Numbers, required=True, help="prompt tokens")

@@ -1,10 +1,11 @@
 """``seal harness``."""
 
-from .options import Command, Numbers, backend_option, load, model_options, positive
+from .options import Command, Numbers, backend_option, extend_option, load, model_options, positive
 
 
 def options(parser):
     model_options(parser)
+    extend_option(parser)
     parser.add_argument("--scales", metavar="DIR", help="trained scales to put on the model")
     parser.add_argument(
         "--tasks", nargs="+", required=True, metavar="TASK", help="longeval_lines, ruler, longbench, ..."

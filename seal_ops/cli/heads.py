@@ -6,6 +6,7 @@ from .options import (
     Command,
     Numbers,
     backend_option,
+    extend_option,
     folder_option,
     list_files,
     load,
@@ -22,6 +23,7 @@ def options(parser):
     from ..experiments.head_importance import METHODS
 
     model_options(parser)
+    extend_option(parser)
     parser.add_argument("--scales", metavar="DIR", help="trained scales to put on the model")
     task_options(parser)
     parser.add_argument("--lengths", action=Numbers, required=True, help="tokens a sample fills")

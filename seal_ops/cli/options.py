@@ -110,6 +110,16 @@ def setting(text: str) -> tuple[str, object]:
         raise argparse.ArgumentTypeError(f"must have a YAML value, got {text}") from None
 
 
+def extension(text: str) -> tuple[str, dict]:
+    """``METHOD`` or ``METHOD:key=value,...`` of `seal_ops.extend`: ``self_extend:group=8,window=1024``."""
+    from ..huggingface.context_extension.methods import METHODS
+
+    method, _, rest = text.partition(":")
+    if method not in METHODS:
+        raise argparse.ArgumentTypeError(f"must begin with one of {', '.join(METHODS)}, got {text}")
+    return method, dict(setting(part) for part in rest.split(",") if part)
+
+
 def _numbers(value):
     # YAML 1.1 reads 2e-4, without a point, as text.
     if isinstance(value, list):
@@ -146,6 +156,14 @@ def model_options(parser, required=True):
     parser.add_argument("--quantization", choices=QUANTIZATIONS, help="load in 4 (NF4) or 8 bits with bitsandbytes")
     parser.add_argument("--revision", help="of a model on the hub")
     parser.add_argument("--trust-remote-code", action="store_true", help="run code that comes with a model on the hub")
+
+
+def extend_option(parser):
+    """--extend, which `load` heeds."""
+    parser.add_argument(
+        "--extend", type=extension, metavar="METHOD[:KEY=VALUE,...]",
+        help="read beyond the trained length, like self_extend:group=8,window=1024 (docs/context_extension.md)",
+    )  # fmt: skip
 
 
 def task_options(parser, required=True):
@@ -216,10 +234,16 @@ def load(args):
     """``(model, tokenizer)`` that ``args`` name."""
     from ..huggingface.loading import load_model
 
-    return load_model(
+    model, tokenizer = load_model(
         args.model, device=args.device, dtype=args.dtype, device_map=args.device_map, quantization=args.quantization,
         revision=args.revision, trust_remote_code=args.trust_remote_code, call=f"seal {args.command}",
     )  # fmt: skip
+    if getattr(args, "extend", None) is not None:
+        from ..huggingface.context_extension.extending import extend
+
+        method, options = args.extend
+        extend(model, method, **options)
+    return model, tokenizer
 
 
 # ---------------------------------------------------------------------------------------------- configuration files

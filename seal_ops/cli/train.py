@@ -3,11 +3,13 @@
 from .options import (
     Command,
     backend_option,
+    extend_option,
     load,
     model_options,
     positive,
     prompts,
     restart_option,
+    setting,
     task,
     task_options,
 )
@@ -16,8 +18,23 @@ from .quantize import attach_columns, columns_options
 
 def options(parser):
     model_options(parser)
+    extend_option(parser)
     parser.add_argument("--granularity", choices=["head", "channel"], help="scales: SEAL-H or SEAL-C")
     columns_options(parser)
+    parser.add_argument(
+        "--recipe", choices=["longlora", "sinklora"], help="instead: adapters for a longer context, on --text"
+    )
+    parser.add_argument(
+        "--recipe-option",
+        type=setting,
+        nargs="+",
+        default=[],
+        metavar="KEY=VALUE",
+        help="of the recipe, like group=4096",
+    )
+    parser.add_argument(
+        "--text", metavar="FILE", help="a text, or .jsonl with texts, packed into rows of --length tokens"
+    )
     parser.add_argument("--output", required=True, metavar="DIR", help="folder for what is trained and the checkpoint")
     task_options(parser)
     parser.add_argument("--length", type=positive, help="tokens a sample fills (with --task)")
@@ -44,10 +61,15 @@ def run(args):
     from ..adapters.attachment import attach
     from ..training.loop import train
 
+    if (args.granularity is None and args.weak_columns is None) == (args.recipe is None):
+        given = "neither" if args.recipe is None else "both"
+        raise ValueError(f"--granularity (or --weak-columns) or --recipe must say what is trained, got {given}")
+    if args.recipe is not None:
+        return _run_recipe(args)
+    if args.text is not None or args.recipe_option:
+        raise ValueError("--recipe must be given with --text and --recipe-option, got none")
     if args.data is None and args.length is None:
         raise ValueError("--length must be given with --task (or samples with --data), got neither")
-    if args.granularity is None and args.weak_columns is None:
-        raise ValueError("--granularity or --weak-columns must be given, got neither")
     if args.weak_columns is None and (args.quantize or args.start or args.calibration):
         raise ValueError("--quantize, --start and --calibration need --weak-columns, got none")
     if args.data is not None and (args.chat_format is not None or args.chat_template_kwargs is not None):
@@ -64,24 +86,35 @@ def run(args):
         attach_columns(args, model, tokenizer, samples)
     if args.granularity is not None:
         attach(model, args.granularity, backend=args.backend)
-    result = train(
-        model,
-        samples,
-        lr=args.lr,
-        column_lr=args.column_lr,
-        epochs=args.epochs,
-        batch_size=args.batch_size,
-        accumulate=args.accumulate,
-        seed=args.seed,
-        gradient_checkpointing={None: False, "all": True}.get(args.gradient_checkpointing, args.gradient_checkpointing),
-        output_dir=args.output,
-        resume=not args.restart,
-    )
+    _report(train(model, samples, column_lr=args.column_lr, **_settings(args)), _what(args), args)
+
+
+def _run_recipe(args):
+    from ..training.loop import train
+
+    if args.text is None or args.length is None:
+        raise ValueError("--text and --length must be given with --recipe, got one of them or neither")
+    model, tokenizer = load(args)
+    options = {**dict(args.recipe_option), "length": args.length}
+    found = train(model, args.text, recipe=args.recipe, recipe_options=options, tokenizer=tokenizer, **_settings(args))
+    _report(found, "weights", args)
+
+
+def _settings(args) -> dict:
+    """What `train` takes in either case."""
+    checkpointing = {None: False, "all": True}.get(args.gradient_checkpointing, args.gradient_checkpointing)
+    return dict(
+        lr=args.lr, epochs=args.epochs, batch_size=args.batch_size, accumulate=args.accumulate, seed=args.seed,
+        gradient_checkpointing=checkpointing, output_dir=args.output, resume=not args.restart,
+    )  # fmt: skip
+
+
+def _report(result, what, args):
     losses = result.losses
     edge = max(1, len(losses) // 5)
     first, last = sum(losses[:edge]) / edge, sum(losses[-edge:]) / edge
     print(
-        f"{result.parameters} {_what(args)} trained in {len(losses)} steps, {result.seconds:.0f} s, "
+        f"{result.parameters} {what} trained in {len(losses)} steps, {result.seconds:.0f} s, "
         f"peak memory {result.peak_memory / 2**30:.2f} GiB; loss {first:.3f} -> {last:.3f}; saved in {args.output}"
     )
 
@@ -93,8 +126,10 @@ def _what(args):
 
 
 COMMAND = Command(
-    "train scales or weak columns on a task",
-    "seal train --model models/seal-tiny --granularity head --task lines --length 2048 --output my-scales",
+    "train scales or weak columns on a task, or adapters for a longer context",
+    "seal train --model models/seal-tiny --granularity head --task lines --length 2048 --output my-scales\n\n"
+    "LongLoRA on a text of one's own:\n"
+    "seal train --model models/seal-tiny --recipe longlora --text book.txt --length 2048 --output longer",
     options,
     run,
 )

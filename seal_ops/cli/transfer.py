@@ -4,6 +4,7 @@ from .options import (
     Command,
     backend_option,
     chat_option,
+    extend_option,
     folder_option,
     list_files,
     load_model_fn,
@@ -20,6 +21,7 @@ def options(parser):
     from ..experiments.comparison import METHODS
 
     model_options(parser)
+    extend_option(parser)
     parser.add_argument("--train-tasks", nargs="+", required=True, metavar="TASK", help="one training each")
     parser.add_argument("--eval-tasks", nargs="+", metavar="TASK", help="measured after each (default: the same)")
     parser.add_argument("--length", type=positive, required=True, help="tokens of training samples and prompts")

@@ -7,11 +7,11 @@ import torch.nn.functional as F
 
 
 @torch.inference_mode()
-def perplexity(model, tokenizer, text: str, *, window: int = 2048, progress=None) -> dict:
+def perplexity(model, tokenizer, text: str, *, window: int = 2048, most: int | None = None) -> dict:
     """``{"perplexity", "nats", "tokens", "window_nats"}`` of ``text``, read in windows that do not overlap.
 
     Every token of a window but its first is predicted from those before it.  ``nats`` is the mean loss of a token, and
-    ``window_nats`` each window's, so that two models can be compared window by window.
+    ``window_nats`` each window's, so that two models can be compared window by window.  ``most``: read only so many.
 
     Raises:
         ValueError: the text is shorter than one window.
@@ -20,6 +20,7 @@ def perplexity(model, tokenizer, text: str, *, window: int = 2048, progress=None
     count = len(ids) // window
     if count < 1 or window < 2:
         raise ValueError(f"perplexity: text must hold at least one window of {window} tokens, got {len(ids)} tokens")
+    count = count if most is None else min(count, most)
     losses = []
     for start in range(0, count * window, window):
         row = torch.tensor([ids[start : start + window]], device=model.device)

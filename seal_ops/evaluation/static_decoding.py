@@ -16,6 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers.cache_utils import Cache
 
 from ..huggingface import attention  # noqa: F401 (registers NAME with transformers)
+from ..huggingface.context_window import extension_of
 from ..huggingface.masks import NAME, PLAIN
 from ..huggingface.modes import accepts
 
@@ -30,6 +31,9 @@ _LENGTH_DEPENDENT = ("dynamic", "longrope")
 def supports(model) -> bool:
     """Whether ``model`` (without a PEFT wrapper) is a plain causal decoder whose layers all see the whole past."""
     config = getattr(model, "config", None)
+    extension = extension_of(model)
+    if extension is not None and extension.layers:  # their keys are turned when they are read
+        return False
     if config is None or not getattr(type(model), "_can_compile_fullgraph", False) or hasattr(model, "hf_device_map"):
         return False
     if getattr(config, "is_encoder_decoder", False) or config.get_text_config() is not config:
@@ -53,10 +57,15 @@ def rows_that_fit(model, length: int) -> int:
     config = model.config
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    row = 2 * config.num_hidden_layers * heads * head_dim * model.dtype.itemsize * length
+    row = 2 * config.num_hidden_layers * heads * head_dim * model.dtype.itemsize * _rounded(length)
     free, _ = torch.cuda.mem_get_info(model.device)
     free += torch.cuda.memory_reserved(model.device) - torch.cuda.memory_allocated(model.device)
     return max(1, min(MOST_ROWS, int(CACHE_SHARE * free) // row))
+
+
+def _rounded(length):
+    """The length of the cache that holds ``length`` tokens."""
+    return -(-length // ROUNDING) * ROUNDING
 
 
 def decode(
@@ -73,8 +82,7 @@ def decode(
     device = model.device
     graph = device.type == "cuda" if graph is None else graph
     lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
-    size = -(-(max(map(len, prompts)) + most) // ROUNDING) * ROUNDING
-    cache = _FixedCache(len(prompts), size)
+    cache = _FixedCache(len(prompts), _rounded(max(map(len, prompts)) + most))
     step = _Step(model, cache, _read(model, cache, prompts), lengths)
     with _decoding_attention(model):
         replay = None

@@ -20,6 +20,7 @@ from ..adapters.attachment import load
 from ..adapters.merging import merge
 from ..evaluation.results import Evaluation
 from ..evaluation.runner import evaluate
+from ..huggingface.context_extension.extending import extend
 from ..huggingface.identity import fingerprint
 from ..huggingface.loading import load_model
 from ..huggingface.model_packages import PACKAGES, resolve
@@ -51,6 +52,7 @@ class Settings:
         seed: draws the samples of both kinds.
         chat_template, chat_template_kwargs: see :class:`seal_ops.tasks.Encoder`.
         device, dtype: see :func:`seal_ops.huggingface.loading.load_model`.
+        extend: method and options of :func:`seal_ops.extend`, for every model of the demo.
     """
 
     model: str = os.path.join("models", "seal-tiny")
@@ -65,6 +67,7 @@ class Settings:
     chat_template_kwargs: dict | None = None
     device: str = "auto"
     dtype: str = "default"
+    extend: tuple[str, dict] | None = None
 
 
 # Where the defaults of Settings are not for a model: on a GPU, and on a CPU, where a pretrained model is slow.
@@ -99,7 +102,11 @@ def run(settings: Settings, output: str, *, progress: bool | None = None, log=pr
     path = resolve(settings.model, call="seal demo", log=log)
 
     def load_model_fn(folder=path):
-        return load_model(folder, device=settings.device, dtype=settings.dtype, call="seal demo")
+        model, tokenizer = load_model(folder, device=settings.device, dtype=settings.dtype, call="seal demo")
+        if settings.extend is not None:
+            method, options = settings.extend
+            extend(model, method, **options)
+        return model, tokenizer
 
     model, tokenizer = load_model_fn()
     origin = provenance(model)
@@ -115,7 +122,7 @@ def run(settings: Settings, output: str, *, progress: bool | None = None, log=pr
         known = PACKAGES[settings.model]
         log(f"   {known.title}; {known.license}")
     if not all(os.path.exists(os.path.join(folder, RESULTS)) for folder in folders.values()):
-        log(f"   about {_duration(_estimate(model, settings))} for all of it here, if nothing else wants the machine")
+        log(f"   about {_duration(_estimate(model, settings))} for all of it here, as busy as the machine is")
     del model
     return {
         task: _run_task(settings, task, folder, load_model_fn, origin, progress=progress, log=log)

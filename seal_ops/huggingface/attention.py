@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -9,12 +11,13 @@ from transformers.modeling_utils import AttentionInterface
 
 from ..ops.factors import full_view
 from ..ops.functional import attention, rope, rope_attention
+from .context_extension.packing import packing_of, run_packed
 from .masks import NAME, PLAIN, CallMask, as_tensor, read_mask, with_documents
 from .rotation import MAX_HEAD_DIM, Rotation
 
 _UNSUPPORTED = {
-    "s_aux": "attention sinks",
     "position_bias": "a position bias",
+    "sinks": "attention sinks of their own for every token",
     "cache": "a paged cache",
     "head_mask": "a head mask",
 }
@@ -36,47 +39,27 @@ class UnknownCaller(RuntimeError):
         self.module = module
 
 
-def attention_forward(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    is_causal: bool | None = None,
-    seal_rotation: Rotation | None = None,
-    **kwargs,
-) -> tuple[Tensor, None]:
+def attention_forward(module: nn.Module, *tensors, **options) -> tuple[Tensor, None]:
     """The entry of transformers' attention registry.
 
     query [B, Hq, Sq, D], key and value [B, Hkv, Sk, D], ``attention_mask`` from `attention_mask` above, or a boolean or
-    additive mask [B, 1, Sq, Sk].  Returns ([B, Sq, Hq, D], None), scaled by the module's scales.  Raises
-    UnsupportedAttention for attention sinks and other terms that the op does not have.
+    additive mask [B, 1, Sq, Sk]; then the options of `_attend`, among them ``s_aux`` [Hq], attention sinks.  Returns
+    ([B, Sq, Hq, D], None), scaled by the module's scales.  Raises UnsupportedAttention for terms that the op does not
+    have.
     """
     layer = getattr(module, "_seal_layer", None)
     if layer is None and not getattr(module, "_seal_bystander", False):
         raise UnknownCaller(module)
-    return _attend(
-        layer,
-        module,
-        query,
-        key,
-        value,
-        attention_mask,
-        scaling,
-        dropout,
-        sliding_window,
-        softcap,
-        is_causal,
-        seal_rotation,
-        **kwargs,
-    )
+    return _attend(layer, module, *tensors, **options)
 
 
-def plain_attention_forward(
+def plain_attention_forward(module: nn.Module, *tensors, **options) -> tuple[Tensor, None]:
+    """`attention_forward` for a model without scales, under the name ``PLAIN``."""
+    return _attend(None, module, *tensors, **options)
+
+
+def _attend(
+    layer,
     module: nn.Module,
     query: Tensor,
     key: Tensor,
@@ -87,49 +70,19 @@ def plain_attention_forward(
     sliding_window: int | None = None,
     softcap: float | None = None,
     is_causal: bool | None = None,
+    s_aux: Tensor | None = None,
+    seal_rotation: Rotation | None = None,
     **kwargs,
 ) -> tuple[Tensor, None]:
-    """`attention_forward` for a model without scales, under the name ``PLAIN``."""
-    return _attend(
-        None,
-        module,
-        query,
-        key,
-        value,
-        attention_mask,
-        scaling,
-        dropout,
-        sliding_window,
-        softcap,
-        is_causal,
-        None,
-        **kwargs,
-    )
-
-
-def _attend(
-    layer,
-    module,
-    query,
-    key,
-    value,
-    attention_mask,
-    scaling,
-    dropout,
-    sliding_window,
-    softcap,
-    is_causal,
-    seal_rotation,
-    **kwargs,
-):
     for name, what in _UNSUPPORTED.items():
         if kwargs.get(name) is not None:
             raise UnsupportedAttention(
                 f"seal_ops.attach: model must have attention without {what}, {type(module).__name__} passes {name}"
             )
+    sink = s_aux  # transformers' name for it
     composed = _why_composed(query, key, value, softcap)
     if layer is not None and layer.probe is not None:
-        return layer.probe.observe(query, key, value, seal_rotation, composed), None
+        return layer.probe.observe(query, key, value, seal_rotation, composed, sliding_window is not None), None
     scale = None if layer is None else layer.current()
     backend = None if layer is None else layer.backend
     q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
@@ -137,7 +90,12 @@ def _attend(
         q, k = q.to(v.dtype), k.to(v.dtype)
     if scale is not None:
         scale = scale.to(q.device, torch.float64 if q.dtype == torch.float64 else None)
-    if seal_rotation is not None and (seal_rotation.q is not query or seal_rotation.k is not key):
+    program = None if layer is None else layer.program
+    if seal_rotation is None:
+        unchanged = program is None
+    else:  # a program's keys come through the cache
+        unchanged = seal_rotation.q is query and (program is not None or seal_rotation.k is key)
+    if not unchanged:
         raise RuntimeError(
             f"seal_ops: {type(module).__name__} changed q or k after the rotation in this call but not "
             f"when it was attached; attach again in the present configuration"
@@ -146,14 +104,31 @@ def _attend(
     mask = read_mask(module, attention_mask, q.shape[0], q.shape[1], k.shape[1], sliding_window, is_causal)
     mask = with_documents(mask, module, q, kwargs.get("cu_seq_lens_q"), kwargs.get("cu_seq_lens_k"))
     k, v = k[:, : mask.keys], v[:, : mask.keys]
-    common = dict(softmax_scale=scaling, causal=mask.causal, window=mask.window, backend=backend)
+    if program is not None:
+        if dropout:
+            raise UnsupportedAttention(
+                f"seal_ops: an extended model must have no attention dropout, {type(module).__name__} passes {dropout}"
+            )
+        attend = functools.partial(program.attend, softmax_scale=scaling, sink=sink, backend=backend)
+        packing = packing_of(mask, q, k)
+        if packing is None:
+            return attend(q, k, v, k.shape[1], scale=scale), None
+        return run_packed(packing, attend, q, k, v, scale), None
+    common = dict(softmax_scale=scaling, causal=mask.causal, window=mask.window, backend=backend, sink=sink)
     fused = composed is None and dropout == 0 and mask.dense is None
+    if layer is not None and layer.training_mask is not None and module.training:
+        if not (fused and mask.causal and mask.window is None):
+            raise UnsupportedAttention(
+                f"seal_ops: a mask of training must take the place of a causal one, {type(module).__name__} has "
+                f"{'attention dropout' if dropout else 'another mask'}"
+            )
+        common |= dict(causal=True, window=None, mask=layer.training_mask)
     if seal_rotation is not None:
         if fused and mask.cu_seqlens is None:
             return rope_attention(q, k, v, seal_rotation.cos, seal_rotation.sin, scale=scale, **common), None
         q, k = rope(q, k, seal_rotation.cos, seal_rotation.sin, backend=backend)
     if not fused:
-        return _composed(q, k, v, as_tensor(mask, q), scale, scaling, dropout, softcap), None
+        return _composed(q, k, v, as_tensor(mask, q), scale, scaling, dropout, softcap, sink), None
     if mask.cu_seqlens is not None:
         return _packed(q, k, v, scale, mask, common), None
     return attention(q, k, v, scale, **common), None
@@ -200,20 +175,25 @@ def _composed(
     softmax_scale: float | None,
     dropout: float,
     softcap: float | None,
+    sink: Tensor | None,
 ) -> Tensor:
     """Attention from PyTorch's parts, for mask tensors, dropout and soft-capped scores, times the scale.
 
-    q [B, Sq, Hq, D], k [B, Sk, Hkv, D], v [B, Sk, Hkv, Dv]; mask boolean or additive, broadcast to [B, Hq, Sq, Sk].
+    q [B, Sq, Hq, D], k [B, Sk, Hkv, D], v [B, Sk, Hkv, Dv]; mask boolean or additive, broadcast to [B, Hq, Sq, Sk];
+    sink [Hq].
     """
     batch, length, heads, _ = q.shape
     groups = heads // k.shape[2]
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-    if groups > 1 and length == 1 and (mask is None or mask.dim() < 3 or mask.shape[-3] == 1):
+    if groups > 1 and length == 1 and sink is None and (mask is None or mask.dim() < 3 or mask.shape[-3] == 1):
         q = q.reshape(batch, -1, groups, q.shape[-1])  # decoding: the heads of a group as queries, no copy of the cache
     elif groups > 1:
         k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
     if mask is not None:
         mask = mask[..., : k.shape[2]]
+    if sink is not None:  # one more key, whose score is the mask's entry, without a value
+        mask = _with_sink(mask, sink, q, k.shape[2])
+        k, v = (F.pad(t, (0, 0, 0, 1)) for t in (k, v))
     if softcap is None:
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, scale=softmax_scale)
     else:
@@ -230,6 +210,17 @@ def _composed(
         return out
     factor = full_view(scale, out.shape[2], out.shape[3])[:, None]  # [B or 1, 1, Hq, D or 1]
     return (out.to(factor.dtype) * factor).to(out.dtype)
+
+
+def _with_sink(mask: Tensor | None, sink: Tensor, q: Tensor, keys: int) -> Tensor:
+    """The additive mask [B or 1, Hq, Sq, keys + 1] whose last column is the sink's logit."""
+    if mask is None:
+        mask = q.new_zeros(1, 1, 1, keys)
+    elif mask.dtype == torch.bool:
+        mask = q.new_zeros(mask.shape).masked_fill(~mask, float("-inf"))
+    rows = (mask.shape[0] if mask.dim() == 4 else 1, q.shape[1], q.shape[2])
+    column = sink.to(q.dtype)[None, :, None, None].expand(*rows, 1)
+    return torch.cat([mask.to(q.dtype).expand(*rows, keys), column], -1)
 
 
 AttentionInterface.register(NAME, attention_forward)

@@ -4,8 +4,24 @@ import warnings
 
 from torch import nn
 
+EXTENSION = "_seal_extension"  # where `seal_ops.extend` keeps what it did, in the model's __dict__
+
+
+def extension_of(model: nn.Module):
+    """The `Extension` that is on ``model`` or on the model inside its wrappers; None where there is none."""
+    return next((m.__dict__[EXTENSION] for m in model.modules() if EXTENSION in m.__dict__), None)
+
 
 def window(model: nn.Module) -> int | None:
+    """The most positions that ``model`` is to read: what its extension reaches, else what its config speaks of.
+
+    None where there is no bound, or the config names none.
+    """
+    extension = extension_of(model)
+    return trained_length(model) if extension is None else extension.positions
+
+
+def trained_length(model: nn.Module) -> int | None:
     """The most positions that the config of ``model`` speaks of; None where it names none.
 
     A scaled rotary embedding counts.
@@ -26,6 +42,6 @@ def warn_beyond_window(model: nn.Module, tokens: int, call: str) -> None:
     if most is not None and tokens > most:
         warnings.warn(
             f"{call}: {tokens} tokens are more than the {most} positions that the model's config speaks of; without an "
-            f"extended rotary embedding (docs/reproduction.md) the model has not learned to read so far",
+            f"extended rotary embedding (docs/context_extension.md) the model has not learned to read so far",
             stacklevel=3,
         )

@@ -6,6 +6,9 @@ attention output is *observed*, by running the model on two tokens.
 
 from __future__ import annotations
 
+import functools
+import inspect
+import re
 import types
 import warnings
 
@@ -43,17 +46,40 @@ class _Probe:
         return results[0]
 
     def observe(
-        self, query: Tensor, key: Tensor, value: Tensor, rotation: Rotation | None, composed: str | None
+        self, query: Tensor, key: Tensor, value: Tensor, rotation: Rotation | None, composed: str | None, windowed: bool
     ) -> Tensor:
         layer = self.layer
+        if _extends_mask(getattr(type(layer.module), "_seal_base", type(layer.module))):
+            raise UnsupportedAttention(
+                f"seal_ops.attach: model must hand the mask to attention as it is, "
+                f"{type(layer.module).__name__} extends it by keys of its own"
+            )
         layer.num_heads, layer.num_kv_heads, layer.head_dim = query.shape[1], key.shape[1], value.shape[-1]
         layer.device, layer.dtype, layer.composed = query.device, value.dtype, composed
+        layer.windowed = windowed
         self.turned = _what_turned(layer, rotation, query, key) if self.entered else None
+        if self.turned == "deferred":
+            layer.turn = tuple(t[0, 1].detach().double().cpu() for t in (rotation.cos, rotation.sin))
         out = attention_output(query, layer.head_dim, self.active)
         if self.active is None:
             self.out = out
         self.watch.probe, self.watch.run = self, self.active
         return out
+
+
+@functools.cache
+def _extends_mask(cls: type) -> bool:
+    """Whether an attention class lengthens its mask, which a mask that is a description does not survive.
+
+    Two tokens do not show it: keys of its own may come with longer inputs alone.
+    """
+    try:
+        source = inspect.getsource(inspect.unwrap(cls.forward))
+    except (OSError, TypeError):
+        return False
+    return (
+        re.search(r"\battention_mask\s*=\s*(torch\.cat|(F|functional)\.pad|nn\.functional\.pad)\(", source) is not None
+    )
 
 
 def _what_turned(layer: AttentionLayer, rotation: Rotation | None, query: Tensor, key: Tensor) -> str | None:
@@ -84,15 +110,15 @@ def _probe(model: nn.Module, layers: list[AttentionLayer], rotation: str | None)
     watch = _Watch()
     for layer in layers:
         layer.probe, layer.num_heads, layer.rotation = _Probe(layer, watch), 0, None
-    patch = Patch(layers)
-    patch.install()
+    patch = Patch(model, layers)
+    patch.install("probe")
     for layer in layers:
         layer.rotation = rotation if getattr(type(layer.module), "_seal_fused", False) else None
     hooks = [m.register_forward_pre_hook(watch.reads, with_kwargs=True) for m in model.modules() if is_linear(m)]
     try:
         run_two_tokens(model)
     finally:
-        patch.remove()
+        patch.remove("probe")
         for hook in hooks:
             hook.remove()
         probes = [layer.probe for layer in layers]

@@ -16,7 +16,9 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch import Tensor, nn
 
+from .context_window import extension_of
 from .logits import learns_prompt
+from .patch import SCALES
 
 BLOCK = 1 << 22  # words of 8 bytes in a block
 _ODD = (-4658895280553007687, -7723592293110705685)  # any odd 64-bit numbers with about half of their bits set
@@ -46,6 +48,8 @@ def fingerprint(model: nn.Module, trainable: bool = True) -> str:
     add(type(model).__name__, _settings(getattr(model, "config", None)))
     add({name: _settings(c) for name, c in (getattr(model, "peft_config", None) or {}).items()})
     add(learns_prompt(model))
+    if (extension := extension_of(model)) is not None:
+        add("extension", extension.method, extension.options)
     scales = getattr(model, "seal_scales", None)
     inside = set() if scales is None else {id(p) for p in scales.parameters()}
     for name, parameter in sorted(model.named_parameters(), key=lambda item: item[0]):
@@ -121,7 +125,7 @@ def _buffers(model) -> Iterator[tuple[str, Tensor]]:
 def _scales(model) -> Iterator[tuple[str, Tensor]]:
     """What scales multiply each layer by, where they are on."""
     attachment = getattr(getattr(model, "seal_scales", None), "attachment", None)
-    if attachment is None or not attachment.patch.installed:
+    if attachment is None or not attachment.patch.serves(SCALES):
         return
     for layer in attachment.patch.layers:
         if (current := layer.current()) is not None:

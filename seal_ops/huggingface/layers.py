@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
+from ..ops.masks import Mask
 from .masks import NAME
 from .rotation import Rotation, rotary_functions, with_fused_rotation
 
@@ -30,7 +31,10 @@ class AttentionLayer:
     projection reads, so that they can be merged: both where it reads the attention output itself or a gated one, none
     behind a norm.  ``rotation``: "deferred" (fused with attention where there is no cache), "in place" (fused by
     itself) or None.  ``composed``: why attention is put together from PyTorch's parts, or None.
-    ``scaling`` (set by `seal_ops.attach`), called, gives fp32 [Hq], [Hq, D], [B, Hq, 1] or [B, Hq, D].
+    ``scaling`` (set by `seal_ops.attach`), called, gives fp32 [Hq], [Hq, D], [B, Hq, 1] or [B, Hq, D]; it counts while
+    the patch is on the model for scales.  ``turn``: cos and sin of position 1 as the layer was given them, where its
+    rotation is deferred.  ``program`` (set by `seal_ops.extend`): what runs in the place of plain attention, as in
+    `context_extension.programs`.  ``training_mask``: in the place of causal masks, in training mode.
     """
 
     name: str
@@ -48,7 +52,12 @@ class AttentionLayer:
     unfused: str | None = None  # why a rotary function that is there was not replaced
     composed: str | None = None
     bystanders: tuple[nn.Module, ...] = ()  # the model's other modules that may call attention, without scales
+    windowed: bool = False  # by a sliding window of the model's own
+    turn: tuple[Tensor, Tensor] | None = None
     scaling: nn.Module | None = None
+    scaled: bool = True
+    program: object | None = None
+    training_mask: Mask | None = None
     backend: str | None = None
     probe: object | None = None  # discovery's, while it watches
 
@@ -63,7 +72,7 @@ class AttentionLayer:
 
     def current(self) -> Tensor | None:
         # Through a call: offloading hooks fill the parameters of modules that are called.
-        return None if self.scaling is None else self.scaling()
+        return None if self.scaling is None or not self.scaled else self.scaling()
 
 
 def _is_cache(value) -> bool:
@@ -85,12 +94,13 @@ def _is_embeddings(value) -> bool:
     )
 
 
-def _waiting(args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+def _waiting(args: tuple, kwargs: dict, unrotated_cache: bool) -> tuple[tuple, dict]:
     """The arguments of an attention module with the rotation left to the attention call; as they are with a cache.
 
-    A cache wants rotated keys before the attention call.  Arguments are known by what they are: names have changed.
+    A cache wants rotated keys before the attention call, but for a program, which turns them when it reads them.
+    Arguments are known by what they are: names have changed.
     """
-    if any(_is_cache(value) for value in itertools.chain(args, kwargs.values())):
+    if not unrotated_cache and any(_is_cache(value) for value in itertools.chain(args, kwargs.values())):
         return args, kwargs
     places = [i for i, v in enumerate(args) if _is_embeddings(v)] + [n for n, v in kwargs.items() if _is_embeddings(v)]
     if len(places) != 1:
@@ -127,7 +137,7 @@ def _attached_class(cls: type, backend: str | None, original, _state: tuple) -> 
                 f"call seal_ops.merge or seal_ops.detach first"
             )
         if layer.rotation == "deferred":
-            args, kwargs = _waiting(args, kwargs)
+            args, kwargs = _waiting(args, kwargs, layer.program is not None)
         function = fused if layer.rotation else original
         if layer.probe is not None:
             return layer.probe.run(function, args, kwargs)

@@ -13,16 +13,26 @@ from . import attention as _attention  # noqa: F401  a model that is unpickled f
 from .layers import AttentionLayer, attached_class
 from .masks import NAME
 
+PATCH = "_seal_patch"  # where a model keeps the patch that is on it
+SCALES, PROGRAM, TRAINING = "scales", "program", "training"  # what a patch may be on a model for
+
 
 class Patch:
-    """All changes to one model, put on and taken off together; ``layers`` in the order of the layers."""
+    """All changes to one model, put on and taken off together; ``layers`` in the order of the layers.
 
-    def __init__(self, layers: list[AttentionLayer]):
-        self.layers = layers
+    Scales, position programs and masks of training share one patch: it is on while one of its ``users`` is.
+    """
+
+    def __init__(self, model: nn.Module, layers: list[AttentionLayer]):
+        self.model, self.layers = model, layers
+        self.users: set[str] = set()
         configs = {id(layer.module.config): layer.module.config for layer in layers}
         self.configs = [(config, config._attn_implementation) for config in configs.values()]
         self.bystanders = {id(m): m for layer in layers for m in layer.bystanders}
-        self.installed = False
+
+    def serves(self, user: str) -> bool:
+        """Whether the patch is on the model for ``user``."""
+        return user in self.users
 
     @property
     def num_fused_rotations(self) -> int:
@@ -38,13 +48,29 @@ class Patch:
             text += f", attention composed in {number} ({', '.join(composed)})"
         return text
 
-    def install(self) -> None:
+    def install(self, user: str) -> None:
+        """Puts the changes on for ``user``; anew where they are on, for layers that have got another backend."""
+        if self.users:
+            self._take_off()
+        self.users.add(user)
+        self._put_on()
+
+    def remove(self, user: str) -> None:
+        """Takes the changes off, unless another user needs them."""
+        self.users.discard(user)
+        self._take_off()
+        if self.users:
+            self._put_on()
+
+    def _put_on(self) -> None:
+        self.model.__dict__[PATCH] = self
         for config, _ in self.configs:
             config._attn_implementation_internal = (
                 NAME  # the property would also reach sub-models such as a vision tower
             )
         for layer in self.layers:
             module = layer.module
+            layer.scaled = SCALES in self.users
             module.__dict__["_seal_layer"] = layer
             base = type(module)
             if not hasattr(base, "_seal_base"):  # left by an earlier attachment under another library's subclass
@@ -52,9 +78,9 @@ class Patch:
             rebind(module, base.forward)
         for module in self.bystanders.values():
             module.__dict__["_seal_bystander"] = True
-        self.installed = True
 
-    def remove(self) -> None:
+    def _take_off(self) -> None:
+        self.model.__dict__.pop(PATCH, None)
         for config, previous in self.configs:
             if config._attn_implementation_internal == NAME:  # else the user has chosen another one since
                 config._attn_implementation_internal = previous
@@ -69,7 +95,11 @@ class Patch:
             ):  # else another library's subclass is on top; ours calls the original now
                 module.__class__ = attached._seal_base
                 rebind(module, attached.forward)
-        self.installed = False
+
+
+def patch_on(model: nn.Module) -> Patch | None:
+    """The patch that is on ``model``, a transformers model without wrappers."""
+    return model.__dict__.get(PATCH)
 
 
 def rebind(module: nn.Module, previous: types.FunctionType) -> None:

@@ -12,12 +12,13 @@ import torch
 from . import checks
 
 _DIFFERENTIABLE = ("q", "k", "v", "scale", "offset")
-_READ = ("cos", "sin", "positions", "positions_k", "cu_seqlens", "cu_seqlens_k")
+_READ = ("cos", "sin", "positions", "positions_k", "cu_seqlens", "cu_seqlens_k", "blocks")
 _OPTIONS = (
     "softmax_scale",
     "causal",
     "window",
     "mask",
+    "block_size",
     "max_seqlen",
     "max_seqlen_k",
     "deterministic",
@@ -83,7 +84,7 @@ class _Attention(torch.autograd.Function):
             lse,
             scale,
             offset,
-            *read,
+            **dict(zip(_READ, read)),
             needs=needs,
             **ctx.options,
         )

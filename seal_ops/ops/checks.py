@@ -31,6 +31,7 @@ def check(op: str, a: dict) -> None:
     if "v" in a:
         rows = _packing(op, a, packed)
         _mask(op, a)
+        _blocks(op, a, packed, rows)
         _factor(op, "scale", a["scale"], a["q"], rows, per_head=True)
         _factor(op, "offset", a["offset"], a["q"], rows, per_head=False)
     if "cos" in a:
@@ -168,6 +169,25 @@ def _mask(op: str, a: dict) -> None:
     if shift and shifted_from < heads and shifted_from % group:
         expected = f"shift whole groups of {group} query heads, those that share a key/value head"
         fail(op, "mask", expected, f"heads from {shifted_from} on")
+
+
+def _blocks(op: str, a: dict, packed: bool, rows) -> None:
+    t, size = a["blocks"], a["block_size"]
+    if t is None:
+        return
+    q, k = a["q"], a["k"]
+    if packed:
+        fail(op, "blocks", "come without cu_seqlens", "packed sequences")
+    if size <= 0 or size % 32 or size > 1 << 20:
+        fail(op, "block_size", "be a multiple of 32 up to 2^20", size)
+    if t.dtype != torch.bool:
+        fail(op, "blocks", "be torch.bool", t.dtype)
+    if t.device != q.device:
+        fail(op, "blocks", f"be on q's device {q.device}", t.device)
+    heads, blocks_q, blocks_k = q.shape[-2], -(-q.shape[1] // size), -(-k.shape[1] // size)
+    fits = t.dim() == 4 and t.shape[0] in (1, rows) and t.shape[1] in (1, heads)
+    if not fits or t.shape[2] != blocks_q or t.shape[3] != blocks_k:
+        fail(op, "blocks", f"have shape [{rows} or 1, {heads} or 1, {blocks_q}, {blocks_k}]", _shape(t))
 
 
 def _factor(op: str, name: str, t: Tensor | None, q: Tensor, rows, per_head: bool) -> None:

@@ -13,7 +13,8 @@ import warnings
 import torch
 
 NAMES = ("cuda", "triton", "cpu", "reference")
-OPS = ("attention", "attention_backward", "rope", "rope_attention")
+MERGE_OPS = ("merge_attention", "merge_attention_backward")  # on lists of tensors; merging.py has all of them
+OPS = ("attention", "attention_backward", "rope", "rope_attention", *MERGE_OPS)
 
 
 @functools.cache
@@ -52,6 +53,8 @@ def why_not(backend: str, op: str, device: torch.device, dtype: torch.dtype, hea
             return f"backend cuda: the extension was built without CUDA ({reason})"
         if device.type != "cuda":
             return f"backend cuda runs on CUDA tensors, got {device}"
+        if op in MERGE_OPS:
+            return f"backend cuda has no kernel for {op}"
         major, minor = torch.cuda.get_device_capability(device)
         return module.why_not_cuda(op, dtype, head_dim, 10 * major + minor) or None
     from .backends import triton as kernels

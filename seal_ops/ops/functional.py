@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import checks, registration  # noqa: F401  registration defines the ops
-from .masks import Mask
+from . import checks, epilogue, registration  # noqa: F401  registration defines the ops
+from .masks import BlockMask, Mask
 
 _attention = torch.ops.seal.attention.default
 _rope = torch.ops.seal.rope.default
@@ -25,7 +25,7 @@ def attention(
     softmax_scale: float | None = None,
     causal: bool = True,
     window: int | None = None,
-    mask: Mask | Sequence[int] | None = None,
+    mask: Mask | BlockMask | Sequence[int] | None = None,
     cu_seqlens: Tensor | None = None,
     cu_seqlens_k: Tensor | None = None,
     max_seqlen: int | None = None,
@@ -33,6 +33,9 @@ def attention(
     deterministic: bool | None = None,
     backend: str | None = None,
     return_lse: bool = False,
+    sink: Tensor | None = None,
+    gate: Tensor | None = None,
+    gate_function: str = "sigmoid",
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`scale * softmax(softmax_scale * q k^T + mask) v + offset`, fused; differentiable in q, k, v, scale and offset.
 
@@ -44,6 +47,9 @@ def attention(
     `softmax_scale` defaults to 1/sqrt(D). `max_seqlen` is an optional bound, no sync without it.
     `deterministic` (default: torch.are_deterministic_algorithms_enabled()) makes the gradients bitwise repeatable.
     `backend`: "auto", "cuda", "triton", "cpu" or "reference".
+    `sink`: one logit a query head `[Hq]` that joins the softmax's denominator. `gate` `[B, Sq, Hq, D]` or
+    `[B, Sq, Hq, 1]` (packed `[T, Hq, ...]`) multiplies the scaled output by `gate_function` of it ("sigmoid",
+    "softplus" or "identity"). Both are composed around the op, are differentiable, and go without an offset.
 
     Returns:
         out `[B, Sq, Hq, D]` (packed `[T, Hq, D]`), with `return_lse` also the natural-log log-sum-exp `[B, Hq, Sq]`
@@ -53,7 +59,8 @@ def attention(
         ValueError: arguments outside this contract, or a forced backend that cannot run.
 
     Source:
-        SEAL (arXiv 2501.15225) section 4 for the scales; FlashAttention for the algorithm.
+        SEAL (arXiv 2501.15225) section 4 for the scales; FlashAttention for the algorithm;
+        gpt-oss (arXiv 2508.10925) for the sink; gated attention (arXiv 2505.06708) for the gate.
     """
     out, lse = _attention(
         q,
@@ -66,12 +73,13 @@ def attention(
         softmax_scale=softmax_scale,
         causal=causal,
         window=window,
-        mask=_integers("attention", mask, q),
+        **_mask_arguments("attention", mask, q),
         max_seqlen=max_seqlen,
         max_seqlen_k=max_seqlen_k,
         deterministic=bool(deterministic),
         backend=backend or "auto",
     )
+    out, lse = epilogue.apply("attention", out, lse, offset, sink, gate, gate_function)
     return (out, lse) if return_lse else out
 
 
@@ -122,7 +130,7 @@ def rope_attention(
     softmax_scale: float | None = None,
     causal: bool = True,
     window: int | None = None,
-    mask: Mask | Sequence[int] | None = None,
+    mask: Mask | BlockMask | Sequence[int] | None = None,
     cu_seqlens: Tensor | None = None,
     cu_seqlens_k: Tensor | None = None,
     max_seqlen: int | None = None,
@@ -130,6 +138,9 @@ def rope_attention(
     deterministic: bool | None = None,
     backend: str | None = None,
     return_lse: bool = False,
+    sink: Tensor | None = None,
+    gate: Tensor | None = None,
+    gate_function: str = "sigmoid",
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`attention(*rope(q, k, ...), v, ...)` as one op.
 
@@ -160,22 +171,27 @@ def rope_attention(
         softmax_scale=softmax_scale,
         causal=causal,
         window=window,
-        mask=_integers("rope_attention", mask, q),
+        **_mask_arguments("rope_attention", mask, q),
         max_seqlen=max_seqlen,
         max_seqlen_k=max_seqlen_k,
         deterministic=bool(deterministic),
         backend=backend or "auto",
     )
+    out, lse = epilogue.apply("rope_attention", out, lse, offset, sink, gate, gate_function)
     return (out, lse) if return_lse else out
 
 
-def _integers(op: str, mask: Mask | Sequence[int] | None, q: Tensor) -> Sequence[int] | None:
-    """The op's `mask` argument for q [..., H, D]: a mask's share of shifted heads becomes heads."""
+def _mask_arguments(op: str, mask: Mask | BlockMask | Sequence[int] | None, q: Tensor) -> dict:
+    """The op's arguments for a mask of q [..., H, D]: its share of shifted heads becomes heads."""
+    arguments = {}
+    if isinstance(mask, BlockMask):
+        arguments = dict(blocks=mask.visited, block_size=mask.size)
+        mask = mask.mask
     if isinstance(mask, Mask):
-        return mask.resolve(q.shape[-2])
+        mask = mask.resolve(q.shape[-2])
     if mask is not None and not isinstance(mask, (list, tuple)):
         checks.fail(op, "mask", "be made by seal_ops.masks (or be the op's 8 integers)", type(mask).__name__)
-    return mask
+    return dict(arguments, mask=mask)
 
 
 def packed_positions(cu_seqlens: Tensor, tokens: int, cu_seqlens_k: Tensor | None = None) -> Tensor:

@@ -10,6 +10,8 @@ from __future__ import annotations
 import dataclasses
 import operator
 
+from torch import Tensor
+
 UNBOUNDED = 1 << 30  # above every position, so that arithmetic with it stays in 32 bits
 FIELDS = ("lower", "upper", "chunk", "chunk_lower", "chunk_upper", "shift", "shifted_from", "sinks")
 
@@ -58,6 +60,15 @@ class Mask:
             shifted_from,
             self.sinks,
         ]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class BlockMask:
+    """Of `mask` the pairs in the blocks that `visited` has; `blocks` makes it."""
+
+    mask: Mask
+    visited: Tensor
+    size: int
 
 
 def _fail(maker: str, argument: str, expected: str, received) -> None:
@@ -148,3 +159,18 @@ def chunks(size: int, before: tuple[int, int | None] = (0, 0)) -> Mask:
     except (TypeError, ValueError):
         _fail("chunks", "before", expected, before)
     return Mask(upper=0, chunk=size, chunk_lower=-most, chunk_upper=-least)
+
+
+def blocks(visited: Tensor, size: int = 128, mask: Mask | None = None) -> BlockMask:
+    """Of `mask` (None: causal) only the blocks of `size` by `size` tokens that `visited` has.
+
+    visited: bool [B or 1, heads or 1, blocks of queries, blocks of keys], on q's device: whether query i (counted from
+    the first of the call) may see key j, at [i // size, j // size]. Lists for the kernels, in both directions, are made
+    of it where it lies, without a sync. Time follows the blocks that are visited.
+    Raises ValueError for a size that is no multiple of 32; the call refuses a shape that does not fit it.
+    Source: the sparse patterns of MInference (arXiv 2407.02490) and SeerAttention (2410.13276).
+    """
+    size = _at_least(1, "blocks", "size", size)
+    if size % 32:
+        _fail("blocks", "size", "be a multiple of 32", size)
+    return BlockMask(causal() if mask is None else mask, visited, size)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import autograd, checks
-from .dispatch import OPS, choose, extension
+from .dispatch import MERGE_OPS, OPS, choose, extension
 
 
 def schemas() -> list[str]:
@@ -24,11 +24,11 @@ def schemas() -> list[str]:
 
 
 _extended = not isinstance(extension(), str)
-_library = torch.library.Library("seal", "FRAGMENT")
-_bodies = torch.library.Library("seal_portable", "FRAGMENT") if _extended else _library
+library = torch.library.Library("seal", "FRAGMENT")
+_bodies = torch.library.Library("seal_portable", "FRAGMENT") if _extended else library
 if not _extended:
     for _schema in schemas():
-        _library.define(_schema)
+        library.define(_schema)
 _seal = torch.ops.seal
 
 
@@ -85,10 +85,11 @@ def _register(op: str) -> None:
 
     for key in ("CPU", "CUDA"):
         _bodies.impl(op, run, key)
-    torch.library.register_fake(f"seal::{op}", fake, lib=_library)
+    torch.library.register_fake(f"seal::{op}", fake, lib=library)
     if not _extended:
-        _library.impl(op, autograd.kernel(op), "Autograd", with_keyset=True)
+        library.impl(op, autograd.kernel(op), "Autograd", with_keyset=True)
 
 
 for _op in OPS:
-    _register(_op)
+    if _op not in MERGE_OPS:
+        _register(_op)

@@ -72,6 +72,21 @@ class Visibility(typing.NamedTuple):
             total += (part.stop - part.start) * float(seen.sum())
         return total / heads
 
+    def cover(self, sq: int, sk: int, size: int, heads: int, device: torch.device | str) -> Tensor:
+        """Boolean [heads or 1, blocks of queries, blocks of keys]: the blocks of `size` by `size` that hold a pair at
+        all, and perhaps some that do not."""
+        first = torch.arange(0, sq, size, device=device) + sk - sq
+        last = (first + size - 1).clamp_(max=sk - 1)
+        begin = torch.arange(0, sk, size, device=device)
+        parts = []
+        for part, own in self.by_heads(heads):
+            low, high = own.limits(first)[0][:, None], own.limits(last)[1][:, None]
+            seen = (begin + size > low) & (begin <= high)
+            if self.sinks:
+                seen |= (begin < self.sinks) & (begin <= last[:, None])
+            parts.append(seen.expand(part.stop - part.start, -1, -1))
+        return torch.cat(parts) if len(parts) > 1 else parts[0][:1]
+
     def allowed(self, sq: int, sk: int, heads: int = 1, device: torch.device | str = "cpu") -> Tensor:
         """Boolean [heads, Sq, Sk], or [1, Sq, Sk] where all heads see the same. Whole: for the oracle and for tests."""
         positions, keys = torch.arange(sk - sq, sk, device=device), torch.arange(sk, device=device)

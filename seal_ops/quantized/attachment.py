@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from ..adapters.attachment import SUBMODULE as SCALES
-from ..adapters.attachment import unwrapped
 from ..adapters.files import DELTA
 from ..adapters.freezing import freeze, thaw
+from ..huggingface.wrappers import unwrapped
 from . import bases, calibration, columns, quantizers, selection, start
 from .originals import Originals
 

@@ -7,7 +7,7 @@ import os
 import torch
 from torch import nn
 
-from ..adapters.attachment import unwrapped
+from ..huggingface.wrappers import unwrapped
 from . import bases
 from .attachment import ATTRIBUTE, detach_weak_columns
 

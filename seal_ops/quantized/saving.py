@@ -9,9 +9,9 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from ..adapters.attachment import unwrapped
 from ..adapters.files import read_json, read_tensors, shown
 from ..adapters.freezing import freeze
+from ..huggingface.wrappers import unwrapped
 from ..utils.files import atomic_write, replacing
 from . import bases, quantizers, selection
 from .attachment import ATTRIBUTE, ColumnsConfig, WeakColumns, bring_up_to_date, origin_of, put_columns_on

@@ -15,7 +15,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 
 import torch
 import torch.nn.functional as F
@@ -33,8 +33,10 @@ from . import groups
 from .checkpoint import NAME as CHECKPOINT
 from .checkpoint import load_checkpoint, save_checkpoint
 from .collator import Collator
+from .long_context import LEARNING_RATE, prepare, recipe_of, training_masks
 from .recipe import COLUMNS_CLIP, NAMES
 from .samples import to_rows
+from .texts import packed_texts
 
 RESULT = "training.json"
 
@@ -51,6 +53,7 @@ class TrainResult:
         peak_memory: bytes: the most allocated on the GPU during the run; on the CPU the largest size of the process.
         settings: the recipe, as given and completed, with the tasks and lengths that the samples name.
         provenance: the trained model and versions, for people; empty without ``output_dir``.
+        model: what was trained: the model that was given, or what the recipe put round it.
     """
 
     losses: list[float]
@@ -60,12 +63,15 @@ class TrainResult:
     peak_memory: int
     settings: dict = field(default_factory=dict)
     provenance: dict = field(default_factory=dict)
+    model: object = field(default=None, repr=False, compare=False)
 
 
 def train(
     model,
     samples: Iterable,
     *,
+    recipe: str | None = None,
+    recipe_options: dict | None = None,
     tokenizer=None,
     chat_template=None,
     chat_template_kwargs: dict | None = None,
@@ -93,9 +99,15 @@ def train(
             needs ``lr``.
         samples: samples of a task (:mod:`seal_ops.tasks`), or dicts, in a list or a ``datasets.Dataset``: token ids
             with labels, prompt and answer, conversations or texts; see :func:`seal_ops.training.samples.to_rows`.
+        recipe: "longlora" or "sinklora": puts LoRA, trainable embeddings and norms on a plain ``model``, and trains
+            them with attention in groups on texts of a longer context.  ``samples`` may then be a text file or a
+            ``.jsonl`` file of objects with ``text``, packed into rows.  The trained PEFT model is the result's
+            ``model``; it attends in full.
+        recipe_options: ``length``, the longer context in tokens, and those of
+            :class:`seal_ops.training.long_context.LongContextRecipe`.
         tokenizer, chat_template, chat_template_kwargs: for samples that are text.
-        lr: constant learning rate; None for the paper's: 1e-2 (head) or 2e-2 (channel).  It is worth a search: see
-            docs/training.md.
+        lr: constant learning rate; None for the paper's: 1e-2 (head), 2e-2 (channel) or 2e-5 (a recipe).  It is worth a
+            search: see docs/training.md.
         column_lr: constant rate of weak columns; None for QEFT's by their number: 5e-6 for 128, 1.4e-5 for 8.  Where
             nothing else is trained, ``lr`` means the same.
         epochs: passes over the samples, each in an order of its own drawn from ``seed``.
@@ -124,10 +136,18 @@ def train(
         RuntimeError: a trained parameter without a finite gradient at the first step (it is named), or a loss that is
             not finite.
     """
+    if recipe is None and recipe_options is not None:
+        raise ValueError(f"seal_ops.train: recipe must be given with recipe_options, got None and {recipe_options}")
+    plan = None if recipe is None else recipe_of(recipe, recipe_options or {})
+    if plan is not None and isinstance(samples, (str, os.PathLike)):
+        samples = packed_texts(samples, tokenizer, plan.length, "seal_ops.train")
     samples = to_rows(samples, tokenizer, chat_template, chat_template_kwargs)
-    run = _Run(
-        model, samples, (lr, column_lr), epochs, batch_size, accumulate, weight_decay, betas, max_grad_norm, seed
-    )
+    masks = contextlib.nullcontext()
+    if plan is not None:
+        model, patch = prepare(model, plan, seed)
+        masks, lr = training_masks(patch), LEARNING_RATE if lr is None else lr
+    rates = (lr, column_lr)
+    run = _Run(model, samples, rates, epochs, batch_size, accumulate, weight_decay, betas, max_grad_norm, seed, plan)
     if gradient_checkpointing not in (False, True, "selective"):
         raise ValueError(
             f"seal_ops.train: gradient_checkpointing must be False, True or 'selective', got {gradient_checkpointing!r}"
@@ -143,7 +163,7 @@ def train(
     cuda = run.device.type == "cuda"
     if cuda:
         torch.cuda.reset_peak_memory_stats(run.device)
-    with torch.random.fork_rng(devices=[run.device] if cuda else []), prepared(model, gradient_checkpointing):
+    with torch.random.fork_rng(devices=[run.device] if cuda else []), masks, prepared(model, gradient_checkpointing):
         torch.manual_seed(seed)
         if checkpoint and not (resume and os.path.exists(checkpoint)):
             for name in (RESULT, CHECKPOINT):  # of an earlier run: nothing in the folder may pass for this one's
@@ -166,12 +186,12 @@ def train(
     peak = torch.cuda.max_memory_allocated(run.device) if cuda else _largest_size()
     count = sum(p.numel() for p in run.trained.values())
     origin = {} if output_dir is None else provenance(model)
-    result = TrainResult(run.losses, run.settings["lr"], count, run.seconds, peak, run.settings, origin)
+    result = TrainResult(run.losses, run.settings["lr"], count, run.seconds, peak, run.settings, origin, model)
     if output_dir is not None:
         if run.scales is not None:
             run.scales.training_settings = result.settings
         _save(model, run.scales, run.columns, output_dir)
-        atomic_write(os.path.join(output_dir, RESULT), json.dumps(asdict(result), indent=1) + "\n")
+        atomic_write(os.path.join(output_dir, RESULT), json.dumps(_facts(result), indent=1) + "\n")
     return result
 
 
@@ -186,10 +206,16 @@ def _save(model, scales, columns, folder):
         scales.save_to(folders_beside(scales, folder))
 
 
+def _facts(result: TrainResult) -> dict:
+    return {f.name: getattr(result, f.name) for f in fields(result) if f.name != "model"}
+
+
 class _Run:
     """The state of one training run: what a checkpoint holds, and one optimiser step."""
 
-    def __init__(self, model, samples, rates, epochs, batch_size, accumulate, weight_decay, betas, max_grad_norm, seed):
+    def __init__(
+        self, model, samples, rates, epochs, batch_size, accumulate, weight_decay, betas, max_grad_norm, seed, plan=None
+    ):
         self.model, self.samples = model, samples
         self.scales = getattr(model, "seal_scales", None)
         self.trained = _trained(model, self.scales)
@@ -218,6 +244,8 @@ class _Run:
         self.columns = getattr(model, "seal_weak_columns", None)
         if self.columns is not None:
             self.settings |= {"columns": self.columns.columns, "column_lr": column_lr}
+        if plan is not None:
+            self.settings["recipe"] = asdict(plan)
         self.steps = epochs * -(-len(self.samples) // (batch_size * accumulate))
         self.optimizer = torch.optim.AdamW(
             groups.groups_at(model, lr, column_lr), betas=betas, weight_decay=weight_decay

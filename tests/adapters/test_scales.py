@@ -2,6 +2,7 @@
 
 import copy
 
+import causal_lms
 import pytest
 import torch
 import transformers
@@ -210,20 +211,13 @@ def test_a_shared_config_object_is_refused():
         seal_ops.attach(second)
 
 
-def gpt_oss():
-    return transformers.GptOssForCausalLM(
-        transformers.GptOssConfig(
-            vocab_size=97,
-            hidden_size=64,
-            intermediate_size=32,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            head_dim=16,
-            num_local_experts=2,
-            num_experts_per_tok=1,
-        )
-    )
+def of_family(name):
+    def build():
+        if name not in causal_lms.FAMILIES:
+            pytest.skip(f"this transformers has no {name}")
+        return causal_lms.build(name)
+
+    return build
 
 
 def bloom():
@@ -251,7 +245,14 @@ class Homemade(nn.Module):
 @pytest.mark.parametrize(
     "build, message",
     [
-        (gpt_oss, "seal_ops.attach: model must have attention without attention sinks, GptOssAttention passes s_aux"),
+        (
+            of_family("inkling_text"),
+            "seal_ops.attach: model must have attention without a position bias, InklingAttention passes",
+        ),
+        (
+            of_family("deepseek_v4"),
+            "model must hand the mask to attention as it is, DeepseekV4Attention extends it by keys of its own",
+        ),
         (bloom, "transformers' attention registry, BloomForCausalLM has no module that takes part in it"),
         (lambda: nn.Linear(3, 3), "transformers' attention registry, Linear has no module that takes part in it"),
         (Homemade, "transformers' attention registry, Homemade has no module that takes part in it"),

@@ -2,7 +2,9 @@
 
 import csv
 import dataclasses
+import importlib.util
 import json
+import pathlib
 
 import pytest
 import torch
@@ -20,6 +22,8 @@ SEEN = [
     Visibility(*masks.streaming(3, 37).resolve(1)),
     Visibility(*masks.shifted_groups(40, shifted_heads=1, sinks=2).resolve(3)),
 ]
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.parametrize("seen", SEEN, ids=str)
@@ -311,3 +315,29 @@ def test_host_time_of_a_call_with_and_without_gradients():
     assert list(times) == ["seal_ops, without", "SDPA, without", "seal_ops, with gradients", "SDPA, with gradients"]
     assert all(value > 1 for value in times.values())
     assert sentence(dict.fromkeys(times, 12.34)).count(" 12 µs") == 4
+
+
+def test_decoding_speed_keeps_its_rows(monkeypatch, tmp_path, capsys):
+    """The benchmark's file: rows with their environment, continued, and refused for other settings."""
+    spec = importlib.util.spec_from_file_location("decoding_speed", ROOT / "benchmarks/decoding_speed.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    output = tmp_path / "decoding.json"
+    seen = []
+    measured_row = script.measured_row
+    monkeypatch.setattr(script, "measured_row", lambda *a: (seen.append(a[2]), measured_row(*a))[1])
+
+    def run(*lengths, cases=3):
+        words = f"decoding_speed --model {ROOT}/models/seal-tiny --cases {cases} --tokens 3 --compared 1".split()
+        monkeypatch.setattr("sys.argv", [*words, "--output", str(output), "--lengths", *map(str, lengths)])
+        script.main()
+        return json.loads(output.read_text())
+
+    first = run(96)
+    (row,) = first["rows"]
+    assert row["tokens"] == 96 and row["generate"] > 0 and row["fixed cache"] > 0 and row["at once"] >= 1
+    assert first["settings"]["model"] == "seal-tiny" and "torch" in first["environment"]
+    both = run(64, 96)
+    assert [r["tokens"] for r in both["rows"]] == [64, 96] and both["rows"][1] == row and seen == [96, 64]
+    with pytest.raises(ValueError, match="must be of the same settings, got another cases"):
+        run(32, cases=4)

@@ -2,16 +2,19 @@
 
 import json
 import os
+import pathlib
 
 import pytest
 import torch
 from command_line import TINY, folder, seal  # noqa: F401
 from retrieval_fixtures import one_thread  # noqa: F401
 
-from seal_ops.experiments.pretrained_study import sections
+from seal_ops.experiments.pretrained_study import drawings, sections
 from seal_ops.experiments.pretrained_study.queue import Job, Queue, work
 from seal_ops.experiments.pretrained_study.sections import Plan, jobs
 from seal_ops.experiments.pretrained_study.summary import write_summary
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 
 class Bench:
@@ -120,9 +123,16 @@ def test_study_and_summary(capsys, folder, tmp_path):  # noqa: F811
         "format_cases=2",
         "rates={SEAL-H: [0.01, 0.1], SEAL-C: [0.02], LoRA: [0.001], DoRA: [0.001]}",
     ]
+    start = arguments.index("--sections") + 1
+    code, out, err = seal(capsys, *arguments[:start], "main", *arguments[arguments.index("--plan") :])
+    assert code == 0 and out.splitlines()[-1] == "2 jobs done here; 0 left: ", err
     code, out, err = seal(capsys, *arguments)
     assert code == 0, err
     assert "failed" not in out and "; 0 left" in out
+    environments = [json.loads(path.read_text()) for path in output.glob("environment-*.json")]
+    assert sorted(name for found in environments for name in found["jobs"]) == sorted(
+        path.stem for path in output.glob("*-*.json") if not path.stem.startswith("environment")
+    ), "every job's environment is kept, also where two processes bear the same number"
     first = json.loads((output / "main-lines-0.json").read_text())
     assert set(first["training"]["SEAL-H"]["tried"]) == {"0.01", "0.1"}
     assert {n: len(s) for n, s in first["measured"]["SEAL-C"]["scores"].items()} == {"190": 2, "230": 2}
@@ -166,8 +176,26 @@ def test_study_and_summary(capsys, folder, tmp_path):  # noqa: F811
     tables = (output / "tables.md").read_text()
     for word in ("| lines | SEAL-C |", "base → SEAL-C", "validation loss by rate", "| ntk | 2 | base |"):
         assert word in tables
-    for name in ("main.png", "curve.png", "beyond.png", "report.html", "main.csv"):
+    against = by_rate["against_base"]
+    assert against["cases"] == 2 and by_rate["shortest_against_base"]["cases"] == 2
+    base = first["measured"]["base"]["scores"]
+    assert against["base"] == sum(base["230"]) / 2 and by_rate["shortest_against_base"]["base"] == sum(base["190"]) / 2
+    assert {(r["method"], r["train_length"]) for r in content["length"]} == {
+        ("base", ""), ("SEAL-H", 190), ("SEAL-C", 190), ("SEAL-H", 230), ("SEAL-C", 230),
+    }  # fmt: skip
+    assert len(content["similarity"]) == 2, "two draws a method: what differs in its rate only is no draw"
+    tested = {(t["first"], t["second"], t["length"]) for t in content["main"]["tests"]}
+    assert {("SEAL-H", "LoRA", 230), ("SEAL-C", "DoRA", 230), ("SEAL-C", "LoRA", 190)} <= tested
+    for name in ("main.png", "curve.png", "length.png", "beyond.png", "report.html", "main.csv"):
         assert (output / name).stat().st_size > 1000 or name == "main.csv"
+
+
+def test_plots_of_a_whole_study(tmp_path):
+    """The stored study has every section."""
+    content = json.loads((ROOT / "results/smollm2/summary.json").read_text())
+    names = drawings.draw(content, str(tmp_path))
+    assert names == ["main.png", "curve.png", "length.png", "beyond.png", "transfer.png"]
+    assert all((tmp_path / name).stat().st_size > 20_000 for name in names)
 
 
 def test_summary_of_nothing(capsys, tmp_path):

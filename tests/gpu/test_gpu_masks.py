@@ -1,5 +1,5 @@
 """Masks on a GPU: out, log-sum-exp and all gradients in every cell, lengths around tile borders, and time that follows
-what is seen. A kind of mask that a backend declines is skipped with its sentence."""
+what is seen."""
 
 import dataclasses
 import itertools
@@ -53,24 +53,26 @@ def cases():
         yield Case(sq, sk, heads=own, head_dim=next(dims), mask=mask, **batch, **next(factors))
 
 
-def declined(backend: str, **call) -> None:
-    """Skips a mask that the backend does not take."""
-    try:
-        with torch.no_grad():
-            seal_ops.attention(**call, backend=backend)
-    except ValueError as reason:
-        if "takes a mask" not in str(reason):
-            raise
-        pytest.skip(str(reason))
+def attention(backend: str, **more):
+    """The op by its own arguments: the inputs of `make` have integers and block lists."""
+    return lambda **a: torch.ops.seal.attention(**a, **more, backend=backend)
 
 
-@pytest.mark.parametrize("case", [*MASKED, *cases()], ids=str)
+BLOCKS = [
+    Case(300, 300, heads=(8, 2), head_dim=128, batch=2, mask=masks.causal(), blocks=64, lse=True),
+    Case(200, 513, heads=(4, 2), head_dim=64, batch=2, mask=masks.streaming(4, 200), blocks=128, scale="head"),
+    Case(513, 513, heads=(4, 4), head_dim=256, mask=masks.causal(), blocks=96, lse=True),
+    Case(700, 700, heads=(4, 1), head_dim=80, mask=masks.shifted_groups(256, shifted_heads=1.0), blocks=128),
+]
+
+
+@pytest.mark.parametrize("case", [*MASKED, *BLOCKS, *cases()], ids=str)
 def test_every_result_in_every_cell(backend, device, case):
+    if case.blocks and backend == "cuda":
+        pytest.skip("the CUDA kernels take no block lists")
     for dtype in (torch.bfloat16, torch.float16):
         inputs = make(case, dtype, device)
-        declined(backend, **inputs)
-        function = lambda **arguments: seal_ops.attention(**arguments, backend=backend, return_lse=True)
-        assert_close(run(function, case, inputs), oracle(case, inputs), run_plain(case, inputs))
+        assert_close(run(attention(backend), case, inputs), oracle(case, inputs), run_plain(case, inputs))
 
 
 @pytest.mark.parametrize("mask", [masks.shifted_groups(1024, sinks=4), masks.streaming(100, 1000)], ids=str)
@@ -78,23 +80,20 @@ def test_every_result_in_every_cell(backend, device, case):
 def test_long(backend, device, head_dim, mask):
     case = Case(4224, 4224, heads=(4, 2), head_dim=head_dim, mask=mask, scale="channel", offset=True)
     inputs = make(case, torch.bfloat16, device)
-    declined(backend, **inputs)
-    function = lambda **arguments: seal_ops.attention(**arguments, backend=backend, return_lse=True)
-    assert_close(run(function, case, inputs), oracle(case, inputs), run_plain(case, inputs))
+    assert_close(run(attention(backend), case, inputs), oracle(case, inputs), run_plain(case, inputs))
 
 
 @pytest.mark.parametrize("mask", [masks.shifted_groups(64, sinks=4), masks.streaming(4, 50)], ids=str)
 def test_gradients_under_a_mask_repeat_bit_for_bit(backend, device, mask):
     case = Case(700, 700, heads=(8, 2), mask=mask, lse=True)
     inputs = make(case, torch.bfloat16, device)
-    declined(backend, **inputs)
-    function = lambda **a: seal_ops.attention(**a, backend=backend, return_lse=True, deterministic=True)
+    function = attention(backend, deterministic=True)
     first = run(function, case, inputs)
     for _ in range(20):
         assert all(torch.equal(first[name], value) for name, value in run(function, case, inputs).items())
 
 
-def milliseconds(backend: str, length: int, mask: masks.Mask | None) -> float:
+def milliseconds(backend: str, length: int, mask) -> float:
     """Forward and backward, median of seven."""
     q, k, v = (
         torch.randn(1, length, heads, 128, device="cuda", dtype=torch.bfloat16, requires_grad=True)
@@ -120,8 +119,17 @@ def milliseconds(backend: str, length: int, mask: masks.Mask | None) -> float:
     ids=["shifted groups of a quarter at 32k", "streaming(4, 4096) at 128k"],
 )
 def test_time_follows_the_mask(backend, device, alone, length, mask, most):
-    q, k = (torch.zeros(1, 64, heads, 128, device=device, dtype=torch.bfloat16) for heads in (32, 8))
-    declined(backend, q=q, k=k, v=k, mask=mask)
     share = milliseconds(backend, length, mask) / milliseconds(backend, length, None)
     print(f"{backend}: {share:.3f} of full causal attention")
     assert share <= most
+
+
+def test_time_follows_block_lists(backend, device, alone):
+    """A quarter of the blocks below the diagonal."""
+    if backend == "cuda":
+        pytest.skip("the CUDA kernels take no block lists")
+    visited = torch.rand(1, 32, 256, 256, device=device) < 0.25
+    visited |= torch.eye(256, dtype=torch.bool, device=device)
+    share = milliseconds(backend, 32768, masks.blocks(visited, 128)) / milliseconds(backend, 32768, None)
+    print(f"{backend}: {share:.3f} of full causal attention")
+    assert share <= 0.45

@@ -17,8 +17,11 @@ from seal_ops.ops.visibility import Visibility
 FAR = masks.UNBOUNDED
 
 
-def call(backend, **more):
-    return lambda **inputs: seal_ops.attention(**inputs, **more, backend=backend, return_lse=True)
+def call(backend, mask=None, **more):
+    """The op; `mask`: in place of the integers of the inputs."""
+    if mask is not None:
+        return lambda **inputs: seal_ops.attention(**inputs, mask=mask, **more, backend=backend, return_lse=True)
+    return lambda **inputs: torch.ops.seal.attention(**inputs, **more, backend=backend)
 
 
 # ---- the description
@@ -139,14 +142,10 @@ def test_a_mask_that_is_none():
 @pytest.mark.parametrize("case", MASKED, ids=str)
 def test_against_the_oracle(backend, device, case):
     for dtype in dtypes(backend, device):
-        if backend == "cuda" and not_a_window(case.mask):
-            pytest.skip("the CUDA kernels take a window")
+        if backend == "cuda" and case.blocks:
+            pytest.skip("the CUDA kernels take no block lists")
         inputs = make(case, dtype, device)
         assert_close(run(call(backend), case, inputs), oracle(case, inputs), run_plain(case, inputs))
-
-
-def not_a_window(mask: masks.Mask) -> bool:
-    return bool(mask.chunk or mask.sinks or mask.lower > 0 or mask.upper < 0)
 
 
 @pytest.mark.parametrize(
@@ -171,8 +170,6 @@ def test_the_shorthands_are_masks(backend, device, mask, shorthand):
 
 @pytest.mark.parametrize("case", [MASKED[4], MASKED[14]], ids=str)
 def test_rotation_before_a_mask(backend, device, case):
-    if backend == "cuda":
-        pytest.skip("the CUDA kernels take a window")
     inputs = make(case, half(backend, device), device)
     del inputs["causal"], inputs["window"]
     cos, sin = seal_ops.rope_tables(128, seal_ops.rope_frequencies(case.head_dim)[0], device=device)
@@ -199,8 +196,8 @@ def test_rotation_before_a_mask(backend, device, case):
 
 @pytest.mark.parametrize("case", [MASKED[3], MASKED[14]], ids=str)
 def test_opcheck(backend, device, case):
-    if backend == "cuda" or (backend == "triton" and device.type == "cpu" and case.packed):
-        pytest.skip("the CUDA kernels take a window; one case is enough under the interpreter")
+    if backend == "triton" and device.type == "cpu" and case.packed:
+        pytest.skip("one case is enough under the interpreter")
     inputs = make(case, half(backend, device), device)
     leaves = {
         n: t.requires_grad_() if isinstance(t, torch.Tensor) and t.is_floating_point() else t for n, t in inputs.items()
@@ -210,8 +207,6 @@ def test_opcheck(backend, device, case):
 
 
 def test_compiles_as_one_graph_and_not_again_for_a_new_length(backend, device):
-    if backend == "cuda":
-        pytest.skip("the CUDA kernels take a window")
     torch._dynamo.reset()
     mask = masks.shifted_groups(8, sinks=1)
 
@@ -280,8 +275,6 @@ def longlora_without_wrap(q, k, v, group: int):
 
 @pytest.mark.parametrize("length, group", [(96, 32), (96, 24), (70, 20), (33, 64)])
 def test_shifted_groups_are_longloras_path_without_wrap_around(backend, device, length, group):
-    if backend == "cuda":
-        pytest.skip("the CUDA kernels take a window")
     dtype = torch.float64 if backend in ("cpu", "reference") else half(backend, device)
     q, k, v = (torch.randn(2, length, 4, 32, device=device, dtype=torch.float64, requires_grad=True) for _ in range(3))
     g = torch.randn_like(q)
@@ -293,3 +286,56 @@ def test_shifted_groups_are_longloras_path_without_wrap_around(backend, device, 
     for a, b in zip(found, wanted):
         error = (a.double() - b).norm(dim=-1) / b.norm(dim=-1).clamp_min(0.1)
         assert error.max() < {torch.float64: 1e-12, torch.float32: 1e-4}.get(dtype, 3e-2)
+
+
+# ---- block lists
+
+
+def test_blocks_are_a_mask_of_their_own(backend, device):
+    """masks.blocks through the wrapper is a boolean mask, and a map with everything is the mask alone."""
+    if backend == "cuda":
+        pytest.skip("the CUDA kernels take no block lists")
+    dtype = half(backend, device)
+    q, k, v = (torch.randn(1, 100, heads, 32, device=device, dtype=dtype) for heads in (4, 2, 2))
+    visited = torch.rand(1, 4, 4, 4, device=device) < 0.5
+    out = seal_ops.attention(q, k, v, mask=masks.blocks(visited, 32), backend=backend)
+    seen = visited.repeat_interleave(32, 2).repeat_interleave(32, 3)[..., :100, :100].tril()
+    heads = [t.double().transpose(1, 2) for t in (q, k.repeat_interleave(2, 2), v.repeat_interleave(2, 2))]
+    want = torch.nn.functional.scaled_dot_product_attention(*heads, attn_mask=seen).nan_to_num().transpose(1, 2)
+    torch.testing.assert_close(out.double(), want, rtol=2e-2, atol=1e-4 if dtype == torch.float32 else 1e-2)
+    window = masks.window(40)
+    everything = masks.blocks(torch.ones(1, 1, 4, 4, dtype=torch.bool, device=device), 32, window)
+    a, b = (seal_ops.attention(q, k, v, mask=m, backend=backend) for m in (everything, window))
+    torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("mask", [masks.causal(), masks.streaming(40, 50), masks.shifted_groups(64)], ids=str)
+@pytest.mark.parametrize("sq, sk", [(256, 256), (100, 300), (300, 100)])
+def test_the_cover_of_a_mask_leaves_nothing_out_and_little_in(mask, sq, sk):
+    seen, size = Visibility(*mask.resolve(4)), 32
+    pairs = seen.allowed(sq, sk, 4)
+    padded = torch.nn.functional.pad(pairs, (0, -sk % size, 0, -sq % size))
+    needed = padded.unflatten(1, (-1, size)).unflatten(3, (-1, size)).any(4).any(2)
+    cover = seen.cover(sq, sk, size, 4, "cpu").expand(len(needed), -1, -1)
+    assert not (needed & ~cover).any() and cover.sum() <= needed.sum() + needed.shape[0] * needed.shape[1]
+
+
+def test_lists_hold_the_blocks_that_are_visited_and_seen():
+    pytest.importorskip("triton")
+    from seal_ops.ops.backends.triton.host import BlockLists, Geometry
+
+    q = torch.zeros(1, 128, 2, 16)
+    visited = torch.rand(1, 2, 4, 4) < 0.6
+    lists = BlockLists(visited, 32, Geometry.of(q, q, None, True, None, None, None, None))
+    want = visited & torch.ones(4, 4, dtype=torch.bool).tril()
+    for found, each in ((lists.of_keys, want), (lists.of_queries, want.transpose(2, 3))):
+        order, counts = found[:2]
+        for head in range(2):
+            for row in range(4):
+                mine = order[0, head, row, : counts[0, head, row]].tolist()
+                assert mine == each[0, head, row].nonzero()[:, 0].tolist()
+
+
+def test_a_size_of_blocks_that_does_not_fit_a_tile():
+    with pytest.raises(ValueError, match=r"seal_ops.masks.blocks: size must be a multiple of 32, got 48"):
+        masks.blocks(torch.ones(1, 1, 1, 1, dtype=torch.bool), 48)

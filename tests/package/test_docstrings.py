@@ -11,7 +11,15 @@ import pytest
 import seal_ops
 
 # Modules that the pages name beside the package itself.
-MODULES = ("ia3", "tasks", "statistics", "plots", "lm_eval", "huggingface.context_extension")
+MODULES = (
+    "ia3",
+    "tasks",
+    "statistics",
+    "plots",
+    "lm_eval",
+    "position_programs",
+    "huggingface.context_extension.extending",
+)
 SECTIONS = ("Args:", "Attributes:", "Returns:", "Yields:", "Raises:", "Source:")
 
 

@@ -405,6 +405,13 @@ def real_model():
     yield f"{heads['groups']['harmful']} heads whose removal helps at both lengths, {heads['groups']['helpful']} whose"
     yield ", ".join(f"layer {h['layer']} head {h['head']} ({of(h['score'])})" for h in best[:1])
     yield f"layer {best[1]['layer']} heads {best[1]['head']} and {best[2]['head']} ({of(best[1]['score'])}, {of(best[2]['score'])})"  # noqa: E501
+    (near, next_near), (far, next_far) = ([-h["change"] for h in heads["largest"][n][:2]] for n in ("1024", "4096"))
+    yield f"loses {near:.0f} nats at 1,024 tokens and {far:.0f} at 4,096; the next loses {next_near:.0f} and {next_far:.0f}"  # noqa: E501
+    most = heads["largest"]["1024"][0]
+    yield f"without layer {most['layer']} head {most['head']} the answer"
+    yield f"Its retrieval score is {of(job('heads-retrieval')['scores'][most['layer']][most['head']])}"
+    seconds = job("heads-importance")["seconds"]
+    yield f"at {seconds['gradient']:.0f} s in the place of {seconds['ablation']:.0f}"
     yield moved()
     draw, other = (
         [alike(method, kind) for method in ("SEAL-H", "SEAL-C")] for kind in ("one task, two draws", "two tasks")

@@ -38,6 +38,7 @@ def short(monkeypatch, tmp_path):
     monkeypatch.setattr(Task, "generate", generate)
     (tmp_path / "models").mkdir()
     shutil.copytree(ROOT / "models/seal-tiny", tmp_path / "models/seal-tiny")
+    (tmp_path / "book.txt").write_text("The number of line 12 is 345. " * 700)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

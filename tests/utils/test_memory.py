@@ -1,12 +1,14 @@
 """Work in pieces: halved where memory does not suffice, said, and nothing left out or done twice."""
 
+import types
+
 import pytest
 import torch
 from own_tasks import Colours
 from retrieval_fixtures import model, one_thread, tokenizer  # noqa: F401
 
 import seal_ops
-from seal_ops.evaluation import decoding, runner
+from seal_ops.evaluation import decoding, runner, static_decoding
 from seal_ops.experiments import head_importance
 from seal_ops.utils.memory import Pieces
 
@@ -78,3 +80,61 @@ def test_an_output_does_not_depend_on_its_batch():
     ]
     assert records[0] == records[1] == records[2] == records[3]
     assert decoding.rows_at_once(lm, 100) > 7
+
+
+@pytest.mark.parametrize("length", [100, 300])
+def test_rows_that_fit_are_as_many_as_their_caches_allow(monkeypatch, length):
+    """One row more would take more than its share of the free memory, by the caches that decoding makes."""
+    lm, made = model().eval(), []
+    free, reserved, allocated = 10_000_000, 3_000_000, 1_000_000  # what torch holds and does not use is free as well
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 2 * free))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: reserved)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: allocated)
+    share = static_decoding.CACHE_SHARE * (free + reserved - allocated)
+    rows = static_decoding.rows_that_fit(lm, length)
+    assert 1 < rows < static_decoding.MOST_ROWS
+
+    class Seen(static_decoding._FixedCache):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            made.append(self)
+
+    monkeypatch.setattr(static_decoding, "_FixedCache", Seen)
+    for count in (rows, rows + 1):
+        static_decoding.decode(lm, [[5] * (length - 2)] * count, 2, lambda tokens: False)
+    taken = [sum(t.nbytes for kept in cache.kept.values() for t in kept) for cache in made]
+    assert taken[0] <= share < taken[1]
+
+    free = reserved = allocated = 0
+    assert static_decoding.rows_that_fit(lm, length) == 1
+    free = 10**12
+    assert static_decoding.rows_that_fit(lm, length) == static_decoding.MOST_ROWS
+
+
+def test_evaluation_takes_as_many_at_once_as_fit(monkeypatch):
+    lm, tok, asked, batches = model().eval(), tokenizer(), [], []
+    generate = runner.generate
+
+    def rows_at_once(model, length):
+        asked.append(length)
+        return 3
+
+    def seen(model, tokenizer, prompts, **options):
+        batches.append(len(prompts))
+        return generate(model, tokenizer, prompts, **options)
+
+    monkeypatch.setattr(runner, "rows_at_once", rows_at_once)
+    monkeypatch.setattr(runner, "generate", seen)
+    seal_ops.evaluate(lm, tok, Colours(), 60, 7, max_new_tokens=8)
+    assert asked == [68] and batches == [3, 3, 1]
+
+
+def test_rows_on_a_gpu_are_what_its_memory_holds(monkeypatch):
+    lm = types.SimpleNamespace(device=torch.device("cuda"))
+    monkeypatch.setattr(static_decoding, "supports", lambda model: True)
+    monkeypatch.setattr(static_decoding, "rows_that_fit", lambda model, length: 10_000 // length)
+    monkeypatch.setattr(decoding, "learns_prompt", lambda model: False)
+    monkeypatch.setattr(decoding, "_without_peft", lambda model: model)
+    assert decoding.rows_at_once(lm, 100) == 100
+    monkeypatch.setattr(static_decoding, "supports", lambda model: False)
+    assert decoding.rows_at_once(lm, 100) == decoding.BATCH_TOKENS[1] // 100

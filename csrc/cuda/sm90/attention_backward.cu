@@ -12,6 +12,7 @@ namespace {
 // Deterministic mode up to head_dim 128: the main kernel adds dQ up in the order of the keys, in five products. False: dQ comes from
 // the query kernel, in two products more.
 constexpr bool kOrderedAdds = true;
+constexpr int kOrderedShare = 4;
 
 // The workspace, part by part, each 256-byte aligned.
 struct Arena {
@@ -75,10 +76,15 @@ size_t plan(const AttentionBackwardParams& params, BackwardKernelParams* p) {
   const int64_t pairs = std::max<int64_t>(1, static_cast<int64_t>(packed ? 1 : p->batch) * p->heads_k * p->splits);
   const int64_t pair_bytes = std::max<int64_t>(1, static_cast<int64_t>(p->seqlen_q) * dim * 8 * p->heads_per_cta);
   const int64_t filling = p->multiprocessors / std::max(1, p->tiles_k);
-  // In the order of the keys, few tiles of a pair should be at work at a time: each adds its dQ behind the ones before it. Where the
-  // tiles of keys that see a query have gaps between them there is no such order yet.
+  // In the order of the keys, few tiles of a pair should be at work at a time: each adds its dQ behind the ones before it. Dense:
+  // so many pairs that a kOrderedShare-th of a pair's tiles fills the multiprocessors. Where the tiles of keys that see a query
+  // have gaps between them there is no such order yet.
   const bool ordered = kOrderedAdds && p->mask.is_band() && p->deterministic && p->grad_q && (p->grad_k || p->grad_v) && dim < 256;
-  const int64_t least = ordered ? p->multiprocessors / (dim == 64 ? 4 : 16) : 1;
+  // Tiles of sinks are seen by all later queries, a hundred times as many as others in a long sequence: all of them start first.
+  const int64_t least = p->mask.sinks > 0 ? pairs
+                        : !ordered        ? 1
+                        : packed          ? p->multiprocessors / 16
+                                          : p->multiprocessors * kOrderedShare / std::max(1, p->tiles_k);
   p->section = packed && !ordered ? 1 : static_cast<int32_t>(std::min(pairs, std::max({kL2Share / pair_bytes, filling, least, int64_t{1}})));
   p->last_section = static_cast<int32_t>((pairs / p->section - 1) * p->section);  // with what is left over
 

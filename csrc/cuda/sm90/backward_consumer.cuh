@@ -39,7 +39,8 @@ class BackwardConsumer {
 
  public:
   SEAL_DEVICE BackwardConsumer(Shared& shared, uint32_t base, const BackwardKernelParams& p)
-      : shared_(shared), p_(p), base_(base), group_(uniform_register(threadIdx.x) / 128 - 1), lane_(threadIdx.x % 32) {}
+      : shared_(shared), p_(p), base_(base), group_(uniform_register(threadIdx.x) / 128 - 1),
+        thread_(__shfl_sync(0xffffffffu, threadIdx.x, threadIdx.x % 32) - 128), lane_(threadIdx.x % 32) {}
 
   SEAL_DEVICE void run() {
     for (int count = 0;; ++count) {
@@ -68,9 +69,11 @@ class BackwardConsumer {
   }
 
  private:
-  // The accumulators leave few registers: what a thread derives from its index is derived again where it is needed.
-  static SEAL_DEVICE uint32_t index() {
-    uint32_t thread = threadIdx.x - 128;
+  // The accumulators leave few registers: what a thread derives from its index is derived again where it is needed. The index
+  // itself comes through a shuffle (constructor): ptxas would read the special register again in every step, before the step's
+  // first product.
+  SEAL_DEVICE uint32_t index() const {
+    uint32_t thread = thread_;
     asm volatile("" : "+r"(thread));
     return thread;
   }
@@ -330,6 +333,7 @@ class BackwardConsumer {
   const BackwardKernelParams& p_;
   const uint32_t base_;   // address of shared_
   const uint32_t group_;  // which 64 keys
+  const uint32_t thread_;  // of the consumers
   const int lane_;
   int step_ = 0;  // of all tiles
   uint32_t keys_phase_ = 0, dq_phase_ = 0;

@@ -49,9 +49,9 @@ inline cudaError_t make_maps(BackwardMaps* maps, const BackwardKernelParams& p, 
   return make_tile_map(&maps->v, tile_source(p, p.v, p.seqlen_k, p.heads_k), p.half, packed, key_rows);
 }
 
-// A kernel of keys on `grid` thread blocks.
+// A kernel that walks through the tiles of the other side, on `grid` thread blocks.
 template <class Config, class Shared>
-cudaError_t launch_keys(void (*kernel)(BackwardKernelParams, BackwardMaps), const BackwardKernelParams& p, unsigned grid, cudaStream_t stream) {
+cudaError_t launch_walk(void (*kernel)(BackwardKernelParams, BackwardMaps), const BackwardKernelParams& p, unsigned grid, cudaStream_t stream) {
   BackwardMaps maps;
   SEAL_RETURN_IF_ERROR(make_maps(&maps, p, Config::kBlockM, Config::kBlockN));
   constexpr int kBytes = sizeof(Shared) + 1024;  // aligned by the kernel
@@ -64,22 +64,18 @@ cudaError_t launch_main(const BackwardKernelParams& p, cudaStream_t stream) {
   const unsigned tasks = static_cast<unsigned>(p.task_count);
   if constexpr (kD == 256) {
     using Config = WideConfig<T, kWork, kMasking>;
-    return launch_keys<Config, WideShared<Config>>(attention_backward_wide<Config>, p, tasks, stream);
+    return launch_walk<Config, WideShared<Config>>(attention_backward_wide<Config>, p, tasks, stream);
   } else {
     using Config = BackwardConfig<T, kD, kWork, kMasking, kOrdered>;
-    return launch_keys<Config, BackwardShared<Config>>(attention_backward_main<Config>, p, std::min<unsigned>(tasks, p.multiprocessors), stream);
+    return launch_walk<Config, BackwardShared<Config>>(attention_backward_main<Config>, p, std::min<unsigned>(tasks, p.multiprocessors), stream);
   }
 }
 
 template <class T, int kD, Masking kMasking>
 cudaError_t launch_query(const BackwardKernelParams& p, cudaStream_t stream) {
-  constexpr int kN = 64;
-  BackwardMaps maps;
-  SEAL_RETURN_IF_ERROR(make_maps(&maps, p, kTileRows, kN));
-  constexpr int kBytes = sizeof(QueryShared<kD, kN, kMasking>) + 1024;
-  void (*const kernel)(BackwardKernelParams, BackwardMaps) = attention_backward_query<T, kD, kN, kMasking>;
-  SEAL_RETURN_IF_ERROR(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes));
-  return launch_dependent(kernel, dim3(static_cast<unsigned>(p.tile_count_q * p.heads_q)), QueryShared<kD, kN, kMasking>::kThreads, kBytes, stream, p, maps);
+  using Config = QueryConfig<T, kD, kMasking>;
+  const unsigned tiles = static_cast<unsigned>(p.tile_count_q * p.heads_q);
+  return launch_walk<Config, QueryShared<Config>>(attention_backward_query<Config>, p, tiles, stream);
 }
 
 template <class T, int kD, int kRows, bool kSplitRows>

@@ -3,7 +3,7 @@
 // The rows of a tile are the queries of a sequence times the query heads of the KV head ("packed"), so K and V are read once whatever
 // the group. A warp has 16 rows and, of every block of keys, its own share; it keeps a softmax of its own, and the shares are merged in
 // the end through the ring's memory. One thread of warp 0 runs the copy engine through a ring of K and V blocks, between its own steps: a
-// supplying warp of its own would take the registers of four. Bytes decide here, not products: mma.sync on 16 rows costs a
+// producing warp of its own would take the registers of four. Bytes decide here, not products: mma.sync on 16 rows costs a
 // fraction of the time that a block takes to arrive (docs/kernel_notes_decode.md).
 #pragma once
 
@@ -153,7 +153,7 @@ class DecodeTile {
     const int shift = sequence_.length_k - sequence_.length_q;
     const Keys keys(mask(), sequence_.length_k, row / a_.group + shift, (row + rows - 1) / a_.group + shift, split_, a_.splits);
     // The first blocks are on their way before Q is.
-    if (supplies()) {
+    if (produces()) {
       for (int block = keys.block; block < min(keys.block_end, keys.block + Config::kStages); ++block) load(keys, block);
     }
     load_queries(row, rows);
@@ -166,7 +166,7 @@ class DecodeTile {
   }
 
   // The thread that issues loads, and before them initialises the barriers.
-  SEAL_DEVICE static bool supplies() { return threadIdx.x == 0; }
+  SEAL_DEVICE static bool produces() { return threadIdx.x == 0; }
 
  private:
   // All query heads of a key/value head have one.
@@ -176,13 +176,13 @@ class DecodeTile {
     const RowCoordinates at(a_.sequences.packed(), kBlockN, keys.first_key(block), sequence_.length_k, sequence_.first_k);
     const uint64_t policy = Config::kEvictFirst ? policy_evict_first() : policy_evict_normal();
     const auto fill = [&](uint8_t* to, const CUtensorMap* map, uint64_t* full, uint64_t* empty) {
-      barrier_wait(empty, supply_.phase ^ 1);
+      barrier_wait(empty, load_ring_.phase ^ 1);
       barrier_expect_bytes(full, present_ * kBlockN * kSlabRowBytes);
       tma_load_tile<kBlockN, kHeadDim>(to, map, full, kv_head_, at, policy, present_);
     };
-    fill(shared_.k[supply_.stage], &maps_.k, &shared_.k_full[supply_.stage], &shared_.k_empty[supply_.stage]);
-    fill(shared_.v[supply_.stage], &maps_.v, &shared_.v_full[supply_.stage], &shared_.v_empty[supply_.stage]);
-    supply_.advance();
+    fill(shared_.k[load_ring_.stage], &maps_.k, &shared_.k_full[load_ring_.stage], &shared_.k_empty[load_ring_.stage]);
+    fill(shared_.v[load_ring_.stage], &maps_.v, &shared_.v_full[load_ring_.stage], &shared_.v_empty[load_ring_.stage]);
+    load_ring_.advance();
   }
 
   // Packed row r is query r / group and, of the KV head's query heads, the (r % group)th.
@@ -242,7 +242,7 @@ class DecodeTile {
     for (int block = keys.block; block < keys.block_end; ++block) {
       // Into the place of the block before, which all warps are done with soon.
       const int ahead = block - 1 + Config::kStages;
-      if (supplies() && block > keys.block && ahead < keys.block_end) load(keys, ahead);
+      if (produces() && block > keys.block && ahead < keys.block_end) load(keys, ahead);
       __syncwarp();
       const int first = keys.first_key(block) + key_warp() * kWarpKeys;
       barrier_wait(&shared_.k_full[ring_.stage], ring_.phase);
@@ -393,7 +393,7 @@ class DecodeTile {
   const int kv_head_, split_;
   const DecodeSequence& sequence_;
   const int warp_, lane_, present_;
-  RingIndex<Config::kStages> ring_, supply_;
+  RingIndex<Config::kStages> ring_, load_ring_;
   OnlineSoftmax softmax_{0.f};
   uint32_t queries_[Config::kQueriesInRegisters ? kHeadDim / 16 : 1][4];
   float out_[kHeadDim / 2];  // not yet divided by the sum
@@ -405,7 +405,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSM)
   extern __shared__ __align__(1024) uint8_t memory[];
   auto& shared = *reinterpret_cast<DecodeShared<Config>*>(memory);
   launch_dependents();  // the combining kernel may take its place now; it waits for our results
-  if (DecodeTile<Config>::supplies()) {  // it alone uses the barriers before the first __syncthreads
+  if (DecodeTile<Config>::produces()) {  // it alone uses the barriers before the first __syncthreads
     if (smem_address(memory) % 1024 != 0) __trap();  // the copy engine's swizzle counts from there
     for (int i = 0; i < Config::kStages; ++i) {
       barrier_init(shared.k_full + i, 1);
@@ -427,7 +427,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSM)
   DecodeTile<Config> tile(shared, maps, arguments, kv_head, split, sequence);
 #pragma unroll 1
   for (int row = row_block * Config::kRows; row < sequence.length_q * arguments.group; row += arguments.row_blocks * Config::kRows) {
-    if (row >= arguments.row_blocks * Config::kRows) {  // another turn: the ring's memory held shares, its next writer is the copy engine
+    if (row >= arguments.row_blocks * Config::kRows) {  // another round: the ring's memory held shares, its next writer is the copy engine
       fence_proxy_async();
       __syncthreads();
     }

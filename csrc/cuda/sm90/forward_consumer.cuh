@@ -1,4 +1,4 @@
-// The computing side of the forward kernel: one warpgroup with 64 query rows of the tile.
+// The consuming side of the forward kernel: one warpgroup with 64 query rows of the tile.
 #pragma once
 
 #include "forward_common.cuh"
@@ -9,25 +9,43 @@ namespace seal::sm90 {
 // Walks the key blocks of a tile from the last to the first. One step issues S' = Q K'^T of the next block and O += P V of
 // the present one; the softmax of S' runs under that product and then under the products of the other warpgroups. Steps chain
 // across tiles: the last step of a tile issues the first S' of the next one, and O leaves under the second.
+//
+// A tile of blocks n - 1 .. 0, then the next one of n' blocks, as run() goes through them; S(b) is Q K^T of block b, PV(b) the product
+// with its V. A line is a call; what stands in "under them" runs while the products issued are under way:
+//
+//   call                  issues          waits, in order                under them              afterwards
+//   begin                 S(n-1)          q_full, k_full, turn; S        O of the tile before    softmax of n-1
+//                                                                        leaves
+//   step<., true>         S(n-2), PV(n-1) k_full, turn; v_full; S; PV    store of the tile       (only if begun: then in place of the
+//                                                                        before, softmax of n-2  first step)
+//   step<., false>        S(b), PV(b+1)   k_full, turn; v_full; S; PV    softmax of b            O rescaled
+//   ...
+//   step_to_next_tile     S(n'-1), PV(0)  q_full, k_full, turn; v_full;  softmax of n'-1, of     O is complete; the next tile is begun
+//                                         S; PV                          the next tile
+//   or last_step          PV(0)           v_full; PV                                             O is complete
+//
+// The second one where the tiles cannot be chained: one place for Q, a next tile whose last block this warpgroup's rows do not see, or
+// blocks of this tile left to skip. What holds at the top of the loop in run():
+//   begun      work, softmax and scores_ are those of the tile in slot_, of whose last block scores_ holds the exponentials. The rings
+//              stand behind its K and before its V.
+//   finished   out_ and inverse_ are the result of the tile in the other slot, nowhere stored yet.
+//   leaving_   (member) the copy engine may still read the result last stored. release_leaving() gives its place back: q_empty lets
+//              warp 0 load the next tile's Q there, out_empty the present tile's V.
+// Between two tiles all warpgroups take the same turns and release the same blocks, whether they see them or not: see skip().
 template <class Config>
 class Consumer {
   using T = typename Config::T;
   using Queries = Operand<Major::kK, Config::kQRows>;
   static constexpr int kN = Config::kBlockN, kHeadDim = Config::kHeadDim;
-  // Rows that end in the left half of their last key block compute the scores of that half only.
-  static constexpr bool kHalves = kN == 128;
   // Chaining takes two places for Q: the next tile's must be there before this tile's is done with.
   static constexpr bool kChain = Config::kQStages > 1;
   static constexpr bool kOutInValues = Config::kOutInValues;
   static constexpr bool kSpareRegisters = Config::kWarpgroups == 2;  // 232 a thread rather than 160
-  using Whole = std::false_type;
-  using Half = std::bool_constant<kHalves>;
-
+  static constexpr int kTurnThreads = 2 * 128;  // of the warpgroup that waits and the one that arrives
   using Tile = sm90::Tile<kN, Config::kMasking>;
-  // The blocks that this warpgroup's rows see.
-  struct Work : KeyTiles<kN, Config::kMasking>::Part {
-    bool half;  // of block end - 1 only the left half is seen
-  };
+  using Work = sm90::Work<Config>;
+  using Whole = std::false_type;
+  using Half = std::bool_constant<Work::kHalves>;
 
  public:
   SEAL_DEVICE Consumer(Shared<Config>& shared, const Maps& maps, const Arguments& arguments, int warpgroup)
@@ -108,8 +126,8 @@ class Consumer {
  private:
   // ---- turns: a warpgroup issues its products only after the one before it has issued its own
 
-  SEAL_DEVICE void take_turn() const { named_sync(kBarrierTurn + warpgroup_, 256); }
-  SEAL_DEVICE void pass_turn() const { named_arrive(kBarrierTurn + (warpgroup_ + 1) % Config::kWarpgroups, 256); }
+  SEAL_DEVICE void take_turn() const { named_sync(kBarrierTurn + warpgroup_, kTurnThreads); }
+  SEAL_DEVICE void pass_turn() const { named_arrive(kBarrierTurn + (warpgroup_ + 1) % Config::kWarpgroups, kTurnThreads); }
 
   // ---- buffers
 
@@ -148,17 +166,29 @@ class Consumer {
 
   // ---- the mask
 
+  SEAL_DEVICE int slot_of(const Tile& tile) const { return &tile == shared_.tile ? 0 : 1; }
+
   SEAL_DEVICE Work work_of(const Tile& tile) const {
-    const int position = tile.row + 64 * warpgroup_ + tile.length_k - tile.length_q;  // of the first row
-    const int last = min(63, tile.length_q - 1 - tile.row - 64 * warpgroup_);         // last row, < 0: none
-    const HeadMask<Config::kMasking> head_mask(arguments_.sequences.mask, tile.head);
-    Work work{tile.blocks.part(head_mask, position, position + last, tile.length_k)};
-    work.half = kHalves && work.any() && work.keys_end <= tile.blocks.place(work.end - 1) * kN + kN / 2;
-    return work;
+    if constexpr (Config::kLimitsInShared) {
+      return shared_.work[slot_of(tile)][warpgroup_];
+    } else {
+      return Work::of(tile, arguments_.sequences.mask, warpgroup_);
+    }
   }
 
   // What this thread's rows see of a block; columns are counted from the thread's first.
   SEAL_DEVICE void mask(const Tile& tile, int block) {
+    if constexpr (Config::kLimitsInShared) {
+      const uint32_t lane = fresh_lane();  // keeps the addresses out of the registers of the loop
+      const int column = tile.blocks.place(block) * kN + 2 * (lane % 4);
+      const RowLimits* const limits = shared_.limits[slot_of(tile)] + 64 * warpgroup_ + 16 * warp_ + lane / 4;
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        const RowLimits of_row = limits[8 * r];
+        mask_row<true>(scores_, r, {of_row.begin - column, of_row.end - column}, of_row.sink_end - column);
+      }
+      return;
+    }
     const int column = tile.blocks.place(block) * kN + 2 * (lane_ % 4);
     const int first_position = tile.row + 64 * warpgroup_ + 16 * warp_ + lane_ / 4 + tile.length_k - tile.length_q;
     const HeadMask<Config::kMasking> head_mask(arguments_.sequences.mask, tile.head);

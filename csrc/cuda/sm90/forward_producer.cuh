@@ -1,4 +1,4 @@
-// The supplying side of the forward kernel: one warp that picks tiles, one that runs the copy engine.
+// The producing side of the forward kernel: one warp that picks tiles, one that runs the copy engine.
 #pragma once
 
 #include "forward_common.cuh"
@@ -24,6 +24,16 @@ SEAL_DEVICE void produce_tiles(Shared<Config>& shared, const Arguments& argument
         shared.scale[slot.stage][channel] = present ? row[channel * scale.channel_stride] : 1.f;
       }
     }
+    if constexpr (Config::kLimitsInShared) {
+      if (tile.row >= 0 && lane < Config::kWarpgroups) shared.work[slot.stage][lane] = Work<Config>::of(tile, arguments.sequences.mask, lane);
+      const HeadMask<Config::kMasking> head_mask(arguments.sequences.mask, tile.head);
+      const int first_position = tile.row + tile.length_k - tile.length_q;
+#pragma unroll 1
+      for (int row = lane; tile.row >= 0 && row < Config::kBlockM; row += 32) {
+        const Span keys = head_mask.keys(first_position + row, tile.length_k);
+        shared.limits[slot.stage][row] = {keys.begin, keys.end, head_mask.sink_end(first_position + row, tile.length_k)};
+      }
+    }
     if (lane == 0) shared.tile[slot.stage] = tile;
     __syncwarp();
     if (lane == 0) barrier_arrive(&shared.tile_full[slot.stage]);
@@ -39,7 +49,7 @@ template <class Config>
 SEAL_DEVICE void produce_operands(Shared<Config>& shared, const Maps& maps, const Arguments& arguments) {
   const bool packed = arguments.sequences.packed();
   const int present = Config::present_slabs(arguments.head_dim);
-  const uint64_t keep = policy_evict_last(), stream = policy_evict_first();
+  const uint64_t keep = policy_evict_last(), once = policy_evict_first();
   RingIndex<2> slot;
   RingIndex<Config::kQStages> q;
   RingIndex<Config::kKStages> k;
@@ -76,7 +86,7 @@ SEAL_DEVICE void produce_operands(Shared<Config>& shared, const Maps& maps, cons
 #pragma unroll 1
     for (int w = 0; w < boxes; ++w) {
       const RowCoordinates at(packed, Config::kQRows, tile.row + w * Config::kQRows, tile.length_q, tile.first_q);
-      tma_load_tile<Config::kQRows, Config::kHeadDim>(shared.q[q.stage][w], &maps.q, &shared.q_full[q.stage], tile.head, at, stream, present);
+      tma_load_tile<Config::kQRows, Config::kHeadDim>(shared.q[q.stage][w], &maps.q, &shared.q_full[q.stage], tile.head, at, once, present);
     }
     q.advance();
     // Ask for the next tile when the last few blocks of this one remain: early enough to hide the search for it, and no earlier,

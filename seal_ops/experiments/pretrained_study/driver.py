@@ -67,7 +67,8 @@ def run(
     environment = {**facts(), "device": str(bench.model.device), "dtype": str(bench.model.dtype), "gpu": gpu}
     if done:
         atomic_write(
-            os.path.join(output, f"environment-{os.getpid()}.json"),
+            # Not by process: another machine, or another container, has the same numbers.
+            os.path.join(output, f"environment-{done[0]}.json"),
             json.dumps({"jobs": done, **environment}, indent=1) + "\n",
         )
     left = [job.name for job in queue.jobs if not queue.finished(job.name)]

@@ -18,7 +18,7 @@ import torch
 from ...adapters.merging import merge
 from ...evaluation.language_modeling import perplexity
 from ...evaluation.runner import evaluate
-from ...huggingface.context_extension import extended
+from ...huggingface.context_extension.extending import extended
 from ...tasks import wordings
 from ...tasks.base import Task
 from ...training.recipe import GRANULARITIES
@@ -219,7 +219,7 @@ def _beyond_job(plan, kind, factor, length):
     def run(bench):
         lr = bench.result(f"main-{task}-{seed}")["training"]["SEAL-C"]["lr"]
         lengths = [n for n in plan.lengths[-1:]] + [length]
-        with extended(bench.model, kind, factor):
+        with extended(bench.model, kind, factor=factor):
             measured = {"base": bench.measure(task, lengths, plan.beyond_cases, seed)}
             with bench.with_scales(f"{task}-SEAL-C-{seed}"):
                 measured[f"SEAL-C of {plan.longest}"] = bench.measure(task, lengths, plan.beyond_cases, seed)

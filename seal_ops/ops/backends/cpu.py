@@ -14,6 +14,8 @@ from torch import Tensor
 
 from .. import factors, visibility
 from ..visibility import Visibility
+from .reference import merge_attention as _merge
+from .reference import merge_attention_backward as _merge_backward
 from .reference import rope as _rope
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -37,24 +39,31 @@ class _Piece(typing.NamedTuple):
         spans = [t[:, :, keys] for keys in self.keys]
         return spans[0] if len(spans) == 1 else torch.cat(spans, 2)
 
+    def pairs(self, seen: Visibility, first: int) -> Tensor:
+        """Which of its pairs count, bool [queries, keys]; `first`: position of query 0."""
+        positions = torch.arange(self.queries.start, self.queries.stop) + first
+        return seen.pairs(positions, torch.cat([torch.arange(keys.start, keys.stop) for keys in self.keys]))
+
     def bias(self, seen: Visibility, first: int, dtype: torch.dtype) -> Tensor | None:
-        """What ATen adds to the scores, [queries, keys]; `first`: position of query 0. A query that sees nothing sees
-        everything here, as ATen has no answer for it; the caller discards that row."""
+        """What ATen adds to the scores, [queries, keys]. A query that sees nothing sees everything here, as ATen has no
+        answer for it; the caller discards that row."""
         if self.causal or self.whole:
             return None
-        positions = torch.arange(self.queries.start, self.queries.stop) + first
-        pairs = seen.pairs(positions, torch.cat([torch.arange(keys.start, keys.stop) for keys in self.keys]))
+        pairs = self.pairs(seen, first)
         hidden = ~pairs & pairs.any(1, keepdim=True)
         return torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, -math.inf)
 
-    def looks_like(self, other: _Piece | None, seen: Visibility) -> bool:
-        """Whether another piece has the same bias: it does where only the distance counts, and that is the same."""
-        if other is None or seen.chunk or seen.sinks:
+    def looks_like(self, other: _Piece | None, seen: Visibility, first: int) -> bool:
+        """Whether another piece has the same bias: it does where only the distance counts, and that is the same. Sinks
+        count alike for queries that see them all, in a span of their own."""
+        if other is None or seen.chunk:
+            return False
+        if seen.sinks and any(len(p.keys) != 2 or p.queries.start + first < seen.sinks for p in (self, other)):
             return False
         place = lambda piece: (
             piece.queries.stop - piece.queries.start,
-            piece.keys[0].stop - piece.keys[0].start,
-            piece.queries.start - piece.keys[0].start,
+            [keys.stop - keys.start for keys in piece.keys],
+            piece.queries.start - piece.keys[-1].start,
         )
         return place(self) == place(other)
 
@@ -80,8 +89,17 @@ def _pieces(sq: int, sk: int, seen: Visibility) -> typing.Iterator[_Piece]:
     if full or square:
         yield _Piece(slice(begin, end), [slice(0, sk)], causal=square, whole=full)
         return
-    for start in range(begin, end, _CHUNK):
-        stop = min(start + _CHUNK, end)
+    stop = begin
+    while stop < end:
+        start, stop = stop, min(stop + _CHUNK, end)
+        if seen.upper == 0 and not seen.sinks:  # chunks: each is causal attention of its own
+            alone = start
+            while alone < end and low[alone] == low[start] and high[alone] - low[start] == alone - start:
+                alone += 1
+            if alone > stop:
+                stop = alone
+                yield _Piece(slice(start, stop), [slice(low[start], low[start] + stop - start)], causal=True)
+                continue
         keys = slice(low[start], max(low[start], high[stop - 1] + 1))
         spans = [span for span in (slice(0, sinks[stop - 1]), keys) if span.stop > span.start]
         if len(spans) == 2 and spans[0].stop >= keys.start:
@@ -91,6 +109,20 @@ def _pieces(sq: int, sk: int, seen: Visibility) -> typing.Iterator[_Piece]:
             yield _Piece(slice(start, stop), spans, whole=whole)
 
 
+def _listed_pieces(sq: int, sk: int, seen: Visibility, visited: Tensor, size: int) -> typing.Iterator[_Piece]:
+    """The same for one head under block lists: `visited` bool [blocks of queries, blocks of keys]."""
+    (cover,) = seen.cover(sq, sk, size, 1, "cpu")
+    for row, columns in enumerate((visited & cover).tolist()):
+        spans: list[slice] = []
+        for at in (n for n, there in enumerate(columns) if there):
+            begin, end = at * size, min((at + 1) * size, sk)
+            if spans and spans[-1].stop == begin:
+                begin = spans.pop().start
+            spans.append(slice(begin, end))
+        for start in range(row * size, min((row + 1) * size, sq), _CHUNK) if spans else ():
+            yield _Piece(slice(start, min(start + _CHUNK, (row + 1) * size, sq)), spans)
+
+
 class _Batch:
     """q, k, v of one batch (or one packed sequence) as ATen wants them: [B, H, S, D], of heads that see the same.
 
@@ -98,13 +130,22 @@ class _Batch:
     the sign goes into q.
     """
 
-    def __init__(self, q: Tensor, k: Tensor, v: Tensor, sigma: float, seen: Visibility):
-        self.seen, self.first = seen, k.shape[1] - q.shape[1]
+    def __init__(self, q: Tensor, k: Tensor, v: Tensor, sigma: float, part: _Part):
+        seen = self.seen = part.seen
+        self.first, self.listed = k.shape[1] - q.shape[1], part.visited is not None
         self.q, self.k, self.v = (t.transpose(1, 2) for t in (q, k, v))
         self.sign, self.sigma = (sigma > 0) - (sigma < 0), abs(sigma) or 1.0
         if self.sign <= 0:
             self.q = self.q * self.sign
-        positions, sk = torch.arange(q.shape[1]) + self.first, k.shape[1]
+        sq, sk = q.shape[1], k.shape[1]
+        if self.listed:
+            self.pieces = list(_listed_pieces(sq, sk, seen, part.visited, part.size))
+            self.dead = torch.ones(sq, dtype=torch.bool)
+            for piece in self.pieces:
+                self.dead[piece.queries] = ~piece.pairs(seen, self.first).any(1)
+            return
+        self.pieces = list(_pieces(sq, sk, seen))
+        positions = torch.arange(sq) + self.first
         low, high = seen.limits(positions)
         alive = low.clamp(min=0) <= high.clamp(max=sk - 1)
         if seen.sinks and sk:
@@ -114,8 +155,8 @@ class _Batch:
     def _calls(self, like: Tensor):
         """Every piece with ATen's keyword arguments, the mask in the dtype of `like`."""
         before = bias = None
-        for piece in _pieces(self.q.shape[2], self.k.shape[2], self.seen):
-            if not piece.looks_like(before, self.seen):
+        for piece in self.pieces:
+            if self.listed or not piece.looks_like(before, self.seen, self.first):
                 bias = piece.bias(self.seen, self.first, like.dtype)
                 bias = None if bias is None else bias.expand(*like.shape[:2], -1, -1)
             before = piece
@@ -183,26 +224,38 @@ class _Part(typing.NamedTuple):
     heads: slice
     kv_heads: slice
     seen: Visibility
+    visited: Tensor | None = None  # with block lists: of the one batch row and head, [blocks of queries, of keys]
+    size: int = 0
 
     def of_q(self, t: Tensor) -> Tensor:
         """The view [B, S, H, D] of q or what has its shape."""
-        return (t if self.tokens_q is None else t[self.tokens_q][None])[..., self.heads, :]
+        return (t[self.rows] if self.tokens_q is None else t[self.tokens_q][None])[..., self.heads, :]
 
     def of_k(self, t: Tensor) -> Tensor:
-        return (t if self.tokens_k is None else t[self.tokens_k][None])[..., self.kv_heads, :]
+        return (t[self.rows] if self.tokens_k is None else t[self.tokens_k][None])[..., self.kv_heads, :]
 
     def of_lse(self, t: Tensor) -> Tensor:
         """The view [B, H, S] of lse [B, H, S] or packed [H, T]."""
-        return (t if self.tokens_q is None else t[None, :, self.tokens_q])[:, self.heads]
+        return (t[self.rows] if self.tokens_q is None else t[None, :, self.tokens_q])[:, self.heads]
 
 
-def _parts(q, k, cu_seqlens, cu_seqlens_k, seen: Visibility) -> list[_Part]:
+def _parts(q, k, cu_seqlens, cu_seqlens_k, seen: Visibility, blocks: Tensor | None, size: int) -> list[_Part]:
     places = [(slice(None), None, None)]
     if cu_seqlens is not None:
         places = [
             (slice(n, n + 1), *pair) for n, pair in enumerate(visibility.sequences(q, k, cu_seqlens, cu_seqlens_k))
         ]
     group = max(1, q.shape[-2] // k.shape[-2])
+    if blocks is not None:
+        blocks = blocks.expand(q.shape[0], q.shape[2], -1, -1)
+        return [
+            _Part(
+                slice(b, b + 1), None, None, slice(h, h + 1), slice(h // group, h // group + 1), own, blocks[b, h], size
+            )
+            for b in range(q.shape[0])
+            for heads, own in seen.by_heads(q.shape[2])
+            for h in range(heads.start, heads.stop)
+        ]
     kv = lambda heads: slice(heads.start // group, -(-heads.stop // group))
     return [_Part(*place, heads, kv(heads), own) for place in places for heads, own in seen.by_heads(q.shape[-2])]
 
@@ -240,6 +293,8 @@ def attention(
     causal=True,
     window=None,
     mask=None,
+    blocks=None,
+    block_size=128,
     cu_seqlens=None,
     cu_seqlens_k=None,
     max_seqlen=None,
@@ -251,8 +306,8 @@ def attention(
     seen = Visibility.of(causal, window, mask)
     out = torch.empty(q.shape, dtype=q.dtype)
     lse = torch.empty((*q.shape[:-3], q.shape[-2], q.shape[-3]), dtype=_statistics(q))
-    for part in _parts(q, k, cu_seqlens, cu_seqlens_k, seen):
-        o, l = _Batch(part.of_q(q), part.of_k(k), part.of_k(v), sigma, part.seen).forward()
+    for part in _parts(q, k, cu_seqlens, cu_seqlens_k, seen, blocks, block_size):
+        o, l = _Batch(part.of_q(q), part.of_k(k), part.of_k(v), sigma, part).forward()
         s, t = _rows(scale, part, q), _rows(offset, part, q)
         into = part.of_q(out).transpose(1, 2)
         into.copy_(o if s is None else o * s)
@@ -283,6 +338,8 @@ def attention_backward(
     causal=True,
     window=None,
     mask=None,
+    blocks=None,
+    block_size=128,
     cu_seqlens=None,
     cu_seqlens_k=None,
     max_seqlen=None,
@@ -292,14 +349,15 @@ def attention_backward(
     """Backward of docs/ops.md on the CPU. ATen wants the unscaled output; see `_unscaled` for where it comes from."""
     heads, head_dim = q.shape[-2:]
     sigma = 1.0 / math.sqrt(head_dim) if softmax_scale is None else softmax_scale
-    parts = _parts(q, k, cu_seqlens, cu_seqlens_k, Visibility.of(causal, window, mask))
+    parts = _parts(q, k, cu_seqlens, cu_seqlens_k, Visibility.of(causal, window, mask), blocks, block_size)
     count = q.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
     statistics = _statistics(q)
-    dq, dk, dv = (torch.zeros(t.shape, dtype=t.dtype) for t in (q, k, v))
+    summed = statistics if blocks is not None else q.dtype  # heads that share a key/value head are separate parts then
+    dq, dk, dv = (torch.zeros(t.shape, dtype=summed) for t in (q, k, v))
     dscale = torch.zeros(count, heads, head_dim, dtype=statistics)
     doffset = torch.zeros(count, heads, head_dim, dtype=statistics)
     for part in parts:
-        batch = _Batch(part.of_q(q), part.of_k(k), part.of_k(v), sigma, part.seen)
+        batch = _Batch(part.of_q(q), part.of_k(k), part.of_k(v), sigma, part)
         g = part.of_q(grad_out).transpose(1, 2)
         if needs[4]:
             doffset[part.rows, part.heads] = g.sum(2, dtype=statistics)
@@ -316,7 +374,8 @@ def attention_backward(
         dl = None if grad_lse is None else part.of_lse(grad_lse)
         grads = batch.backward(g if s is None else g * s, o, l, dl)
         for into, grad in zip((part.of_q(dq), part.of_k(dk), part.of_k(dv)), grads):
-            into.copy_(grad.transpose(1, 2))
+            into += grad.transpose(1, 2)
+    dq, dk, dv = (t.to(q.dtype) for t in (dq, dk, dv))
     if cos is not None:
         dq, dk = rope(dq, dk, cos, sin, positions, positions_k, interleaved=interleaved, inverse=True)
     found = [
@@ -343,3 +402,13 @@ def rope_attention(
     """rope, then attention."""
     q, k = rope(q, k, cos, sin, positions, positions_k, interleaved=interleaved)
     return (*attention(q, k, v, scale, offset, **arguments), q, k)
+
+
+def merge_attention(outs, lses):
+    """The oracle's formula in fp32 (fp64 for fp64)."""
+    return _merge(outs, lses, dtype=lses[0].dtype)
+
+
+def merge_attention_backward(grad_out, grad_lse, outs, lses):
+    """The oracle's formula in fp32 (fp64 for fp64)."""
+    return _merge_backward(grad_out, grad_lse, outs, lses, dtype=lses[0].dtype)

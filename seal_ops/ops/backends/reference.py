@@ -6,6 +6,7 @@ the contract; all backends are tested against it. Results come back in the dtype
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
@@ -29,13 +30,27 @@ def _lse_row(lse: Tensor, index) -> Tensor:
     return lse[:, index] if isinstance(index, slice) else lse[index]
 
 
-def _softmax(q: Tensor, k: Tensor, sigma: float, seen: Visibility) -> tuple[Tensor, Tensor]:
-    """P [Hq, Sq, Sk] and lse [Hq, Sq] of one row; q [Sq, Hq, D], k [Sk, Hkv, D]. Empty rows: P = 0, lse = -inf."""
+def _softmax(q: Tensor, k: Tensor, sigma: float, seen: Tensor) -> tuple[Tensor, Tensor]:
+    """P [Hq, Sq, Sk] and lse [Hq, Sq] of one row; q [Sq, Hq, D], k [Sk, Hkv, D], seen bool [Hq or 1,
+    Sq, Sk]. Empty rows: P = 0, lse = -inf."""
     group = q.shape[1] // k.shape[1]
     scores = torch.einsum("ihd,jhd->hij", q.to(_F64), k.to(_F64).repeat_interleave(group, 1)) * sigma
-    scores = scores.masked_fill(~seen.allowed(q.shape[0], k.shape[0], q.shape[1], q.device), -math.inf)
+    scores = scores.masked_fill(~seen, -math.inf)
     lse = torch.logsumexp(scores, -1)
     return torch.exp(scores - lse.masked_fill(lse == -math.inf, 0.0)[..., None]), lse
+
+
+def seen_pairs(seen: Visibility, blocks: Tensor | None, size: int):
+    """A function of one row's q [Sq, Hq, D] and k, and the row's number: which pairs count, bool [Hq or 1, Sq, Sk]."""
+
+    def pairs(q: Tensor, k: Tensor, row: int) -> Tensor:
+        found = seen.allowed(q.shape[0], k.shape[0], q.shape[1], q.device)
+        if blocks is None:
+            return found
+        each = blocks[row if blocks.shape[0] > 1 else 0].repeat_interleave(size, 1).repeat_interleave(size, 2)
+        return found & each[:, : q.shape[0], : k.shape[0]]
+
+    return pairs
 
 
 def _sigma(softmax_scale: float | None, head_dim: int) -> float:
@@ -53,6 +68,8 @@ def attention(
     causal=True,
     window=None,
     mask=None,
+    blocks=None,
+    block_size=128,
     cu_seqlens=None,
     cu_seqlens_k=None,
     max_seqlen=None,
@@ -61,11 +78,11 @@ def attention(
 ):
     """out = scale * softmax(sigma q k^T + mask) v + offset, and the log-sum-exp."""
     heads, head_dim = q.shape[-2:]
-    seen = Visibility.of(causal, window, mask)
+    pairs = seen_pairs(Visibility.of(causal, window, mask), blocks, block_size)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty((*q.shape[:-3], heads, q.shape[-3]), dtype=_statistics(q), device=q.device)
     for n, (rq, rk) in enumerate(_rows(q, k, cu_seqlens, cu_seqlens_k)):
-        p, row_lse = _softmax(q[rq], k[rk], _sigma(softmax_scale, head_dim), seen)
+        p, row_lse = _softmax(q[rq], k[rk], _sigma(softmax_scale, head_dim), pairs(q[rq], k[rk], n))
         o = torch.einsum("hij,jhd->ihd", p, v[rk].to(_F64).repeat_interleave(heads // v.shape[-2], 1))
         if scale is not None:
             o = o * factors.row(scale, n, heads, head_dim).to(_F64)
@@ -97,6 +114,8 @@ def attention_backward(
     causal=True,
     window=None,
     mask=None,
+    blocks=None,
+    block_size=128,
     cu_seqlens=None,
     cu_seqlens_k=None,
     max_seqlen=None,
@@ -107,13 +126,13 @@ def attention_backward(
     heads, head_dim = q.shape[-2:]
     group = heads // k.shape[-2]
     sigma = _sigma(softmax_scale, head_dim)
-    seen = Visibility.of(causal, window, mask)
+    pairs = seen_pairs(Visibility.of(causal, window, mask), blocks, block_size)
     rows = _rows(q, k, cu_seqlens, cu_seqlens_k)
     dq, dk, dv = (torch.zeros(t.shape, dtype=_F64, device=t.device) for t in (q, k, v))
     dscale = torch.zeros(len(rows), heads, head_dim, dtype=_F64, device=q.device)
     doffset = torch.zeros_like(dscale)
     for n, (rq, rk) in enumerate(rows):
-        p, row_lse = _softmax(q[rq], k[rk], sigma, seen)
+        p, row_lse = _softmax(q[rq], k[rk], sigma, pairs(q[rq], k[rk], n))
         g = grad_out[rq].to(_F64)
         v_row = v[rk].to(_F64).repeat_interleave(group, 1)
         o = torch.einsum("hij,jhd->ihd", p, v_row)
@@ -189,3 +208,37 @@ def rope_attention(
     """rope, then attention; the rotated q and k are what a backward needs."""
     q, k = rope(q, k, cos, sin, positions, positions_k, interleaved=interleaved)
     return (*attention(q, k, v, scale, offset, **arguments), q, k)
+
+
+def merge_attention(outs, lses, *, dtype=_F64):
+    """lse = log(sum exp(lse_i)), out = sum exp(lse_i - lse) out_i; a row that no part sees: 0 and -inf."""
+    weights, lse = _weights(lses, dtype)
+    out = sum(_part(o, w) for o, w in zip(outs, weights))
+    return out.to(outs[0].dtype).contiguous(), lse.to(lses[0].dtype).contiguous()
+
+
+def merge_attention_backward(grad_out, grad_lse, outs, lses, *, dtype=_F64):
+    """The gradients of the parts, stacked: w_i g, and w_i (g . (out_i - out) + grad_lse) summed over channels."""
+    weights, _ = _weights(lses, dtype)
+    out, g = sum(_part(o, w) for o, w in zip(outs, weights)), grad_out.to(dtype)
+    grad_lse = 0.0 if grad_lse is None else grad_lse.to(dtype)
+    into_outs = [_part(g, w).to(grad_out.dtype) for w in weights]
+    into_lses = []
+    for o, w in zip(outs, weights):
+        moved = (g * (torch.where(w.transpose(-1, -2)[..., None] > 0, o.to(dtype), out) - out)).sum(-1)
+        into_lses.append(torch.where(w > 0, w * (moved.transpose(-1, -2) + grad_lse), 0.0).to(lses[0].dtype))
+    return torch.stack(into_outs), torch.stack(into_lses)
+
+
+def _weights(lses, dtype) -> tuple[list[Tensor], Tensor]:
+    """exp(lse_i - lse) of every part, and lse; 0 and -inf in a row that no part sees."""
+    lses = [t.to(dtype) for t in lses]
+    lse = functools.reduce(torch.logaddexp, lses)
+    finite = lse.masked_fill(lse == -math.inf, 0.0)
+    return [torch.exp(t - finite) for t in lses], lse
+
+
+def _part(out: Tensor, weight: Tensor) -> Tensor:
+    """weight [.., H, S] times out [.., S, H, D]; 0 where the weight is 0, whatever stands there."""
+    weight = weight.transpose(-1, -2)[..., None]
+    return torch.where(weight > 0, out.to(weight.dtype) * weight, 0.0)

@@ -1,4 +1,4 @@
-"""The Triton backend: the four ops on any GPU that Triton supports, with no compiler installed.
+"""The Triton backend: the ops on any GPU that Triton supports, with no compiler installed.
 
 Importing this package does not import Triton; the first call does. Under TRITON_INTERPRET=1 (set before that first
 call) the same kernels run on CPU tensors, which is how they are tested without a GPU.
@@ -29,6 +29,8 @@ def why_not(
         return "backend triton: triton is not installed (pip install triton)"
     if device is not None and torch.device(device).type != "cuda" and not interpreted():
         return f"backend triton runs on GPU tensors (or on the CPU with TRITON_INTERPRET=1), got {device}"
+    if op.startswith("merge_attention"):  # a pass over rows of any length and any floating dtype
+        return None
     if dtype is not None and dtype not in DTYPES:
         return f"backend triton takes bfloat16, float16 and float32, got {str(dtype).removeprefix('torch.')}"
     if head_dim is not None and op != "rope" and not HEAD_DIMS[0] <= head_dim <= HEAD_DIMS[1]:
@@ -63,3 +65,17 @@ def rope_attention(
     """seal::rope_attention; returns (out, lse, q_rotated, k_rotated)."""
     q_rotated, k_rotated = rope(q, k, cos, sin, positions, positions_k, interleaved=interleaved)
     return (*attention(q_rotated, k_rotated, v, scale, offset, **arguments), q_rotated, k_rotated)
+
+
+def merge_attention(*args, **kwargs):
+    """seal::merge_attention; returns (out, lse)."""
+    from .merge import merge_attention
+
+    return merge_attention(*args, **kwargs)
+
+
+def merge_attention_backward(*args, **kwargs):
+    """seal::merge_attention_backward; returns the gradients of the outputs and of the log-sum-exps, stacked."""
+    from .merge import merge_attention_backward
+
+    return merge_attention_backward(*args, **kwargs)

@@ -15,11 +15,11 @@ import triton
 import triton.language as tl
 
 from .configs import choose, split
-from .host import Geometry, Rows, factor_arguments, on_device, padded_head_dim, uses_tma
+from .host import BlockLists, Geometry, Rows, factor_arguments, on_device, padded_head_dim, uses_tma
 from .preprocess import TOKENS, Statistics, scaled_v, sum_tiles
 from .rotary import rotate_in_place
 from .tiling import LOG2E, aligned_column, load_factor, load_rows, load_statistics, locate, product
-from .walk import block_start, key_blocks, loop_range, query_blocks, seen
+from .walk import block_start, key_blocks, listed, loop_range, query_blocks, seen
 
 
 @triton.jit
@@ -124,6 +124,7 @@ def _dkdv(
     shift,
     shifted_from,
     sinks,
+    lists,
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -146,7 +147,8 @@ def _dkdv(
     if shift is not None:
         shift = tl.where(kv_head * GROUP >= shifted_from, shift, 0)
     bounds = (len_q, len_k, lower, upper, chunk, chunk_lower, chunk_upper, shift, sinks)
-    blocks = query_blocks(first, bounds, BLOCK_M, BLOCK_N)
+    if lists is None:
+        every_head = query_blocks(first, bounds, BLOCK_M, BLOCK_N)
     column = aligned_column(start_q, seq, PACKED)
     at = ((batch.to(tl.int64) * all_k + start_k + keys) * kv_heads + kv_head)[:, None] * HEAD_DIM + d[None, :]
     valid = (keys < len_k)[:, None] & (d[None, :] < HEAD_DIM)
@@ -159,6 +161,10 @@ def _dkdv(
     for member in tl.range(0, GROUP):
         head = kv_head * GROUP + member
         row = batch * kv_heads * GROUP + head
+        if lists is None:
+            blocks = every_head
+        else:
+            blocks = listed(lists, batch, head, first, BLOCK_M)
         if scale is not None:
             dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
         if scaled_v_source is not None:
@@ -327,6 +333,7 @@ def _dq(
     shift,
     shifted_from,
     sinks,
+    lists,
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -348,7 +355,10 @@ def _dq(
     if shift is not None:
         shift = tl.where(head >= shifted_from, shift, 0)
     bounds = (len_q, len_k, lower, upper, chunk, chunk_lower, chunk_upper, shift, sinks)
-    blocks = key_blocks(first, bounds, BLOCK_M, BLOCK_N)
+    if lists is None:
+        blocks = key_blocks(first, bounds, BLOCK_M, BLOCK_N)
+    else:
+        blocks = listed(lists, batch, head, first, BLOCK_N)
     q = load_rows(q_source, batch, head, start_q, first, len_q, BLOCK_M, HEAD_DIM, BLOCK_D, TMA, True)
     g = load_rows(g_source, batch, head, start_q, first, len_q, BLOCK_M, HEAD_DIM, BLOCK_D, TMA, True)
     if scale is not None:
@@ -413,10 +423,11 @@ def _dq(
 class _Call:
     """One backward call: its tensors as tiles can be read from them, and the launches of the two matrix kernels."""
 
-    def __init__(self, grad_out, q, k, v, scale, statistics: Statistics, geometry: Geometry):
+    def __init__(self, grad_out, q, k, v, scale, statistics: Statistics, geometry: Geometry, lists: BlockLists | None):
         self.rows_q, self.rows_k, self.rows_v, self.rows_g = Rows(q), Rows(k), Rows(v), grad_out
         self.like, self.scale, self.statistics, self.geometry = q, scale, statistics, geometry
         self.factor = factor_arguments(scale, geometry)
+        self.lists, self.size = lists, lists and lists.size
         self.numbers = (geometry.sigma, geometry.sigma * LOG2E, geometry.num_seqs, geometry.len_q, geometry.len_k)
         self.constants = dict(
             GROUP=geometry.group,
@@ -445,13 +456,14 @@ class _Call:
                 geometry.tiles(geometry.len_q, tile.m),
                 geometry.heads,
                 *geometry.mask,
+                None if self.lists is None else self.lists.of_keys,
                 BLOCK_M=tile.m,
                 BLOCK_N=tile.n,
                 **self.constants,
                 **tile.options,
             )
 
-        choose("dq" if self.scale is None or geometry.packed else "dq_scaled", self.like, launch)
+        choose("dq" if self.scale is None or geometry.packed else "dq_scaled", self.like, launch, self.size)
         return result
 
     def grad_k_v_scale(self, k, v, need_k: bool, need_v: bool, need_scale: bool):
@@ -496,13 +508,14 @@ class _Call:
                 tiles,
                 geometry.kv_heads,
                 *geometry.mask,
+                None if self.lists is None else self.lists.of_queries,
                 BLOCK_M=tile.m,
                 BLOCK_N=tile.n,
                 **self.constants,
                 **tile.options,
             )
 
-        tile = choose(kernel, self.like, launch)
+        tile = choose(kernel, self.like, launch, self.size)
         return sum_tiles(sums, self.scale, geometry, geometry.cu_k, tile.n) if need_scale else None
 
 
@@ -527,6 +540,8 @@ def attention_backward(
     causal=True,
     window=None,
     mask=None,
+    blocks=None,
+    block_size=128,
     cu_seqlens=None,
     cu_seqlens_k=None,
     max_seqlen=None,
@@ -554,7 +569,8 @@ def attention_backward(
                 grad_k, grad_v = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (k, v))
                 grad_scale = None if scale is None else torch.zeros_like(scale)
             else:
-                call = _Call(rows_g, q, k, v, scale, statistics, geometry)
+                lists = None if blocks is None else BlockLists(blocks, block_size, geometry)
+                call = _Call(rows_g, q, k, v, scale, statistics, geometry, lists)
                 if need_q:
                     grad_q = call.grad_q()
                 if need_k or need_v or need_scale:

@@ -122,12 +122,14 @@ def autotune() -> bool:
     return os.environ.get("SEAL_TRITON_AUTOTUNE", "0") == "1"
 
 
-def choose(kernel: str, like: Tensor, launch) -> Tile:
-    """Runs launch(tile) with the tile for this kernel, element type, head_dim and device; returns that tile."""
-    key = (kernel, like.dtype, padded_head_dim(like.shape[-1]), like.device)
+def choose(kernel: str, like: Tensor, launch, size: int | None = None) -> Tile:
+    """Runs launch(tile) with the tile for this kernel, element type, head_dim and device; returns that tile. `size`: of
+    which its sides have to be divisors (block lists)."""
+    key = (kernel, like.dtype, padded_head_dim(like.shape[-1]), like.device, size)
     if key in _chosen and _fits(launch, _chosen[key]):
         return _chosen[key]
-    fitting = (tile for tile in candidates(kernel, like) if _fits(launch, tile))
+    whole = (tile for tile in candidates(kernel, like) if size is None or size % tile.m == size % tile.n == 0)
+    fitting = (tile for tile in whole if _fits(launch, tile))
     if autotune() and like.is_cuda:
         median = lambda tile: do_bench(lambda: launch(tile), warmup=10, rep=40, return_mode="median")
         tile = min(fitting, key=median, default=None)

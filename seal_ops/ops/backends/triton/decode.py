@@ -134,7 +134,7 @@ def _split(
         at = batch.to(tl.int64) * stride_b + (start_q + query).to(tl.int64) * stride_s + head.to(tl.int64) * stride_h
         q = tl.load(q_ptr + at[:, None] + d[None, :], mask=written, other=0.0)
 
-        begin, full_begin, full_end, end, sink_begin, sink_end = key_blocks_of(
+        begin, full_begin, full_end, end, sink_begin, sink_end, _, _ = key_blocks_of(
             first // group, tl.minimum((first + BLOCK_M - 1) // group, len_q - 1), bounds, BLOCK_N
         )
         if sinks is not None:  # counted as if they lay before the range
@@ -152,7 +152,7 @@ def _split(
             end = tl.maximum(end, before)
         full_begin = tl.minimum(tl.maximum(full_begin, begin), end)
         full_end = tl.minimum(tl.maximum(full_end, full_begin), end)
-        blocks = (begin, full_begin, full_end, end, sink_begin, sink_end)
+        blocks = (begin, full_begin, full_end, end, sink_begin, sink_end, None, None)
         acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
         total = tl.zeros([BLOCK_M], tl.float32)
         top = tl.full([BLOCK_M], float("-inf"), tl.float32)

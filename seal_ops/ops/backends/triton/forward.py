@@ -12,10 +12,10 @@ import triton.language as tl
 from ... import factors
 from . import decode
 from .configs import choose
-from .host import Geometry, Rows, factor_arguments, on_device, padded_head_dim, uses_tma
+from .host import BlockLists, Geometry, Rows, factor_arguments, on_device, padded_head_dim, uses_tma
 from .online_softmax import key_loop
 from .tiling import LN2, LOG2E, load_factor, load_rows, locate
-from .walk import key_blocks
+from .walk import key_blocks, listed
 
 _LN2 = tl.constexpr(LN2)
 
@@ -60,6 +60,7 @@ def _forward(
     shift,
     shifted_from,
     sinks,
+    lists,
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -80,7 +81,10 @@ def _forward(
     if shift is not None:
         shift = tl.where(head >= shifted_from, shift, 0)
     bounds = (len_q, len_k, lower, upper, chunk, chunk_lower, chunk_upper, shift, sinks)
-    blocks = key_blocks(first, bounds, BLOCK_M, BLOCK_N)
+    if lists is None:
+        blocks = key_blocks(first, bounds, BLOCK_M, BLOCK_N)
+    else:
+        blocks = listed(lists, batch, head, first, BLOCK_N)
     q = load_rows(q_source, batch, head, start_q, first, len_q, BLOCK_M, HEAD_DIM, BLOCK_D, TMA, True)
 
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
@@ -159,6 +163,8 @@ def attention(
     causal=True,
     window=None,
     mask=None,
+    blocks=None,
+    block_size=128,
     cu_seqlens=None,
     cu_seqlens_k=None,
     max_seqlen=None,
@@ -176,7 +182,8 @@ def attention(
         _fill_empty(out, lse, offset, geometry)
         return out, lse
     longest = geometry.len_q if max_seqlen is None else max_seqlen
-    if decode.preferred(geometry, longest):
+    lists = None if blocks is None else BlockLists(blocks, block_size, geometry)
+    if lists is None and decode.preferred(geometry, longest):
         decode.attention(q, k, v, scale, offset, out, lse, geometry, longest)
         return out, lse
     rows_q, rows_k, rows_v = (Rows(x) for x in (q, k, v))
@@ -199,6 +206,7 @@ def attention(
             geometry.tiles(geometry.len_q, tile.m),
             geometry.heads,
             *geometry.mask,
+            None if lists is None else lists.of_keys,
             GROUP=geometry.group,
             HEAD_DIM=geometry.head_dim,
             BLOCK_D=padded_head_dim(geometry.head_dim),
@@ -210,7 +218,7 @@ def attention(
         )
 
     with on_device(q):
-        choose("forward", q, launch)
+        choose("forward", q, launch, lists and lists.size)
     return out, lse
 
 

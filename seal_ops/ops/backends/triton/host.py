@@ -125,6 +125,32 @@ class Geometry:
         return factors.reduce_to(per_seq, like).to(like.dtype)
 
 
+class BlockLists:
+    """The blocks of masks.blocks that hold a pair that the mask shows, as lists for the kernels: for a block of queries
+    the blocks of keys that it visits, and transposed. Made on the device, without a sync; their memory is that of
+    `blocks` times four."""
+
+    def __init__(self, blocks: Tensor, size: int, geometry: Geometry):
+        cover = geometry.seen.cover(geometry.len_q, geometry.len_k, size, geometry.heads, blocks.device)
+        self.size, self._visited = size, blocks & cover
+
+    @functools.cached_property
+    def of_keys(self) -> tuple:
+        return self._lists(self._visited)
+
+    @functools.cached_property
+    def of_queries(self) -> tuple:
+        return self._lists(self._visited.transpose(2, 3))
+
+    def _lists(self, visited: Tensor) -> tuple:
+        """What walk.listed reads: lists, their lengths, strides over batch rows and heads in lists, elements a list,
+        size."""
+        rows, heads, count, columns = visited.shape
+        order = visited.to(torch.uint8).argsort(dim=-1, descending=True, stable=True).to(torch.int32)
+        strides = (heads * count if rows > 1 else 0, count if heads > 1 else 0)
+        return order.contiguous(), visited.sum(-1, dtype=torch.int32).contiguous(), *strides, columns, self.size
+
+
 class Rows:
     """A [B, S, H, D] view of q, k, v or grad_out that tensor descriptors accept: base and strides in multiples of 16
     bytes.

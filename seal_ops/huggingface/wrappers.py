@@ -1,0 +1,19 @@
+"""What other libraries put round a transformers model."""
+
+from __future__ import annotations
+
+from torch import nn
+
+_PARALLEL = {"DataParallel", "DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule"}
+
+
+def unwrapped(model: nn.Module, call: str) -> nn.Module:
+    """The transformers model inside PEFT's and torch.compile's wrappers, which is what its own verbs give back."""
+    if any(base.__name__ in _PARALLEL for base in type(model).__mro__):
+        # Their scales would be one a process, each learning by itself.
+        raise ValueError(
+            f"seal_ops.{call}: model must be given before it is wrapped or sharded for several devices, "
+            f"got {type(model).__name__}"
+        )
+    model = getattr(model, "_orig_mod", model)
+    return model.get_base_model() if callable(getattr(model, "get_base_model", None)) else model
