@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from command_line import seal
-from families import FAMILIES, logits
+from families import FAMILIES, close, logits
 from retrieval_fixtures import tokenizer
 from transformers import AutoModelForCausalLM
 
@@ -65,6 +65,19 @@ def test_train(capsys, folder, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(folder)
     seal_ops.load_weak_columns(model, tmp_path / "both")
     seal_ops.load(model, tmp_path / "both")
+    tuned = ["--weak-columns", tmp_path / "both", "--scales", tmp_path / "both"]
+    code, out, err = seal(
+        capsys, "eval", "--model", folder, "--device", "cpu", *tuned, "--lengths", 190, "--cases", 1, "--output",
+        tmp_path / "eval.json",
+    )  # fmt: skip
+    assert code == 0 and json.loads((tmp_path / "eval.json").read_text())["name"] == "both", err
+    output = tmp_path / "merged"
+    code, out, err = seal(capsys, "merge", "--model", folder, "--device", "cpu", *tuned, "--output", output)
+    assert code == 0, err
+    merged, ids = AutoModelForCausalLM.from_pretrained(output), torch.randint(0, len(tokenizer()), (2, 20))
+    assert close(logits(merged, ids), logits(model, ids))
+    code, _, err = seal(capsys, "merge", "--model", folder, "--output", tmp_path / "neither")
+    assert code == 1 and "--scales or --weak-columns must be given, got neither" in err
     code, out, err = seal(capsys, *arguments, *columns, "--output", tmp_path / "columns")
     assert code == 0 and "numbers of weak columns trained" in out, err
     code, _, err = seal(capsys, *arguments, "--output", tmp_path / "none")
