@@ -150,7 +150,8 @@ NOT_RUN = {
     "--output tuned": COLUMNS,
     "seal train --model smollm2 --weak-columns 128 --quantize nf4 --granularity channel --task multikey --length 4000 "
     "--output both": COLUMNS,
-    "seal eval --model smollm2 --weak-columns both --scales both --task multikey --lengths 2000 4000 --output both.json": COLUMNS,
+    "seal eval --model smollm2 --weak-columns both --scales both --task multikey --lengths 2000 4000 "
+    "--output both.json": COLUMNS,
     "seal merge --model smollm2 --weak-columns both --scales both --output plain": COLUMNS,
     "python benchmarks/quantized_training.py --output qeft_8b.json": GPU,
     "seal study --preset smollm2-4bit --text english.txt --output study": COLUMNS,
