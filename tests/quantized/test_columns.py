@@ -99,6 +99,20 @@ def test_untrained_residual_is_the_layer_with_those_columns():
     assert (base(x) - linear(x)).abs().max() > 1e-3, "the other columns are quantised"
 
 
+def test_least_squares_is_torchs():
+    """The start by sums over the samples beside the least squares of the samples themselves (fp64)."""
+    from seal_ops.quantized.start import least_squares
+
+    linear, base = toy(40, 24, bias=False)
+    index, mixed = torch.tensor([2, 3, 39]), torch.randn(40, 40, dtype=torch.float64)
+    x = torch.randn(200, 40, dtype=torch.float64) @ mixed  # inputs that know of each other
+    error = linear.weight.detach() - bases.weight_of(base)
+    expected = torch.linalg.lstsq(x[:, index], x @ error.t()).solution.t()
+    found = least_squares(linear.weight.detach(), bases.weight_of(base), x.t() @ x[:, index], index, 1e-12)
+    assert torch.allclose(found, expected, atol=1e-9) and found.is_contiguous()
+    assert (found - error[:, index]).abs().max() > 1e-3, "not the residual"
+
+
 def test_delta_form_equals_replace_form():
     """Columns that are anything at all: adding the difference or putting them in is one product (fp64)."""
     linear, base = toy(40, 24, bias=False)
