@@ -125,6 +125,7 @@ VARIANTS = {  # name: scale, packed (with a per-row offset and a gradient into t
     "packed": (True, True, 100, None),
     # LongLoRA's shifted groups with sinks: chunks, a shift and a second range
     "groups": (True, False, None, [-(1 << 30), 0, 100, 0, 0, 50, 4, 4]),
+    "blocks": (True, False, None, None),  # and block lists
 }
 
 
@@ -150,6 +151,8 @@ def compile_for(arch: int, dtype: str, head_dim: int, variant: str, forward_only
     offset = torch.zeros(2, 8, head_dim) if packed else None
     q, k, v = tensors(256)
     arguments = dict(window=window, mask=mask, cu_seqlens=lengths(256))
+    if variant == "blocks":
+        arguments |= dict(blocks=torch.ones(1, 8, 2, 2, dtype=torch.bool), block_size=128)
     out, lse = forward.attention(q, k, v, scale, offset, **arguments)
     if forward_only:
         return recorder.found
