@@ -120,7 +120,8 @@ class Recorder:
 
 
 UNBOUNDED = 1 << 30
-VARIANTS = {  # name: scale, packed (with a per-row offset and a gradient into the log-sum-exp), window, mask, block lists
+# name: scale, packed (with a per-row offset and a gradient into the log-sum-exp), window, mask, block lists
+VARIANTS = {
     "plain": (False, False, None, None, False),
     "scaled": (True, False, None, None, False),
     "packed": (True, True, 100, None, False),
