@@ -119,10 +119,14 @@ class Recorder:
         return every[0]
 
 
-VARIANTS = {  # name: scale, packed (with a per-row offset and a gradient into the log-sum-exp), window
-    "plain": (False, False, None),
-    "scaled": (True, False, None),
-    "packed": (True, True, 100),
+UNBOUNDED = 1 << 30
+VARIANTS = {  # name: scale, packed (with a per-row offset and a gradient into the log-sum-exp), window, mask, block lists
+    "plain": (False, False, None, None, False),
+    "scaled": (True, False, None, None, False),
+    "packed": (True, True, 100, None, False),
+    "sinks": (True, False, None, [-99, 0, 0, -UNBOUNDED, UNBOUNDED, 0, UNBOUNDED, 4], False),
+    "shifted": (True, True, None, [-UNBOUNDED, 0, 64, 0, 0, 32, 4, 2], False),
+    "listed": (True, False, None, None, True),
 }
 
 
@@ -137,7 +141,7 @@ def compile_for(arch: int, dtype: str, head_dim: int, variant: str, forward_only
     recorder = Recorder(arch)
     forward.choose = backward.choose = decode.choose = recorder.choose
     recorder.where |= dict(dtype=dtype, head_dim=head_dim, variant=variant)
-    scaled, packed, window = VARIANTS[variant]
+    scaled, packed, window, mask, listed = VARIANTS[variant]
 
     def tensors(tokens, keys=256):
         shape = lambda s, h: (2 * s, h, head_dim) if packed else (2, s, h, head_dim)
@@ -147,7 +151,9 @@ def compile_for(arch: int, dtype: str, head_dim: int, variant: str, forward_only
     scale = torch.zeros(8, head_dim) if scaled else None
     offset = torch.zeros(2, 8, head_dim) if packed else None
     q, k, v = tensors(256)
-    arguments = dict(window=window, cu_seqlens=lengths(256))
+    arguments = dict(window=window, mask=mask, cu_seqlens=lengths(256))
+    if listed:
+        arguments |= dict(blocks=torch.ones(1, 8, 2, 2, dtype=torch.bool), block_size=128)
     out, lse = forward.attention(q, k, v, scale, offset, **arguments)
     if forward_only:
         return recorder.found
@@ -159,7 +165,7 @@ def compile_for(arch: int, dtype: str, head_dim: int, variant: str, forward_only
     for tokens, splits in ((1, 4), (8, 4), (16, 4)):  # times four heads of a group: 16, 32 and 64 rows
         q, k, v = tensors(tokens)
         out, lse = torch.empty_like(q), torch.empty(q.shape[:-1])
-        geometry = Geometry.of(q, k, None, True, window, None, lengths(tokens), lengths(256))
+        geometry = Geometry.of(q, k, None, True, window, mask, lengths(tokens), lengths(256))
         decode.attention(q, k, v, scale, offset, out, lse, geometry, tokens, splits)
     return recorder.found
 

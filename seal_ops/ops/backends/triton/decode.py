@@ -134,11 +134,11 @@ def _split(
         at = batch.to(tl.int64) * stride_b + (start_q + query).to(tl.int64) * stride_s + head.to(tl.int64) * stride_h
         q = tl.load(q_ptr + at[:, None] + d[None, :], mask=written, other=0.0)
 
-        begin, full_begin, full_end, end, sink_begin, sink_end, _, _ = key_blocks_of(
-            first // group, tl.minimum((first + BLOCK_M - 1) // group, len_q - 1), bounds, BLOCK_N
-        )
+        blocks = key_blocks_of(first // group, tl.minimum((first + BLOCK_M - 1) // group, len_q - 1), bounds, BLOCK_N)
+        begin = blocks[0]
+        end = blocks[3]
         if sinks is not None:  # counted as if they lay before the range
-            sink_blocks = sink_end
+            sink_blocks = blocks[5]
             before = begin
             begin -= sink_blocks
         share = (end - begin) // splits
@@ -150,9 +150,12 @@ def _split(
             sink_end = tl.minimum(end - before, 0) + sink_blocks
             begin = tl.maximum(begin, before)
             end = tl.maximum(end, before)
-        full_begin = tl.minimum(tl.maximum(full_begin, begin), end)
-        full_end = tl.minimum(tl.maximum(full_end, full_begin), end)
-        blocks = (begin, full_begin, full_end, end, sink_begin, sink_end, None, None)
+        full_begin = tl.minimum(tl.maximum(blocks[1], begin), end)
+        full_end = tl.minimum(tl.maximum(blocks[2], full_begin), end)
+        if sinks is not None:
+            share_blocks = (begin, full_begin, full_end, end, sink_begin, sink_end)
+        else:
+            share_blocks = (begin, full_begin, full_end, end)
         acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
         total = tl.zeros([BLOCK_M], tl.float32)
         top = tl.full([BLOCK_M], float("-inf"), tl.float32)
@@ -167,7 +170,7 @@ def _split(
             kv_head,
             start_k,
             query,
-            blocks,
+            share_blocks,
             bounds,
             qk_scale,
             BLOCK_N,
@@ -189,7 +192,7 @@ def _split(
             kv_head,
             start_k,
             query,
-            blocks,
+            share_blocks,
             bounds,
             qk_scale,
             BLOCK_N,

@@ -1,10 +1,10 @@
 """The walk of a tile over blocks of the other side, as the mask (masks.Mask) says: one for all attention kernels.
 
 A query tile visits the blocks of the sinks, then those of one range of keys; a key tile visits one range of queries.
-In the range the blocks full_begin..full_end need no mask: `blocks` is (begin, full_begin, full_end, end, sink_begin,
-sink_end, list, per), the sinks' two None where the mask has none or the blocks are of queries. With block lists
-(masks.blocks) step i of the range is block i % per of the list's element i // per, all of them masked; else both are
-None.
+In the range the blocks full_begin..full_end need no mask: `blocks` is (begin, full_begin, full_end, end), behind them
+(sink_begin, sink_end) where a query tile's mask has sinks. With block lists (masks.blocks) it is (begin, begin, begin,
+end, 0, 0, list, per): step i is block i % per of the list's element i // per, all of them masked. Its length tells
+which, since Triton 3.6 returns no None in a tuple.
 
 `bounds` is (len_q, len_k, lower, upper, chunk, chunk_lower, chunk_upper, shift, sinks) of one sequence and head. What a
 mask does not have is None, which compiles it away: a causal call compiles to the range from 0 to its diagonal.
@@ -104,7 +104,7 @@ def key_blocks_of(first, last, bounds, BLOCK_N: tl.constexpr):
         full_begin = tl.maximum(_first_key(last, bounds), 0)
     begin, full_begin, full_end, end = _in_blocks(begin, full_begin, full_end, end, BLOCK_N)
     if sinks is None:
-        return begin, full_begin, full_end, end, None, None, None, None
+        return begin, full_begin, full_end, end
     else:
         wanted = tl.cdiv(tl.maximum(tl.minimum(tl.minimum(sinks, last + 1), len_k), 0), BLOCK_N)
         empty = begin >= end  # then the range may begin anywhere: behind the sinks
@@ -112,7 +112,7 @@ def key_blocks_of(first, last, bounds, BLOCK_N: tl.constexpr):
         end = tl.where(empty, wanted, tl.maximum(end, wanted))
         full_begin = tl.where(empty, wanted, full_begin)
         full_end = tl.where(empty, wanted, full_end)
-        return begin, full_begin, full_end, end, tl.minimum(0, begin), tl.minimum(wanted, begin), None, None
+        return begin, full_begin, full_end, end, tl.minimum(0, begin), tl.minimum(wanted, begin)
 
 
 @triton.jit
@@ -139,7 +139,7 @@ def query_blocks(first, bounds, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
         full_begin = tl.where(all_sinks, tl.maximum(last + len_q - len_k, 0), full_begin)
         full_end = tl.where(all_sinks, len_q, full_end)
     begin, full_begin, full_end, end = _in_blocks(begin, full_begin, full_end, end, BLOCK_M)
-    return begin, full_begin, full_end, end, None, None, None, None
+    return begin, full_begin, full_end, end
 
 
 @triton.jit
@@ -150,7 +150,8 @@ def listed(lists, batch, head, first, BLOCK: tl.constexpr):
     row = batch * stride_b + head * stride_h + first // size
     per = size // BLOCK
     begin = row * 0
-    return begin, begin, begin, tl.load(counts_ptr + row) * per, None, None, order_ptr + row.to(tl.int64) * columns, per
+    end = tl.load(counts_ptr + row) * per
+    return begin, begin, begin, end, begin, begin, order_ptr + row.to(tl.int64) * columns, per
 
 
 @triton.jit
@@ -165,25 +166,24 @@ def _in_blocks(begin, full_begin, full_end, end, BLOCK: tl.constexpr):
 @triton.jit
 def loop_range(blocks, MASKED: tl.constexpr):
     """Range of the loop over the full blocks, or over the masked ones: the sinks, and both sides of the full ones."""
-    begin, full_begin, full_end, end, sink_begin, sink_end, _, _ = blocks
     if MASKED:
-        if sink_end is not None:
-            begin -= sink_end - sink_begin
-        return begin, end - (full_end - full_begin)
+        begin = blocks[0]
+        if len(blocks) == 6:
+            begin -= blocks[5] - blocks[4]
+        return begin, blocks[3] - (blocks[2] - blocks[1])
     else:
-        return full_begin, full_end
+        return blocks[1], blocks[2]
 
 
 @triton.jit
 def block_start(i, blocks, BLOCK: tl.constexpr, MASKED: tl.constexpr):
     """First row of the block of step i: the masked loop leaps from the sinks to the range, and over its full blocks."""
-    begin, full_begin, full_end, end, _, sink_end, list_ptr, per = blocks
-    if list_ptr is not None:
-        return (tl.load(list_ptr + i // per) * per + i % per) * BLOCK
+    if len(blocks) == 8:
+        return (tl.load(blocks[6] + i // blocks[7]) * blocks[7] + i % blocks[7]) * BLOCK
     elif MASKED:
-        block = i + tl.where(i >= full_begin, full_end - full_begin, 0)
-        if sink_end is not None:
-            block = tl.where(i < begin, i - begin + sink_end, block)
+        block = i + tl.where(i >= blocks[1], blocks[2] - blocks[1], 0)
+        if len(blocks) == 6:
+            block = tl.where(i < blocks[0], i - blocks[0] + blocks[5], block)
         return block * BLOCK
     else:
         return i * BLOCK
