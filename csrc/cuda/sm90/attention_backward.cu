@@ -80,7 +80,11 @@ size_t plan(const AttentionBackwardParams& params, BackwardKernelParams* p) {
   // so many pairs that a kOrderedShare-th of a pair's tiles fills the multiprocessors. Where the tiles of keys that see a query
   // have gaps between them there is no such order yet.
   const bool ordered = kOrderedAdds && p->mask.is_band() && p->deterministic && p->grad_q && (p->grad_k || p->grad_v) && dim < 256;
-  const int64_t least = !ordered ? 1 : packed ? p->multiprocessors / 16 : p->multiprocessors * kOrderedShare / std::max(1, p->tiles_k);
+  // Tiles of sinks are seen by all later queries, a hundred times as many as others in a long sequence: all of them start first.
+  const int64_t least = p->mask.sinks > 0 ? pairs
+                        : !ordered        ? 1
+                        : packed          ? p->multiprocessors / 16
+                                          : p->multiprocessors * kOrderedShare / std::max(1, p->tiles_k);
   p->section = packed && !ordered ? 1 : static_cast<int32_t>(std::min(pairs, std::max({kL2Share / pair_bytes, filling, least, int64_t{1}})));
   p->last_section = static_cast<int32_t>((pairs / p->section - 1) * p->section);  // with what is left over
 

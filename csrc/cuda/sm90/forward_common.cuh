@@ -26,6 +26,8 @@ struct ForwardConfig {
   static constexpr int kConsumerRegisters = kWarpgroups == 2 ? 232 : 160;
   // A big O is rescaled between the issue of the two products, under the first; a small one right after its own product.
   static constexpr bool kRescaleLate = kHeadDim > 128;
+  // What warpgroups and rows see of a general mask is worked out by the warp that picks tiles: the consumers lack the registers.
+  static constexpr bool kLimitsInShared = kMasking == Masking::kGeneral && kWarpgroups > 2;
   static constexpr int kQRows = 64;  // Q lies as one tile per warpgroup
   static constexpr int kQBytes = tile_bytes(kQRows, kHeadDim);
   static constexpr int kKBytes = tile_bytes(kBlockN, kHeadDim);
@@ -33,11 +35,34 @@ struct ForwardConfig {
   SEAL_DEVICE static int present_slabs(int head_dim) { return kHeadDim <= 128 ? slabs(kHeadDim) : slabs(head_dim); }
 };
 
+// The blocks that a warpgroup's rows see.
+template <class Config>
+struct Work : KeyTiles<Config::kBlockN, Config::kMasking>::Part {
+  // Rows that end in the left half of their last key block compute the scores of that half only.
+  static constexpr bool kHalves = Config::kBlockN == 128;
+  bool half;  // of block end - 1 only the left half is seen
+
+  static SEAL_DEVICE Work of(const Tile<Config::kBlockN, Config::kMasking>& tile, const Mask& mask, int warpgroup) {
+    const int position = tile.row + 64 * warpgroup + tile.length_k - tile.length_q;  // of the first row
+    const int last = min(63, tile.length_q - 1 - tile.row - 64 * warpgroup);         // last row, < 0: none
+    const HeadMask<Config::kMasking> head_mask(mask, tile.head);
+    Work work{tile.blocks.part(head_mask, position, position + last, tile.length_k)};
+    work.half = kHalves && work.any() && work.keys_end <= tile.blocks.place(work.end - 1) * Config::kBlockN + Config::kBlockN / 2;
+    return work;
+  }
+};
+
+// The keys that a row sees: those in [begin, end), and those before sink_end.
+struct alignas(16) RowLimits {
+  int begin, end, sink_end;
+};
+
 // Who fills and who empties what. `full` barriers are arrived at by the side that fills, `empty` ones by the side that reads; the other
 // side waits. Arrivals are one a warp of consumers (its lane 0), one a producing warp.
 //
 //   buffer               filled by                  read by                            count of full, empty
-//   tile, scale [slot]   warp 1                     warp 0 and the consumers           1, kConsumerWarps + 1
+//   tile, scale, limits, warp 1                     warp 0 and the consumers           1, kConsumerWarps + 1
+//     work [slot]
 //   q [stage]            warp 0 (copy engine)       the consumers; at head_dim up to   1 and bytes, kConsumerWarps
 //                                                   128 emptied when O has left it
 //   k, v [stage]         warp 0 (copy engine)       the consumers, each for each       1 and bytes, kConsumerWarps
@@ -55,6 +80,9 @@ struct Shared {
   uint64_t q_full[Config::kQStages], q_empty[Config::kQStages], out_empty;
   uint64_t k_full[Config::kKStages], k_empty[Config::kKStages];
   uint64_t v_full[Config::kVStages], v_empty[Config::kVStages];
+  // With kLimitsInShared: what each row and each warpgroup of the tile sees.
+  RowLimits limits[2][Config::kLimitsInShared ? Config::kBlockM : 1];
+  Work<Config> work[2][Config::kWarpgroups];
 
   // By one thread.
   SEAL_DEVICE void init_barriers() {

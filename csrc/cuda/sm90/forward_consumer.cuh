@@ -37,21 +37,15 @@ class Consumer {
   using T = typename Config::T;
   using Queries = Operand<Major::kK, Config::kQRows>;
   static constexpr int kN = Config::kBlockN, kHeadDim = Config::kHeadDim;
-  // Rows that end in the left half of their last key block compute the scores of that half only.
-  static constexpr bool kHalves = kN == 128;
   // Chaining takes two places for Q: the next tile's must be there before this tile's is done with.
   static constexpr bool kChain = Config::kQStages > 1;
   static constexpr bool kOutInValues = Config::kOutInValues;
   static constexpr bool kSpareRegisters = Config::kWarpgroups == 2;  // 232 a thread rather than 160
   static constexpr int kTurnThreads = 2 * 128;  // of the warpgroup that waits and the one that arrives
-  using Whole = std::false_type;
-  using Half = std::bool_constant<kHalves>;
-
   using Tile = sm90::Tile<kN, Config::kMasking>;
-  // The blocks that this warpgroup's rows see.
-  struct Work : KeyTiles<kN, Config::kMasking>::Part {
-    bool half;  // of block end - 1 only the left half is seen
-  };
+  using Work = sm90::Work<Config>;
+  using Whole = std::false_type;
+  using Half = std::bool_constant<Work::kHalves>;
 
  public:
   SEAL_DEVICE Consumer(Shared<Config>& shared, const Maps& maps, const Arguments& arguments, int warpgroup)
@@ -172,17 +166,29 @@ class Consumer {
 
   // ---- the mask
 
+  SEAL_DEVICE int slot_of(const Tile& tile) const { return &tile == shared_.tile ? 0 : 1; }
+
   SEAL_DEVICE Work work_of(const Tile& tile) const {
-    const int position = tile.row + 64 * warpgroup_ + tile.length_k - tile.length_q;  // of the first row
-    const int last = min(63, tile.length_q - 1 - tile.row - 64 * warpgroup_);         // last row, < 0: none
-    const HeadMask<Config::kMasking> head_mask(arguments_.sequences.mask, tile.head);
-    Work work{tile.blocks.part(head_mask, position, position + last, tile.length_k)};
-    work.half = kHalves && work.any() && work.keys_end <= tile.blocks.place(work.end - 1) * kN + kN / 2;
-    return work;
+    if constexpr (Config::kLimitsInShared) {
+      return shared_.work[slot_of(tile)][warpgroup_];
+    } else {
+      return Work::of(tile, arguments_.sequences.mask, warpgroup_);
+    }
   }
 
   // What this thread's rows see of a block; columns are counted from the thread's first.
   SEAL_DEVICE void mask(const Tile& tile, int block) {
+    if constexpr (Config::kLimitsInShared) {
+      const uint32_t lane = fresh_lane();  // keeps the addresses out of the registers of the loop
+      const int column = tile.blocks.place(block) * kN + 2 * (lane % 4);
+      const RowLimits* const limits = shared_.limits[slot_of(tile)] + 64 * warpgroup_ + 16 * warp_ + lane / 4;
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        const RowLimits of_row = limits[8 * r];
+        mask_row<true>(scores_, r, {of_row.begin - column, of_row.end - column}, of_row.sink_end - column);
+      }
+      return;
+    }
     const int column = tile.blocks.place(block) * kN + 2 * (lane_ % 4);
     const int first_position = tile.row + 64 * warpgroup_ + 16 * warp_ + lane_ / 4 + tile.length_k - tile.length_q;
     const HeadMask<Config::kMasking> head_mask(arguments_.sequences.mask, tile.head);

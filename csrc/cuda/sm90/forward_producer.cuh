@@ -24,6 +24,16 @@ SEAL_DEVICE void produce_tiles(Shared<Config>& shared, const Arguments& argument
         shared.scale[slot.stage][channel] = present ? row[channel * scale.channel_stride] : 1.f;
       }
     }
+    if constexpr (Config::kLimitsInShared) {
+      if (tile.row >= 0 && lane < Config::kWarpgroups) shared.work[slot.stage][lane] = Work<Config>::of(tile, arguments.sequences.mask, lane);
+      const HeadMask<Config::kMasking> head_mask(arguments.sequences.mask, tile.head);
+      const int first_position = tile.row + tile.length_k - tile.length_q;
+#pragma unroll 1
+      for (int row = lane; tile.row >= 0 && row < Config::kBlockM; row += 32) {
+        const Span keys = head_mask.keys(first_position + row, tile.length_k);
+        shared.limits[slot.stage][row] = {keys.begin, keys.end, head_mask.sink_end(first_position + row, tile.length_k)};
+      }
+    }
     if (lane == 0) shared.tile[slot.stage] = tile;
     __syncwarp();
     if (lane == 0) barrier_arrive(&shared.tile_full[slot.stage]);

@@ -19,6 +19,17 @@ SEAL_DEVICE void mask_scores(float (&scores)[kAcc], const Span (&seen)[2], const
   }
 }
 
+// The same for one of the two rows: the bounds of both need not be there at a time.
+template <bool kSinks, int kAcc>
+SEAL_DEVICE void mask_row(float (&scores)[kAcc], int row, Span seen, int sink_end) {
+#pragma unroll
+  for (int i = 0; i < kAcc / 2; ++i) {
+    const int column = 8 * (i / 2) + i % 2;
+    const bool outside = column < seen.begin || column >= seen.end;
+    if (outside && !(kSinks && column < sink_end)) scores[i / 2 * 4 + 2 * row + i % 2] = -INFINITY;
+  }
+}
+
 // Rows are keys. Left are the queries that see them, and with kSinks those from sink_begin on.
 template <bool kSinks, int kAcc>
 SEAL_DEVICE void mask_transposed(float (&scores)[kAcc], const Span (&seen)[2], const int (&sink_begin)[2]) {
