@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
-import sys
 from collections.abc import Sequence
 
 from torch import nn
@@ -21,6 +20,7 @@ from ..huggingface.wrappers import unwrapped
 from ..ops.dispatch import choose
 from . import peft_registry
 from .files import DEFAULT_ADAPTER, ScalesConfig, read, shown, tensor_name
+from .freezing import freeze, thaw
 from .hub import resolve
 from .saving import SaveBoth
 from .scales import Scales, check_new_name
@@ -33,13 +33,11 @@ class Attachment:
     """How to bring the model back; lives in the scales' ``__dict__`` and is copied with the model.
 
     ``owner`` is the module that holds the scales: the transformers model itself, inside whatever wraps it.
-    ``requires_grad``: its parameters' flags before `attach`, or None where `attach` left them alone.  ``savers``: what
-    stands in for ``save_pretrained``.
+    ``savers``: what stands in for ``save_pretrained``.
     """
 
     owner: nn.Module
     patch: Patch
-    requires_grad: dict[str, bool] | None
     savers: list[SaveBoth]
 
 
@@ -59,11 +57,6 @@ def owner_of(scales: Scales, call: str) -> nn.Module:
     if scales.attachment is None:
         raise ValueError(f"seal_ops.{call}: the scales must be attached to a model, got scales that were taken off")
     return scales.attachment.owner
-
-
-def _has_peft_layers(model: nn.Module) -> bool:
-    tuners = sys.modules.get("peft.tuners.tuners_utils")  # where PEFT is not imported, there are none
-    return tuners is not None and any(isinstance(m, tuners.BaseTunerLayer) for m in model.modules())
 
 
 def _base_config(model: nn.Module):
@@ -94,8 +87,8 @@ def attach(
     """Freezes ``model`` and gives its self-attention layers scales, all 1, that are its only trainable parameters.
 
     The model is run once on two tokens to observe sizes and structure.  Where PEFT's layers are in it, PEFT has frozen
-    the base already, and what it lets train goes on training beside the scales.  Every layer runs the fused attention,
-    also one that gets no scales.
+    the base already, and what it lets train goes on training beside the scales, as weak columns do
+    (`seal_ops.attach_weak_columns`).  Every layer runs the fused attention, also one that gets no scales.
 
     Args:
         model: a transformers model with loaded weights that calls attention through the attention registry, also
@@ -148,17 +141,15 @@ def attach_to(
     scales.bind(attention_layers)
     for attn in attention_layers:
         attn.backend = backend
-    flags = None
-    if not _has_peft_layers(owner):
-        flags = {name: p.requires_grad for name, p in owner.named_parameters()}
-        owner.requires_grad_(False)
+    freeze(owner, SUBMODULE)
     setattr(owner, SUBMODULE, scales)
     savers = [
         SaveBoth(m, scales)
         for m in dict.fromkeys((getattr(model, "_orig_mod", model), owner))
         if callable(getattr(type(m), "save_pretrained", None))
     ]
-    scales.attachment = Attachment(owner, patch_on(owner) or Patch(owner, attention_layers), flags, savers)
+    patch = patch_on(owner) or Patch(owner, attention_layers)
+    scales.attachment = Attachment(owner, patch, savers)
     scales.attachment.patch.install(SCALES)
     for saver in savers:
         saver.install()
@@ -197,6 +188,7 @@ def detach(model: nn.Module) -> nn.Module:
     """Takes the scales off; the model is bit for bit what it was before `attach`, ``requires_grad`` flags included.
 
     Parameters that the model has got since keep their flags, and where PEFT's layers are in it, PEFT's flags stay.
+    Where weak columns are still attached, the base stays frozen until they are taken off too.
     The `Scales` object keeps its values and can still be saved.
 
     Returns:
@@ -213,10 +205,7 @@ def detach(model: nn.Module) -> nn.Module:
     for saver in attachment.savers:
         saver.remove()
     scales.attachment = None
-    if attachment.requires_grad is not None and not _has_peft_layers(attachment.owner):
-        for name, p in attachment.owner.named_parameters():
-            if name in attachment.requires_grad:
-                p.requires_grad_(attachment.requires_grad[name])
+    thaw(attachment.owner, SUBMODULE)
     return model
 
 

@@ -26,6 +26,8 @@ FORMAT_VERSION = 2
 # folder of a checkpoint that holds adapter weights for one of PEFT's.
 SUBFOLDER = "seal_scales"
 DEFAULT_ADAPTER = "default"
+# What a linear layer with weak columns (`seal_ops.quantized`) has beside its base, in state dicts.
+DELTA, INDEX = "column_delta", "column_index"
 
 _shown = reprlib.Repr()
 _shown.maxstring = _shown.maxother = _shown.maxlong = 120

@@ -12,7 +12,7 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from .attachment import attached, load
-from .files import SUBFOLDER
+from .files import DELTA, INDEX, SUBFOLDER
 from .gathering import is_main_process
 from .saving import folders_beside
 
@@ -36,8 +36,9 @@ class SealCallback(TrainerCallback):
     first one writes.
 
     Args:
-        save_base_model: False for checkpoints that hold the scales and the optimiser's state but not the frozen base
-            model, so kilobytes for a model of any size; a Trainer resumes from them, ``from_pretrained`` refuses them.
+        save_base_model: False for checkpoints that hold the scales (and weak columns) and the optimiser's state but not
+            the frozen base model, so kilobytes for a model of any size; a Trainer resumes from them,
+            ``from_pretrained`` refuses them.
         resume_from: the checkpoint that ``Trainer.train(resume_from_checkpoint=...)`` is given, needed only where it
             lies outside ``output_dir`` and its weights file has no scales (PEFT's checkpoints, and those saved without
             this callback).
@@ -89,7 +90,7 @@ class SealCallback(TrainerCallback):
             scales.checkpoints = Checkpoints(self.save_base_model, getattr(owner, "_keys_to_ignore_on_save", None))
             if not self.save_base_model:
                 # transformers leaves these out of the file, and is silent where exactly they are missing in one.
-                owner._keys_to_ignore_on_save = {n for n in owner.state_dict() if not n.startswith("seal_scales.")}
+                owner._keys_to_ignore_on_save = {n for n in owner.state_dict() if not _is_learned(n)}
         return scales, attachment
 
     @staticmethod
@@ -119,6 +120,11 @@ class SealCallback(TrainerCallback):
             f"seal_ops.SealCallback: resume_from must name the checkpoint that the Trainer resumes from, "
             f"got None, and {_checkpoint(args, state.global_step)!r} is not it"
         )
+
+
+def _is_learned(name: str) -> bool:
+    """Whether a name in a state dict is that of scales or of weak columns."""
+    return name.startswith("seal_scales.") or name.rpartition(".")[2] in (DELTA, INDEX)
 
 
 def _checkpoint(args, step: int) -> str:

@@ -22,12 +22,13 @@ def options(parser):
     model_options(parser)
     extend_option(parser)
     parser.add_argument("--scales", metavar="DIR", help="trained scales to put on the model")
+    parser.add_argument("--weak-columns", metavar="DIR", help="trained weak columns to put on the model")
     task_options(parser)
     parser.add_argument("--lengths", action=Numbers, required=True, help="prompt tokens")
     parser.add_argument("--cases", type=positive, default=50, help="at each length")
     parser.add_argument("--batch-size", type=positive, help="prompts in a batch at most (default: by length)")
     parser.add_argument("--seed", type=int, default=0, help="draws the cases")
-    parser.add_argument("--name", help="label in tables and plots (default: base, or the folder of the scales)")
+    parser.add_argument("--name", help="label in tables and plots (default: base, or the folder of what is put on)")
     parser.add_argument("--output", metavar="FILE", help="JSON with every case")
     parser.add_argument("--csv", metavar="FILE", help="the cases as CSV")
     parser.add_argument("--plot", metavar="FILE", type=plot_file, help="accuracy by length (.png, .svg or .pdf)")
@@ -42,13 +43,17 @@ def run(args):
     from ..adapters import attachment
     from ..evaluation.results import Evaluation
     from ..evaluation.runner import evaluate
+    from ..quantized.saving import load_weak_columns
     from ..report import plots
 
     others = [Evaluation.load(path) for path in args.compare]
     model, tokenizer = load(args)
+    if args.weak_columns is not None:
+        load_weak_columns(model, args.weak_columns)
     if args.scales is not None:
         attachment.load(model, args.scales, backend=args.backend)
-    name = args.name or (os.path.basename(os.path.normpath(args.scales)) if args.scales else "base")
+    adapter = args.scales or args.weak_columns
+    name = args.name or (os.path.basename(os.path.normpath(adapter)) if adapter else "base")
     result = evaluate(
         model,
         tokenizer,

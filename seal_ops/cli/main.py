@@ -9,7 +9,23 @@ import os
 import sys
 import traceback
 
-from . import bench, compare, data, demo, env, eval, extend, harness, heads, merge, report, study, train, transfer
+from . import (
+    bench,
+    compare,
+    data,
+    demo,
+    env,
+    eval,
+    extend,
+    harness,
+    heads,
+    merge,
+    quantize,
+    report,
+    study,
+    train,
+    transfer,
+)
 from .options import Help, config_option, configure, configured
 
 # transformers and matplotlib are imported by the subcommands that need them.
@@ -68,5 +84,21 @@ def _parser(argv):
 
 
 # In the order of a day's work.
-_MODULES = (env, demo, data, train, eval, extend, heads, compare, transfer, study, harness, merge, report, bench)
+_MODULES = (
+    env,
+    demo,
+    data,
+    train,
+    eval,
+    extend,
+    heads,
+    compare,
+    transfer,
+    study,
+    harness,
+    merge,
+    quantize,
+    report,
+    bench,
+)
 COMMANDS = {module.__name__.rpartition(".")[2]: module.COMMAND for module in _MODULES}

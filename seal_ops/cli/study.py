@@ -49,7 +49,9 @@ def options(parser):
         "many small jobs; as many processes as there are GPUs may share the output folder",
     )
     group.add_argument(
-        "--preset", choices=["smollm2"], help="the study of docs/real_model.md instead; only the options below count"
+        "--preset",
+        choices=["smollm2", "smollm2-4bit"],
+        help="the study of docs/real_model.md, or of docs/qeft.md, instead; only the options below count",
     )
     group.add_argument("--budget-s", type=float, metavar="SECONDS", help="begin no job that would end later")
     group.add_argument("--workers", type=int, default=0, help="processes that draw samples ahead")
@@ -77,19 +79,46 @@ def run(args):
     list_files(args.output, ["report.html", "study.json", "comparison.csv", "transfer.csv", "heads.csv"])
 
 
+def _settings(args, known):
+    """What --plan gives of the fields ``known`` of a study's plan."""
+    given = {key: tuple(value) if isinstance(value, list) else value for key, value in args.plan}
+    for key in given:
+        if key not in known:
+            raise ValueError(f"seal study: plan must be among {', '.join(sorted(known))}, got {key!r}")
+    return given
+
+
+def _quantized(args):
+    from ..experiments.quantized_study.driver import run as run_study
+    from ..experiments.quantized_study.driver import write_summary
+    from ..experiments.quantized_study.plan import Plan
+    from ..huggingface.model_packages import resolve
+
+    if args.summary:
+        names = write_summary(args.output)
+        if not names:
+            raise ValueError(f"seal study: output must hold a finished job, got none in {args.output}")
+        list_files(args.output, names)
+        return
+    plan = Plan(**{"text": args.text} | _settings(args, {field.name for field in fields(Plan)}))
+    model = shipped(args.model) if args.model else resolve("smollm2", call="seal study", log=log)
+    run_study(
+        model, args.output, plan, device=args.device, dtype=args.dtype, workers=args.workers, budget=args.budget_s,
+        log=log,
+    )  # fmt: skip
+
+
 def _preset(args):
+    if args.preset == "smollm2-4bit":
+        return _quantized(args)
     from ..experiments.pretrained_study.driver import run as run_study
     from ..experiments.pretrained_study.sections import Plan
     from ..experiments.pretrained_study.summary import write_summary
     from ..huggingface.model_packages import resolve
     from ..report.html import write_report
 
-    given = {key: tuple(value) if isinstance(value, list) else value for key, value in args.plan}
+    given = _settings(args, {field.name for field in fields(Plan)})
     given |= {"text": args.text} | ({"sections": tuple(args.sections)} if args.sections else {})
-    known = {field.name for field in fields(Plan)}
-    for key in given:
-        if key not in known:
-            raise ValueError(f"seal study: plan must be among {', '.join(sorted(known))}, got {key!r}")
     if args.summary:
         names = write_summary(args.output)
         if not names:

@@ -13,12 +13,14 @@ from .options import (
     task,
     task_options,
 )
+from .quantize import attach_columns, columns_options
 
 
 def options(parser):
     model_options(parser)
     extend_option(parser)
-    parser.add_argument("--granularity", choices=["head", "channel"], help="SEAL-H or SEAL-C")
+    parser.add_argument("--granularity", choices=["head", "channel"], help="scales: SEAL-H or SEAL-C")
+    columns_options(parser)
     parser.add_argument(
         "--recipe", choices=["longlora", "sinklora"], help="instead: adapters for a longer context, on --text"
     )
@@ -33,12 +35,15 @@ def options(parser):
     parser.add_argument(
         "--text", metavar="FILE", help="a text, or .jsonl with texts, packed into rows of --length tokens"
     )
-    parser.add_argument("--output", required=True, metavar="DIR", help="folder for the scales and the checkpoint")
+    parser.add_argument("--output", required=True, metavar="DIR", help="folder for what is trained and the checkpoint")
     task_options(parser)
     parser.add_argument("--length", type=positive, help="tokens a sample fills (with --task)")
     parser.add_argument("--samples", type=positive, default=50, help="how many (with --task)")
     parser.add_argument("--data", metavar="FILE", help="samples written by `seal data`, instead of --task")
     parser.add_argument("--lr", type=float, help="constant learning rate (default: 1e-2 for head, 2e-2 for channel)")
+    parser.add_argument(
+        "--column-lr", type=float, help="of weak columns (default: 5e-6 for 128, 1.4e-5 for 8, a power law between)"
+    )
     parser.add_argument("--epochs", type=positive, default=1, help="passes over the samples")
     parser.add_argument("--batch-size", type=positive, default=1, help="samples in a forward pass")
     parser.add_argument("--accumulate", type=positive, default=1, help="forward passes in an optimiser step")
@@ -56,15 +61,17 @@ def run(args):
     from ..adapters.attachment import attach
     from ..training.loop import train
 
-    if (args.granularity is None) == (args.recipe is None):
+    if (args.granularity is None and args.weak_columns is None) == (args.recipe is None):
         given = "neither" if args.recipe is None else "both"
-        raise ValueError(f"--granularity or --recipe must say what is trained, got {given}")
+        raise ValueError(f"--granularity (or --weak-columns) or --recipe must say what is trained, got {given}")
     if args.recipe is not None:
         return _run_recipe(args)
     if args.text is not None or args.recipe_option:
         raise ValueError("--recipe must be given with --text and --recipe-option, got none")
     if args.data is None and args.length is None:
         raise ValueError("--length must be given with --task (or samples with --data), got neither")
+    if args.weak_columns is None and (args.quantize or args.start or args.calibration):
+        raise ValueError("--quantize, --start and --calibration need --weak-columns, got none")
     if args.data is not None and (args.chat_format is not None or args.chat_template_kwargs is not None):
         raise ValueError(
             "--chat-format and --chat-template-kwargs must be given to `seal data`, got them with --data, whose "
@@ -75,8 +82,11 @@ def run(args):
         samples = tasks.read(args.data)
     else:
         samples = task(args).generate(tokenizer, args.length, args.samples, args.seed, **prompts(args))
-    attach(model, args.granularity, backend=args.backend)
-    _report(train(model, samples, **_settings(args)), "scales", args)
+    if args.weak_columns is not None:
+        attach_columns(args, model, tokenizer, samples)
+    if args.granularity is not None:
+        attach(model, args.granularity, backend=args.backend)
+    _report(train(model, samples, column_lr=args.column_lr, **_settings(args)), _what(args), args)
 
 
 def _run_recipe(args):
@@ -109,8 +119,14 @@ def _report(result, what, args):
     )
 
 
+def _what(args):
+    if args.weak_columns is None:
+        return "scales"
+    return "numbers of weak columns" + (" and scales" if args.granularity else "")
+
+
 COMMAND = Command(
-    "train scales on a task, or adapters for a longer context",
+    "train scales or weak columns on a task, or adapters for a longer context",
     "seal train --model models/seal-tiny --granularity head --task lines --length 2048 --output my-scales\n\n"
     "LongLoRA on a text of one's own:\n"
     "seal train --model models/seal-tiny --recipe longlora --text book.txt --length 2048 --output longer",

@@ -75,7 +75,7 @@ class Patch:
             base = type(module)
             if not hasattr(base, "_seal_base"):  # left by an earlier attachment under another library's subclass
                 module.__class__ = attached_class(base, layer.backend)
-            _rebind(module, base.forward)
+            rebind(module, base.forward)
         for module in self.bystanders.values():
             module.__dict__["_seal_bystander"] = True
 
@@ -94,7 +94,7 @@ class Patch:
                 "_seal_base" in attached.__dict__
             ):  # else another library's subclass is on top; ours calls the original now
                 module.__class__ = attached._seal_base
-                _rebind(module, attached.forward)
+                rebind(module, attached.forward)
 
 
 def patch_on(model: nn.Module) -> Patch | None:
@@ -102,7 +102,7 @@ def patch_on(model: nn.Module) -> Patch | None:
     return model.__dict__.get(PATCH)
 
 
-def _rebind(module: nn.Module, previous: types.FunctionType) -> None:
+def rebind(module: nn.Module, previous: types.FunctionType) -> None:
     """Bound methods of ``module`` to the previous class's forward, kept or left by accelerate's hooks, become the
     present one's."""
     for name in ("_old_forward", "forward"):

@@ -16,7 +16,10 @@ from ..utils import elf
 from ..version import __version__
 from .dispatch import NAMES, OPS, backends, extension
 
-_PACKAGES = ("torch", "triton", "transformers", "tokenizers", "safetensors", "peft", "accelerate", "numpy", "lm_eval")
+_PACKAGES = (
+    "torch", "triton", "transformers", "tokenizers", "safetensors", "peft", "accelerate", "numpy", "lm_eval",
+    "bitsandbytes", "hqq",
+)  # fmt: skip
 
 
 def _version(package: str) -> str:

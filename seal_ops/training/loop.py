@@ -1,4 +1,4 @@
-"""Training the scales: SEAL's recipe (arXiv 2501.15225, section 4) as a short, repeatable, resumable loop.
+"""Training scales and weak columns: SEAL's recipe (arXiv 2501.15225, section 4) as a short, repeatable, resumable loop.
 
 AdamW at a constant rate, one epoch, one sample a step, cross entropy on the answer tokens only.  Logits are computed at
 the label positions alone: at 31k tokens and a vocabulary of 32k the full ones would take 4 GB in fp32.
@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass, field, fields
 import torch
 import torch.nn.functional as F
 
-from ..adapters.saving import save_trained
+from ..adapters.saving import folders_beside, save_trained
 from ..huggingface.context_window import warn_beyond_window
 from ..huggingface.identity import fingerprint
 from ..huggingface.logits import logits_at
@@ -29,11 +29,12 @@ from ..huggingface.origin import provenance
 from ..tasks.base import IGNORE_INDEX
 from ..utils.files import atomic_write
 from ..utils.progress import bar
+from . import groups
 from .checkpoint import NAME as CHECKPOINT
 from .checkpoint import load_checkpoint, save_checkpoint
 from .collator import Collator
 from .long_context import LEARNING_RATE, prepare, recipe_of, training_masks
-from .recipe import LEARNING_RATES, NAMES
+from .recipe import COLUMNS_CLIP, NAMES
 from .samples import to_rows
 from .texts import packed_texts
 
@@ -46,7 +47,7 @@ class TrainResult:
 
     Attributes:
         losses: mean cross entropy of the answer tokens (nats), one value an optimiser step.
-        lr: the learning rate.
+        lr: the learning rate; of weak columns, where only they are trained.
         parameters: how many numbers were trained.
         seconds: wall time, summed over resumed runs.
         peak_memory: bytes: the most allocated on the GPU during the run; on the CPU the largest size of the process.
@@ -75,6 +76,7 @@ def train(
     chat_template=None,
     chat_template_kwargs: dict | None = None,
     lr: float | None = None,
+    column_lr: float | None = None,
     epochs: int = 1,
     batch_size: int = 1,
     accumulate: int = 1,
@@ -89,11 +91,12 @@ def train(
     on_step: Callable[[int, float], None] | None = None,
     progress: bool | None = None,
 ) -> TrainResult:
-    """Trains the scales of ``model`` (or whatever else of it requires gradients) on ``samples``.
+    """Trains the scales and weak columns of ``model`` (or whatever else of it requires gradients) on ``samples``.
 
     Args:
-        model: a causal language model with scales attached (:func:`seal_ops.attach`), or a frozen one with another
-            adapter (PEFT), which then needs ``lr``.
+        model: a causal language model with scales attached (:func:`seal_ops.attach`), with weak columns
+            (:func:`seal_ops.attach_weak_columns`), or both, or a frozen one with another adapter (PEFT), which then
+            needs ``lr``.
         samples: samples of a task (:mod:`seal_ops.tasks`), or dicts, in a list or a ``datasets.Dataset``: token ids
             with labels, prompt and answer, conversations or texts; see :func:`seal_ops.training.samples.to_rows`.
         recipe: "longlora" or "sinklora": puts LoRA, trainable embeddings and norms on a plain ``model``, and trains
@@ -105,12 +108,15 @@ def train(
         tokenizer, chat_template, chat_template_kwargs: for samples that are text.
         lr: constant learning rate; None for the paper's: 1e-2 (head), 2e-2 (channel) or 2e-5 (a recipe).  It is worth a
             search: see docs/training.md.
+        column_lr: constant rate of weak columns; None for QEFT's by their number: 5e-6 for 128, 1.4e-5 for 8.  Where
+            nothing else is trained, ``lr`` means the same.
         epochs: passes over the samples, each in an order of its own drawn from ``seed``.
         batch_size: samples in one forward pass, padded on the right.
         accumulate: forward passes in one optimiser step; the loss is the mean over all answer tokens of the step.
         weight_decay: AdamW's; the paper's scales are not decayed.
         betas: AdamW's.
-        max_grad_norm: clip the gradient's norm; None for no clipping.
+        max_grad_norm: clip the gradient's norm; None for no clipping, and with weak columns for QEFT's 0.3
+            (``math.inf`` then for none).
         seed: order of the samples and dropout, if the model has any.
         gradient_checkpointing: True recomputes each layer in the backward pass; "selective" keeps the outputs of the
             fused attention and recomputes the rest, which costs little time.
@@ -140,7 +146,8 @@ def train(
     if plan is not None:
         model, patch = prepare(model, plan, seed)
         masks, lr = training_masks(patch), LEARNING_RATE if lr is None else lr
-    run = _Run(model, samples, lr, epochs, batch_size, accumulate, weight_decay, betas, max_grad_norm, seed, plan)
+    rates = (lr, column_lr)
+    run = _Run(model, samples, rates, epochs, batch_size, accumulate, weight_decay, betas, max_grad_norm, seed, plan)
     if gradient_checkpointing not in (False, True, "selective"):
         raise ValueError(
             f"seal_ops.train: gradient_checkpointing must be False, True or 'selective', got {gradient_checkpointing!r}"
@@ -183,9 +190,20 @@ def train(
     if output_dir is not None:
         if run.scales is not None:
             run.scales.training_settings = result.settings
-        save_trained(model, run.scales, output_dir)
+        _save(model, run.scales, run.columns, output_dir)
         atomic_write(os.path.join(output_dir, RESULT), json.dumps(_facts(result), indent=1) + "\n")
     return result
+
+
+def _save(model, scales, columns, folder):
+    """What was trained.  Weak columns lie in the folder itself, and scales trained with them in a folder of it."""
+    if columns is not None:
+        columns.save_pretrained(folder)
+    trained = [name for name, p in model.named_parameters() if p.requires_grad and not groups.is_column(name)]
+    if columns is None or not all("seal_scales." in name for name in trained):
+        save_trained(model, scales, folder)
+    elif scales is not None:
+        scales.save_to(folders_beside(scales, folder))
 
 
 def _facts(result: TrainResult) -> dict:
@@ -196,7 +214,7 @@ class _Run:
     """The state of one training run: what a checkpoint holds, and one optimiser step."""
 
     def __init__(
-        self, model, samples, lr, epochs, batch_size, accumulate, weight_decay, betas, max_grad_norm, seed, plan=None
+        self, model, samples, rates, epochs, batch_size, accumulate, weight_decay, betas, max_grad_norm, seed, plan=None
     ):
         self.model, self.samples = model, samples
         self.scales = getattr(model, "seal_scales", None)
@@ -206,16 +224,15 @@ class _Run:
         for name, value in {"epochs": epochs, "batch_size": batch_size, "accumulate": accumulate}.items():
             if value < 1:
                 raise ValueError(f"seal_ops.train: {name} must be at least 1, got {value}")
-        if lr is None:
-            if self.scales is None:
-                raise ValueError("seal_ops.train: lr must be given for a model without attached scales, got None")
-            lr = LEARNING_RATES[NAMES[self.scales.config.granularity]]
+        lr, column_lr = groups.rates(model, *rates, "train")
+        if column_lr is not None and max_grad_norm is None:
+            max_grad_norm = COLUMNS_CLIP
         self.settings = {
             "granularity": None if self.scales is None else self.scales.config.granularity,
             "samples": len(self.samples),
             "tasks": sorted({sample.meta["task"] for sample in samples if "task" in getattr(sample, "meta", ())}),
             "tokens": max(map(len, self.samples)),
-            "lr": float(lr),
+            "lr": float(column_lr if lr is None else lr),
             "epochs": epochs,
             "batch_size": batch_size,
             "accumulate": accumulate,
@@ -224,16 +241,22 @@ class _Run:
             "max_grad_norm": max_grad_norm,
             "seed": seed,
         }
+        self.columns = getattr(model, "seal_weak_columns", None)
+        if self.columns is not None:
+            self.settings |= {"columns": self.columns.columns, "column_lr": column_lr}
         if plan is not None:
             self.settings["recipe"] = asdict(plan)
         self.steps = epochs * -(-len(self.samples) // (batch_size * accumulate))
-        self.optimizer = torch.optim.AdamW(self.trained.values(), lr=lr, betas=betas, weight_decay=weight_decay)
+        self.optimizer = torch.optim.AdamW(
+            groups.groups_at(model, lr, column_lr), betas=betas, weight_decay=weight_decay
+        )
         self.collate = Collator(label_positions_only=True)
         self.losses: list[float] = []
         self.seconds = 0.0
 
     def describe(self):
-        return f"{NAMES.get(self.settings['granularity'], 'adapter')}, lr {self.settings['lr']:g}"
+        kind = "weak columns" if self.columns is not None else "adapter"
+        return f"{NAMES.get(self.settings['granularity'], kind)}, lr {self.settings['lr']:g}"
 
     def step(self) -> float:
         """One optimiser step; returns and records the mean loss of its answer tokens."""
@@ -298,8 +321,8 @@ def _trained(model, scales) -> dict[str, torch.nn.Parameter]:
     if scales is None and (not trained or len(trained) == sum(1 for _ in model.parameters())):
         state = "every parameter trainable" if trained else "no trainable parameter"
         raise ValueError(
-            f"seal_ops.train: model must have scales attached (seal_ops.attach(model, 'head') or 'channel'), "
-            f"got a {type(model).__name__} without scales and with {state}"
+            f"seal_ops.train: model must have scales attached (seal_ops.attach(model, 'head') or 'channel') or weak "
+            f"columns (seal_ops.attach_weak_columns), got a {type(model).__name__} without scales and with {state}"
         )
     if scales is not None:
         for layer, scale in scales.items():

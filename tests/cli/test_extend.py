@@ -111,7 +111,7 @@ def test_recipes(capsys, folder, book, tmp_path):  # noqa: F811
     assert said["group"] == 100 and said["rank"] == 2 and (longer / "adapter_model.safetensors").exists()
     for more, sentence in [
         ([], "--text and --length must be given with --recipe, got one of them or neither"),
-        (["--granularity", "head"], "--granularity or --recipe must say what is trained, got both"),
+        (["--granularity", "head"], "--granularity (or --weak-columns) or --recipe must say what is trained, got both"),
     ]:
         code, _, err = seal(capsys, *arguments, *more, "--output", tmp_path / "other")
         assert code == 1 and err == f"seal train: {sentence}\n"

@@ -12,8 +12,8 @@ import seal_ops
 ROOT = pathlib.Path(seal_ops.__file__).parent
 # From the top down. A file imports from its own folder and from the floors below.
 FLOORS = [
-    {"cli"}, {"experiments"}, {"report", "bench"}, {"training", "evaluation"}, {"tasks", "adapters"}, {"huggingface"},
-    {"ops"}, {"utils", "version"},
+    {"cli"}, {"experiments"}, {"report", "bench"}, {"training", "evaluation"}, {"quantized"}, {"tasks", "adapters"},
+    {"huggingface"}, {"ops"}, {"utils", "version"},
 ]  # fmt: skip
 FLOOR = {name: len(FLOORS) - number for number, names in enumerate(FLOORS) for name in names}
 FILES = sorted(p for p in ROOT.rglob("*.py") if p.parent != ROOT)

@@ -87,6 +87,8 @@ def names(page: str) -> dict:
 
 @pytest.mark.parametrize("page", WITH_PYTHON)
 def test_python_runs_as_printed(page, short, few_cases, monkeypatch):
+    if page == "qeft.md":
+        pytest.importorskip("bitsandbytes")
     known = names(page)
     for number, block in enumerate(blocks(page, "python")):
         if "resume_from_checkpoint=True" in block:  # which takes an earlier run for granted
@@ -109,6 +111,7 @@ def test_python_runs_as_printed(page, short, few_cases, monkeypatch):
 
 # What is printed and not run here, and why not. `seal bench` without options runs: a smoke test on a CPU.
 GPU, NETWORK, DEBIAN = "times a GPU", "fetches a model or data", "joins texts that not every system has"
+COLUMNS = "wants a wider model than the shipped one; tests/quantized/test_commands_columns.py runs it on a small one"
 NOT_RUN = {
     "make real": NETWORK,
     "seal demo --model smollm2": NETWORK,
@@ -140,7 +143,19 @@ NOT_RUN = {
     """python3.11 -c "from pydoc_data.topics import topics; print('\\n\\n'.join(topics[k] for k in sorted(topics)))" """
     "| head -c 200000 >> english.txt": DEBIAN,
     "pip install gguf accelerate": NETWORK,
+    "pip install bitsandbytes": NETWORK,
     "seal bench --suite masks": GPU,
+    "seal quantize --model smollm2 --weak-columns 128 --calibration english.txt --output smollm2-nf4": COLUMNS,
+    "seal train --model smollm2 --weak-columns 128 --quantize nf4 --task multikey --length 4000 "
+    "--output tuned": COLUMNS,
+    "seal train --model smollm2 --weak-columns 128 --quantize nf4 --granularity channel --task multikey --length 4000 "
+    "--output both": COLUMNS,
+    "seal eval --model smollm2 --weak-columns both --scales both --task multikey --lengths 2000 4000 "
+    "--output both.json": COLUMNS,
+    "seal merge --model smollm2 --weak-columns both --scales both --output plain": COLUMNS,
+    "python benchmarks/quantized_training.py --output qeft_8b.json": GPU,
+    "seal study --preset smollm2-4bit --text english.txt --output study": COLUMNS,
+    "seal study --preset smollm2-4bit --output study --summary": COLUMNS,
 }
 PRINTED = {page: [c for c in commands(page) if not is_fragment(c)] for page in PAGES}
 

@@ -26,7 +26,7 @@ from ..head_importance import measure_head_importance
 from ..quadrants import group_by_sign, quadrant_experiment
 from ..retrieval_heads import needle_span, retrieval_scores
 from .queue import Job
-from .workbench import REWORDED, VALIDATION, _Drawn, named
+from .workbench import REWORDED, VALIDATION, Drawn, named
 
 SCALED = tuple(GRANULARITIES)
 LOW_RANK = ("LoRA", "DoRA")
@@ -419,7 +419,7 @@ def _heads(plan):
 
 
 def _drawn(bench, task) -> Task:
-    return _Drawn(task, bench.samples)
+    return Drawn(task, bench.samples)
 
 
 # ----------------------------------------------------------------------------------------------------------- transfer

@@ -71,7 +71,7 @@ def _draw(task, length, count, seed, split):
     return named(task).generate(_tokenizer, length, count, seed, split=split, progress=False)
 
 
-class _Drawn(Task):
+class Drawn(Task):
     """A task whose samples come from :class:`Samples`."""
 
     def __init__(self, name, samples):
@@ -107,7 +107,7 @@ class Workbench:
 
     def measure(self, task: str, lengths: Sequence[int], cases: int, seed: int, model=None) -> dict:
         """Scores by length, in the order of the cases, with the seconds and the first outputs."""
-        drawn = _Drawn(task, self.samples)
+        drawn = Drawn(task, self.samples)
         for length in lengths:  # so that no waiting for samples counts as decoding
             self.samples.get(task, length, cases, seed, "test")
         found = evaluate(model or self.model, self.tokenizer, drawn, lengths, cases, seed=seed, progress=False)

@@ -1,0 +1,58 @@
+"""The base model is frozen once, whatever is attached to it first, and thawed when the last of it is taken off."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+
+from torch import nn
+
+_RECORD = "_seal_frozen"
+
+
+@dataclasses.dataclass
+class Frozen:
+    """``flags``: ``requires_grad`` of the base's parameters before, or None where PEFT has frozen them already.
+
+    ``holders``: what is attached now.
+    """
+
+    flags: dict[str, bool] | None
+    holders: list[str]
+
+
+def has_peft_layers(model: nn.Module) -> bool:
+    """Whether layers of PEFT's are in ``model``."""
+    tuners = sys.modules.get("peft.tuners.tuners_utils")  # where PEFT is not imported, there are none
+    return tuners is not None and any(isinstance(m, tuners.BaseTunerLayer) for m in model.modules())
+
+
+def freeze(owner: nn.Module, holder: str) -> None:
+    """Freezes the parameters of ``owner`` for ``holder``; what another holder trains goes on training.
+
+    Where PEFT's layers are in the model, PEFT has frozen the base and its flags are left alone.
+    """
+    record = owner.__dict__.get(_RECORD)
+    if record is None:
+        flags = None
+        if not has_peft_layers(owner):
+            flags = {name: p.requires_grad for name, p in owner.named_parameters()}
+        record = owner.__dict__[_RECORD] = Frozen(flags, [])
+    record.holders.append(holder)
+    for name, p in owner.named_parameters():
+        if name in (record.flags or ()):
+            p.requires_grad_(False)
+
+
+def thaw(owner: nn.Module, holder: str) -> None:
+    """Takes ``holder`` off; with the last one the flags come back.  Parameters that came later keep theirs."""
+    record = owner.__dict__[_RECORD]
+    record.holders.remove(holder)
+    if record.holders:
+        return
+    del owner.__dict__[_RECORD]
+    if record.flags is None or has_peft_layers(owner):
+        return
+    for name, p in owner.named_parameters():
+        if name in record.flags and (p.is_floating_point() or p.is_complex()):  # quantised since: never trained
+            p.requires_grad_(record.flags[name])

@@ -1,0 +1,1 @@
+"""A quantised base and its weak columns, which alone are trained: chosen, attached, stored, merged."""

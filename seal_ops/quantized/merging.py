@@ -1,0 +1,84 @@
+"""Weak columns and their 4-bit base as one plain model in 16 bits."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from . import bases, quantizers
+from .attachment import attached, bring_up_to_date, detach_weak_columns
+
+
+@torch.no_grad()
+def merge_weak_columns(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+    """Makes every layer with weak columns a plain linear layer in 16 bits that computes the same, and detaches.
+
+    Quantised layers without weak columns are written out too, so that the model can be saved as an ordinary
+    checkpoint.  The sum is made in fp32 and rounded once.  Needs the memory of the 16-bit model.
+
+    Args:
+        model: with weak columns attached.
+        dtype: of the weights; None for what the base computes in.
+
+    Returns:
+        The model, without weak columns.
+
+    Raises:
+        ValueError: no weak columns on the model, or a merged weight that would overflow.
+    """
+    found = attached(model, "merge_weak_columns")
+    owner = found.owner
+    merged = {name: _checked(module, name, dtype) for name, module in found.layers.items()}
+    detach_weak_columns(model)
+    for name, weight in merged.items():
+        module = owner.get_submodule(name)
+        if bases.is_plain(module) and module.weight.dtype == weight.dtype:
+            module.weight.copy_(weight)  # the parameter itself, with its flag
+        else:
+            quantizers.replace(owner, name, linear_like(weight, module))
+    for name, module in list(owner.named_modules()):
+        if bases.is_nf4(module) or bases.is_hqq(module):
+            weight = bases.weight_of(module)
+            quantizers.replace(owner, name, linear_like(weight.to(dtype or weight.dtype), module))
+    bring_up_to_date(owner)
+    _forget_quantisation(owner)
+    return model
+
+
+def merged_weight(module: nn.Module) -> Tensor:
+    """fp32 (fp64) weight [out, in] of a layer with its weak columns."""
+    weight = bases.weight_of(module)
+    weight = weight.to(torch.promote_types(weight.dtype, torch.float32), copy=True)
+    return weight.index_add_(1, module.column_index, module.column_delta.detach().to(weight.dtype))
+
+
+def _checked(module: nn.Module, name: str, dtype: torch.dtype | None) -> Tensor:
+    weight = merged_weight(module).to(dtype or bases.weight_of(module).dtype)
+    if not bool(torch.isfinite(weight).all()):
+        raise ValueError(
+            f"seal_ops.merge_weak_columns: {name} must stay finite in {weight.dtype}, got columns that overflow it"
+        )
+    return weight
+
+
+def linear_like(weight: Tensor, like: nn.Module) -> nn.Linear:
+    """A frozen plain layer with this weight, and the bias of ``like``."""
+    columns, rows = bases.sizes(like)
+    made = nn.Linear(columns, rows, bias=False, device="meta")
+    made.weight = nn.Parameter(weight, requires_grad=False)
+    bias = getattr(like, "bias", None)
+    if bias is not None:
+        made.bias = nn.Parameter(bias.detach().to(weight.dtype), requires_grad=False)
+    return made.train(like.training)
+
+
+def _forget_quantisation(owner: nn.Module) -> None:
+    """What transformers keeps of a model that it has loaded in 4 bits: its checkpoints would say so."""
+    quantizer = getattr(owner, "hf_quantizer", None)
+    if quantizer is not None:
+        quantizer.remove_quantization_config(owner)
+    elif getattr(getattr(owner, "config", None), "quantization_config", None) is not None:
+        del owner.config.quantization_config
+    for name in ("is_loaded_in_4bit", "is_loaded_in_8bit"):
+        if owner.__dict__.get(name):
+            setattr(owner, name, False)
