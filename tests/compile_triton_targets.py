@@ -120,7 +120,8 @@ class Recorder:
 
 
 UNBOUNDED = 1 << 30
-VARIANTS = {  # name: scale, packed (with a per-row offset and a gradient into the log-sum-exp), window, mask, block lists
+# name: scale, packed (with a per-row offset and a gradient into the log-sum-exp), window, mask, block lists
+VARIANTS = {
     "plain": (False, False, None, None, False),
     "scaled": (True, False, None, None, False),
     "packed": (True, True, 100, None, False),
@@ -135,7 +136,7 @@ def compile_for(arch: int, dtype: str, head_dim: int, variant: str, forward_only
     os.environ.pop("TRITON_INTERPRET", None)
     import torch
 
-    from seal_ops.ops.backends.triton import backward, decode, forward, rotary
+    from seal_ops.ops.backends.triton import backward, decode, forward, merge, rotary
     from seal_ops.ops.backends.triton.host import Geometry
 
     recorder = Recorder(arch)
@@ -162,6 +163,8 @@ def compile_for(arch: int, dtype: str, head_dim: int, variant: str, forward_only
     backward.attention_backward(q, grad_lse, q, k, v, out, lse, scale, offset, needs=needs, **arguments)
     table = torch.zeros(512, head_dim // 2)
     rotary.rope(q, k, table, table)
+    merge.merge_attention([out] * 3, [lse] * 3)
+    merge.merge_attention_backward(q, lse, [out] * 3, [lse] * 3)
     for tokens, splits in ((1, 4), (8, 4), (16, 4)):  # times four heads of a group: 16, 32 and 64 rows
         q, k, v = tensors(tokens)
         out, lse = torch.empty_like(q), torch.empty(q.shape[:-1])

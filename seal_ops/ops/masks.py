@@ -168,7 +168,8 @@ def blocks(visited: Tensor, size: int = 128, mask: Mask | None = None) -> BlockM
     the first of the call) may see key j, at [i // size, j // size]. Lists for the kernels, in both directions, are made
     of it where it lies, without a sync. Time follows the blocks that are visited.
     Raises ValueError for a size that is no multiple of 32; the call refuses a shape that does not fit it.
-    Source: the sparse patterns of MInference (arXiv 2407.02490) and SeerAttention (2410.13276).
+    Source: the sparse patterns of MInference (arXiv 2407.02490), whose maps `seal_ops.ops.block_selection` makes, and
+    SeerAttention (2410.13276).
     """
     size = _at_least(1, "blocks", "size", size)
     if size % 32:

@@ -98,7 +98,7 @@ cores=$(nproc)
 few=$((cores < 6 * gpu_count ? cores : 6 * gpu_count)) many=$((cores > 10 ? cores * 3 / 4 : 8))
 shared=(tests/gpu/test_gpu_paths.py tests/gpu/test_gpu_grid.py tests/ops tests/gpu/test_gpu_rope.py tests/gpu/test_gpu_runtime.py tests/gpu)
 rm -f "$work"/*.status
-sanitizer memcheck 1 forward decode backward rope paths grid &
+sanitizer memcheck 1 forward decode backward rope paths masks grid &
 sanitizer racecheck 2 &
 sanitizer synccheck 3 &
 if [ "$gpu_count" -gt 1 ]; then

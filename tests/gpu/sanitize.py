@@ -1,6 +1,6 @@
 """Every kernel of the cuda backend once or twice on small odd shapes: what run_all.sh runs under compute-sanitizer.
 
-usage: sanitize.py [forward] [decode] [backward] [rope] [paths] [grid]     (default: all but the grid)
+usage: sanitize.py [forward] [decode] [backward] [rope] [paths] [masks] [grid]     (default: all but the grid)
 
 `paths` leads small shapes where large ones go (_C.set_launch_overrides): several tiles to a thread block, whole groups
 of query heads in one, several heads whose scale holds zeros, more packed sequences than a warp has lanes. `grid` is
@@ -106,6 +106,27 @@ def paths():
     extension().set_launch_overrides()
 
 
+def masks():
+    """The kernels for sinks and chunks: sinks apart from the band and beside it, several tiles to a thread block."""
+    kinds = seal_ops.masks.streaming(70, 60), seal_ops.masks.shifted_groups(90, sinks=3)
+    for head_dim, mask in itertools.product((64, 128, 256), kinds):
+        scale = torch.randn(4, head_dim, device="cuda")
+        scale[:, ::7] = 0.0
+        q, k, v = tensors(700, head_dim=head_dim, batch=2)
+        yield seal_ops.attention(q[:, :3], k, v, scale, mask=mask, **BACKEND)
+        lengths = torch.tensor([0, 70, 70, 400], device="cuda", dtype=torch.int32)
+        for deterministic, sms in ((False, 3), (True, 0)):
+            extension().set_launch_overrides(sms=sms)
+            options = dict(mask=mask, deterministic=deterministic, **BACKEND)
+            q, k, v, s = (t.requires_grad_() for t in (*tensors(433, head_dim=head_dim), scale.detach()))
+            out = seal_ops.attention(q, k, v, s, **options)
+            yield from torch.autograd.grad(out, (q, k, v, s), torch.randn_like(out))
+            q, k, v = (t.requires_grad_() for t in tensors(400, head_dim=head_dim, batch=None))
+            out = seal_ops.attention(q, k, v, s, cu_seqlens=lengths, **options)
+            yield from torch.autograd.grad(out, (q, k, v, s), torch.randn_like(out))
+    extension().set_launch_overrides()
+
+
 def grid():
     from cases import make, run
     from test_gpu_grid import PACKED, covering
@@ -118,8 +139,8 @@ def grid():
 
 
 def main():
-    known = {"forward": forward, "decode": decode, "backward": backward, "rope": rope, "paths": paths, "grid": grid}
-    parts = sys.argv[1:] or ["forward", "decode", "backward", "rope", "paths"]
+    known = dict(forward=forward, decode=decode, backward=backward, rope=rope, paths=paths, masks=masks, grid=grid)
+    parts = sys.argv[1:] or [part for part in known if part != "grid"]
     torch.manual_seed(0)
     results = [t for part in parts for t in known[part]()]
     torch.cuda.synchronize()

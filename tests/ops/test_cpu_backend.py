@@ -93,6 +93,8 @@ CASES = [
     Case(600, 700, heads=(4, 2), head_dim=32, mask=masks.shifted_groups(150, sinks=4), lse=True),
     Case((300, 513), (300, 600), heads=(2, 1), head_dim=32, mask=masks.streaming(300, 30), scale="row-head"),
     Case(700, 700, heads=(2, 1), head_dim=32, mask=masks.chunks(300, before=(1, 1)), offset=True, lse=True),
+    # Two pieces with keys at the same distance, the border of two chunks in one of them alone.
+    Case(800, 800, heads=(2, 1), head_dim=32, mask=dataclasses.replace(masks.chunks(400), lower=-50), lse=True),
 ]
 
 
@@ -114,3 +116,10 @@ def test_gradcheck_over_chunks(softmax_scale, monkeypatch):
         )
         assert torch.autograd.gradcheck(function, (q, k, v))
         assert torch.autograd.gradcheck(lambda *qkv: function(qkv[0][:, :5], *qkv[1:]), (q, k, v))
+
+
+def test_a_query_that_sees_nothing_stays_out_of_the_gradients_of_large_scores():
+    q, k, v = (torch.full((1, 40, 1, 16), 20.0, requires_grad=True) for _ in range(3))
+    out = seal_ops.attention(q, k, v, mask=dataclasses.replace(masks.chunks(10), upper=-1), backend="cpu")
+    grads = torch.autograd.grad(out, (q, k, v), torch.ones_like(out))
+    assert not out[:, ::10].any() and all(torch.isfinite(g).all() for g in grads)

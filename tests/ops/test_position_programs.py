@@ -108,14 +108,16 @@ def test_a_learned_sink(name):
 
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_every_backend(name, backend, device):
-    options = PROGRAMS[name][1][0]
-    q, k, v = (t.detach().to(device, torch.float32) for t in inputs(2, sq=40, sk=40))
+    """In half precision on CUDA's kernels; the parts are rounded before they are merged."""
+    options, dtype = PROGRAMS[name][1][0], torch.float16 if backend == "cuda" else torch.float32
+    q, k, v = (t.detach().to(dtype) for t in inputs(2, sq=40, sk=40))
     cos, sin = (t.to(device, torch.float32) for t in table())
-    got = getattr(position_programs, name)(q, k, v, cos, sin, backend=backend, **options)
-    want = torch.stack(
-        [direct(q[b].double(), k[b].double(), v[b].double(), 1.0, PROGRAMS[name][0], options)[0] for b in range(2)]
-    )
-    torch.testing.assert_close(got.double(), want, rtol=1e-4, atol=1e-4)
+    program = getattr(position_programs, name)
+    got = program(*(t.to(device) for t in (q, k, v)), cos, sin, backend=backend, **options)
+    rows = [[t[b].double() for t in (q, k, v)] for b in range(2)]
+    want = torch.stack([direct(*row, 1.0, PROGRAMS[name][0], options)[0] for row in rows])
+    bound = 4e-3 if backend == "cuda" else 1e-4
+    torch.testing.assert_close(got.cpu().double(), want, rtol=bound, atol=bound)
 
 
 def test_short_texts_are_plain_attention():

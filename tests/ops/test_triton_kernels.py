@@ -71,6 +71,7 @@ WALKED = [
     dataclasses.replace(masks.chunks(24, before=(1, 1)), shift=11, sinks=30),
     dataclasses.replace(masks.chunks(20, before=(0, 1)), shift=3, upper=masks.UNBOUNDED, chunk_upper=1, lower=-25),
     dataclasses.replace(masks.band(None, -30), sinks=20),
+    dataclasses.replace(masks.band(30, 40), sinks=4),
 ]
 
 

@@ -9,7 +9,7 @@ import triton.language as tl
 
 from .host import on_device
 
-_ELEMENTS = 4096  # of a tile: what a program of four warps holds in registers without spilling
+_BYTES = 16 << 10  # of a tile in the sums' dtype: what a program of four warps holds in registers without spilling
 
 
 @triton.jit
@@ -89,7 +89,8 @@ def _merge_backward(
 def _launch(kernel, outs, lses, *arguments):
     *_, tokens, heads, head_dim = outs[0].shape
     block_d = triton.next_power_of_2(head_dim)
-    block_s = max(1, min(128, _ELEMENTS // block_d))
+    size = lses[0].element_size()
+    block_s = max(1, min(128, _BYTES // size // (block_d if size == 4 else 2 * block_d)))
     batch = outs[0].shape[0] if outs[0].dim() == 4 else 1
     outs, lses = (tuple(t.contiguous() for t in parts) for parts in (outs, lses))
     with on_device(outs[0]):
