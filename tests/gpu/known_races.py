@@ -9,7 +9,7 @@ Known, one by one:
   stmatrix of values computed from what it read) and one lane arrived at the stage's "empty" mbarrier.
   Known only where every other access stands on a line that reads lse2 or delta, or in read_columns, which reads nothing
   else.
-* `shared.p` of attention_backward_wide: one warpgroup hands P to the other through two mbarriers, p_full and p_empty.
+* `shared_.p` of attention_backward_wide's consumers: one warpgroup hands P to the other through two mbarriers, p_full and p_empty.
   Each warp ends its accesses with __syncwarp and one lane arrives for all 32; racecheck credits the order to that lane
   alone.
   Known only where both accesses stand on lines with exactly that expression.
@@ -63,7 +63,8 @@ def known(hazard: str, csrc: pathlib.Path) -> bool:
     writes = [said for said, _ in found if hazard.split(said)[0].endswith("Write access at ")]
     if writes and len(writes) < len(found) and all(PICKERS.match(said) for said in writes):
         return not any(PICKERS.match(said) for said, _ in found if said not in writes)
-    return "attention_backward_wide" in hazard and len(others) >= 2 and all(HANDED_OVER in line for line in others)
+    wide = "attention_backward_wide" in hazard or "::WideConsumer<" in hazard
+    return wide and len(others) >= 2 and all(HANDED_OVER in line for line in others)
 
 
 def main(path: str, csrc: str = "csrc") -> int:

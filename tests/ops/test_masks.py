@@ -168,6 +168,18 @@ def test_the_shorthands_are_masks(backend, device, mask, shorthand):
         assert torch.equal(value, first[name]), name
 
 
+# Of 16-bit rows, of which P and the result are rounded; one key more or less moves a row of these lengths by a tenth.
+HALF = 4e-2
+
+
+def worst_row(found: torch.Tensor, want: torch.Tensor) -> float:
+    """The largest error of a row of channels, as a share of its norm or, where that is small, of the mean norm of the
+    head's rows."""
+    found, want = found.double(), want.double()
+    norms = want.norm(dim=-1)
+    return ((found - want).norm(dim=-1) / norms.maximum(norms.mean(-2, keepdim=True))).max().item()
+
+
 @pytest.mark.parametrize("case", [MASKED[4], MASKED[14]], ids=str)
 def test_rotation_before_a_mask(backend, device, case):
     inputs = make(case, half(backend, device), device)
@@ -191,7 +203,10 @@ def test_rotation_before_a_mask(backend, device, case):
 
     fused = lambda a: seal_ops.rope_attention(cos=cos, sin=sin, **a, backend=backend, return_lse=True)
     for a, b in zip(results(fused, inputs), results(separately, turned)):
-        torch.testing.assert_close(a, b, rtol=2e-2, atol=2e-2)
+        if a.dtype == torch.float32 and a.shape[-1] != case.head_dim:  # lse
+            torch.testing.assert_close(a, b, rtol=2e-2, atol=2e-2)
+        else:
+            assert worst_row(a, b) < {torch.float32: 1e-4}.get(a.dtype, HALF)
 
 
 @pytest.mark.parametrize("case", [MASKED[3], MASKED[14]], ids=str)
@@ -276,16 +291,15 @@ def longlora_without_wrap(q, k, v, group: int):
 @pytest.mark.parametrize("length, group", [(96, 32), (96, 24), (70, 20), (33, 64)])
 def test_shifted_groups_are_longloras_path_without_wrap_around(backend, device, length, group):
     dtype = torch.float64 if backend in ("cpu", "reference") else half(backend, device)
-    q, k, v = (torch.randn(2, length, 4, 32, device=device, dtype=torch.float64, requires_grad=True) for _ in range(3))
-    g = torch.randn_like(q)
+    low = [torch.randn(2, length, 4, 32, device=device).to(dtype).requires_grad_() for _ in range(3)]
+    q, k, v = (t.detach().double().requires_grad_() for t in low)
+    g = torch.randn_like(low[0])
     want = longlora_without_wrap(q, k, v, group)
-    wanted = [want, *torch.autograd.grad(want, (q, k, v), g)]
-    low = [t.detach().to(dtype).requires_grad_() for t in (q, k, v)]
+    wanted = [want, *torch.autograd.grad(want, (q, k, v), g.double())]
     got = seal_ops.attention(*low, mask=masks.shifted_groups(group), backend=backend)
-    found = [got, *torch.autograd.grad(got, low, g.to(dtype))]
+    found = [got, *torch.autograd.grad(got, low, g)]
     for a, b in zip(found, wanted):
-        error = (a.double() - b).norm(dim=-1) / b.norm(dim=-1).clamp_min(0.1)
-        assert error.max() < {torch.float64: 1e-12, torch.float32: 1e-4}.get(dtype, 3e-2)
+        assert worst_row(a, b) < {torch.float64: 1e-12, torch.float32: 1e-4}.get(dtype, HALF)
 
 
 # ---- block lists
@@ -302,11 +316,12 @@ def test_blocks_are_a_mask_of_their_own(backend, device):
     seen = visited.repeat_interleave(32, 2).repeat_interleave(32, 3)[..., :100, :100].tril()
     heads = [t.double().transpose(1, 2) for t in (q, k.repeat_interleave(2, 2), v.repeat_interleave(2, 2))]
     want = torch.nn.functional.scaled_dot_product_attention(*heads, attn_mask=seen).nan_to_num().transpose(1, 2)
-    torch.testing.assert_close(out.double(), want, rtol=2e-2, atol=1e-4 if dtype == torch.float32 else 1e-2)
+    bound = {torch.float32: 1e-4, torch.float64: 1e-12}.get(dtype, HALF)
+    assert worst_row(out, want) < bound
     window = masks.window(40)
     everything = masks.blocks(torch.ones(1, 1, 4, 4, dtype=torch.bool, device=device), 32, window)
     a, b = (seal_ops.attention(q, k, v, mask=m, backend=backend) for m in (everything, window))
-    torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
+    assert worst_row(a, b) < bound
 
 
 @pytest.mark.parametrize("mask", [masks.causal(), masks.streaming(40, 50), masks.shifted_groups(64)], ids=str)
