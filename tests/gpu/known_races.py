@@ -9,7 +9,7 @@ Known, one by one:
   stmatrix of values computed from what it read) and one lane arrived at the stage's "empty" mbarrier.
   Known only where every other access stands on a line that reads lse2 or delta, or in read_columns, which reads nothing
   else.
-* `shared_.p` of attention_backward_wide's consumers: one warpgroup hands P to the other through two mbarriers, p_full and p_empty.
+* `shared_.p` of attention_backward_wide: one warpgroup hands P to the other through two mbarriers, p_full and p_empty.
   Each warp ends its accesses with __syncwarp and one lane arrives for all 32; racecheck credits the order to that lane
   alone.
   Known only where both accesses stand on lines with exactly that expression.
