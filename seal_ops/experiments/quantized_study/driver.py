@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable
 from dataclasses import asdict
 
 from ...utils.files import atomic_write, write_csv
-from ..pretrained_study.queue import Queue, work
+from ..pretrained_study.folder import PLAN, open_folder, run_jobs
 from ..runs import read_json_file
 from .plan import Plan, check, jobs
 from .workbench import Workbench
 
-PLAN = "plan.json"
 COLUMNS = (
     "method", "columns", "data", "seeds", "perplexity", "perplexity_lowest", "perplexity_highest", "accuracy", "lowest",
     "highest", "parameters", "train_seconds", "peak_memory", "rates",
@@ -36,42 +34,9 @@ def run(
     Raises ValueError for a bad plan, and for a folder of a study with another one.
     """
     check(plan)
-    wanted = json.loads(json.dumps({**asdict(plan), "model": os.path.basename(os.path.normpath(model))}))
-    wanted["text"] = os.path.basename(plan.text)
-    path = os.path.join(output, PLAN)
-    if os.path.exists(path):
-        earlier = read_json_file(path)
-        if differing := [key for key in wanted if earlier.get(key) != wanted[key]]:
-            raise ValueError(
-                f"seal study: output {output} must be new or hold this study, got one with another "
-                f"{', '.join(differing)}"
-            )
-    else:
-        atomic_write(path, json.dumps(wanted, indent=1) + "\n")
-    queue = Queue(output, jobs(plan))
+    open_folder(output, model, {**asdict(plan), "text": os.path.basename(plan.text)})
     bench = Workbench(model, output, plan, device=device, dtype=dtype, workers=workers)
-    try:
-        done = list(work(queue, bench, budget, log))
-    finally:
-        bench.samples.close()
-    if done:
-        _note_environment(output, bench, done)
-    left = [job.name for job in queue.jobs if not queue.finished(job.name)]
-    log(f"{len(done)} jobs done here; {len(left)} left: {', '.join(left[:12])}{' …' if len(left) > 12 else ''}")
-    return done
-
-
-def _note_environment(output, bench, done):
-    import torch
-
-    from ...ops.environment import facts
-
-    on_gpu = bench.model.device.type == "cuda"
-    content = {
-        "jobs": done, **facts(), "device": str(bench.model.device), "dtype": str(bench.model.dtype),
-        "gpu": torch.cuda.get_device_name(bench.model.device) if on_gpu else None,
-    }  # fmt: skip
-    atomic_write(os.path.join(output, f"environment-{os.getpid()}.json"), json.dumps(content, indent=1) + "\n")
+    return run_jobs(output, jobs(plan), bench, budget, log)
 
 
 def write_summary(output: str) -> list[str]:

@@ -19,7 +19,7 @@ from .host import BlockLists, Geometry, Rows, factor_arguments, on_device, padde
 from .preprocess import TOKENS, Statistics, scaled_v, sum_tiles
 from .rotary import rotate_in_place
 from .tiling import LOG2E, aligned_column, load_factor, load_rows, load_statistics, locate, product
-from .walk import block_start, key_blocks, listed, loop_range, query_blocks, seen
+from .walk import MASK_ARGUMENTS, block_start, key_blocks, listed, loop_range, query_blocks, seen
 
 
 @triton.jit
@@ -79,22 +79,7 @@ def _query_loop(
     return dk, dv
 
 
-@triton.jit(
-    do_not_specialize=[
-        "num_seqs",
-        "len_q",
-        "len_k",
-        "tiles",
-        "lower",
-        "upper",
-        "chunk",
-        "chunk_lower",
-        "chunk_upper",
-        "shift",
-        "shifted_from",
-        "sinks",
-    ]
-)
+@triton.jit(do_not_specialize=["num_seqs", "len_q", "len_k", "tiles", *MASK_ARGUMENTS])
 def _dkdv(
     q_source,
     k_source,
@@ -290,23 +275,7 @@ def _key_loop(
     return dq
 
 
-@triton.jit(
-    do_not_specialize=[
-        "num_seqs",
-        "len_q",
-        "len_k",
-        "columns",
-        "tiles",
-        "lower",
-        "upper",
-        "chunk",
-        "chunk_lower",
-        "chunk_upper",
-        "shift",
-        "shifted_from",
-        "sinks",
-    ]
-)
+@triton.jit(do_not_specialize=["num_seqs", "len_q", "len_k", "columns", "tiles", *MASK_ARGUMENTS])
 def _dq(
     q_source,
     k_source,

@@ -14,7 +14,7 @@ from .configs import choose
 from .host import Geometry, Rows, factor_arguments, on_device, padded_head_dim, strides, uses_tma
 from .online_softmax import key_loop
 from .tiling import LN2, LOG2E, load_factor
-from .walk import key_blocks_of
+from .walk import MASK_ARGUMENTS, key_blocks_of
 
 _LN2 = tl.constexpr(LN2)
 _LOG2E = tl.constexpr(LOG2E)
@@ -48,24 +48,7 @@ def _factors(factor, seq, head, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
     return tl.load(ptr + at, mask=(d < HEAD_DIM)[None, :], other=0.0)
 
 
-@triton.jit(
-    do_not_specialize=[
-        "len_q",
-        "len_k",
-        "row_blocks",
-        "kv_heads",
-        "group",
-        "splits",
-        "lower",
-        "upper",
-        "chunk",
-        "chunk_lower",
-        "chunk_upper",
-        "shift",
-        "shifted_from",
-        "sinks",
-    ]
-)
+@triton.jit(do_not_specialize=["len_q", "len_k", "row_blocks", "kv_heads", "group", "splits", *MASK_ARGUMENTS])
 def _split(
     q_ptr,
     q_strides,

@@ -15,27 +15,12 @@ from .configs import choose
 from .host import BlockLists, Geometry, Rows, factor_arguments, on_device, padded_head_dim, uses_tma
 from .online_softmax import key_loop
 from .tiling import LN2, LOG2E, load_factor, load_rows, locate
-from .walk import key_blocks, listed
+from .walk import MASK_ARGUMENTS, key_blocks, listed
 
 _LN2 = tl.constexpr(LN2)
 
 
-@triton.jit(
-    do_not_specialize=[
-        "num_seqs",
-        "len_q",
-        "len_k",
-        "tiles",
-        "lower",
-        "upper",
-        "chunk",
-        "chunk_lower",
-        "chunk_upper",
-        "shift",
-        "shifted_from",
-        "sinks",
-    ]
-)
+@triton.jit(do_not_specialize=["num_seqs", "len_q", "len_k", "tiles", *MASK_ARGUMENTS])
 def _forward(
     q_source,
     k_source,

@@ -14,6 +14,8 @@ import triton
 import triton.language as tl
 
 _UNBOUNDED = tl.constexpr(1 << 30)
+# The kernels' arguments for a mask: host.Geometry.mask gives their values.
+MASK_ARGUMENTS = ("lower", "upper", "chunk", "chunk_lower", "chunk_upper", "shift", "shifted_from", "sinks")
 
 
 @triton.jit
