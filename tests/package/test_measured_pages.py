@@ -9,6 +9,7 @@ import re
 import shutil
 
 import pytest
+from markdown_tables import tables_of
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "results/smollm2"
@@ -238,21 +239,6 @@ def markdown(table) -> str:
     return "\n".join(["| " + " | ".join(row) + " |" for row in (head, ("---",) * len(head), *rows)])
 
 
-def tables_of(page: str) -> dict[tuple, list[tuple]]:
-    """Every table of a page, by its header."""
-    found, current = {}, None
-    for line in (ROOT / page).read_text(encoding="utf-8").splitlines():
-        if not line.startswith("|"):
-            current = None
-            continue
-        cells = tuple(cell.strip() for cell in line.strip().strip("|").split("|"))
-        if current is None:
-            current = found.setdefault(cells, [])
-        elif not all(re.fullmatch(":?-+:?", cell) for cell in cells):
-            current.append(cells)
-    return found
-
-
 def test_summary_is_of_the_stored_jobs(tmp_path, monkeypatch):
     """What the pages are held to follows from every case's score."""
     from seal_ops.experiments.pretrained_study import drawings, summary
@@ -287,7 +273,7 @@ def test_results_name_no_machine():
 )  # fmt: skip
 def test_table_says_what_was_measured(page, build):
     head, rows = build()
-    found = tables_of(page)
+    found = tables_of(ROOT / page)
     assert head in found, f"{page} has no table {' | '.join(head)}"
     wrong = [f"{a} should be {b}" for a, b in zip(found[head], rows, strict=False) if a != b]
     assert found[head] == rows, "\n".join(wrong) or "rows are missing, or too many"
