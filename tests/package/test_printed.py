@@ -123,7 +123,6 @@ NOT_RUN = {
     ". .venv/bin/activate": "belongs to the environment that `make demo` makes",
     "PYTHONPATH=. .venv/bin/pytest tests/adapters -x -q": "is a part of the suite",
     "python tests/fixtures/family_table.py": "takes minutes; tests/huggingface/test_families.py runs the parts",
-    "python benchmarks/backward_variants.py --variants base,core,fill,divisors,copy": GPU,
     "pytest benchmarks --suite headline --benchmark-json=out.json": GPU,
     "seal bench --suite models --ops rope_attention": GPU,
     "seal bench --shape qwen3-14b:16k:2 --only seal-cuda,sdpa-cudnn": GPU,
