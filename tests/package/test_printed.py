@@ -124,8 +124,7 @@ NOT_RUN = {
     "PYTHONPATH=. .venv/bin/pytest tests/adapters -x -q": "is a part of the suite",
     "python tests/fixtures/family_table.py": "takes minutes; tests/huggingface/test_families.py runs the parts",
     "pytest benchmarks --suite headline --benchmark-json=out.json": GPU,
-    "seal bench": "tests/bench runs it; where a test of the same process has chosen Triton's interpreter, that would be "
-    "timed too, for minutes",
+    "seal bench": "tests/bench runs it; under Triton's interpreter, where another test chose it, it takes minutes",
     "seal bench --suite models --ops rope_attention": GPU,
     "seal bench --shape qwen3-14b:16k:2 --only seal-cuda,sdpa-cudnn": GPU,
     "seal bench --fa3 FOLDER": GPU,
