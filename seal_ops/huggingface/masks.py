@@ -20,6 +20,7 @@ from transformers.masking_utils import (
 )
 
 from ..ops.visibility import Visibility
+from .model_parallel import ulysses
 
 NAME = "seal"  # in both registries; transformers reserves "/" and "|"
 PLAIN = "seal_plain"  # the same attention for a model without scales
@@ -95,6 +96,9 @@ def attention_mask(
             **kwargs,
         )
 
+    if ulysses.is_wrapped(NAME):  # and drops what this returns
+        ulysses.check_mask(mask_function, attention_mask, local_size, config)
+        return _structure(_CAUSAL, None, kv_length, device)
     compiling = torch.compiler.is_compiling()
     if compiling and attention_mask is not None:
         return dense()  # reading the padding would break the graph
