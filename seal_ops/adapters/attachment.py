@@ -203,8 +203,8 @@ def detach(model: nn.Module) -> nn.Module:
     scales, attachment = attached(model, "detach")
     if ulysses.is_wrapped(NAME):
         warnings.warn(
-            "seal_ops.detach: without scales the model attends to the tokens of this process alone, because DeepSpeed's "
-            "sequence parallelism was registered for the attention of models with scales",
+            "seal_ops.detach: without scales the model attends to the tokens of this process alone, because "
+            "DeepSpeed's sequence parallelism was registered for the attention of models with scales",
             stacklevel=2,
         )
     attachment.patch.remove(SCALES)
@@ -228,8 +228,8 @@ def disabled(model: nn.Module):
     scales, attachment = attached(model, "disabled")
     if ulysses.is_wrapped(NAME):
         raise ValueError(
-            "seal_ops.disabled: model must not run under DeepSpeed's sequence parallelism, which was registered for the "
-            "attention of models with scales, got a process in which it is on"
+            "seal_ops.disabled: model must not run under DeepSpeed's sequence parallelism, which was registered for "
+            "the attention of models with scales, got a process in which it is on"
         )
     patch, was_on = attachment.patch, attachment.patch.serves(SCALES)
     patch.remove(SCALES)

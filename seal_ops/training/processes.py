@@ -53,8 +53,8 @@ class Processes:
             raise ValueError(
                 f"seal_ops.train: model must be whole in every process (train sums the gradients itself) or tensor "
                 f"parallel over all of them with whole trained parameters, got "
-                f"{'one that is sharded otherwise' if wrapper is None else wrapper}; transformers' Trainer or a loop of "
-                f"your own trains it"
+                f"{'one that is sharded otherwise' if wrapper is None else wrapper}; transformers' Trainer or a loop "
+                f"of your own trains it"
             )
         if not (dist.is_available() and dist.is_initialized()):
             launched = os.environ.get("WORLD_SIZE", "1")
@@ -72,8 +72,8 @@ class Processes:
         found = cls(rank, count, rank // parts, count // parts, part, parts)
         if accumulate % found.turns:
             raise ValueError(
-                f"seal_ops.train: accumulate must be a multiple of {found.turns}, the processes among which the forward "
-                f"passes of a step are divided, got {accumulate}"
+                f"seal_ops.train: accumulate must be a multiple of {found.turns}, the processes among which the "
+                f"forward passes of a step are divided, got {accumulate}"
             )
         if parts > 1 and batch_size > 1 and samples % batch_size:
             raise ValueError(

@@ -1,33 +1,26 @@
-"""Several processes equal one: `seal_ops.train`, DDP, FSDP2 and tensor parallelism, in two gloo processes on a CPU."""
+"""Two processes equal one, on a CPU over gloo: `seal_ops.train`, DDP, FSDP2, tensor and sequence parallelism."""
 
-import os
-import pathlib
-import subprocess
-import sys
+import importlib.util
 
 import pytest
+from launching import two_processes
 
-FIXTURES = pathlib.Path(__file__).resolve().parents[1] / "fixtures"
-
-
-def run(program, *arguments):
-    """Standard output of a program in two processes."""
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", FIXTURES / program,
-         *map(str, arguments)],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "",
-             "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
-        capture_output=True, text=True, timeout=500,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout.splitlines()
+ON_A_CPU = {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
+SECTIONS = ("loop", "command", "data_parallel", "tensor_parallel", "sequence_parallel")
 
 
 @pytest.fixture(scope="module")
 def printed(tmp_path_factory):
-    return run("parallel_processes.py", tmp_path_factory.mktemp("processes"))
+    return two_processes("parallel_processes.py", tmp_path_factory.mktemp("processes"), *SECTIONS, **ON_A_CPU)
 
 
-@pytest.mark.parametrize("section", ["loop", "data_parallel", "tensor_parallel"])
+@pytest.mark.parametrize("section", SECTIONS)
 def test_two_processes_equal_one(printed, section):
     assert {f"process {rank}: {section} is done" for rank in (0, 1)} <= set(printed)
+
+
+def test_deepspeeds_own_exchange():
+    if importlib.util.find_spec("deepspeed") is None:
+        pytest.skip("DeepSpeed is not installed; the stand-in does what its wrapper does")
+    printed = two_processes("sequence_processes.py", **ON_A_CPU)
+    assert {"process 0 is done", "process 1 is done"} <= set(printed)

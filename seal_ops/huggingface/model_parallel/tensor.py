@@ -27,7 +27,7 @@ def count_all_heads(layer, group) -> None:
         return
     if width != here * size:
         raise ValueError(
-            f"seal_ops.attach: a tensor-parallel model must read {here} channels of attention in its output projection, "
-            f"or those of {size} processes, got {type(layer.module).__name__} with {width}"
+            f"seal_ops.attach: a tensor-parallel model must read {here} channels of attention in its output "
+            f"projection, or those of {size} processes, got {type(layer.module).__name__} with {width}"
         )
     layer.num_heads, layer.num_kv_heads, layer.tensor_group = layer.num_heads * size, layer.num_kv_heads * size, group
