@@ -16,7 +16,6 @@ from torch import nn
 
 from ..huggingface.discovery import find_attention_layers
 from ..huggingface.layers import GRANULARITIES, AttentionLayer
-from ..huggingface.masks import NAME
 from ..huggingface.model_parallel import ulysses
 from ..huggingface.patch import SCALES, Patch, patch_on
 from ..huggingface.wrappers import unwrapped
@@ -201,7 +200,7 @@ def detach(model: nn.Module) -> nn.Module:
         ValueError: no scales on the model.
     """
     scales, attachment = attached(model, "detach")
-    if ulysses.is_wrapped(NAME):
+    if ulysses.place() is not None:
         warnings.warn(
             "seal_ops.detach: without scales the model attends to the tokens of this process alone, because "
             "DeepSpeed's sequence parallelism was registered for the attention of models with scales",
@@ -226,7 +225,7 @@ def disabled(model: nn.Module):
         ValueError: no scales on the model, or sequence parallelism, which the model's own attention would not have.
     """
     scales, attachment = attached(model, "disabled")
-    if ulysses.is_wrapped(NAME):
+    if ulysses.place() is not None:
         raise ValueError(
             "seal_ops.disabled: model must not run under DeepSpeed's sequence parallelism, which was registered for "
             "the attention of models with scales, got a process in which it is on"

@@ -87,8 +87,8 @@ def _attend(
         return layer.probe.observe(query, key, value, seal_rotation, composed, sliding_window is not None), None
     scale = None if layer is None else layer.current()
     share = None if layer is None else share_of(layer, query.shape[1])
-    divided = share is not None or ulysses.is_wrapped(NAME)
-    if divided and layer is not None and (layer.program is not None or layer.training_mask is not None):
+    exchanged = layer is not None and ulysses.is_on(NAME)
+    if (share is not None or exchanged) and (layer.program is not None or layer.training_mask is not None):
         raise UnsupportedAttention(
             f"seal_ops: an extended model, or one with a mask of training, must not be divided among processes, got "
             f"{type(module).__name__} with {query.shape[1]} of {layer.num_heads} heads"
@@ -114,7 +114,7 @@ def _attend(
 
     mask = read_mask(module, attention_mask, q.shape[0], q.shape[1], k.shape[1], sliding_window, is_causal)
     mask = with_documents(mask, module, q, kwargs.get("cu_seq_lens_q"), kwargs.get("cu_seq_lens_k"))
-    if attention_mask is None and ulysses.is_wrapped(NAME):
+    if exchanged:
         mask = ulysses.with_positions(mask, kwargs.get("position_ids"), q.shape[1])
     k, v = k[:, : mask.keys], v[:, : mask.keys]
     if program is not None:

@@ -145,7 +145,7 @@ def find_attention_layers(model: nn.Module) -> list[AttentionLayer]:
             f"{type(model).__name__} {reason}"
         )
 
-    if ulysses.place() is not None or ulysses.is_wrapped(NAME):
+    if ulysses.place() is not None:
         raise ValueError(
             f"seal_ops.attach: model must get its scales before DeepSpeed's sequence parallelism is registered (with "
             f"core_attn_implementation={NAME!r}), got a process in which it is"

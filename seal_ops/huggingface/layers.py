@@ -16,7 +16,7 @@ from transformers.cache_utils import Cache
 
 from ..ops.masks import Mask
 from .masks import NAME
-from .model_parallel.ulysses import is_wrapped
+from .model_parallel import ulysses
 from .rotation import Rotation, rotary_functions, with_fused_rotation
 
 GRANULARITIES = ("head", "channel")
@@ -139,7 +139,7 @@ def _attached_class(cls: type, backend: str | None, original, _state: tuple) -> 
                 f"would leave them out), got {self.config._attn_implementation!r}; set {NAME!r} again, or "
                 f"call seal_ops.merge or seal_ops.detach first"
             )
-        if layer.rotation == "deferred" and not is_wrapped(NAME):  # else q and k change on their way to attention
+        if layer.rotation == "deferred" and not ulysses.is_on(NAME):  # else q and k change on their way to attention
             args, kwargs = _waiting(args, kwargs, layer.program is not None)
         function = fused if layer.rotation else original
         if layer.probe is not None:

@@ -71,7 +71,7 @@ def attention_mask(
     config=None,
     device="cpu",
     **kwargs,
-) -> Tensor:
+) -> Tensor | None:
     """The entry of transformers' mask registry; arguments as transformers documents them for ``sdpa_mask``.
 
     ``attention_mask`` is the boolean padding mask [B, tokens seen].  A causal mask (with or without a sliding window)
@@ -96,9 +96,9 @@ def attention_mask(
             **kwargs,
         )
 
-    if ulysses.is_wrapped(NAME):  # and drops what this returns
+    if ulysses.is_on(NAME):
         ulysses.check_mask(mask_function, attention_mask, local_size, config)
-        return _structure(_CAUSAL, None, kv_length, device)
+        return None  # DeepSpeed would drop it
     compiling = torch.compiler.is_compiling()
     if compiling and attention_mask is not None:
         return dense()  # reading the padding would break the graph

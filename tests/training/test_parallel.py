@@ -6,7 +6,7 @@ import pytest
 from launching import two_processes
 
 ON_A_CPU = {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
-SECTIONS = ("loop", "command", "data_parallel", "tensor_parallel", "sequence_parallel")
+SECTIONS = ("loop", "command", "data_parallel", "half_precision", "tensor_parallel", "sequence_parallel")
 
 
 @pytest.fixture(scope="module")

@@ -30,17 +30,28 @@ _KNOWN = {
 }
 
 
-def is_wrapped(name: str) -> bool:
-    """Whether another library's function stands round our attention in transformers' registry, under ``name``."""
-    return ALL_ATTENTION_FUNCTIONS[name].__module__ != _OURS
-
-
 def place() -> tuple[int, int] | None:
     """(number of this process, how many) among those that share the tokens of a sequence; None without Ulysses."""
     state = sys.modules.get(_STATE)
     if getattr(state, "_SEQUENCE_PARALLEL_GROUP", None) is None:
         return None
     return state.get_sequence_parallel_rank(), state.get_sequence_parallel_world_size()
+
+
+def is_on(name: str) -> bool:
+    """Whether the processes share the tokens of a model whose attention is registered under ``name``.
+
+    Raises:
+        RuntimeError: they share tokens, but the exchange stands round another attention.
+    """
+    if place() is None:
+        return False
+    if ALL_ATTENTION_FUNCTIONS[name].__module__ == _OURS:
+        raise RuntimeError(
+            f"seal_ops: DeepSpeed's sequence parallelism must be registered with core_attn_implementation={name!r} for "
+            f"a model with scales, got another one, which would leave each process with its own tokens"
+        )
+    return True
 
 
 def check_mask(mask_function, padding: Tensor | None, local_size: int | None, config) -> None:
