@@ -9,12 +9,14 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
+import warnings
 from collections.abc import Sequence
 
 from torch import nn
 
 from ..huggingface.discovery import find_attention_layers
 from ..huggingface.layers import GRANULARITIES, AttentionLayer
+from ..huggingface.model_parallel import ulysses
 from ..huggingface.patch import SCALES, Patch, patch_on
 from ..huggingface.wrappers import unwrapped
 from ..ops.dispatch import choose
@@ -198,6 +200,12 @@ def detach(model: nn.Module) -> nn.Module:
         ValueError: no scales on the model.
     """
     scales, attachment = attached(model, "detach")
+    if ulysses.place() is not None:
+        warnings.warn(
+            "seal_ops.detach: without scales the model attends to the tokens of this process alone, because "
+            "DeepSpeed's sequence parallelism was registered for the attention of models with scales",
+            stacklevel=2,
+        )
     attachment.patch.remove(SCALES)
     for layer in attachment.patch.layers:
         layer.scaling = None
@@ -214,9 +222,14 @@ def disabled(model: nn.Module):
     """Inside the block ``model`` computes what it did before `attach`, with its own attention implementation.
 
     Raises:
-        ValueError: no scales on the model.
+        ValueError: no scales on the model, or sequence parallelism, which the model's own attention would not have.
     """
     scales, attachment = attached(model, "disabled")
+    if ulysses.place() is not None:
+        raise ValueError(
+            "seal_ops.disabled: model must not run under DeepSpeed's sequence parallelism, which was registered for "
+            "the attention of models with scales, got a process in which it is on"
+        )
     patch, was_on = attachment.patch, attachment.patch.serves(SCALES)
     patch.remove(SCALES)
     try:

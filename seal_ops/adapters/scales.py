@@ -34,6 +34,11 @@ class LayerScale(nn.Module):
         """
         if self.per_row is not None and not learned:
             return self.per_row
+        if self.scale.dtype not in (torch.float32, torch.float64):  # `_apply` does not see these casts
+            raise ValueError(
+                f"seal_ops: scales must stay torch.float32, got {self.scale.dtype}; leave the mixed precision of "
+                f"DeepSpeed or FSDP out and load the model in 16 bits instead, which leaves the scales as they are"
+            )
         if (
             self.training
             and not self.scale.requires_grad

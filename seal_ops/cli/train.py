@@ -1,5 +1,6 @@
 """``seal train``."""
 
+from .launched import join
 from .options import (
     Command,
     backend_option,
@@ -46,7 +47,10 @@ def options(parser):
     )
     parser.add_argument("--epochs", type=positive, default=1, help="passes over the samples")
     parser.add_argument("--batch-size", type=positive, default=1, help="samples in a forward pass")
-    parser.add_argument("--accumulate", type=positive, default=1, help="forward passes in an optimiser step")
+    parser.add_argument(
+        "--accumulate", type=positive, default=1,
+        help="forward passes in an optimiser step; torchrun's processes divide them among themselves",
+    )  # fmt: skip
     parser.add_argument("--seed", type=int, default=0, help="samples and their order")
     parser.add_argument(
         "--gradient-checkpointing", nargs="?", const="all", choices=["all", "selective"],
@@ -64,6 +68,7 @@ def run(args):
     if (args.granularity is None and args.weak_columns is None) == (args.recipe is None):
         given = "neither" if args.recipe is None else "both"
         raise ValueError(f"--granularity (or --weak-columns) or --recipe must say what is trained, got {given}")
+    args.prints = join(args)
     if args.recipe is not None:
         return _run_recipe(args)
     if args.text is not None or args.recipe_option:
@@ -110,6 +115,8 @@ def _settings(args) -> dict:
 
 
 def _report(result, what, args):
+    if not args.prints:
+        return
     losses = result.losses
     edge = max(1, len(losses) // 5)
     first, last = sum(losses[:edge]) / edge, sum(losses[-edge:]) / edge

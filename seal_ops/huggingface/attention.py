@@ -13,6 +13,8 @@ from ..ops.factors import full_view
 from ..ops.functional import attention, rope, rope_attention
 from .context_extension.packing import packing_of, run_packed
 from .masks import NAME, PLAIN, CallMask, as_tensor, read_mask, with_documents
+from .model_parallel import ulysses
+from .model_parallel.head_shares import share_of
 from .rotation import MAX_HEAD_DIM, Rotation
 
 _UNSUPPORTED = {
@@ -84,6 +86,15 @@ def _attend(
     if layer is not None and layer.probe is not None:
         return layer.probe.observe(query, key, value, seal_rotation, composed, sliding_window is not None), None
     scale = None if layer is None else layer.current()
+    share = None if layer is None else share_of(layer, query.shape[1])
+    exchanged = layer is not None and ulysses.is_on(NAME)
+    if (share is not None or exchanged) and (layer.program is not None or layer.training_mask is not None):
+        raise UnsupportedAttention(
+            f"seal_ops: an extended model, or one with a mask of training, must not be divided among processes, got "
+            f"{type(module).__name__} with {query.shape[1]} of {layer.num_heads} heads"
+        )
+    if share is not None:
+        scale, sink = share.of_scale(scale), share.of(sink, 0)
     backend = None if layer is None else layer.backend
     q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
     if q.dtype != v.dtype:  # autocast turns the rotated q and k to fp32
@@ -103,6 +114,8 @@ def _attend(
 
     mask = read_mask(module, attention_mask, q.shape[0], q.shape[1], k.shape[1], sliding_window, is_causal)
     mask = with_documents(mask, module, q, kwargs.get("cu_seq_lens_q"), kwargs.get("cu_seq_lens_k"))
+    if exchanged:
+        mask = ulysses.with_positions(mask, kwargs.get("position_ids"), q.shape[1])
     k, v = k[:, : mask.keys], v[:, : mask.keys]
     if program is not None:
         if dropout:

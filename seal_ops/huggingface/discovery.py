@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from .attention import UnknownCaller, UnsupportedAttention
 from .layers import AttentionLayer, attached_class
 from .masks import NAME
+from .model_parallel import tensor, ulysses
 from .modes import run_two_tokens
 from .patch import Patch
 from .projection import RUNS, Readers, attention_output, is_linear
@@ -144,6 +145,11 @@ def find_attention_layers(model: nn.Module) -> list[AttentionLayer]:
             f"{type(model).__name__} {reason}"
         )
 
+    if ulysses.place() is not None:
+        raise ValueError(
+            f"seal_ops.attach: model must get its scales before DeepSpeed's sequence parallelism is registered (with "
+            f"core_attn_implementation={NAME!r}), got a process in which it is"
+        )
     names = {id(m): n for n, m in model.named_modules()}
     candidates = [AttentionLayer(n, m) for n, m in model.named_modules() if _may_attend(m)]
     if not candidates:
@@ -166,6 +172,10 @@ def find_attention_layers(model: nn.Module) -> list[AttentionLayer]:
         if layer.output_projection is not None:
             layer.projection_name = names[id(layer.output_projection)]
         layer.bystanders = bystanders
+    group = tensor.group_of(model)
+    if group is not None:
+        for layer in layers:
+            tensor.count_all_heads(layer, group)
     _number(layers)
     _warn(layers, failure)
     return layers

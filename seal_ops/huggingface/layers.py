@@ -16,6 +16,7 @@ from transformers.cache_utils import Cache
 
 from ..ops.masks import Mask
 from .masks import NAME
+from .model_parallel import ulysses
 from .rotation import Rotation, rotary_functions, with_fused_rotation
 
 GRANULARITIES = ("head", "channel")
@@ -35,6 +36,7 @@ class AttentionLayer:
     the patch is on the model for scales.  ``turn``: cos and sin of position 1 as the layer was given them, where its
     rotation is deferred.  ``program`` (set by `seal_ops.extend`): what runs in the place of plain attention, as in
     `context_extension.programs`.  ``training_mask``: in the place of causal masks, in training mode.
+    ``tensor_group``: the processes among which the heads are divided, where the model is tensor parallel.
     """
 
     name: str
@@ -59,6 +61,7 @@ class AttentionLayer:
     program: object | None = None
     training_mask: Mask | None = None
     backend: str | None = None
+    tensor_group: object | None = None
     probe: object | None = None  # discovery's, while it watches
 
     @property
@@ -136,7 +139,7 @@ def _attached_class(cls: type, backend: str | None, original, _state: tuple) -> 
                 f"would leave them out), got {self.config._attn_implementation!r}; set {NAME!r} again, or "
                 f"call seal_ops.merge or seal_ops.detach first"
             )
-        if layer.rotation == "deferred":
+        if layer.rotation == "deferred" and not ulysses.is_on(NAME):  # else q and k change on their way to attention
             args, kwargs = _waiting(args, kwargs, layer.program is not None)
         function = fused if layer.rotation else original
         if layer.probe is not None:

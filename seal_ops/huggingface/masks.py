@@ -20,6 +20,7 @@ from transformers.masking_utils import (
 )
 
 from ..ops.visibility import Visibility
+from .model_parallel import ulysses
 
 NAME = "seal"  # in both registries; transformers reserves "/" and "|"
 PLAIN = "seal_plain"  # the same attention for a model without scales
@@ -70,7 +71,7 @@ def attention_mask(
     config=None,
     device="cpu",
     **kwargs,
-) -> Tensor:
+) -> Tensor | None:
     """The entry of transformers' mask registry; arguments as transformers documents them for ``sdpa_mask``.
 
     ``attention_mask`` is the boolean padding mask [B, tokens seen].  A causal mask (with or without a sliding window)
@@ -95,6 +96,9 @@ def attention_mask(
             **kwargs,
         )
 
+    if ulysses.is_on(NAME):
+        ulysses.check_mask(mask_function, attention_mask, local_size, config)
+        return None  # DeepSpeed would drop it
     compiling = torch.compiler.is_compiling()
     if compiling and attention_mask is not None:
         return dense()  # reading the padding would break the graph

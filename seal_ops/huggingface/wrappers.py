@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from torch import nn
 
-_PARALLEL = {"DataParallel", "DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule"}
+PARALLEL = {"DataParallel", "DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule"}
 
 
 def unwrapped(model: nn.Module, call: str) -> nn.Module:
     """The transformers model inside PEFT's and torch.compile's wrappers, which is what its own verbs give back."""
-    if any(base.__name__ in _PARALLEL for base in type(model).__mro__):
+    if any(base.__name__ in PARALLEL for base in type(model).__mro__):
         # Their scales would be one a process, each learning by itself.
         raise ValueError(
             f"seal_ops.{call}: model must be given before it is wrapped or sharded for several devices, "

@@ -34,6 +34,7 @@ from .checkpoint import NAME as CHECKPOINT
 from .checkpoint import load_checkpoint, save_checkpoint
 from .collator import Collator
 from .long_context import LEARNING_RATE, prepare, recipe_of, training_masks
+from .processes import Processes
 from .recipe import COLUMNS_CLIP, NAMES
 from .samples import to_rows
 from .texts import packed_texts
@@ -113,6 +114,8 @@ def train(
         epochs: passes over the samples, each in an order of its own drawn from ``seed``.
         batch_size: samples in one forward pass, padded on the right.
         accumulate: forward passes in one optimiser step; the loss is the mean over all answer tokens of the step.
+            Several processes (``torch.distributed``) divide them among themselves, so it must be a multiple of their
+            number; the result is that of one process.
         weight_decay: AdamW's; the paper's scales are not decayed.
         betas: AdamW's.
         max_grad_norm: clip the gradient's norm; None for no clipping, and with weak columns for QEFT's 0.3
@@ -165,20 +168,25 @@ def train(
         torch.cuda.reset_peak_memory_stats(run.device)
     with torch.random.fork_rng(devices=[run.device] if cuda else []), masks, prepared(model, gradient_checkpointing):
         torch.manual_seed(seed)
-        if checkpoint and not (resume and os.path.exists(checkpoint)):
-            for name in (RESULT, CHECKPOINT):  # of an earlier run: nothing in the folder may pass for this one's
+        processes = run.processes
+        processes.begin(run.trained, run.settings, run.samples)
+        if checkpoint and not processes.agree(resume and os.path.exists(checkpoint)):
+            # Of an earlier run: nothing in the folder may pass for this one's.
+            for name in (RESULT, CHECKPOINT) if processes.main else ():
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(os.path.join(output_dir, name))
         elif checkpoint:
             run.losses, run.seconds = load_checkpoint(checkpoint, run.trained, run.optimizer, run.identity)
+        if checkpoint:
+            _ = run.identity  # by all processes, where they hold the weights together
         earlier, started = run.seconds, time.monotonic()
-        with bar(run.steps, f"training {run.describe()}", progress) as update:
+        with bar(run.steps, f"training {run.describe()}", progress if processes.main else False) as update:
             update(len(run.losses))
             while len(run.losses) < run.steps:
                 loss = run.step()
                 run.seconds = earlier + time.monotonic() - started
                 done = len(run.losses)
-                if checkpoint and (done % checkpoint_every == 0 or done == run.steps):
+                if checkpoint and processes.main and (done % checkpoint_every == 0 or done == run.steps):
                     save_checkpoint(checkpoint, run.trained, run.optimizer, run.losses, run.seconds, run.identity)
                 update(1, f"loss {loss:.3f}")
                 if on_step is not None:
@@ -190,8 +198,10 @@ def train(
     if output_dir is not None:
         if run.scales is not None:
             run.scales.training_settings = result.settings
-        _save(model, run.scales, run.columns, output_dir)
-        atomic_write(os.path.join(output_dir, RESULT), json.dumps(_facts(result), indent=1) + "\n")
+        if processes.main:
+            _save(model, run.scales, run.columns, output_dir)
+            atomic_write(os.path.join(output_dir, RESULT), json.dumps(_facts(result), indent=1) + "\n")
+        processes.wait()
     return result
 
 
@@ -217,9 +227,12 @@ class _Run:
         self, model, samples, rates, epochs, batch_size, accumulate, weight_decay, betas, max_grad_norm, seed, plan=None
     ):
         self.model, self.samples = model, samples
+        self.processes = Processes.of_run(model, len(samples), batch_size, accumulate)
         self.scales = getattr(model, "seal_scales", None)
         self.trained = _trained(model, self.scales)
         self.device = next(iter(self.trained.values())).device
+        # The first weights may be on the disk, as accelerate leaves them.
+        self.input_device = next(p.device for p in model.parameters() if not p.is_meta)
         warn_beyond_window(model, max(map(len, samples)), "seal_ops.train")
         for name, value in {"epochs": epochs, "batch_size": batch_size, "accumulate": accumulate}.items():
             if value < 1:
@@ -260,17 +273,19 @@ class _Run:
 
     def step(self) -> float:
         """One optimiser step; returns and records the mean loss of its answer tokens."""
-        micro_batches = list(self._micro_batches(len(self.losses)))
+        processes, micro_batches = self.processes, list(self._micro_batches(len(self.losses)))
         labels = (label for batch in micro_batches for sample in batch for label in sample.labels[1:])
         tokens = sum(label != IGNORE_INDEX for label in labels)
         self.optimizer.zero_grad(set_to_none=True)
         total = torch.zeros((), device=self.device)
-        for batch in micro_batches:
+        mine = processes.share(micro_batches)
+        for batch in mine:
             loss = self._loss(batch) / tokens
             loss.backward()
             total += loss.detach().to(self.device)
-        if not self.losses:
+        if not self.losses and mine:
             _check_gradients(self.trained)
+        processes.add_up(self.trained, total)
         value = total.item()
         if not torch.isfinite(total):
             raise RuntimeError(
@@ -294,10 +309,12 @@ class _Run:
 
     def _loss(self, samples):
         """Sum of the answer tokens' cross entropy."""
-        batch = self.collate(samples)
-        inputs = {"input_ids": batch["input_ids"].to(self.model.device), "use_cache": False}
-        if len({len(sample) for sample in samples}) > 1:
-            inputs["attention_mask"] = batch["attention_mask"].to(self.model.device)
+        batch = self.processes.tokens(self.collate(samples))
+        inputs = {"input_ids": batch["input_ids"].to(self.input_device), "use_cache": False}
+        if "position_ids" in batch:
+            inputs["position_ids"] = batch["position_ids"].to(self.input_device)
+        elif len({len(sample) for sample in samples}) > 1:
+            inputs["attention_mask"] = batch["attention_mask"].to(self.input_device)
         keep = batch["logits_to_keep"]  # on the CPU: it indexes on whichever device the last layer is
         logits = logits_at(self.model, keep, **inputs)
         targets = batch["shift_labels"].to(logits.device)

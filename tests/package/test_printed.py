@@ -111,6 +111,7 @@ def test_python_runs_as_printed(page, short, few_cases, monkeypatch):
 
 # What is printed and not run here, and why not. `seal bench` without options runs: a smoke test on a CPU.
 GPU, NETWORK, DEBIAN = "times a GPU", "fetches a model or data", "joins texts that not every system has"
+PROCESSES = "starts several processes; tests/training/test_parallel.py does"
 COLUMNS = "wants a wider model than the shipped one; tests/quantized/test_commands_columns.py runs it on a small one"
 NOT_RUN = {
     "make real": NETWORK,
@@ -147,6 +148,14 @@ NOT_RUN = {
     "pip install gguf accelerate": NETWORK,
     "pip install bitsandbytes": NETWORK,
     "seal bench --suite masks": GPU,
+    "python -m pytest tests/gpu/test_gpu_parallel.py": "wants two GPUs",
+    "torchrun --nproc_per_node=4 -m seal_ops train --model NAME --granularity channel --task lines --length 8192 "
+    "--accumulate 4 --output my-scales": PROCESSES,
+    "torchrun --nproc_per_node=2 examples/several_gpus.py --model NAME --accumulate 2 --output my-scales": PROCESSES,
+    "accelerate launch --num_processes 2 examples/several_gpus.py --model NAME --accumulate 2 "
+    "--output my-scales": PROCESSES,
+    "torchrun --nproc_per_node=4 examples/several_gpus.py --model NAME --length 131072 --sequence-parallel "
+    "--output my-scales": PROCESSES,
     "seal quantize --model smollm2 --weak-columns 128 --calibration english.txt --output smollm2-nf4": COLUMNS,
     "seal train --model smollm2 --weak-columns 128 --quantize nf4 --task multikey --length 4000 "
     "--output tuned": COLUMNS,

@@ -1,0 +1,49 @@
+"""Models that accelerate splits over devices: here the CPU and the disk, since one machine without GPUs has no more."""
+
+import pytest
+import torch
+import transformers
+from families import FAMILIES
+
+import seal_ops
+
+pytest.importorskip("accelerate")
+MAP = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk"} | dict.fromkeys(
+    ("model.norm", "model.rotary_emb", "lm_head"), "cpu"
+)
+FIRST_ON_DISK = MAP | {"model.embed_tokens": "disk", "model.layers.0": "disk"}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("split")
+    FAMILIES["llama"].build().save_pretrained(path / "model")
+    return path
+
+
+def samples():
+    ids = torch.randint(3, 97, (4, 10), generator=torch.Generator().manual_seed(0)).tolist()
+    return [{"input_ids": row, "labels": row} for row in ids]
+
+
+def trained(model, granularity, output):
+    scales = seal_ops.attach(model, granularity)
+    result = seal_ops.train(model, samples(), lr=0.05, output_dir=output, progress=False)
+    return result, scales
+
+
+@pytest.mark.parametrize("granularity, device_map", [("head", MAP), ("channel", FIRST_ON_DISK)])
+def test_a_split_model_trains(folder, tmp_path, granularity, device_map):
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        folder / "model", device_map=device_map, offload_folder=tmp_path / "offloaded"
+    )
+    assert any(p.is_meta for p in model.parameters()), "nothing lies on the disk"
+    expected, whole = trained(FAMILIES["llama"].build(), granularity, tmp_path / "whole")
+    result, scales = trained(model, granularity, tmp_path / "split")
+    assert result.losses == expected.losses and result.losses[-1] < result.losses[0]
+    for layer, value in whole.values().items():
+        assert torch.equal(scales.values()[layer], value)
+    found = scales.attachment.patch.layers
+    assert [scale.device for _, scale in scales.items()] == [layer.device for layer in found]
+    saved = seal_ops.load(FAMILIES["llama"].build(), tmp_path / "split").values()
+    assert all(torch.equal(saved[layer], value) for layer, value in whole.values().items())
