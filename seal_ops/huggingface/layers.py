@@ -35,7 +35,8 @@ class AttentionLayer:
     ``scaling`` (set by `seal_ops.attach`), called, gives fp32 [Hq], [Hq, D], [B, Hq, 1] or [B, Hq, D]; it counts while
     the patch is on the model for scales.  ``turn``: cos and sin of position 1 as the layer was given them, where its
     rotation is deferred.  ``program`` (set by `seal_ops.extend`): what runs in the place of plain attention, as in
-    `context_extension.programs` and `context_extension.block_prefill`.  ``training_mask``: in the place of causal masks, in training mode.
+    `context_extension.programs` and `context_extension.block_prefill`.  ``training_mask``: in the place of causal
+    masks, in training mode.
     """
 
     name: str
