@@ -156,8 +156,14 @@ def streaming_cache(model: nn.Module, attention_mask: Tensor | None = None) -> R
 
 
 def check_padding(values: Iterable) -> None:
-    """Raises ValueError where an attention module gets a rolling cache that knows of no padding, and a mask that has
-    some; ``values``: the module's arguments."""
+    """Refuses a mask with padding beside a rolling cache that knows of none.
+
+    Args:
+        values: the arguments of an attention module.
+
+    Raises:
+        ValueError: there are both among them.
+    """
     values = list(values)
     cache = next((value for value in values if isinstance(value, RollingCache)), None)
     if cache is None or cache.padded:
