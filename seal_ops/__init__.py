@@ -29,6 +29,7 @@ _LAZY = {
     "measure_head_importance": "experiments.head_importance", "quadrant_experiment": "experiments.quadrants",
     "HeadImportance": "experiments.head_importance", "group_by_sign": "experiments.quadrants",
     "extend": "huggingface.context_extension.extending", "unextend": "huggingface.context_extension.extending",
+    "streaming_cache": "huggingface.context_extension.rolling_cache",
     "load_model": "huggingface.loading", "lm_eval": "evaluation.lm_eval",
     "compare": "experiments.comparison", "transfer": "experiments.transfer_matrix", "plots": "report.plots",
 }  # fmt: skip

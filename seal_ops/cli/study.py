@@ -50,8 +50,9 @@ def options(parser):
     )
     group.add_argument(
         "--preset",
-        choices=["smollm2", "smollm2-4bit"],
-        help="the study of docs/real_model.md, or of docs/qeft.md, instead; only the options below count",
+        choices=["smollm2", "smollm2-4bit", "smollm2-context"],
+        help="the study of docs/real_model.md, docs/qeft.md or docs/context_extension.md instead; only the options "
+        "below count",
     )
     group.add_argument("--budget-s", type=float, metavar="SECONDS", help="begin no job that would end later")
     group.add_argument("--workers", type=int, default=0, help="processes that draw samples ahead")
@@ -89,9 +90,22 @@ def _settings(args, known):
 
 
 def _quantized(args):
-    from ..experiments.quantized_study.driver import run as run_study
-    from ..experiments.quantized_study.driver import write_summary
+    from ..experiments.quantized_study.driver import run, write_summary
     from ..experiments.quantized_study.plan import Plan
+
+    _tabled(args, Plan, run, write_summary)
+
+
+def _context(args):
+    from ..experiments.context_study.driver import run
+    from ..experiments.context_study.plan import Plan
+    from ..experiments.context_study.summary import write_summary
+
+    _tabled(args, Plan, run, write_summary)
+
+
+def _tabled(args, plan_of, run_study, write_summary):
+    """A study whose summary is tables and plots, or that summary."""
     from ..huggingface.model_packages import resolve
 
     if args.summary:
@@ -100,17 +114,22 @@ def _quantized(args):
             raise ValueError(f"seal study: output must hold a finished job, got none in {args.output}")
         list_files(args.output, names)
         return
-    plan = Plan(**{"text": args.text} | _settings(args, {field.name for field in fields(Plan)}))
+    known = {field.name for field in fields(plan_of)}
+    given = {"text": args.text} | _settings(args, known)
+    if args.sections:
+        if "sections" not in known:
+            raise ValueError(f"seal study: sections must not be given with {args.preset}, got {args.sections}")
+        given["sections"] = tuple(args.sections)
     model = shipped(args.model) if args.model else resolve("smollm2", call="seal study", log=log)
     run_study(
-        model, args.output, plan, device=args.device, dtype=args.dtype, workers=args.workers, budget=args.budget_s,
-        log=log,
+        model, args.output, plan_of(**given), device=args.device, dtype=args.dtype, workers=args.workers,
+        budget=args.budget_s, log=log,
     )  # fmt: skip
 
 
 def _preset(args):
-    if args.preset == "smollm2-4bit":
-        return _quantized(args)
+    if args.preset != "smollm2":
+        return {"smollm2-4bit": _quantized, "smollm2-context": _context}[args.preset](args)
     from ..experiments.pretrained_study.driver import run as run_study
     from ..experiments.pretrained_study.sections import Plan
     from ..experiments.pretrained_study.summary import write_summary

@@ -23,7 +23,9 @@ def options(parser):
     parser.add_argument("--granularity", choices=["head", "channel"], help="scales: SEAL-H or SEAL-C")
     columns_options(parser)
     parser.add_argument(
-        "--recipe", choices=["longlora", "sinklora"], help="instead: adapters for a longer context, on --text"
+        "--recipe",
+        choices=["longlora", "sinklora", "full_attention"],
+        help="instead: adapters for a longer context, on --text",
     )
     parser.add_argument(
         "--recipe-option",

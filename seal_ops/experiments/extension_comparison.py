@@ -26,7 +26,7 @@ def suggested(trained: int, longest: int) -> list[tuple[str, dict]]:
     return [
         (name, own.get(name, dict(factor=factor) if "factor" in method.options else {}))
         for name, method in METHODS.items()
-        if name != "giraffe"
+        if name != "giraffe" and method.positions
     ]
 
 

@@ -102,10 +102,11 @@ def _attend(
     if scale is not None:
         scale = scale.to(q.device, torch.float64 if q.dtype == torch.float64 else None)
     program = None if layer is None else layer.program
+    unrotated = program is not None and program.unrotated
     if seal_rotation is None:
-        unchanged = program is None
-    else:  # a program's keys come through the cache
-        unchanged = seal_rotation.q is query and (program is not None or seal_rotation.k is key)
+        unchanged = not unrotated
+    else:  # unrotated keys come through the cache
+        unchanged = seal_rotation.q is query and (unrotated or seal_rotation.k is key)
     if not unchanged:
         raise RuntimeError(
             f"seal_ops: {type(module).__name__} changed q or k after the rotation in this call but not "
@@ -117,11 +118,13 @@ def _attend(
     if exchanged:
         mask = ulysses.with_positions(mask, kwargs.get("position_ids"), q.shape[1])
     k, v = k[:, : mask.keys], v[:, : mask.keys]
-    if program is not None:
+    if program is not None and program.serves(q.shape[1], k.shape[1]):
         if dropout:
             raise UnsupportedAttention(
                 f"seal_ops: an extended model must have no attention dropout, {type(module).__name__} passes {dropout}"
             )
+        if seal_rotation is not None and not unrotated:
+            q, k = rope(q, k, seal_rotation.cos, seal_rotation.sin, backend=backend)
         attend = functools.partial(program.attend, softmax_scale=scaling, sink=sink, backend=backend)
         packing = packing_of(mask, q, k)
         if packing is None:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from ..ops.masks import Mask
+from .context_extension.rolling_cache import check_padding
 from .masks import NAME
 from .model_parallel import ulysses
 from .rotation import Rotation, rotary_functions, with_fused_rotation
@@ -35,8 +36,9 @@ class AttentionLayer:
     ``scaling`` (set by `seal_ops.attach`), called, gives fp32 [Hq], [Hq, D], [B, Hq, 1] or [B, Hq, D]; it counts while
     the patch is on the model for scales.  ``turn``: cos and sin of position 1 as the layer was given them, where its
     rotation is deferred.  ``program`` (set by `seal_ops.extend`): what runs in the place of plain attention, as in
-    `context_extension.programs`.  ``training_mask``: in the place of causal masks, in training mode.
-    ``tensor_group``: the processes among which the heads are divided, where the model is tensor parallel.
+    `context_extension.programs` and `context_extension.block_prefill`.  ``training_mask``: in the place of causal
+    masks, in training mode.  ``tensor_group``: the processes among which the heads are divided, where the model is
+    tensor parallel.
     """
 
     name: str
@@ -139,8 +141,10 @@ def _attached_class(cls: type, backend: str | None, original, _state: tuple) -> 
                 f"would leave them out), got {self.config._attn_implementation!r}; set {NAME!r} again, or "
                 f"call seal_ops.merge or seal_ops.detach first"
             )
+        if layer.program is not None:
+            check_padding((*args, *kwargs.values()))
         if layer.rotation == "deferred" and not ulysses.is_on(NAME):  # else q and k change on their way to attention
-            args, kwargs = _waiting(args, kwargs, layer.program is not None)
+            args, kwargs = _waiting(args, kwargs, layer.program is not None and layer.program.unrotated)
         function = fused if layer.rotation else original
         if layer.probe is not None:
             return layer.probe.run(function, args, kwargs)

@@ -1,7 +1,8 @@
 """LongLoRA and SinkLoRA: a model learns a longer context cheaply, and runs with full attention afterwards.
 
-While training, attention is cut into groups, moved by half of one in some heads (S²-Attn; with sinks SF-Attn). What
-learns is LoRA on the attention's projections, the embeddings and the norms, on positions of the longer context.
+While training, attention is cut into groups, moved by half of one in some heads (S²-Attn; with sinks SF-Attn), or left
+in full, which is what both are held against. What learns is LoRA on the attention's projections, the embeddings and the
+norms, on positions of the longer context.
 """
 
 from __future__ import annotations
@@ -23,16 +24,22 @@ from ..huggingface.wrappers import unwrapped
 from ..ops import masks
 
 CALL = "seal_ops.train"
-RECIPES = {"longlora": dict(shifted_heads=0.5, sinks=0), "sinklora": dict(shifted_heads=0.25, sinks=4)}
+FULL_ATTENTION = "full_attention"
+RECIPES = {
+    "longlora": dict(shifted_heads=0.5, sinks=0),
+    "sinklora": dict(shifted_heads=0.25, sinks=4),
+    FULL_ATTENTION: dict(shifted_heads=0.0, sinks=0),
+}
+GROUPING = ("group", "shifted_heads", "sinks")  # options of the first two alone
 LEARNING_RATE = 2e-5  # LongLoRA's
 
 
 @dataclasses.dataclass(frozen=True)
 class LongContextRecipe:
-    """LongLoRA (arXiv 2309.12307) and SinkLoRA (2406.05678), by their options.
+    """LongLoRA (arXiv 2309.12307) and SinkLoRA (2406.05678), by their options; and the same with full attention.
 
     Attributes:
-        name: "longlora" or "sinklora".
+        name: "longlora", "sinklora" or "full_attention".
         length: tokens of the longer context.
         group: tokens of an attention group while training (default: a quarter of the length).
         shifted_heads: share of the heads whose groups are moved by half of one, rounded to whole groups of query heads
@@ -57,6 +64,8 @@ def recipe_of(name: str, options: dict) -> LongContextRecipe:
     if name not in RECIPES:
         raise ValueError(f"{CALL}: recipe must be one of {', '.join(RECIPES)}, got {name!r}")
     known = [field.name for field in dataclasses.fields(LongContextRecipe)][1:]
+    if name == FULL_ATTENTION:
+        known = [option for option in known if option not in GROUPING]
     if set(options) - set(known) or "length" not in options:
         raise ValueError(
             f"{CALL}: recipe_options must be length and any of {', '.join(known[1:])}, got {list(options)}"
@@ -66,10 +75,12 @@ def recipe_of(name: str, options: dict) -> LongContextRecipe:
         value = options.get(option)
         if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least):
             raise ValueError(f"{CALL}: {option} must be an integer of at least {least}, got {value!r}")
+    if name == FULL_ATTENTION:
+        options["group"] = options["length"]
     options["group"] = options.get("group") or max(1, options["length"] // 4)
     if options["group"] > options["length"]:
         raise ValueError(f"{CALL}: group must be at most the length {options['length']}, got {options['group']}")
-    if not 0 < options["shifted_heads"] < 1:
+    if name != FULL_ATTENTION and not 0 < options["shifted_heads"] < 1:
         raise ValueError(f"{CALL}: shifted_heads must be a share above 0 and below 1, got {options['shifted_heads']}")
     if options.get("positions", "linear") not in ("linear", "ntk", "yarn"):
         raise ValueError(f"{CALL}: positions must be linear, ntk or yarn, got {options['positions']!r}")
@@ -121,8 +132,8 @@ def _layers(model: nn.Module):
 
 
 def _share(recipe: LongContextRecipe, layer) -> float | None:
-    """The share of a layer's query heads that are moved; None for a layer with a window of its own."""
-    if layer.windowed:
+    """The share of a layer's query heads that are moved; None for a layer that keeps its own attention."""
+    if layer.windowed or recipe.name == FULL_ATTENTION:
         return None
     name = type(layer.module).__name__
     if layer.composed is not None:

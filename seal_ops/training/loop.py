@@ -101,7 +101,8 @@ def train(
         samples: samples of a task (:mod:`seal_ops.tasks`), or dicts, in a list or a ``datasets.Dataset``: token ids
             with labels, prompt and answer, conversations or texts; see :func:`seal_ops.training.samples.to_rows`.
         recipe: "longlora" or "sinklora": puts LoRA, trainable embeddings and norms on a plain ``model``, and trains
-            them with attention in groups on texts of a longer context.  ``samples`` may then be a text file or a
+            them with attention in groups on texts of a longer context; "full_attention" is the same without groups,
+            which costs more.  ``samples`` may then be a text file or a
             ``.jsonl`` file of objects with ``text``, packed into rows.  The trained PEFT model is the result's
             ``model``; it attends in full.
         recipe_options: ``length``, the longer context in tokens, and those of

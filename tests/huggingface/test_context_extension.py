@@ -110,7 +110,7 @@ def test_what_an_extension_says():
     assert said == "streaming(sinks=4, window=16): any length, in 2 layers"
 
 
-LISTED = "linear, ntk, dynamic_ntk, yarn, giraffe, self_extend, dual_chunk, lm_infinite, streaming"
+LISTED = "linear, ntk, dynamic_ntk, yarn, giraffe, self_extend, dual_chunk, lm_infinite, streaming, minference"
 WRONG = [
     ("longrope", {}, f"method must be one of {LISTED}, got 'longrope'"),
     ("ntk", {}, "ntk takes the options factor, got none"),
@@ -124,6 +124,7 @@ WRONG = [
     ("lm_infinite", dict(sinks=9, window=8), "sinks must be at most the window's 8 keys, got 9"),
     ("lm_infinite", dict(window=200), "window must be at most the trained length 128, got 200"),
     ("streaming", dict(sinks=100, window=100), "sinks + window must be at most the trained length 128, got 100 + 100"),
+    ("minference", dict(vertical=-1), "vertical must be an integer of at least 0, got -1"),
     ("giraffe", {}, "giraffe takes k (power basis), or low, high and rho (truncated basis), got none of them"),
     ("giraffe", dict(k=1.0, low=0.1), "giraffe takes k (power basis), or low, high and rho (truncated basis), got k, low"),  # noqa: E501
     ("ntk", dict(factor=2, trained=0), "trained must be given as a number of positions that the config does not name, got 0"),  # noqa: E501

@@ -99,6 +99,8 @@ def by_hand(op: str, a: dict) -> list[torch.Tensor]:
             seen = (other <= place) if a.get("causal", True) else torch.ones_like(other <= place)
             if a.get("window") is not None:
                 seen = seen & ((place - other).abs() < a["window"])
+        if a.get("blocks") is not None:
+            seen = seen & in_blocks(a["blocks"][n % len(a["blocks"])], a.get("block_size", 128), *scores.shape[1:])
         alive = seen.any(-1)
         scores = torch.where(alive[..., None], scores.masked_fill(~seen, -math.inf), 0.0)
         p = torch.softmax(scores, -1) * alive[..., None]
@@ -131,7 +133,18 @@ def masked(mask: list, place: torch.Tensor, other: torch.Tensor, heads: int) -> 
     return seen | ((other < sinks) & (other <= place))
 
 
+def in_blocks(visited: torch.Tensor, size: int, sq: int, sk: int) -> torch.Tensor:
+    """[heads or 1, Sq, Sk] of a map of blocks."""
+    row, column = (torch.arange(n, device=visited.device) // size for n in (sq, sk))
+    return visited[:, row][:, :, column]
+
+
 # ---- random calls
+
+
+def apart(rng: random.Random, what: str) -> random.Random:
+    """Draws that leave those of `rng` as they are: the calls of a seed do not change with a new kind of argument."""
+    return random.Random(f"{what}-{rng.getstate()[1][:4]}")
 
 
 def random_mask(rng: random.Random, kv_heads: int, group: int) -> list:
@@ -179,6 +192,9 @@ def random_call(rng: random.Random, backend: str, device: torch.device) -> tuple
     if op != "attention":
         head_dim = max(2, head_dim)
     largest = 300 if backend == "cuda" and rng.random() < 0.3 else 9
+    of_blocks = apart(rng, "blocks")
+    listed = op != "rope" and backend != "cuda" and of_blocks.random() < 0.2  # the CUDA kernels take no block lists
+    largest = 100 if listed else largest
     kv_heads = rng.randint(1, 3)
     heads = kv_heads * rng.choice((0, 1, 1, 1, 2, 2, 2, 3, 3, 3))
     generator = torch.Generator().manual_seed(rng.getrandbits(32))
@@ -217,6 +233,15 @@ def random_call(rng: random.Random, backend: str, device: torch.device) -> tuple
         own = random.Random(generator.initial_seed())  # so that the other draws of a seed stay what they were
         if own.random() < 0.3:
             a.update(causal=True, window=None, mask=random_mask(own, kv_heads, heads // kv_heads))
+        if listed and not packed:
+            size = of_blocks.choice((32, 32, 64, 128))
+            blocks = [-(-n // size) for n in (sq, sk)]
+            shape = (of_blocks.choice((1, rows)), of_blocks.choice((1, heads)), *blocks)
+            share = of_blocks.choice((0.0, 0.3, 0.7, 1.0))
+            drawn = torch.Generator().manual_seed(of_blocks.getrandbits(32))
+            a |= dict(blocks=(torch.rand(shape, generator=drawn) < share).to(device), block_size=size)
+            if of_blocks.random() < 0.5:
+                a["blocks"] = scattered(a["blocks"], of_blocks)
         if rng.random() < 0.3:
             a["softmax_scale"] = rng.choice((0.3, 1.0, -0.5, 0.0))
         a["deterministic"] = rng.random() < 0.3
@@ -250,6 +275,11 @@ def random_call(rng: random.Random, backend: str, device: torch.device) -> tuple
 
 def spoil(a: dict, rng: random.Random) -> None:
     """Changes one argument into something that is usually wrong."""
+    own = apart(rng, "lists")
+    if "v" in a and own.random() < 0.1:  # packed sequences take none, and few calls this map or these sizes
+        one = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=a["q"].device)
+        a.update(own.choice((dict(blocks=one), dict(blocks=one, block_size=own.choice((0, 48, 1 << 21))))))
+        return
     name = rng.choice([n for n, t in a.items() if isinstance(t, torch.Tensor)])
     t = a[name]
 

@@ -19,6 +19,7 @@ MODULES = (
     "lm_eval",
     "position_programs",
     "huggingface.context_extension.extending",
+    "huggingface.context_extension.rolling_cache",
 )
 SECTIONS = ("Args:", "Attributes:", "Returns:", "Yields:", "Raises:", "Source:")
 

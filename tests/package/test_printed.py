@@ -141,6 +141,9 @@ NOT_RUN = {
     "seal harness --model lmsys/longchat-7b-v1.5-32k --scales out/longchat-7b/adapters/SEAL-C-0.02 --tasks "
     "longbench_single longbench_multi mmlu --output out/longbench.json": NETWORK,
     "seal study --preset smollm2 --output study --workers 2 --text english.txt --budget-s 420": NETWORK,
+    "seal study --preset smollm2-context --text english_long.txt --output context --workers 2 --budget-s 1500": NETWORK,
+    "seal study --preset smollm2-context --output context --summary": "needs the files of the line above it; "
+    "tests/experiments/test_context_study.py runs a whole study and its summary",
     "seal study --output study": "takes a minute even when cut short; tests/cli/test_commands.py runs a whole study",
     "(cd /usr/share/common-licenses && cat GPL-3 Apache-2.0 Artistic MPL-2.0 GFDL-1.3 CC0-1.0) > english.txt": DEBIAN,
     """python3.11 -c "from pydoc_data.topics import topics; print('\\n\\n'.join(topics[k] for k in sorted(topics)))" """

@@ -76,6 +76,20 @@ def test_attention_while_training(recipe, moved, sinks, length):
     assert_untouched(model)
 
 
+def test_full_attention_while_training():
+    """The baseline of both: what learns is the same, and training mode computes what evaluation mode does."""
+    model, ids = build(num_key_value_heads=1), tokens(2, LENGTH)  # nothing is moved, so one key/value head will do
+    adapted, patch = prepare(model, recipe_of("full_attention", dict(length=LENGTH)), seed=0)
+    other, _ = prepare(build(), recipe_of("longlora", dict(length=LENGTH)), seed=0)
+    names = lambda m: {n for n, p in m.named_parameters() if p.requires_grad}
+    assert names(adapted) == names(other)
+    full = logits(adapted, ids)
+    with training_masks(patch):
+        adapted.train()
+        assert close(logits(adapted, ids), full)
+        adapted.eval()
+
+
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("recipe", ["longlora", "sinklora"])
 def test_what_learns(recipe, checkpointing, tmp_path):
@@ -170,9 +184,10 @@ def test_shares_are_whole_groups_of_heads():
 
 
 WRONG = [
-    ("lora", {}, "recipe must be one of longlora, sinklora, got 'lora'"),
+    ("lora", {}, "recipe must be one of longlora, sinklora, full_attention, got 'lora'"),
     ("longlora", {}, "recipe_options must be length and any of group, shifted_heads"),
     ("longlora", dict(length=48, depth=1), "recipe_options must be length and any of group"),
+    ("full_attention", dict(length=48, group=12), "recipe_options must be length and any of positions, rank, alpha"),
     ("longlora", dict(length=48, group=0), "group must be an integer of at least 1, got 0"),
     ("longlora", dict(length=48, group=49), "group must be at most the length 48, got 49"),
     ("longlora", dict(length=1), "length must be an integer of at least 2, got 1"),

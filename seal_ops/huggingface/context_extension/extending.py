@@ -14,6 +14,7 @@ from ..discovery import find_attention_layers
 from ..layers import AttentionLayer
 from ..patch import PROGRAM, Patch, patch_on
 from ..wrappers import unwrapped
+from .block_prefill import BlockPrefill, head_patterns
 from .frequencies import matching, replace, rotaries
 from .methods import FAIL, METHODS, resolved
 from .programs import LengthFrequencies, PositionProgram, Table
@@ -51,8 +52,9 @@ def extend(model: nn.Module, method: str, *, trained: int | None = None, **optio
     """Lets ``model`` read farther than it was trained to, without training; `unextend` gives it back bit for bit.
 
     linear, ntk, yarn and giraffe replace rotary frequencies.  The others run in the attention layers, on unrotated keys
-    in the cache, by `seal_ops.position_programs`; layers with a sliding window of their own stay as they are.  Scales
-    may be attached before or after.  An extension is no part of a saved checkpoint.
+    in the cache, by `seal_ops.position_programs`; layers with a sliding window of their own stay as they are.
+    minference reads no farther, but long prompts in less time: through block lists, while positions, the cache and
+    decoding stay the model's.  Scales may be attached before or after.  An extension is no part of a saved checkpoint.
 
     Args:
         model: a transformers model with loaded weights, or PEFT's or torch.compile's wrapper of one.
@@ -62,6 +64,11 @@ def extend(model: nn.Module, method: str, *, trained: int | None = None, **optio
             giraffe: ``k``, or ``low``, ``high`` and ``rho`` (`seal_ops.rope_frequencies`).  self_extend: ``group`` and
             ``window``.  dual_chunk: ``length`` (the trained one) and ``chunk`` (3/4 of that).  lm_infinite: ``sinks``
             (10), ``window`` and ``limit`` (the trained length).  streaming: ``sinks`` (4) and ``window`` (the rest).
+            minference: ``pattern`` ("vertical_slash", "a_shape" or, chosen for every head and prompt, "auto"; or a dict
+            of these by layer, for all heads or a list for each); ``vertical`` (1000) keys and ``slash`` (6096)
+            distances of the first pattern, by the last ``last_q`` (64) queries; ``sinks`` (1024) and ``window`` (4096)
+            of the second; ``keeps`` (0.95), the share of these queries' attention from which "auto" takes it;
+            ``dense`` (4096), up to which texts are read densely; ``block`` (64) tokens.
 
     Returns:
         An `Extension`, which says what the options are and how far the model reads.
@@ -155,7 +162,15 @@ def _run_program(extension: Extension, trained: int) -> None:
     long = [layer for layer in patch.layers if not layer.windowed]
     if not long:
         raise ValueError(f"{FAIL}{method} needs layers without a window of their own, {type(model).__name__} has none")
-    programs = [_program(extension, layer, trained) for layer in long]
+    for layer in long:
+        if layer.composed is not None:
+            raise ValueError(
+                f"{FAIL}{method} needs attention that runs in the fused ops, {_name(layer)} has {layer.composed}"
+            )
+    if METHODS[method].positions:
+        programs = [_program(extension, layer, trained) for layer in long]
+    else:
+        programs = _prefills(extension.options, long)
     for layer, program in zip(long, programs):
         layer.program = program
     extension.layers, extension.patch = len(long), patch
@@ -171,13 +186,21 @@ def _layers(model: nn.Module) -> list[AttentionLayer]:
         raise ValueError(str(error).replace("seal_ops.attach: ", FAIL, 1)) from error
 
 
+def _name(layer: AttentionLayer) -> str:
+    kind = type(layer.module)
+    return getattr(kind, "_seal_base", kind).__name__
+
+
+def _prefills(options: dict, layers: list[AttentionLayer]) -> list[BlockPrefill]:
+    try:
+        patterns = head_patterns(options["pattern"], {layer.index: layer.num_heads for layer in layers})
+    except ValueError as error:
+        raise ValueError(f"{FAIL}{error}") from None
+    return [BlockPrefill(own, options) for own in patterns]
+
+
 def _program(extension: Extension, layer: AttentionLayer, trained: int):
-    kind, method = type(layer.module), METHODS[extension.method]
-    name = getattr(kind, "_seal_base", kind).__name__
-    if layer.composed is not None:
-        raise ValueError(
-            f"{FAIL}{extension.method} needs attention that runs in the fused ops, {name} has {layer.composed}"
-        )
+    method, name = METHODS[extension.method], _name(layer)
     if layer.rotation != "deferred":
         raise ValueError(
             f"{FAIL}{extension.method} needs a half-split rotation as the last step before attention, {name} has none"

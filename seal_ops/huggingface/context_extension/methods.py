@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable
 
 from ...ops import position_programs
+from .block_prefill import VERTICAL_SLASH, check_pattern
 
 FAIL = "seal_ops.extend: "
 
@@ -15,7 +16,8 @@ class Method:
     """``options``: name -> default, or a function of the trained length; REQUIRED where there is none.
 
     ``rope_type``: of `seal_ops.rope_frequencies`, for methods that replace frequencies.  ``run`` and ``rows``: the
-    position program, and the positions that it turns to whatever the length.  ``reach``: positions of an extended
+    position program, and the positions that it turns to whatever the length.  ``positions``: whether the method
+    changes positions at all.  ``reach``: positions of an extended
     model, of its options and the trained length; None: any number.
     """
 
@@ -27,6 +29,7 @@ class Method:
     run: Callable | None = None
     rows: Callable[[dict], int] = lambda options: 1
     check: Callable[[dict, int], str | None] = lambda options, trained: None
+    positions: bool = True
 
 
 class _Required:
@@ -86,6 +89,18 @@ def _streaming(options, trained):
         both = f"{options['sinks']} + {options['window']}"
         return f"sinks + window must be at most the trained length {trained}, got {both}"
     return found
+
+
+def _minference(options, trained):
+    found = _whole(
+        ("vertical", 0), ("slash", 0), ("last_q", 1), ("sinks", 0), ("window", 1), ("dense", 0), ("block", 32)
+    )(options, trained)
+    if found is None and options["block"] % 32:
+        return f"block must be a multiple of 32, got {options['block']}"
+    keeps = options["keeps"]
+    if found is None and not (isinstance(keeps, (int, float)) and not isinstance(keeps, bool) and 0 <= keeps <= 1):
+        return f"keeps must be a share from 0 to 1, got {keeps!r}"
+    return check_pattern(options["pattern"]) if found is None else found
 
 
 def _giraffe(options, trained):
@@ -161,6 +176,17 @@ METHODS: dict[str, Method] = {
         run=position_programs.streaming,
         rows=lambda o: o["sinks"] + o["window"],
         check=_streaming,
+    ),
+    "minference": Method(
+        "long prompts read through the blocks that each head's last queries attend to; decoding as it is",
+        "2407.02490",
+        {
+            "vertical": 1000, "slash": 6096, "last_q": 64, "sinks": 1024, "window": 4096, "pattern": VERTICAL_SLASH,
+            "keeps": 0.95, "dense": 4096, "block": 64,
+        },
+        lambda o, trained: trained,
+        check=_minference,
+        positions=False,
     ),
 }  # fmt: skip
 

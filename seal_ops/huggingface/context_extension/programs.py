@@ -27,7 +27,16 @@ class Table:
         return self._made[device]
 
 
-class PositionProgram:
+class _Everywhere:
+    """Runs every call of its layer, and wants a cache of unrotated keys."""
+
+    unrotated = True
+
+    def serves(self, queries: int, keys: int) -> bool:
+        return True
+
+
+class PositionProgram(_Everywhere):
     """One of `seal_ops.position_programs` with its options."""
 
     def __init__(self, run: Callable, options: dict, table: Table, rows: int):
@@ -39,7 +48,7 @@ class PositionProgram:
         return self.run(q, k, v, cos, sin, **self.options, **call)
 
 
-class LengthFrequencies:
+class LengthFrequencies(_Everywhere):
     """True positions, turned by frequencies that depend on how many keys a row or sequence has."""
 
     def __init__(self, head_dim: int, base: float, trained: int, factor: float):
