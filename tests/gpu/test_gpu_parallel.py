@@ -12,15 +12,15 @@ SECTIONS = ("loop", "command", "data_parallel", "half_precision", "tensor_parall
 
 @pytest.mark.parametrize("section", SECTIONS)
 def test_two_gpus_equal_one(tmp_path, section):
-    printed = two_processes("parallel_processes.py", tmp_path, section)
-    assert {f"process {rank}: {section} is done" for rank in (0, 1)} <= set(printed)
+    two_processes("parallel_processes.py", tmp_path, section)
+    assert (tmp_path / f"{section}-0").exists() and (tmp_path / f"{section}-1").exists(), "a process ended early"
 
 
-def test_deepspeeds_own_exchange():
+def test_deepspeeds_own_exchange(tmp_path):
     if importlib.util.find_spec("deepspeed") is None:
         pytest.skip("DeepSpeed is not installed")
-    printed = two_processes("sequence_processes.py", DS_ACCELERATOR="cuda")
-    assert {"process 0 is done", "process 1 is done"} <= set(printed)
+    two_processes("sequence_processes.py", tmp_path, DS_ACCELERATOR="cuda")
+    assert (tmp_path / "done-0").exists() and (tmp_path / "done-1").exists(), "a process ended early"
 
 
 def test_a_model_split_over_two_gpus_trains(tmp_path):
