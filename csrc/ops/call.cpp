@@ -54,6 +54,7 @@ const std::pair<const char*, Field> kFields[] = {
 CallReader::CallReader(const c10::FunctionSchema& schema) : op_(schema.operator_name().name) {
   op_.erase(0, op_.find("::") + 2);
   for (const auto& argument : schema.arguments()) {
+    if (argument.type()->kind() == c10::TypeKind::TensorType) required_.emplace_back(fields_.size(), argument.name());
     Field found = nullptr;
     for (const auto& [name, field] : kFields)
       if (argument.name() == name) found = field;
@@ -66,6 +67,11 @@ Call CallReader::read(const torch::jit::Stack& stack) const {
   Call call;
   call.op = op_;
   const size_t first = stack.size() - fields_.size();
+  // The dispatcher takes None for a tensor, as an undefined one.
+  for (const auto& [n, name] : required_) {
+    const c10::IValue& value = stack[first + n];
+    SEAL_CHECK(value.isTensor() && value.toTensor().defined(), op_, name, "be a tensor", "None");
+  }
   for (size_t n = 0; n < fields_.size(); ++n) fields_[n](call, stack[first + n]);
   return call;
 }

@@ -11,6 +11,7 @@
 #include <optional>
 #include <string>
 #include <string_view>
+#include <utility>
 #include <vector>
 
 #include "../cuda/mask.h"
@@ -50,6 +51,7 @@ struct Call {
 class CallReader {
  public:
   explicit CallReader(const c10::FunctionSchema& schema);
+  // Raises ValueError where a tensor that the op must have is None.
   Call read(const torch::jit::Stack& stack) const;
   size_t arguments() const { return fields_.size(); }
 
@@ -57,6 +59,7 @@ class CallReader {
   using Field = void (*)(Call&, const c10::IValue&);
   std::string op_;
   std::vector<Field> fields_;  // one an argument, in the schema's order
+  std::vector<std::pair<size_t, std::string>> required_;  // tensors that may not be None: place and name
 };
 
 }  // namespace seal

@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from torch import nn
 
@@ -18,7 +18,7 @@ from ..huggingface.discovery import find_attention_layers
 from ..huggingface.layers import GRANULARITIES, AttentionLayer
 from ..huggingface.model_parallel import ulysses
 from ..huggingface.patch import SCALES, Patch, patch_on
-from ..huggingface.wrappers import unwrapped
+from ..huggingface.wrappers import check_module, unwrapped
 from ..ops.dispatch import choose
 from . import peft_registry
 from .files import DEFAULT_ADAPTER, ScalesConfig, read, shown, tensor_name
@@ -45,6 +45,7 @@ class Attachment:
 
 def attached(model: nn.Module, call: str) -> tuple[Scales, Attachment]:
     """The scales on ``model``, wherever in it they are; ValueError in the name of ``call`` where there are none."""
+    check_module(model, call)
     found = [m for m in model.modules() if isinstance(m, Scales) and m.attachment is not None]
     if len(found) != 1:
         raise ValueError(
@@ -69,16 +70,18 @@ def _select(attention_layers: list[AttentionLayer], layers: Sequence[int] | None
     if layers is None:
         return list(attention_layers)
     known = {attn.index: attn for attn in attention_layers}
-    chosen = sorted(set(layers))
-    if not chosen or not all(type(i) is int and i in known for i in chosen):
+    chosen = list(layers) if isinstance(layers, Iterable) else [layers]
+    if not chosen or not isinstance(layers, Iterable) or not all(type(i) is int and i in known for i in chosen):
         numbers = list(known)
         expected = f"from {numbers[0]} to {numbers[-1]}" if numbers == list(range(len(numbers))) else f"among {numbers}"
-        raise ValueError(f"seal_ops.{call}: layers must be indices {expected}, got {list(layers)}")
-    return [known[i] for i in chosen]
+        got = chosen if isinstance(layers, Iterable) else layers
+        raise ValueError(f"seal_ops.{call}: layers must be indices {expected}, got {shown(got)}")
+    return [known[i] for i in sorted(set(chosen))]
 
 
 def refuse_second(model: nn.Module, call: str) -> None:
     """ValueError in the name of ``call`` where the model already has scales."""
+    check_module(model, call)
     if any(isinstance(m, Scales) for m in model.modules()):
         raise ValueError(f"seal_ops.{call}: model already has scales attached; call seal_ops.detach(model) first")
 
@@ -271,6 +274,7 @@ def load(
         ValueError: a damaged file, an adapter made for another model, or tensors of another shape or dtype than the
             config says.
     """
+    check_module(model, "load")
     source = resolve(save_directory, revision=revision, token=token, subfolder=subfolder)
     saved, tensors, version = read(source)
     on_it = any(isinstance(m, Scales) for m in model.modules())

@@ -26,6 +26,8 @@ def resolve(
         raise ValueError(
             f"seal_ops.{call}: save_directory must be a folder or a name on the hub, got {files.shown(name_or_path)}"
         )
+    if not isinstance(subfolder, (str, type(None))):
+        raise ValueError(f"seal_ops.{call}: subfolder must be a name or None, got {files.shown(subfolder)}")
     path = os.fspath(name_or_path)
     if not os.path.isdir(path):
         if not path or os.path.exists(path) or os.path.isabs(path) or path.startswith(".") or path.count("/") > 1:

@@ -7,11 +7,12 @@ import itertools
 import os
 import sys
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
+from ..utils.arguments import path
 from . import files, model_card
 from .files import DEFAULT_ADAPTER, ScalesConfig
 from .gathering import is_main_process, like, whole
@@ -187,6 +188,11 @@ class Scales(nn.Module):
             ValueError: an unknown layer or a wrong shape.
         """
         if not isinstance(rows, Mapping):
+            if not isinstance(rows, (Tensor, list, tuple)) or (isinstance(rows, Tensor) and not rows.dim()):
+                raise ValueError(
+                    f"seal_ops.Scales.rows: rows must be tensors, one a layer, or a mapping from layer to tensor, got "
+                    f"{files.shown(rows)}"
+                )
             if len(rows) != len(self.config.layers):
                 raise ValueError(
                     f"seal_ops.Scales.rows: rows must have {len(self.config.layers)} entries, one a "
@@ -199,6 +205,10 @@ class Scales(nn.Module):
                 raise ValueError(f"seal_ops.Scales.rows: layers must be among {list(self.config.layers)}, got {layer}")
             index = self.config.layers.index(layer)
             heads, head_dim = self.config.num_heads[index], self.config.head_dim[index]
+            if not isinstance(tensor, Tensor):
+                raise ValueError(
+                    f"seal_ops.Scales.rows: rows of layer {layer} must be a tensor, got {files.shown(tensor)}"
+                )
             if tensor.dim() == 2:
                 tensor = tensor[..., None]
             if tensor.dim() != 3 or tensor.shape[1] != heads or tensor.shape[2] not in (1, head_dim):
@@ -236,13 +246,13 @@ class Scales(nn.Module):
             is_main_process: whether this process writes; None for the first of a distributed run.
 
         Raises:
-            ValueError: an unknown name.
+            ValueError: an unknown name, or no path.
             OSError: the folder cannot be written; the message names it.
         """
-        names = self.adapter_names if selected_adapters is None else list(selected_adapters)
-        self._check_names("save_pretrained", "selected_adapters", names)
+        names = self.adapter_names if selected_adapters is None else selected_adapters
+        names = self._names("save_pretrained", "selected_adapters", names)
         root = DEFAULT_ADAPTER if DEFAULT_ADAPTER in names or len(names) != 1 else names[0]
-        folder = os.fspath(save_directory)
+        folder = path("seal_ops.Scales.save_pretrained", "save_directory", save_directory)
         self.save_to({name: folder if name == root else os.path.join(folder, name) for name in names}, is_main_process)
 
     def save_to(self, folders: Mapping[str, str], main: bool | None = None, values: Mapping | None = None) -> None:
@@ -289,6 +299,15 @@ class Scales(nn.Module):
                     f"seal_ops.Scales.{call}: {argument} must be among {[*self.adapter_names, *also]}, "
                     f"got {files.shown(name)}"
                 )
+
+    def _names(self, call: str, argument: str, names: Sequence[str], also: Sequence[str] = ()) -> list[str]:
+        """Several names, at least one, checked."""
+        if isinstance(names, str) or not isinstance(names, Iterable) or not (names := list(names)):
+            raise ValueError(
+                f"seal_ops.Scales.{call}: {argument} must be a list of names, at least one, got {files.shown(names)}"
+            )
+        self._check_names(call, argument, names, also)
+        return names
 
     def set_adapter(self, adapter_name: str) -> None:
         """Makes another adapter the one that computes and learns.
@@ -352,7 +371,7 @@ class Scales(nn.Module):
         from .attachment import owner_of
 
         owner_of(self, "Scales.adapters_per_row")
-        self._check_names("adapters_per_row", "adapter_names", adapter_names, _BASE)
+        adapter_names = self._names("adapters_per_row", "adapter_names", adapter_names, _BASE)
         scale_of = {name: values for name, (_, values) in self.inactive.items()}
         scale_of[self.active_adapter] = dict(self.items())
         replaced = []

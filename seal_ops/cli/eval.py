@@ -45,7 +45,10 @@ def run(args):
     from ..evaluation.runner import evaluate
     from ..quantized.saving import load_weak_columns
     from ..report import plots
+    from ..utils.files import check_file
 
+    for written in filter(None, (args.csv, args.plot)):
+        check_file(written)
     others = [Evaluation.load(path) for path in args.compare]
     model, tokenizer = load(args)
     if args.weak_columns is not None:

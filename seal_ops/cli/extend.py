@@ -23,17 +23,16 @@ def run(args):
 
     from ..experiments.extension_comparison import BASE, compare_extensions, suggested
     from ..huggingface.context_window import trained_length
-    from ..utils.files import atomic_write
+    from ..utils.files import atomic_write, check_file, read_text
     from .options import log
 
     if args.text is not None and not args.lengths:
         raise ValueError("--lengths must be given with --text, got none")
     if not args.methods and not args.lengths:
         raise ValueError("--methods or --lengths must say how far the model is to read, got neither")
-    text = None
-    if args.text is not None:
-        with open(args.text, encoding="utf-8") as file:
-            text = file.read()
+    text = None if args.text is None else read_text(args.text)
+    if args.output:
+        check_file(args.output)
     model, tokenizer = load(args)
     methods = args.methods or suggested(trained_length(model), max(args.lengths))
     rows = compare_extensions(model, tokenizer, methods, text, args.lengths, windows=args.windows, log=log)

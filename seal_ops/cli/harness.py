@@ -28,8 +28,11 @@ def options(parser):
 def run(args):
     from ..adapters import attachment
     from ..evaluation import lm_eval as harness
+    from ..utils.files import check_file
 
     harness.require()
+    if args.output:
+        check_file(args.output)
     model, tokenizer = load(args)
     if args.scales is not None:
         attachment.load(model, args.scales, backend=args.backend)

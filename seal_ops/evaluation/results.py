@@ -95,7 +95,12 @@ class Evaluation:
     @classmethod
     def load(cls, path) -> "Evaluation":
         """Reads what :meth:`save` wrote; ``ValueError`` where the file is something else."""
-        return load_result(cls, path, "evaluation")
+        found = load_result(cls, path, "evaluation")
+        for number, record in enumerate(found.records):
+            if "score" not in record:
+                got = f"records[{number}] without a score"
+                raise ValueError(f"seal_ops.Evaluation.load: {path} must be a saved evaluation, got {got}")
+        return found
 
     def save_csv(self, path) -> None:
         """Writes one row a case as CSV; the file is replaced in one step."""

@@ -12,8 +12,11 @@ from .. import tasks
 from ..huggingface.context_window import warn_beyond_window
 from ..huggingface.modes import mode
 from ..huggingface.origin import provenance
+from ..huggingface.wrappers import check_module
 from ..tasks.description import describe, prompt_options
 from ..tasks.reading import final_answer, opens_reasoning
+from ..utils.arguments import integer, path, shown
+from ..utils.files import check_file
 from ..utils.memory import Pieces
 from ..utils.progress import bar
 from ..utils.runs import Growing
@@ -69,12 +72,14 @@ def evaluate(
     Raises:
         ValueError: a length is too short, the tokenizer lacks a token, or ``output`` holds another run's cases.
     """
+    check_module(model, "evaluate")
     task = tasks.get(task)
     lengths = _lengths(lengths)
-    if cases < 1:
-        raise ValueError(f"seal_ops.evaluate: cases must be at least 1, got {cases}")
-    if batch_size is not None and batch_size < 1:
-        raise ValueError(f"seal_ops.evaluate: batch_size must be at least 1 or None, got {batch_size}")
+    call = "seal_ops.evaluate"
+    cases, seed = integer(call, "cases", cases, 1), integer(call, "seed", seed)
+    batch_size = None if batch_size is None else integer(call, "batch_size", batch_size, 1)
+    max_new_tokens = None if max_new_tokens is None else integer(call, "max_new_tokens", max_new_tokens, 1)
+    output = None if output is None else check_file(path(call, "output", output))
     warn_beyond_window(model, lengths[-1], "seal_ops.evaluate")
     origin = provenance(model)
     settings = {
@@ -128,9 +133,9 @@ def evaluate(
 
 
 def _lengths(lengths):
-    lengths = [lengths] if isinstance(lengths, int) else list(lengths)
+    lengths = list(lengths) if isinstance(lengths, Iterable) else [lengths]
     if not lengths or not all(isinstance(n, int) and n > 0 for n in lengths):
-        raise ValueError(f"seal_ops.evaluate: lengths must be positive integers, at least one, got {lengths}")
+        raise ValueError(f"seal_ops.evaluate: lengths must be positive integers, at least one, got {shown(lengths)}")
     return sorted(set(lengths))
 
 

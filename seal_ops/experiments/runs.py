@@ -14,7 +14,11 @@ def reserve(output, settings: dict, call: str, hint: str = "") -> None:
     path = os.path.join(output, SETTINGS)
     if not os.path.exists(path):
         atomic_write(path, json.dumps(settings, indent=1) + "\n")
-    elif names := differing(read_json_file(path), settings):
+        return
+    found = read_json_file(path)
+    if not isinstance(found, dict):
+        raise ValueError(f"{call}: {path} must hold the settings of a run, got a {type(found).__name__}")
+    if names := differing(found, settings):
         raise ValueError(
             f"{call}: output {os.fspath(output)} must be new or hold this run, got one with another {', '.join(names)}{hint}"  # noqa: E501
         )
@@ -29,5 +33,9 @@ def require_shipped(model: str, default: str, call: str) -> None:
 
 
 def read_json_file(path):
+    """The content of a JSON file; ``ValueError``, one sentence that names it, where it is damaged."""
     with open(path, encoding="utf-8") as file:
-        return json.load(file)
+        try:
+            return json.load(file)
+        except ValueError as error:
+            raise ValueError(f"{os.fspath(path)} must be a JSON file, got {error}") from None

@@ -6,6 +6,7 @@ both to it."""
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
@@ -27,6 +28,7 @@ def statistics(q: Tensor) -> torch.dtype:
 
 def check(op: str, a: dict) -> None:
     """Raises ValueError for a call outside the contract (docs/ops.md). `a`: the op's arguments by name."""
+    required(op, a)
     packed = _qkv(op, a)
     if "v" in a:
         rows = _packing(op, a, packed)
@@ -38,6 +40,23 @@ def check(op: str, a: dict) -> None:
         _rotation(op, a, packed)
     if "grad_out" in a:
         _backward(op, a)
+
+
+@functools.cache
+def _required(op: str) -> tuple[str, ...]:
+    return tuple(a.name for a in getattr(torch.ops.seal, op).default._schema.arguments if str(a.type) == "Tensor")
+
+
+def required(op: str, a: dict) -> None:
+    """Raises ValueError where an argument that must be a tensor is None, which the dispatcher lets pass."""
+    for name in _required(op):
+        tensor(op, name, a[name])
+
+
+def tensor(op: str, name: str, value) -> None:
+    """Raises ValueError for what is no tensor."""
+    if not isinstance(value, Tensor):
+        fail(op, name, "be a tensor", None if value is None else type(value).__name__)
 
 
 def differentiable(op: str, a: dict) -> bool:

@@ -12,6 +12,8 @@ import warnings
 
 import torch
 
+from ..utils.arguments import integer
+
 NAMES = ("cuda", "triton", "cpu", "reference")
 MERGE_OPS = ("merge_attention", "merge_attention_backward")  # on lists of tensors; merging.py has all of them
 OPS = ("attention", "attention_backward", "rope", "rope_attention", *MERGE_OPS)
@@ -98,6 +100,19 @@ def choose(backend: str, op: str, device: torch.device, dtype: torch.dtype, head
     return best
 
 
+def _device(device) -> torch.device:
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        found = device if isinstance(device, torch.device) else torch.device(str(device))
+    except RuntimeError:
+        raise ValueError(f"seal_ops.backends: device must be cpu, cuda or cuda:N, got {device!r}") from None
+    count = torch.cuda.device_count()
+    if found.type == "cuda" and (found.index or 0) >= count:
+        raise ValueError(f"seal_ops.backends: device must be available, got {found} where torch sees {count} GPUs")
+    return found
+
+
 def backends(
     device: torch.device | str | None = None, dtype: torch.dtype = torch.bfloat16, head_dim: int = 128
 ) -> dict[str, dict[str, str]]:
@@ -105,8 +120,14 @@ def backends(
 
     Returns:
         `{op: {"chosen": name, other name: one sentence, ...}}`.
+
+    Raises:
+        ValueError: no device, dtype or head_dim, or a GPU where torch sees none.
     """
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = _device(device)
+    if not isinstance(dtype, torch.dtype):
+        raise ValueError(f"seal_ops.backends: dtype must be a torch.dtype, got {dtype!r}")
+    head_dim = integer("seal_ops.backends", "head_dim", head_dim, 1)
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())
     found = {}

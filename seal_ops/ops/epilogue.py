@@ -46,6 +46,7 @@ def _check(op, out, offset, sink, gate, gate_function) -> None:
         checks.fail(op, "gate_function", f"be one of {', '.join(GATE_FUNCTIONS)}", repr(gate_function))
     given = [(name, t) for name, t in (("sink", sink), ("gate", gate)) if t is not None]
     for name, t in given:
+        checks.tensor(op, name, t)
         if t.dtype not in checks.FLOATS:
             checks.fail(op, name, "be bfloat16, float16, float32 or float64", t.dtype)
         if t.device != out.device:

@@ -73,7 +73,7 @@ def attention(
         softmax_scale=softmax_scale,
         causal=causal,
         window=window,
-        **_mask_arguments("attention", mask, q),
+        **_mask_arguments("attention", mask, q, causal),
         max_seqlen=max_seqlen,
         max_seqlen_k=max_seqlen_k,
         deterministic=bool(deterministic),
@@ -152,6 +152,8 @@ def rope_attention(
         ValueError: as `rope` and `attention`.
     """
     if cu_seqlens is not None and positions is None and positions_k is None:
+        for name, t in (("q", q), ("k", k)):
+            checks.tensor("rope_attention", name, t)
         positions = packed_positions(cu_seqlens, q.shape[0], cu_seqlens_k)
         if cu_seqlens_k is not None:
             positions_k = packed_positions(cu_seqlens_k, k.shape[0])
@@ -171,7 +173,7 @@ def rope_attention(
         softmax_scale=softmax_scale,
         causal=causal,
         window=window,
-        **_mask_arguments("rope_attention", mask, q),
+        **_mask_arguments("rope_attention", mask, q, causal),
         max_seqlen=max_seqlen,
         max_seqlen_k=max_seqlen_k,
         deterministic=bool(deterministic),
@@ -181,8 +183,11 @@ def rope_attention(
     return (out, lse) if return_lse else out
 
 
-def _mask_arguments(op: str, mask: Mask | BlockMask | Sequence[int] | None, q: Tensor) -> dict:
+def _mask_arguments(op: str, mask: Mask | BlockMask | Sequence[int] | None, q: Tensor, causal: bool) -> dict:
     """The op's arguments for a mask of q [..., H, D]: its share of shifted heads becomes heads."""
+    if causal is None:  # the dispatcher would read it as False
+        checks.fail(op, "causal", "be True or False", None)
+    checks.tensor(op, "q", q)
     arguments = {}
     if isinstance(mask, BlockMask):
         arguments = dict(blocks=mask.visited, block_size=mask.size)
@@ -204,8 +209,9 @@ def packed_positions(cu_seqlens: Tensor, tokens: int, cu_seqlens_k: Tensor | Non
         ValueError: lengths that are not int32 or int64 `[sequences + 1]`, or that differ in shape or device.
     """
     for name, t in (("cu_seqlens", cu_seqlens), ("cu_seqlens_k", cu_seqlens_k)):
-        if t is None:
+        if t is None and name == "cu_seqlens_k":
             continue
+        checks.tensor("packed_positions", name, t)
         if t.dtype not in (torch.int32, torch.int64) or t.dim() != 1 or t.shape[0] < 1:
             checks.fail(
                 "packed_positions", name, "be int32 or int64 of shape [sequences + 1]", f"{t.dtype} {list(t.shape)}"
@@ -213,6 +219,8 @@ def packed_positions(cu_seqlens: Tensor, tokens: int, cu_seqlens_k: Tensor | Non
         if t.shape != cu_seqlens.shape or t.device != cu_seqlens.device:
             expected = f"have cu_seqlens' shape {list(cu_seqlens.shape)} and device {cu_seqlens.device}"
             checks.fail("packed_positions", name, expected, f"{list(t.shape)} on {t.device}")
+    if not isinstance(tokens, (int, torch.SymInt)) or (isinstance(tokens, int) and tokens < 0):
+        checks.fail("packed_positions", "tokens", "be a number of tokens", repr(tokens))
     token = torch.arange(tokens, device=cu_seqlens.device)
     which = torch.searchsorted(cu_seqlens[1:].contiguous(), token, right=True, out_int32=True).long()
     at = token - cu_seqlens[which]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import operator
 
+import torch
 from torch import Tensor
 
 UNBOUNDED = 1 << 30  # above every position, so that arithmetic with it stays in 32 bits
@@ -132,7 +133,11 @@ def shifted_groups(group: int, shifted_heads: float = 0.5, sinks: int = 0) -> Ma
     causal reading.
     """
     group = _at_least(1, "shifted_groups", "group", group)
-    if not 0 <= shifted_heads <= 1:
+    try:
+        fits = 0 <= shifted_heads <= 1
+    except TypeError:
+        fits = False
+    if not fits:
         _fail("shifted_groups", "shifted_heads", "be a share from 0 to 1", shifted_heads)
     return dataclasses.replace(
         chunks(group),
@@ -174,4 +179,9 @@ def blocks(visited: Tensor, size: int = 128, mask: Mask | None = None) -> BlockM
     size = _at_least(1, "blocks", "size", size)
     if size % 32:
         _fail("blocks", "size", "be a multiple of 32", size)
+    if not isinstance(visited, Tensor) or visited.dtype != torch.bool or visited.dim() != 4:
+        kind = f"{visited.dtype} {list(visited.shape)}" if isinstance(visited, Tensor) else type(visited).__name__
+        _fail("blocks", "visited", "be a bool tensor [B or 1, heads or 1, blocks of queries, blocks of keys]", kind)
+    if not isinstance(mask, (Mask, type(None))):
+        _fail("blocks", "mask", "be made by seal_ops.masks", type(mask).__name__)
     return BlockMask(causal() if mask is None else mask, visited, size)

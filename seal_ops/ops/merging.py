@@ -39,6 +39,11 @@ def merge_attention(
     Source:
         The combination step of FlashAttention (arXiv 2205.14135, algorithm 1).
     """
+    for name, parts in (("outs", outs), ("lses", lses)):
+        if not isinstance(parts, (list, tuple)):
+            checks.fail("merge_attention", name, "be a list of tensors", type(parts).__name__)
+        for n, part in enumerate(parts):
+            checks.tensor("merge_attention", f"{name}[{n}]", part)
     if not outs:  # the dispatcher chooses by the tensors
         checks.fail("merge_attention", "outs", "hold at least one part", "none")
     return torch.ops.seal.merge_attention.default(list(outs), list(lses), backend=backend or "auto")
@@ -46,6 +51,7 @@ def merge_attention(
 
 def check(op: str, a: dict) -> None:
     """Raises ValueError for a call outside the contract. `a`: the op's arguments by name."""
+    checks.required(op, a)
     outs, lses = a["outs"], a["lses"]
     if len(lses) != len(outs):
         checks.fail(op, "lses", f"be as many as outs ({len(outs)})", len(lses))

@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..utils.arguments import integer, number, shown
+
 _TRANSFORMERS = ("linear", "dynamic", "yarn", "longrope", "llama3")
 TYPES = ("default", "ntk", "truncated", "power", *_TRANSFORMERS)
 
@@ -40,8 +42,11 @@ def rope_frequencies(
                                                                                    Giraffe, 2308.10882, section 3
 
     Raises:
-        ValueError: an unknown type, or a missing or unknown parameter.
+        ValueError: an unknown type, a missing or unknown parameter, or one that is no number.
     """
+    head_dim = integer("rope_frequencies", "head_dim", head_dim)
+    partial_rotary_factor = number("rope_frequencies", "partial_rotary_factor", partial_rotary_factor)
+    base = number("rope_frequencies", "base", base, above=0)
     rotary_dim = int(head_dim * partial_rotary_factor)
     if rotary_dim < 2 or rotary_dim % 2:
         raise ValueError(
@@ -59,7 +64,13 @@ def rope_frequencies(
             f"rope_frequencies: rope_type {rope_type!r} takes the parameters "
             f"{list(wanted[rope_type])}, got {sorted(parameters)}"
         )
+    parameters = {name: number("rope_frequencies", name, value) for name, value in parameters.items()}
     if rope_type == "ntk":
+        if rotary_dim < 4 or parameters["factor"] <= 0:
+            raise ValueError(
+                f"rope_frequencies: rope_type 'ntk' must have at least 4 rotary channels and a factor above 0, got "
+                f"{rotary_dim} and {parameters['factor']:g}"
+            )
         base = base * parameters["factor"] ** (rotary_dim / (rotary_dim - 2))
     fraction = torch.arange(0, rotary_dim, 2, dtype=torch.float64) / rotary_dim
     frequencies = base**-fraction
@@ -107,7 +118,19 @@ def rope_tables(
     """cos and sin, fp32 `[N, R/2]`, for positions 0..length-1 or an explicit tensor of positions `[N]`.
 
     The angle is formed in fp64: at position 131,071 an fp32 product is already off by up to 0.004 radians.
+
+    Raises:
+        ValueError: a length below 0, positions or frequencies that are no vector, or a factor that is no number.
     """
+    for name, t in (("length", length), ("frequencies", frequencies)):
+        if isinstance(t, Tensor):
+            if t.dim() != 1:
+                raise ValueError(f"rope_tables: {name} must be a tensor of one dimension, got {list(t.shape)}")
+        elif name == "frequencies":
+            raise ValueError(f"rope_tables: frequencies must be a tensor (of rope_frequencies), got {shown(t)}")
+        else:
+            length = integer("rope_tables", "length", length, 0)
+    attention_factor = number("rope_tables", "attention_factor", attention_factor)
     positions = torch.arange(length) if isinstance(length, int) else length
     angle = torch.outer(positions.double(), frequencies.double().to(positions.device))
     return tuple((f(angle) * attention_factor).float().to(device or positions.device) for f in (torch.cos, torch.sin))

@@ -7,7 +7,9 @@ these does.
 
 import importlib
 import inspect
+import io
 
+from ..utils.files import atomic_write, read_text
 from .base import IGNORE_INDEX, Encoder, Sample, Task
 from .document_qa import DocumentQA
 from .key_threads import KeyThreads
@@ -55,7 +57,7 @@ def make(name: str, **options) -> Task:
     """
     if name == "documents":
         maker, given = DocumentQA, {}
-    elif name in _MAKERS:
+    elif isinstance(name, str) and name in _MAKERS:
         maker, given = _MAKERS[name]
     else:
         raise ValueError(f"seal_ops.tasks.make: name must be one of {', '.join([*_MAKERS, 'documents'])}, got {name!r}")
@@ -81,7 +83,7 @@ def get(task) -> Task:
     """
     if isinstance(task, Task):
         return task
-    if task in _TASKS:
+    if isinstance(task, str) and task in _TASKS:
         return _TASKS[task]
     if isinstance(task, str) and task.startswith("documents:"):
         return DocumentQA(task.partition(":")[2])
@@ -89,7 +91,7 @@ def get(task) -> Task:
         module, _, attribute = task.partition(":")
         try:
             found = getattr(importlib.import_module(module), attribute)
-        except (ImportError, AttributeError) as error:
+        except (ImportError, AttributeError, ValueError) as error:
             raise ValueError(
                 f"seal_ops.tasks.get: task {task!r} must name an importable module:Class, got {error}"
             ) from None
@@ -103,8 +105,6 @@ def get(task) -> Task:
 
 def write(path, samples) -> None:
     """Writes samples as JSON lines; the file is replaced in one step."""
-    from ..utils.files import atomic_write
-
     atomic_write(path, "".join(sample.to_json() + "\n" for sample in samples))
 
 
@@ -115,12 +115,11 @@ def read(path) -> list[Sample]:
         ValueError: a line is not a sample (named by its number), or there is none.
     """
     samples = []
-    with open(path, encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            try:
-                samples.append(Sample.from_json(line))
-            except ValueError as error:
-                raise ValueError(f"seal_ops.tasks.read: {path}, line {number}: {error}") from None
+    for number, line in enumerate(io.StringIO(read_text(path)), 1):
+        try:
+            samples.append(Sample.from_json(line))
+        except ValueError as error:
+            raise ValueError(f"seal_ops.tasks.read: {path}, line {number}: {error}") from None
     if not samples:
         raise ValueError(f"seal_ops.tasks.read: {path} must hold at least one sample, got an empty file")
     return samples

@@ -22,6 +22,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
+from ..utils.arguments import integer, shown
 from ..utils.progress import track
 from .reading import CLOSE, opens_reasoning, read_output
 
@@ -104,6 +105,10 @@ class Encoder:
 
     def __init__(self, tokenizer, chat_template=None, caller="seal_ops.tasks", chat_template_kwargs=None):
         self.tokenizer, self.caller = tokenizer, caller
+        if not callable(tokenizer) or not hasattr(tokenizer, "decode"):
+            raise ValueError(f"{caller}: tokenizer must be a Hugging Face tokenizer, got {shown(tokenizer)}")
+        if not isinstance(chat_template, (str, bool, type(None))):
+            raise ValueError(f"{caller}: chat_template must be None, True, False or a text, got {shown(chat_template)}")
         own = getattr(tokenizer, "chat_template", None)
         if chat_template is True and not own:
             raise ValueError(
@@ -343,9 +348,10 @@ class Task:
         """
         if split not in SPLITS:
             raise ValueError(f"seal_ops.tasks.{self.name}: split must be one of {', '.join(SPLITS)}, got {split!r}")
-        if samples < 1:
-            raise ValueError(f"seal_ops.tasks.{self.name}: samples must be at least 1, got {samples}")
-        encoder = Encoder(tokenizer, chat_template, f"seal_ops.tasks.{self.name}", chat_template_kwargs)
+        call = f"seal_ops.tasks.{self.name}"
+        length, samples = integer(call, "length", length, 1), integer(call, "samples", samples, 1)
+        seed = integer(call, "seed", seed)
+        encoder = Encoder(tokenizer, chat_template, call, chat_template_kwargs)
         drawn = self._stream(encoder, length, samples, seed, split)
         drawn = (replace(sample, meta={"task": self.name, "length": length, **sample.meta}) for sample in drawn)
         return list(track(drawn, samples, f"{self.name}: writing samples of {length} tokens", progress))

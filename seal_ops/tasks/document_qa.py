@@ -6,12 +6,14 @@ right answers, the first of which is trained); LongBench's other fields may be t
 
 import functools
 import hashlib
+import io
 import json
 import os
 import re
 import string
 from collections import Counter
 
+from ..utils.files import read_text
 from .base import Sample, Task
 
 PROMPT = (
@@ -139,28 +141,23 @@ def _fraction(row):
 def _read(path, changed, size):
     """``(line number, row)`` of every row; kept for as long as the file's time and size stay."""
     rows = []
-    with open(path, encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise ValueError(
-                    f"seal_ops.tasks.documents: {path}, line {number} must be a JSON object, got {error}"
-                ) from None
-            texts = isinstance(row, dict) and all(isinstance(row.get(key), str) for key in ("context", "input"))
-            answers = row.get("answers") if texts else None
-            if (
-                not answers
-                or not isinstance(answers, list)
-                or not all(isinstance(a, str) and a.strip() for a in answers)
-            ):
-                raise ValueError(
-                    f"seal_ops.tasks.documents: {path}, line {number} must have the texts context and input and a list of answers, "  # noqa: E501
-                    f"got {sorted(row) if isinstance(row, dict) else type(row).__name__}"
-                )
-            rows.append((number, row))
+    for number, line in enumerate(io.StringIO(read_text(path)), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise ValueError(
+                f"seal_ops.tasks.documents: {path}, line {number} must be a JSON object, got {error}"
+            ) from None
+        texts = isinstance(row, dict) and all(isinstance(row.get(key), str) for key in ("context", "input"))
+        answers = row.get("answers") if texts else None
+        if not answers or not isinstance(answers, list) or not all(isinstance(a, str) and a.strip() for a in answers):
+            raise ValueError(
+                f"seal_ops.tasks.documents: {path}, line {number} must have the texts context and input and a list of answers, "  # noqa: E501
+                f"got {sorted(row) if isinstance(row, dict) else type(row).__name__}"
+            )
+        rows.append((number, row))
     if not rows:
         raise ValueError(f"seal_ops.tasks.documents: {path} must hold at least one row, got an empty file")
     return rows

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import torch
 
 from ..tasks.base import IGNORE_INDEX
+from ..utils.arguments import integer
 from .samples import to_rows
 
 
@@ -29,7 +30,8 @@ class Collator:
         self, pad_token_id: int = 0, label_positions_only: bool | None = None, tokenizer=None, chat_template=None,
         chat_template_kwargs: dict | None = None,
     ):  # fmt: skip
-        self.pad_token_id, self.label_positions_only = pad_token_id, label_positions_only
+        self.pad_token_id = integer("seal_ops.Collator", "pad_token_id", pad_token_id, 0)
+        self.label_positions_only = label_positions_only
         self.tokenizer, self.chat_template, self.chat_template_kwargs = tokenizer, chat_template, chat_template_kwargs
 
     def __call__(self, samples: Sequence) -> dict[str, torch.Tensor]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from torch import nn
 
 from ..adapters.files import DELTA
+from ..huggingface.wrappers import check_module
+from ..utils.arguments import number
 from .recipe import LEARNING_RATES, NAMES, columns_rate
 
 
@@ -18,6 +20,10 @@ def rates(model: nn.Module, lr: float | None, column_lr: float | None, call: str
 
     A rate that is not given is the paper's.  Where weak columns are all that is trained, ``lr`` is theirs.
     """
+    lr, column_lr = (
+        rate if rate is None else number(f"seal_ops.{call}", name, rate, 0)
+        for name, rate in (("lr", lr), ("column_lr", column_lr))
+    )
     trained = [name for name, p in model.named_parameters() if p.requires_grad]
     columns, scales = getattr(model, "seal_weak_columns", None), getattr(model, "seal_scales", None)
     has_columns, has_others = any(map(is_column, trained)), not all(map(is_column, trained))
@@ -58,6 +64,7 @@ def parameter_groups(model: nn.Module, lr: float | None = None, column_lr: float
     Raises:
         ValueError: nothing is trained, or a rate is given for what is not there.
     """
+    check_module(model, "parameter_groups")
     found = groups_at(model, *rates(model, lr, column_lr, "parameter_groups"))
     if not found:
         raise ValueError(

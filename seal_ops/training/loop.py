@@ -26,7 +26,9 @@ from ..huggingface.identity import fingerprint
 from ..huggingface.logits import logits_at
 from ..huggingface.modes import prepared
 from ..huggingface.origin import provenance
+from ..huggingface.wrappers import check_module
 from ..tasks.base import IGNORE_INDEX
+from ..utils.arguments import integer, number, path, shown
 from ..utils.files import atomic_write
 from ..utils.progress import bar
 from . import groups
@@ -36,10 +38,11 @@ from .collator import Collator
 from .long_context import LEARNING_RATE, prepare, recipe_of, training_masks
 from .processes import Processes
 from .recipe import COLUMNS_CLIP, NAMES
-from .samples import to_rows
+from .samples import check_vocabulary, to_rows
 from .texts import packed_texts
 
 RESULT = "training.json"
+MOST_SEED = 1 << 40  # so that the seeds of all epochs fit into 64 bits
 
 
 @dataclass
@@ -140,6 +143,9 @@ def train(
         RuntimeError: a trained parameter without a finite gradient at the first step (it is named), or a loss that is
             not finite.
     """
+    check_module(model, "train")
+    if not torch.is_grad_enabled():
+        raise ValueError("seal_ops.train: gradients must be on, got a call inside torch.no_grad or inference_mode")
     if recipe is None and recipe_options is not None:
         raise ValueError(f"seal_ops.train: recipe must be given with recipe_options, got None and {recipe_options}")
     plan = None if recipe is None else recipe_of(recipe, recipe_options or {})
@@ -151,13 +157,14 @@ def train(
         model, patch = prepare(model, plan, seed)
         masks, lr = training_masks(patch), LEARNING_RATE if lr is None else lr
     rates = (lr, column_lr)
+    checkpoint_every = integer("seal_ops.train", "checkpoint_every", checkpoint_every, 1)
+    if on_step is not None and not callable(on_step):
+        raise ValueError(f"seal_ops.train: on_step must be a function, got {shown(on_step)}")
     run = _Run(model, samples, rates, epochs, batch_size, accumulate, weight_decay, betas, max_grad_norm, seed, plan)
     if gradient_checkpointing not in (False, True, "selective"):
         raise ValueError(
             f"seal_ops.train: gradient_checkpointing must be False, True or 'selective', got {gradient_checkpointing!r}"
         )
-    if checkpoint_every < 1:
-        raise ValueError(f"seal_ops.train: checkpoint_every must be at least 1, got {checkpoint_every}")
     checkpoint = None
     if output_dir is not None:
         checkpoint = os.path.join(_writable(output_dir), CHECKPOINT)
@@ -234,10 +241,15 @@ class _Run:
         self.device = next(iter(self.trained.values())).device
         # The first weights may be on the disk, as accelerate leaves them.
         self.input_device = next(p.device for p in model.parameters() if not p.is_meta)
+        check_vocabulary(samples, model, "seal_ops.train")
         warn_beyond_window(model, max(map(len, samples)), "seal_ops.train")
-        for name, value in {"epochs": epochs, "batch_size": batch_size, "accumulate": accumulate}.items():
-            if value < 1:
-                raise ValueError(f"seal_ops.train: {name} must be at least 1, got {value}")
+        call = "seal_ops.train"
+        epochs = integer(call, "epochs", epochs, 1)
+        batch_size, accumulate = integer(call, "batch_size", batch_size, 1), integer(call, "accumulate", accumulate, 1)
+        weight_decay, betas = number(call, "weight_decay", weight_decay, 0), _betas(betas)
+        seed = integer(call, "seed", seed, -MOST_SEED, MOST_SEED)
+        if max_grad_norm is not None:
+            max_grad_norm = number(call, "max_grad_norm", max_grad_norm, above=0, infinite=True)
         lr, column_lr = groups.rates(model, *rates, "train")
         if column_lr is not None and max_grad_norm is None:
             max_grad_norm = COLUMNS_CLIP
@@ -282,6 +294,11 @@ class _Run:
         mine = processes.share(micro_batches)
         for batch in mine:
             loss = self._loss(batch) / tokens
+            if not loss.requires_grad:
+                raise RuntimeError(
+                    "seal_ops.train: the loss must depend on what is trained, got one that does not; inside "
+                    "seal_ops.disabled a model computes without its scales"
+                )
             loss.backward()
             total += loss.detach().to(self.device)
         if not self.losses and mine:
@@ -333,6 +350,16 @@ class _Run:
         return digest.hexdigest()
 
 
+def _betas(betas) -> tuple[float, float]:
+    try:
+        first, second = (number("seal_ops.train", "betas", beta, 0) for beta in betas)
+    except (TypeError, ValueError):
+        first = second = 1.0
+    if not (first < 1 and second < 1):
+        raise ValueError(f"seal_ops.train: betas must be two numbers from 0 to below 1, got {shown(betas)}")
+    return first, second
+
+
 def _trained(model, scales) -> dict[str, torch.nn.Parameter]:
     """The parameters that require gradients, by name; ``ValueError`` where that cannot be meant."""
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -365,6 +392,7 @@ def _check_gradients(trained):
 
 
 def _writable(folder):
+    folder = path("seal_ops.train", "output_dir", folder)
     try:
         os.makedirs(folder, exist_ok=True)
         if not os.access(folder, os.W_OK):
@@ -373,7 +401,7 @@ def _writable(folder):
         raise OSError(
             f"seal_ops.train: output_dir must be a writable folder, got {folder} ({error.strerror})"
         ) from None
-    return os.fspath(folder)
+    return folder
 
 
 def _largest_size():

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from ..tasks.base import IGNORE_INDEX, Encoder, Sample
+from ..utils.arguments import shown
 
 FORMS = "a Sample, or a dict with input_ids (and labels), prompt and answer, messages, or text"
 
@@ -44,6 +45,8 @@ def to_rows(
     Raises:
         ValueError: an item of another form (its number is named), or one without a label.
     """
+    if not isinstance(samples, Iterable):
+        raise ValueError(f"{call}: samples must be a list of samples, got {shown(samples)}")
     encoder, rows = None, []
     for number, item in enumerate(samples):
         where = f"{call}: samples[{number}]"
@@ -66,6 +69,28 @@ def to_rows(
     return rows
 
 
+def check_vocabulary(rows, model, call: str) -> None:
+    """ValueError where a row holds ids that the model has no embedding for, as samples for another tokenizer do."""
+    size = _vocabulary(model)
+    for number, row in enumerate(rows):
+        for ids in (row.input_ids, [label for label in row.labels if label != IGNORE_INDEX]):
+            if size is not None and ids and not (min(ids) >= 0 and max(ids) < size):
+                wrong = next(i for i in ids if not 0 <= i < size)
+                raise ValueError(
+                    f"{call}: samples[{number}] must hold token ids from 0 to {size - 1} (the model's embeddings), "
+                    f"got {wrong}; samples made with another model's tokenizer do not fit"
+                )
+
+
+def _vocabulary(model) -> int | None:
+    try:
+        embeddings = model.get_input_embeddings()
+    except (AttributeError, NotImplementedError):
+        return None
+    size = getattr(embeddings, "num_embeddings", None)
+    return size if isinstance(size, int) else None
+
+
 def _tokens(item, where):
     ids = _integers(item["input_ids"], f"{where}: input_ids")
     labels = _integers(item["labels"], f"{where}: labels") if item.get("labels") is not None else ids
@@ -78,11 +103,12 @@ def _tokens(item, where):
     return Row([i for i, k in zip(ids, kept, strict=True) if k], [i for i, k in zip(labels, kept, strict=True) if k])
 
 
-def _integers(values, where):
-    values = values.tolist() if hasattr(values, "tolist") else list(values)
+def _integers(given, where):
+    values = given.tolist() if hasattr(given, "tolist") else given
+    values = list(values) if isinstance(values, Iterable) else [None]
     if not all(isinstance(value, int) for value in values):
-        raise ValueError(f"{where} must be a flat list of integers, got {str(values)[:60]}")
-    return values
+        raise ValueError(f"{where} must be a flat list of integers, got {shown(given)}")
+    return [int(value) for value in values]  # a mask may be of booleans
 
 
 def _text(item, encoder, where):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 from collections.abc import Iterable, Iterator
 
+from ..utils.files import read_text
 from .samples import Row
 
 
@@ -35,17 +37,17 @@ def _texts(source, call: str) -> Iterator[str]:
     if not isinstance(source, (str, os.PathLike)):
         yield from source
         return
-    with open(source, encoding="utf-8") as file:
-        if not os.fspath(source).endswith(".jsonl"):
-            yield file.read()
-            return
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                text = json.loads(line)["text"]
-            except (ValueError, KeyError, TypeError):
-                text = None
-            if not isinstance(text, str):
-                raise ValueError(f"{call}: every line of {source} must be an object with a text, got line {number}")
-            yield text
+    content = read_text(source)
+    if not os.fspath(source).endswith(".jsonl"):
+        yield content
+        return
+    for number, line in enumerate(io.StringIO(content), 1):
+        if not line.strip():
+            continue
+        try:
+            text = json.loads(line)["text"]
+        except (ValueError, KeyError, TypeError):
+            text = None
+        if not isinstance(text, str):
+            raise ValueError(f"{call}: every line of {source} must be an object with a text, got line {number}")
+        yield text

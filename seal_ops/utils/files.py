@@ -6,6 +6,7 @@ folder.
 
 import contextlib
 import csv
+import errno
 import functools
 import hashlib
 import io
@@ -27,11 +28,31 @@ def replacing(path):
     The file lies in a folder of its own beside ``path``, for what writes it may need temporary files itself
     (safetensors does).  The parent folder is created.  Raises ``OSError`` naming the path where it cannot be written.
     """
-    path = os.fspath(path)
+    path = check_file(path)
     with replacing_files(os.path.dirname(path) or ".", os.path.basename(path)) as folder:
         temporary = os.path.join(folder, os.path.basename(path))
         open(temporary, "wb").close()
         yield temporary
+
+
+def check_file(path) -> str:
+    """The path of a file that can be written, for a long run to ask before its work; its folder is created.
+
+    Raises ``OSError``, one sentence that names the path, where it cannot be written.
+    """
+    path = os.fspath(path)
+    folder = os.path.dirname(path) or "."
+    if not os.path.basename(path) or os.path.isdir(path):
+        raise IsADirectoryError(f"output must be a file, got {path!r}, which is a folder")
+    try:
+        os.makedirs(folder, exist_ok=True)
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as error:
+        found = type(error)(f"output must be a file in a writable folder, got {path!r} ({error.strerror})")
+        found.strerror = error.strerror  # for callers with a sentence of their own
+        raise found from None
+    return path
 
 
 @contextlib.contextmanager
@@ -80,6 +101,15 @@ def atomic_write(path, content) -> None:
     data = content.encode() if isinstance(content, str) else content
     with replacing(path) as temporary, open(temporary, "wb") as file:
         file.write(data)
+
+
+def read_text(path) -> str:
+    """The text of a file; ``ValueError``, one sentence that names it, where it is not UTF-8."""
+    with open(path, encoding="utf-8") as file:
+        try:
+            return file.read()
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{os.fspath(path)} must be text in UTF-8, got {error}") from None
 
 
 def write_csv(path, columns, rows) -> None:

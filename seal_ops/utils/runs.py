@@ -27,14 +27,34 @@ def resume(load: Callable[[object], Result], output, settings: dict, call: str) 
 
 def load_result(kind: type[Result], path, what: str) -> Result:
     """A dataclass from the JSON that its ``save`` wrote, which may hold more; ``ValueError`` where it is no
-    ``what``."""
+    ``what``.
+
+    What the file says of its own run is checked as far as it is used here: settings, and records with length and
+    index."""
     fields = dataclasses.fields(kind)
     with open(path, encoding="utf-8") as file:
         try:
             content = json.load(file)
+            _check_shape(content)
             return kind(**{f.name: content[f.name] for f in fields if f.name in content or f.name != "provenance"})
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"seal_ops.{kind.__name__}.load: {path} must be a saved {what}, got {error!r}") from None
+
+
+def _check_shape(content: dict) -> None:
+    for name in ("settings", "provenance"):
+        if not isinstance(content.get(name, {}), dict):
+            raise TypeError(f"{name} that are no object")
+    records = content.get("records", [])
+    if not isinstance(records, list):
+        raise TypeError("records that are no list")
+    for number, record in enumerate(records):
+        if not isinstance(record, dict) or not all(type(record.get(key)) is int for key in ("length", "index")):
+            raise TypeError(f"records[{number}] without length and index")
+        if not isinstance(record.get("score", 0.0), (int, float)):
+            raise TypeError(f"records[{number}] with a score that is no number")
+    if not isinstance(content.get("seconds", 0.0), (int, float)):
+        raise TypeError("seconds that are no number")
 
 
 class Growing:

@@ -272,3 +272,56 @@ def test_deepcopied_scales_of_a_detached_model():
     seal_ops.detach(model)
     twin = copy.deepcopy(scales)
     assert twin.config == scales.config and twin.attachment is None
+
+
+# -- what is no model, no folder, no row ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("given", [None, "models/seal-tiny", LLAMA, type(LLAMA), torch.nn.Linear], ids=str)
+@pytest.mark.parametrize(
+    "call",
+    [
+        seal_ops.attach,
+        seal_ops.detach,
+        seal_ops.merge,
+        lambda model: seal_ops.disabled(model).__enter__(),
+        lambda model: seal_ops.load(model, "nowhere"),
+        lambda model: seal_ops.train(model, []),
+        lambda model: seal_ops.evaluate(model, None, "lines", 300),
+        seal_ops.parameter_groups,
+        seal_ops.attach_weak_columns,
+        lambda model: seal_ops.extend(model, "ntk"),
+        lambda model: seal_ops.ia3.import_ia3(model, "nowhere"),
+    ],
+)
+def test_what_is_no_model_is_named(call, given):
+    with pytest.raises(ValueError, match="model must be a torch.nn.Module, got (NoneType|str|Family|the class )"):
+        call(given)
+
+
+@pytest.mark.parametrize("layers", [1, "01", ["a", 0], [[0]]], ids=str)
+def test_layers_of_another_kind(layers):
+    with pytest.raises(ValueError, match="seal_ops.attach: layers must be indices from 0 to 1, got "):
+        seal_ops.attach(LLAMA.build(), layers=layers)
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda s: s.rows(None).__enter__(), "rows: rows must be tensors, one a layer, or a mapping .* got None"),
+        (lambda s: s.rows(torch.ones(())).__enter__(), "rows: rows must be tensors, one a layer, or a mapping"),
+        (lambda s: s.rows({0: [1.0]}).__enter__(), r"rows: rows of layer 0 must be a tensor, got \[1.0\]"),
+        (lambda s: s.adapters_per_row([]).__enter__(), "adapters_per_row: adapter_names must be a list of names"),
+        (lambda s: s.adapters_per_row("default").__enter__(), "adapter_names must be a list of names.* got 'default'"),
+        (lambda s: s.adapters_per_row(None).__enter__(), "adapter_names must be a list of names.* got None"),
+        (lambda s: s.save_pretrained(""), "save_pretrained: save_directory must be a path, got ''"),
+        (lambda s: s.save_pretrained(None), "save_pretrained: save_directory must be a path, got None"),
+        (lambda s: s.save_pretrained("x", []), r"save_pretrained: selected_adapters must be a list .* got \[\]"),
+        (lambda s: s.save_pretrained("x", 3), "save_pretrained: selected_adapters must be a list .* got 3"),
+    ],
+)
+def test_what_is_no_row_name_or_folder(call, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        call(seal_ops.attach(LLAMA.build(), "head"))
+    assert not list(tmp_path.iterdir())

@@ -181,15 +181,62 @@ def test_csv(tmp_path):
         ({"lengths": []}, "lengths must be positive integers"),
         ({"lengths": [0]}, "lengths must be positive integers"),
         ({"cases": 0}, "cases must be at least 1"),
-        ({"batch_size": 0}, "batch_size must be at least 1 or None"),
+        ({"batch_size": 0}, "batch_size must be at least 1"),
+        ({"cases": 1.5}, "cases must be an integer, got 1.5"),
+        ({"cases": "2"}, "cases must be an integer, got '2'"),
+        ({"seed": None}, "seed must be an integer, got None"),
+        ({"max_new_tokens": float("nan")}, "max_new_tokens must be an integer, got nan"),
+        ({"max_new_tokens": 0}, "max_new_tokens must be at least 1, got 0"),
+        ({"lengths": None}, r"lengths must be positive integers, at least one, got \[None\]"),
+        ({"lengths": "200"}, "lengths must be positive integers"),
+        ({"chat_template": 3}, "chat_template must be None, True, False or a text, got 3"),
+        ({"tokenizer": "gpt2"}, "tokenizer must be a Hugging Face tokenizer, got 'gpt2'"),
+        ({"output": ""}, "output must be a path, got ''"),
+        ({"task": ["lines"]}, "task must be one of"),
+        ({"task": ":"}, "must name an importable module:Class"),
         ({"lengths": [50]}, "length must be at least"),
         ({"task": "liens"}, "task must be one of"),
     ],
 )
 def test_errors(options, message):
-    arguments = {"task": "lines", "lengths": [200], "cases": 2, **options}
+    arguments = {"tokenizer": tokenizer(), "task": "lines", "lengths": [200], "cases": 2, **options}
     with pytest.raises(ValueError, match=message):
-        evaluate(Oracle(), tokenizer(), **arguments)
+        evaluate(Oracle(), **arguments)
+
+
+def test_an_output_that_cannot_be_written_is_told_before_the_work(tmp_path):
+    (tmp_path / "file").write_text("")
+    for output, message in ((tmp_path, "which is a folder"), (tmp_path / "file" / "x.json", "writable folder")):
+        oracle = Oracle()
+        with pytest.raises(OSError, match=f"output must be a file.*{message}"):
+            evaluate(oracle, tokenizer(), "lines", [200], 2, output=output)
+        assert oracle.answered == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"settings": []},
+        {"settings": None},
+        {"records": None},
+        {"records": [3]},
+        {"records": [{"index": 0, "score": 1.0}]},
+        {"records": [{"length": 200, "index": "a", "score": 1.0}]},
+        {"records": [{"length": 200, "index": 0, "score": "a"}]},
+        {"records": [{"length": 200, "index": 0}]},
+        {"seconds": None},
+        {"provenance": 3},
+    ],
+    ids=str,
+)
+def test_a_damaged_result_is_told(tmp_path, damage):
+    path = tmp_path / "result.json"
+    evaluate(Oracle(), tokenizer(), "lines", [200], 1, output=path)
+    path.write_text(json.dumps(json.loads(path.read_text()) | damage))
+    with pytest.raises(ValueError, match="must be a saved evaluation, got ") as caught:
+        evaluate(Oracle(), tokenizer(), "lines", [200], 1, output=path, resume=True)
+    assert "\n" not in str(caught.value)
 
 
 def test_train_and_test_cases_differ():

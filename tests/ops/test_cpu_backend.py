@@ -1,6 +1,7 @@
 """What is particular to the cpu backend: how a masked attention divides into calls of ATen."""
 
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -123,3 +124,21 @@ def test_a_query_that_sees_nothing_stays_out_of_the_gradients_of_large_scores():
     out = seal_ops.attention(q, k, v, mask=dataclasses.replace(masks.chunks(10), upper=-1), backend="cpu")
     grads = torch.autograd.grad(out, (q, k, v), torch.ones_like(out))
     assert not out[:, ::10].any() and all(torch.isfinite(g).all() for g in grads)
+
+
+@pytest.mark.parametrize("mask", [None, masks.full(), masks.window(5), masks.streaming(4, 32)], ids=str)
+@pytest.mark.parametrize("where", ["q", "infinite q", "keys", "all keys"])
+def test_what_is_no_number_stays_none(where, mask):
+    """ATen answers 0 for a row of scores that are all NaN; attention that hides a NaN hides a model that broke."""
+    g = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, 70, heads, 16, generator=g) for heads in (4, 2, 2))
+    q[:, 0] = 0  # one score of 0: a log-sum-exp of 0 that is right
+    if where.endswith("q"):
+        q[0, 60, 1] = math.nan if where == "q" else math.inf
+    else:
+        k[0, : 20 if where == "keys" else None, 1] = math.nan
+    got = seal_ops.attention(q, k, v, mask=mask, backend="cpu", return_lse=True)
+    expected = seal_ops.attention(q, k, v, mask=mask, backend="reference", return_lse=True)
+    for a, b in zip(got, expected):
+        assert b.isnan().any() and a.isnan()[b.isnan()].all()
+        assert not a[1].isnan().any()  # the other row of the batch

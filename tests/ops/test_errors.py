@@ -190,6 +190,57 @@ def test_packed_positions():
         seal_ops.packed_positions(cu, 5, lengths(0, 5))
 
 
+@pytest.mark.parametrize("missing", ["q", "k", "v"])
+def test_none_is_refused_where_others_ask_for_gradients(missing):
+    a = {n: t if n == missing else t.requires_grad_() for n, t in right_call("attention", "cpu").items()}
+    with pytest.raises(ValueError, match=f"seal::attention: {missing} must be a tensor, got None"):
+        seal_ops.attention(**a | {missing: None})
+
+
+Q, K = torch.zeros(1, 3, 2, 16), torch.zeros(1, 3, 1, 16)
+LSE = torch.zeros(1, 2, 3)
+BLOCKS = torch.ones(1, 1, 1, 1, dtype=torch.bool)
+
+
+@pytest.mark.parametrize(
+    "call, sentence",
+    [
+        (lambda: seal_ops.attention(Q, K, K, causal=None), "causal must be True or False, got None"),
+        (lambda: seal_ops.attention(Q, K, K, sink=1.0), "sink must be a tensor, got float"),
+        (lambda: seal_ops.attention(Q, K, K, gate="x"), "gate must be a tensor, got str"),
+        (
+            lambda: seal_ops.rope_attention(None, K[0], K[0], LSE, LSE, cu_seqlens=lengths(0, 3)),
+            "q must be a tensor, got None",
+        ),
+        (lambda: seal_ops.merge_attention(Q, LSE), "outs must be a list of tensors, got Tensor"),
+        (lambda: seal_ops.merge_attention([Q], None), "lses must be a list of tensors, got NoneType"),
+        (lambda: seal_ops.merge_attention([Q, None], [LSE] * 2), r"outs\[1\] must be a tensor, got None"),
+        (
+            lambda: torch.ops.seal.merge_attention_backward(None, None, [Q], [LSE]),
+            "grad_out must be a tensor, got None",
+        ),
+        (lambda: seal_ops.packed_positions([0, 3], 3), "cu_seqlens must be a tensor, got list"),
+        (lambda: seal_ops.packed_positions(lengths(0, 3), -1), "tokens must be a number of tokens, got -1"),
+        (lambda: seal_ops.backends("gpu"), "device must be cpu, cuda or cuda:N, got 'gpu'"),
+        (lambda: seal_ops.backends("cuda:99"), "device must be available, got cuda:99 where torch sees"),
+        (lambda: seal_ops.backends("cpu", "float32"), "dtype must be a torch.dtype, got 'float32'"),
+        (lambda: seal_ops.backends("cpu", head_dim=0), "head_dim must be at least 1, got 0"),
+        (lambda: seal_ops.rope_tables(-1, LSE[0, 0]), "length must be at least 0, got -1"),
+        (lambda: seal_ops.rope_tables(8, 64), "frequencies must be a tensor"),
+        (lambda: seal_ops.rope_tables(8, LSE), r"frequencies must be a tensor of one dimension, got \[1, 2, 3\]"),
+        (lambda: seal_ops.rope_frequencies("64"), "head_dim must be an integer, got '64'"),
+        (lambda: seal_ops.rope_frequencies(64, base=0), "base must be above 0, got 0"),
+        (lambda: seal_ops.rope_frequencies(2, "ntk", factor=2), "at least 4 rotary channels and a factor above 0"),
+        (lambda: seal_ops.masks.shifted_groups(4, "all"), "shifted_heads must be a share from 0 to 1, got all"),
+        (lambda: seal_ops.masks.blocks([[True]]), "visited must be a bool tensor .* got list"),
+        (lambda: seal_ops.masks.blocks(BLOCKS, mask="causal"), "mask must be made by seal_ops.masks, got str"),
+    ],
+)
+def test_what_is_no_tensor_number_or_device(call, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        call()
+
+
 def test_positions_k_is_never_dropped():
     a = right_call("rope_attention", "cpu", packed=True) | dict(positions=None, positions_k=torch.arange(6) % 4)
     with pytest.raises(

@@ -120,6 +120,11 @@ def test_round_trip_through_a_file(tmp_path):
     path.write_text(path.read_text() + '{"prompt": 3}\n')
     with pytest.raises(ValueError, match="line 4: not a sample"):
         tasks.read(path)
+    path.write_bytes(b"\xff\xfe")
+    with pytest.raises(ValueError, match="samples.jsonl must be text in UTF-8, got "):
+        tasks.read(path)
+    path.write_text('{"prompt_ids": [1], "answer_ids": [2], "prompt": "\u2028", "answer": "\x85"}\n', encoding="utf-8")
+    assert tasks.read(path)[0].prompt == "\u2028", "only a line feed ends a line"
     assert [p.name for p in path.parent.iterdir()] == ["samples.jsonl"], "no temporary file stays behind"
 
 
@@ -130,6 +135,12 @@ def test_round_trip_through_a_file(tmp_path):
         (lambda: tasks.lines(tokenizer(), length=200, samples=0), "samples must be at least 1, got 0"),
         (lambda: tasks.lines(tokenizer(), length=200, split="dev"), "split must be one of train, test, got 'dev'"),
         (lambda: tasks.lines(tokenizer(without=("remember",)), length=200), "got the unknown token for 'remember.'"),
+        (lambda: tasks.lines(tokenizer(), length="200"), "length must be an integer, got '200'"),
+        (lambda: tasks.lines(tokenizer(), length=200, samples=1.5), "samples must be an integer, got 1.5"),
+        (lambda: tasks.lines(tokenizer(), length=200, seed=None), "seed must be an integer, got None"),
+        (lambda: tasks.lines(None, length=200), "tokenizer must be a Hugging Face tokenizer, got None"),
+        (lambda: tasks.get(["lines"]), "task must be one of .*lines.*, got \\['lines'\\]"),
+        (lambda: tasks.make(None), "name must be one of .*lines.*, got None"),
         (lambda: tasks.get("liens"), "task must be one of .*lines.*, got 'liens'"),
         (lambda: tasks.get("no_such_module:Task"), "must name an importable module:Class"),
     ],

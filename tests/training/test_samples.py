@@ -105,6 +105,8 @@ def test_collator_takes_texts():
         ({"prompt": "a"}, "got a dict with prompt"),
         ({"input_ids": [1, 2], "labels": [1]}, "labels must be as many as input_ids, got 1 and 2"),
         ({"input_ids": [[1, 2]]}, "input_ids must be a flat list of integers"),
+        ({"input_ids": None}, "input_ids must be a flat list of integers, got None"),
+        ({"input_ids": [1, 2], "labels": 3}, "labels must be a flat list of integers, got 3"),
         ({"input_ids": [1, 2], "labels": [1, -100]}, "must have a label behind its first token, got none in 2 tokens"),
         ({"input_ids": [1, 2], "attention_mask": [1]}, "attention_mask must be as long as input_ids, got 1 and 2"),
         ({"messages": [{"role": "user", "content": "a"}]}, "messages need a chat template"),

@@ -231,7 +231,23 @@ def _frozen_scale():
         (_frozen_scale, {}, "every scale must require gradients, got layer 0's frozen"),
         (with_scales, {"samples": []}, "must hold at least one sample, got none"),
         (with_scales, {"samples": [SAMPLES[0], "text"]}, r"samples\[1\] must be a Sample, or a dict .* got str"),
+        (with_scales, {"samples": None}, "samples must be a list of samples, got None"),
         (with_scales, {"epochs": 0}, "epochs must be at least 1, got 0"),
+        (with_scales, {"epochs": "2"}, "epochs must be an integer, got '2'"),
+        (with_scales, {"batch_size": 1.5}, "batch_size must be an integer, got 1.5"),
+        (with_scales, {"accumulate": None}, "accumulate must be an integer, got None"),
+        (with_scales, {"seed": float("nan")}, "seed must be an integer, got nan"),
+        (with_scales, {"seed": 2**80}, "seed must be at most 1099511627776, got "),
+        (with_scales, {"lr": "1e-2"}, "lr must be a finite number, got '1e-2'"),
+        (with_scales, {"lr": float("nan")}, "lr must be a finite number, got nan"),
+        (with_scales, {"lr": -1}, "lr must be at least 0, got -1"),
+        (with_scales, {"weight_decay": None}, "weight_decay must be a finite number, got None"),
+        (with_scales, {"betas": 0.9}, "betas must be two numbers from 0 to below 1, got 0.9"),
+        (with_scales, {"betas": (0.9, 1.0)}, r"betas must be two numbers from 0 to below 1, got \(0.9, 1.0\)"),
+        (with_scales, {"max_grad_norm": 0}, "max_grad_norm must be above 0, got 0"),
+        (with_scales, {"checkpoint_every": "5"}, "checkpoint_every must be an integer, got '5'"),
+        (with_scales, {"on_step": 3}, "on_step must be a function, got 3"),
+        (with_scales, {"output_dir": ""}, "output_dir must be a path, got ''"),
         (with_scales, {"resume": True}, "resume needs output_dir"),
         (with_scales, {"gradient_checkpointing": "all"}, "must be False, True or 'selective', got 'all'"),
     ],
@@ -240,6 +256,23 @@ def test_errors_are_one_sentence(make, options, message):
     with pytest.raises(ValueError, match=message) as caught:
         train(make(), **{"samples": SAMPLES[:1], **options})
     assert "\n" not in str(caught.value)
+
+
+def test_without_gradients():
+    lm = with_scales()
+    with torch.no_grad(), pytest.raises(ValueError, match="gradients must be on, got a call inside torch.no_grad"):
+        train(lm, SAMPLES[:1])
+    with seal_ops.disabled(lm), pytest.raises(RuntimeError, match="the loss must depend on what is trained"):
+        train(lm, SAMPLES[:1])
+
+
+@pytest.mark.parametrize("wrong", [-1, 10**6, 2**70])
+@pytest.mark.parametrize("place", ["input_ids", "labels"])
+def test_samples_of_another_tokenizer_are_told(place, wrong):
+    row = {"input_ids": [5, 6, 7], "labels": [-100, 6, 7]}
+    row[place] = [5, 6, wrong]
+    with pytest.raises(ValueError, match=rf"samples\[1\] must hold token ids from 0 to \d+ .* got {wrong}"):
+        train(with_scales(), [SAMPLES[0], row])
 
 
 def test_unwritable_output(tmp_path):

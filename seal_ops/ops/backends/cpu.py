@@ -170,11 +170,30 @@ class _Batch:
         if q.numel() == 0:
             return out, lse
         for piece, arguments in self._calls(q):
-            found = _flash(q[:, :, piece.queries], piece.of(k), piece.of(v), 0.0, **arguments)
-            out[:, :, piece.queries], lse[:, :, piece.queries] = found
+            rows, kept = q[:, :, piece.queries], piece.of(k)
+            found, found_lse = _flash(rows, kept, piece.of(v), 0.0, **arguments)
+            lost = self._not_numbers(piece, rows, kept, found_lse)
+            if lost is not None:
+                found, found_lse = found.masked_fill(lost[..., None], math.nan), found_lse.masked_fill(lost, math.nan)
+            out[:, :, piece.queries], lse[:, :, piece.queries] = found, found_lse
         if self.dead is not None:
             out[:, :, self.dead], lse[:, :, self.dead] = 0.0, -math.inf
         return out, lse
+
+    def _not_numbers(self, piece: _Piece, q: Tensor, k: Tensor, lse: Tensor) -> Tensor | None:
+        """The queries of a call, bool [B, H, queries], none of whose scores is a number; None where there are none.
+
+        ATen takes such a row for one that sees no key, and answers 0 and 0: a NaN would go on as a zero.
+        """
+        lost = lse == 0
+        if not bool(lost.any()):
+            return None
+        whole, keys = q.isfinite().all(-1), ~k.isnan().any(-1)
+        if not bool(keys.all()):  # of k [B, Hkv, keys]: a query also needs a key that it sees
+            seen = keys.float() @ piece.pairs(self.seen, self.first).float().T  # [B, Hkv, queries]
+            whole &= (seen > 0).repeat_interleave(q.shape[1] // k.shape[1], 1)
+        lost &= ~whole
+        return lost if bool(lost.any()) else None
 
     def backward(self, g: Tensor, out: Tensor, lse: Tensor, grad_lse: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """grad_q, grad_k, grad_v [B, H, S, D] for g = scale * grad_out and the unscaled output, both in fp32 (fp64 for
