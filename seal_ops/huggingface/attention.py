@@ -23,6 +23,8 @@ _UNSUPPORTED = {
     "cache": "a paged cache",
     "head_mask": "a head mask",
 }
+# flash-attention's, as collators give them; max_length_k says nothing that max_length_q does not
+_FLASH_ARGUMENTS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q")
 
 
 class UnsupportedAttention(ValueError):
@@ -114,7 +116,7 @@ def _attend(
         )
 
     mask = read_mask(module, attention_mask, q.shape[0], q.shape[1], k.shape[1], sliding_window, is_causal)
-    mask = with_documents(mask, module, q, kwargs.get("cu_seq_lens_q"), kwargs.get("cu_seq_lens_k"))
+    mask = with_documents(mask, module, q, *(kwargs.get(name) for name in _FLASH_ARGUMENTS))
     if exchanged:
         mask = ulysses.with_positions(mask, kwargs.get("position_ids"), q.shape[1])
     k, v = k[:, : mask.keys], v[:, : mask.keys]
@@ -165,19 +167,20 @@ def _packed(q: Tensor, k: Tensor, v: Tensor, scale: Tensor | None, mask: CallMas
     """The fused op on the sequences of a batch; 0 at the tokens of a padded batch that belong to none."""
     batch, length = q.shape[:2]
     packed = [t.flatten(0, 1) for t in (q, k, v)]
+    common = dict(common, cu_seqlens=mask.cu_seqlens, max_seqlen=mask.max_seqlen)
     if mask.tokens is None:
         if scale is not None and scale.dim() == 3:
-            raise ValueError(
-                f"seal_ops: packed rows must have scales for all rows alike, got scales for each of {batch} rows"
-            )
-        return attention(*packed, scale, cu_seqlens=mask.cu_seqlens, **common).unflatten(0, (batch, length))
-    out = attention(
-        *(t.index_select(0, mask.tokens) for t in packed),
-        scale,
-        cu_seqlens=mask.cu_seqlens,
-        max_seqlen=length,
-        **common,
-    )
+            if not mask.in_rows:
+                raise ValueError(
+                    f"seal_ops: packed rows must have scales for all rows alike, got scales for each of {batch} rows"
+                )
+            scale = scale.index_select(0, (mask.cu_seqlens[:-1] // length).clamp(max=batch - 1))
+        return attention(*packed, scale, **common).unflatten(0, (batch, length))
+    if mask.padding_too and scale is not None and scale.dim() == 3:
+        scale = scale.repeat_interleave(2, 0)
+    out = attention(*(t.index_select(0, mask.tokens) for t in packed), scale, **common)
+    if mask.padding_too:
+        out = out.masked_fill(~mask.real_in_order(batch).flatten()[:, None, None], 0)
     padded = out.new_zeros(batch * length, *out.shape[1:])
     return padded.index_copy(0, mask.tokens.long(), out).unflatten(0, (batch, length))
 

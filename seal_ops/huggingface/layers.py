@@ -83,7 +83,7 @@ class AttentionLayer:
 def _is_cache(value) -> bool:
     """A cache, known by its type, or by having ``update`` where it is of no type of transformers'."""
     return isinstance(value, Cache) or (
-        not isinstance(value, (Tensor, dict)) and callable(getattr(value, "update", None))
+        not isinstance(value, (Tensor, dict, int)) and callable(getattr(value, "update", None))
     )
 
 

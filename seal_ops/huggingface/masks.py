@@ -3,7 +3,11 @@
 What the mask registry returns travels through model code that expects None or a tensor of four dimensions, and
 `generate` calls .contiguous() on it.  A mask that is only structure is therefore sent as an *empty* tensor whose sizes
 are the description, [kind, window, 0, keys]; a padded batch as the int32 row [1, 1, 1, T + B + 2] that lists the T real
-tokens, the B + 1 sequence boundaries and the window (0: none); anything else as the boolean mask of torch's SDPA.
+tokens, the B + 1 sequence boundaries and the window (0: none); the documents of packed rows as the int32 rows [1, 2, 1,
+documents + 1] of their boundaries and the window; anything else as the boolean mask of torch's SDPA.
+
+While a whole model is traced by torch.compile, sizes may not depend on the padding: a padded batch is then the row of
+all B * S tokens, in every batch row the real ones first, and the 2 B + 1 boundaries between real tokens and padding.
 """
 
 from __future__ import annotations
@@ -20,6 +24,8 @@ from transformers.masking_utils import (
 )
 
 from ..ops.visibility import Visibility
+from .call_arguments import traced_call
+from .documents import begins_by_number, begins_by_position, boundaries, noticed_documents, same_document
 from .model_parallel import ulysses
 
 NAME = "seal"  # in both registries; transformers reserves "/" and "|"
@@ -52,9 +58,33 @@ def _packing(padding: Tensor, window: int | None) -> Tensor | None:
             return None
     tokens = padding.flatten().nonzero().squeeze(1)
     row = torch.cat([tokens, lengths.new_zeros(1), lengths.cumsum(0), lengths.new_full((1,), window or 0)]).int()
-    row = row[None, None, None]
+    return _with_window(row[None, None, None], window)
+
+
+def _with_window(row: Tensor, window: int | None) -> Tensor:
     row._seal_window = window or 0  # spares a GPU the read; lost where the row is copied to another device
     return row
+
+
+def _traced_packing(padding: Tensor) -> Tensor:
+    """`_packing` of a traced batch without a window: the padding of a row is a sequence, too, behind its real
+    tokens."""
+    batch, length = padding.shape
+    order = torch.sort((~padding).int(), dim=1, stable=True)[1]
+    tokens = order + length * torch.arange(batch, device=padding.device)[:, None]
+    ends = length * torch.arange(1, batch + 1, device=padding.device)
+    both = torch.stack([ends - length + padding.sum(1), ends], 1).flatten()
+    return torch.cat([tokens.flatten(), both.new_zeros(1), both, both.new_zeros(1)]).int()[None, None, None]
+
+
+def _documents(numbers: Tensor, window: int | None) -> Tensor:
+    """The rows of documents numbered [B, S]."""
+    row = boundaries(begins_by_number(numbers))
+    return _with_window(torch.stack([row, row.new_full(row.shape, window or 0)])[None, :, None], window)
+
+
+def _is_documents(mask: Tensor, queries: int) -> bool:
+    return mask.dtype == torch.int32 and mask.shape[:3] == (1, 2, 1) and queries > 1
 
 
 def attention_mask(
@@ -75,8 +105,8 @@ def attention_mask(
     """The entry of transformers' mask registry; arguments as transformers documents them for ``sdpa_mask``.
 
     ``attention_mask`` is the boolean padding mask [B, tokens seen].  A causal mask (with or without a sliding window)
-    without padding, and a padded batch without a cache, become descriptions for the fused op; a pattern that is not
-    proven to be one of these becomes the boolean mask [B, 1, Sq, Sk].
+    without padding, and a padded batch or packed rows without a cache, become descriptions for the fused op; a pattern
+    that is not proven to be one of these becomes the boolean mask [B, 1, Sq, Sk].
     """
 
     def dense() -> Tensor:
@@ -100,23 +130,29 @@ def attention_mask(
         ulysses.check_mask(mask_function, attention_mask, local_size, config)
         return None  # DeepSpeed would drop it
     compiling = torch.compiler.is_compiling()
-    if compiling and attention_mask is not None:
-        return dense()  # reading the padding would break the graph
+    traced = traced_call(config) if compiling else None
+    if traced is not None and traced.unpadded:
+        attention_mask = None
     if allow_is_bidirectional_skip and mask_function is bidirectional_mask_function:
+        if compiling and attention_mask is not None:
+            return dense()  # reading the padding would break the graph
         whole = attention_mask is None or bool(attention_mask.all())
         return _structure(_FULL, None, kv_length, device) if whole else dense()
-    if not allow_is_causal_skip:
-        return dense()  # packed rows, custom patterns, compiled decoding
-    # The flag says that no extra mask was combined; distinguish causal, sliding and chunked.
     window = None
-    if local_size is not None:
+    if local_size is not None:  # distinguish sliding and chunked
         if local_size != getattr(config, "sliding_window", None) or local_size == getattr(
             config, "attention_chunk_size", None
         ):
             return dense()
         window = local_size
-    elif mask_function is not causal_mask_function:
+    if not allow_is_causal_skip:  # packed rows, custom patterns, compiled decoding
+        numbers = None if compiling else noticed_documents(mask_function, config)
+        return dense() if numbers is None else _documents(numbers, window)
+    # The flag says that no extra mask was combined.
+    if window is None and mask_function is not causal_mask_function:
         return dense()
+    if traced is not None and traced.position_ids is not None:
+        return dense() if kv_length != q_length else dense() & _same_traced_document(traced.position_ids, batch_size)
     if isinstance(q_offset, Tensor):  # a static cache counts on the device
         if compiling or q_length == 1:
             return dense()
@@ -130,18 +166,27 @@ def attention_mask(
         if attention_mask.shape[1] < kv_offset + keys:
             return dense()
         padding = attention_mask[:, kv_offset : kv_offset + keys]
+        if compiling:
+            return _traced_packing(padding) if keys == q_length > 1 and window is None else dense()
         if not bool(padding.all()):
             packing = _packing(padding, window) if keys == q_length > 1 else None
             return dense() if packing is None else packing
     return _structure(_CAUSAL, window, keys, device)
 
 
+def _same_traced_document(position_ids: Tensor, batch: int) -> Tensor:
+    """Boolean [B, 1, S, S]: whether positions [B or 1, S] do not restart between two tokens."""
+    numbers = begins_by_position(position_ids, batch).cumsum(1)[:, None]
+    return numbers[..., :, None] == numbers[..., None, :]
+
+
 class CallMask(typing.NamedTuple):
     """A mask as the attention call needs it: the first ``keys`` keys are real, and one of three more precise terms.
 
     ``cu_seqlens`` [sequences + 1] divides the tokens of the batch, laid end to end, into sequences; with ``tokens``
-    [T], indices into B * S, only these (the real tokens of a padded batch).  ``dense``: boolean or additive, [B, 1, Sq,
-    Sk].
+    [T], indices into B * S, only these: the real tokens of a padded batch.  ``max_seqlen``: no sequence is longer.
+    ``in_rows``: no sequence goes beyond its batch row.  ``padding_too``: ``tokens`` are all, and the padding of each row
+    is a sequence behind that of its real ones.  ``dense``: boolean or additive, [B, 1, Sq, Sk].
     """
 
     causal: bool
@@ -150,6 +195,14 @@ class CallMask(typing.NamedTuple):
     tokens: Tensor | None = None
     cu_seqlens: Tensor | None = None
     dense: Tensor | None = None
+    max_seqlen: int | None = None
+    in_rows: bool = False
+    padding_too: bool = False
+
+    def real_in_order(self, batch: int) -> Tensor:
+        """Boolean [B, S]: which of ``tokens``, as they are listed, are real, where ``padding_too``."""
+        lengths = (self.cu_seqlens[1::2] - self.cu_seqlens[:-1:2])[:, None]
+        return torch.arange(self.keys, device=lengths.device) < lengths
 
 
 def read_mask(
@@ -175,43 +228,56 @@ def read_mask(
         # keys.
         causal = mask.shape[0] == _CAUSAL
         return CallMask(causal, mask.shape[1] or None, mask.shape[3] if causal else keys)
+    if _is_documents(mask, queries):
+        return CallMask(True, _window_of(mask), queries, None, mask[0, 0, 0], None, queries, True)
     if _is_packing(mask, queries):
         row = mask[0, 0, 0]
-        window = mask._seal_window if hasattr(mask, "_seal_window") else int(row[-1])
-        return CallMask(True, window or None, queries, row[: -batch - 2], row[-batch - 2 : -1])
+        if row.shape[0] == batch * queries + 2 * batch + 2:  # more than a batch with padding has of `_packing`
+            cu_seqlens = row[batch * queries : -1]
+            return CallMask(True, None, queries, row[: batch * queries], cu_seqlens, None, queries, padding_too=True)
+        return CallMask(True, _window_of(mask), queries, row[: -batch - 2], row[-batch - 2 : -1], None, queries)
     return CallMask(False, None, keys, dense=mask)
 
 
+def _window_of(mask: Tensor) -> int | None:
+    window = mask._seal_window if hasattr(mask, "_seal_window") else int(mask[0, -1, 0, -1])
+    return window or None
+
+
 def with_documents(
-    mask: CallMask, module: nn.Module, q: Tensor, cu_seq_lens_q: Tensor | None, cu_seq_lens_k: Tensor | None
+    mask: CallMask,
+    module: nn.Module,
+    q: Tensor,
+    cu_seq_lens_q: Tensor | None,
+    cu_seq_lens_k: Tensor | None,
+    max_length_q: int | None = None,
 ) -> CallMask:
     """The mask, with the documents of packed rows told apart where the caller says where they begin.
 
-    ``cu_seq_lens_q`` int32 [documents + 1], as transformers' DataCollatorWithFlattening gives it: boundaries in the
-    tokens of q [B, S, Hq, D], laid end to end.  Raises ValueError with keys from a cache.
+    ``cu_seq_lens_q`` int32 [documents + 1], as the collators of transformers and TRL give it: boundaries in the tokens
+    of q [B, S, Hq, D], laid end to end; ``max_length_q``: no document is longer.  Documents found in the positions give
+    way.  Raises ValueError with keys from a cache.
     """
     if cu_seq_lens_q is None:
         return mask
-    if mask.keys != q.shape[1] or (cu_seq_lens_k is not None and cu_seq_lens_k.shape != cu_seq_lens_q.shape):
+    batch, length = q.shape[:2]
+    if mask.keys != length or (cu_seq_lens_k is not None and cu_seq_lens_k.shape != cu_seq_lens_q.shape):
         raise ValueError(
             f"seal_ops: {type(module).__name__} must be given cu_seq_lens_q for queries and keys alike, got "
-            f"{q.shape[1]} queries and {mask.keys} keys"
+            f"{length} queries and {mask.keys} keys"
         )
     cu_seqlens = cu_seq_lens_q.to(q.device, torch.int32)
     if mask.dense is None and mask.tokens is None:
-        return mask._replace(cu_seqlens=cu_seqlens)
-    same = _same_document(cu_seqlens, *q.shape[:2])
+        return mask._replace(
+            cu_seqlens=cu_seqlens,
+            max_seqlen=None if max_length_q is None else int(max_length_q),
+            in_rows=batch == 1,
+        )
+    same = same_document(cu_seqlens, batch, length)
     seen = as_tensor(mask, q)
     if seen.dtype == torch.bool:
         return CallMask(False, None, mask.keys, dense=seen & same)
     return CallMask(False, None, mask.keys, dense=seen.masked_fill(~same, torch.finfo(seen.dtype).min))
-
-
-def _same_document(cu_seqlens: Tensor, batch: int, length: int) -> Tensor:
-    """Boolean [B, 1, S, S]: whether two tokens lie in one sequence of the batch's B * S tokens."""
-    tokens = torch.arange(batch * length, dtype=torch.int32, device=cu_seqlens.device)
-    document = torch.searchsorted(cu_seqlens, tokens, right=True).view(batch, 1, length)
-    return document[..., :, None] == document[..., None, :]
 
 
 def as_tensor(mask: CallMask, q: Tensor) -> Tensor | None:
@@ -223,10 +289,14 @@ def as_tensor(mask: CallMask, q: Tensor) -> Tensor | None:
     if mask.causal:  # only causal masks come with a window
         seen = Visibility.of(mask.causal, mask.window).allowed(length, mask.keys, device=q.device)[0]
     if mask.tokens is not None:
-        real = torch.zeros(batch * length, dtype=torch.bool, device=q.device).index_fill(0, mask.tokens.long(), True)
+        real, tokens = torch.zeros(batch * length, dtype=torch.bool, device=q.device), mask.tokens.long()
+        if mask.padding_too:
+            real = real.index_copy(0, tokens, mask.real_in_order(batch).flatten())
+        else:
+            real = real.index_fill(0, tokens, True)
         return seen & real.view(batch, 1, 1, -1)
     if mask.cu_seqlens is not None:
-        same = _same_document(mask.cu_seqlens, batch, length)
+        same = same_document(mask.cu_seqlens, batch, length)
         return same if seen is None else seen & same
     return seen
 

@@ -1,6 +1,7 @@
 """The changes to one model, put on and taken off together.
 
-Only this model is changed: its config's entry for attention, and the class of its attention modules.
+Only this model is changed: its config's entry for attention, the class of its attention modules, and two hooks on the
+module that makes their masks.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import types
 from torch import nn
 
 from . import attention as _attention  # noqa: F401  a model that is unpickled finds the registries filled
+from .call_arguments import maker_of_masks, unwatch, watch
 from .layers import AttentionLayer, attached_class
 from .masks import NAME
 
@@ -29,6 +31,7 @@ class Patch:
         configs = {id(layer.module.config): layer.module.config for layer in layers}
         self.configs = [(config, config._attn_implementation) for config in configs.values()]
         self.bystanders = {id(m): m for layer in layers for m in layer.bystanders}
+        self.maker = maker_of_masks(model, [layer.name for layer in layers])
 
     def serves(self, user: str) -> bool:
         """Whether the patch is on the model for ``user``."""
@@ -78,12 +81,16 @@ class Patch:
             rebind(module, base.forward)
         for module in self.bystanders.values():
             module.__dict__["_seal_bystander"] = True
+        if self.maker is not None:
+            watch(self.maker)
 
     def _take_off(self) -> None:
         self.model.__dict__.pop(PATCH, None)
         for config, previous in self.configs:
             if config._attn_implementation_internal == NAME:  # else the user has chosen another one since
                 config._attn_implementation_internal = previous
+        if self.maker is not None:
+            unwatch(self.maker)
         for module in self.bystanders.values():
             module.__dict__.pop("_seal_bystander", None)
         for layer in self.layers:

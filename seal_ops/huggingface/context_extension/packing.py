@@ -39,7 +39,7 @@ def packing_of(mask: CallMask, q: Tensor, k: Tensor) -> Packing | None:
         return None
     if mask.tokens is not None:
         tokens = mask.tokens.long()
-        return Packing(tokens, tokens, mask.cu_seqlens, None, sk, True)
+        return Packing(tokens, tokens, mask.cu_seqlens, None, sk, not mask.padding_too)
     return Packing(None, None, mask.cu_seqlens, None, batch * sk, False)
 
 

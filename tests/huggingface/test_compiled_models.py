@@ -1,0 +1,155 @@
+"""torch.compile of whole attached models: one graph that keeps the fused op, for every length, with padding and
+packing, forward and backward."""
+
+import pytest
+import torch
+import transformers
+from families import FAMILIES, close, largest, randomise, tokens
+
+import seal_ops
+from seal_ops.huggingface import masks
+
+SHORT = {"llama": {"num_hidden_layers": 1}}  # what is traced is a layer; a second one costs time
+FUSED = {"seal.rope_attention.default": "rope_attention", "seal.attention.default": "attention"}
+
+
+class Graphs:
+    """A backend that counts graphs and the attentions in each."""
+
+    def __init__(self):
+        self.attentions = []
+
+    def __call__(self, graph, inputs):
+        names = (str(node.target) for node in graph.graph.nodes if node.op == "call_function")
+        self.attentions.append(
+            [FUSED.get(name, "composed") for name in names if name in FUSED or "scaled_dot_product" in name]
+        )
+        return graph
+
+
+def built(family, training=False, **overrides):
+    model = FAMILIES[family].build(**overrides)
+    randomise(seal_ops.attach(model, "channel"))
+    return model.train(training)
+
+
+def run(model, ids, **kwargs):
+    with torch.no_grad():
+        return model(ids, use_cache=False, **kwargs).logits
+
+
+def padding_of(ids, holes=False):
+    padding = torch.ones_like(ids)
+    padding[0, :5] = 0
+    padding[1, 17:] = 0
+    if holes:
+        padding[0, 9:11] = 0
+    return padding
+
+
+@pytest.mark.parametrize(
+    "family, lengths, padded",
+    [
+        ("llama", (21, 30, 37, 44), ["attention"]),
+        ("gemma3", (21,), ["composed", "attention"]),  # windows of a padded batch stay masks
+    ],
+)
+def test_one_graph_with_the_fused_op(family, lengths, padded):
+    """No padding, then other lengths (which compile once more, not each time), then padding on both sides."""
+    model = built(family, **SHORT.get(family, {}))
+    graphs = Graphs()
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend=graphs, fullgraph=True)
+    for length in lengths:
+        ids = tokens(length=length)
+        assert close(run(compiled, ids), run(model, ids))
+    assert graphs.attentions == [["rope_attention"] * len(padded)] * min(2, len(lengths))
+    graphs.attentions.clear()
+    ids = tokens()
+    padding = padding_of(ids)
+    real = padding.bool()
+    got, expected = (run(m, ids, attention_mask=padding)[real] for m in (compiled, model))
+    assert close(got, expected)
+    assert graphs.attentions == [padded]
+
+
+def test_padding_with_holes_and_other_lengths_in_one_graph():
+    model = built("llama", **SHORT["llama"])
+    graphs = Graphs()
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend=graphs, fullgraph=True, dynamic=True)
+    for length in (21, 29, 40):
+        ids = tokens(length=length)
+        padding = padding_of(ids, holes=True)
+        real = padding.bool()
+        positions = torch.arange(length)[None]
+        got, expected = (run(m, ids, attention_mask=padding, position_ids=positions)[real] for m in (compiled, model))
+        assert close(got, expected)
+    assert graphs.attentions == [["attention"]]
+
+
+@pytest.mark.parametrize("flash", [True, False], ids=["flash-arguments", "positions"])
+def test_packed_rows(flash):
+    """With flash-attention's arguments fused; by positions alone right, but with a mask tensor."""
+    model = built("llama", **SHORT["llama"])
+    graphs = Graphs()
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend=graphs, fullgraph=True, dynamic=True)
+    collate = transformers.DataCollatorWithFlattening(return_flash_attn_kwargs=flash)
+    for lengths in ((9, 12), (7, 3, 8), (4, 4, 5, 11)):
+        batch = collate([{"input_ids": tokens(1, n, seed=n)[0].tolist()} for n in lengths])
+        batch.pop("labels")
+        ids = batch.pop("input_ids")
+        assert close(run(compiled, ids, **batch), run(model, ids, **batch))
+    if flash:
+        assert len(graphs.attentions) <= 2 and all(found == ["attention"] for found in graphs.attentions)
+    else:
+        assert graphs.attentions == [["composed"]]
+
+
+@pytest.mark.parametrize("family, padded", [("llama", False), ("gemma3", True)])
+def test_gradients_through_aot_autograd(family, padded):
+    model = built(family, training=True, **SHORT.get(family, {}))
+    ids = tokens()
+    extra = {"attention_mask": padding_of(ids)} if padded else {}
+    labels = ids.masked_fill(extra["attention_mask"] == 0, -100) if padded else ids
+    expected = torch.autograd.grad(
+        model(ids, labels=labels, use_cache=False, **extra).loss, list(model.seal_scales.parameters())
+    )
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    loss = compiled(ids, labels=labels, use_cache=False, **extra).loss
+    for a, b in zip(torch.autograd.grad(loss, list(model.seal_scales.parameters())), expected):
+        assert largest(a, b) <= 1e-4 * b.abs().max().item()
+
+
+def test_restarting_positions_with_a_cache_do_not_leak():
+    model = built("llama", **SHORT["llama"])
+    positions = torch.cat([torch.arange(9), torch.arange(12)])[None]
+    ids = tokens(1)
+    expected = run(model, ids, position_ids=positions)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    with torch.no_grad():
+        assert close(compiled(ids, position_ids=positions, use_cache=True).logits, expected)
+
+
+def test_explain_finds_no_break():
+    model = built("qwen3", num_hidden_layers=1)
+    torch._dynamo.reset()
+    found = torch._dynamo.explain(model)(tokens(), use_cache=False)
+    assert found.graph_count == 1 and found.graph_break_count == 0
+
+
+@pytest.mark.parametrize("fault", ["padding seen", "documents lost"])
+def test_the_faults_are_noticed(fault, monkeypatch):
+    if fault == "padding seen":
+        monkeypatch.setattr(
+            masks, "_traced_packing", lambda padding: masks._structure(1, None, padding.shape[1], "cpu")
+        )
+        check = test_padding_with_holes_and_other_lengths_in_one_graph
+    else:
+        monkeypatch.setattr(masks, "_same_traced_document", lambda p, batch: torch.ones(1, 1, 21, 21, dtype=bool))
+        check = test_restarting_positions_with_a_cache_do_not_leak
+    with pytest.raises(AssertionError):
+        check()
