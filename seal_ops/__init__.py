@@ -18,7 +18,7 @@ from .version import __version__
 _LAZY = {
     "attach": "adapters.attachment", "detach": "adapters.attachment", "disabled": "adapters.attachment",
     "load": "adapters.attachment", "merge": "adapters.merging", "Scales": "adapters.scales",
-    "SealCallback": "adapters.trainer_callback",
+    "SealCallback": "adapters.trainer_callback", "reference_model": "adapters.shared_weights",
     "attach_weak_columns": "quantized.attachment", "detach_weak_columns": "quantized.attachment",
     "weak_columns_disabled": "quantized.attachment", "WeakColumns": "quantized.attachment",
     "save_quantized": "quantized.checkpoint", "load_weak_columns": "quantized.saving",

@@ -209,6 +209,13 @@ def detach(model: nn.Module) -> nn.Module:
             "DeepSpeed's sequence parallelism was registered for the attention of models with scales",
             stacklevel=2,
         )
+    take_off(scales, attachment)
+    thaw(attachment.owner, SUBMODULE)
+    return model
+
+
+def take_off(scales: Scales, attachment: Attachment) -> None:
+    """`detach` without a change to what trains."""
     attachment.patch.remove(SCALES)
     for layer in attachment.patch.layers:
         layer.scaling = None
@@ -216,8 +223,6 @@ def detach(model: nn.Module) -> nn.Module:
     for saver in attachment.savers:
         saver.remove()
     scales.attachment = None
-    thaw(attachment.owner, SUBMODULE)
-    return model
 
 
 @contextlib.contextmanager

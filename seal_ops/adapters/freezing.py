@@ -56,3 +56,14 @@ def thaw(owner: nn.Module, holder: str) -> None:
     for name, p in owner.named_parameters():
         if name in record.flags and (p.is_floating_point() or p.is_complex()):  # quantised since: never trained
             p.requires_grad_(record.flags[name])
+
+
+def attached_beside(owner: nn.Module, holder: str) -> bool:
+    """Whether the base is frozen for something else than ``holder``, too."""
+    record = owner.__dict__.get(_RECORD)
+    return record is not None and any(name != holder for name in record.holders)
+
+
+def forget_frozen(owner: nn.Module) -> None:
+    """The base stays frozen for good; of a model whose parameters belong to another."""
+    owner.__dict__.pop(_RECORD, None)

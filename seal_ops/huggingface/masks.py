@@ -185,8 +185,8 @@ class CallMask(typing.NamedTuple):
 
     ``cu_seqlens`` [sequences + 1] divides the tokens of the batch, laid end to end, into sequences; with ``tokens``
     [T], indices into B * S, only these: the real tokens of a padded batch.  ``max_seqlen``: no sequence is longer.
-    ``in_rows``: no sequence goes beyond its batch row.  ``padding_too``: ``tokens`` are all, and the padding of each row
-    is a sequence behind that of its real ones.  ``dense``: boolean or additive, [B, 1, Sq, Sk].
+    ``in_rows``: no sequence goes beyond its batch row.  ``padding_too``: ``tokens`` are all, and the padding of each
+    row is a sequence behind that of its real ones.  ``dense``: boolean or additive, [B, 1, Sq, Sk].
     """
 
     causal: bool
