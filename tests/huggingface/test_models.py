@@ -300,17 +300,6 @@ def test_batch_of_rows_with_their_own_scales(family):
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral"])
-def test_compiled_as_a_whole(family):
-    """One graph, eager results. (transformers cannot see padding or packing while it is traced and makes a mask
-    tensor.)"""
-    model = FAMILIES[family].build()
-    randomise(seal_ops.attach(model, "channel"))
-    eager = logits(model, tokens())
-    torch._dynamo.reset()
-    assert close(logits(torch.compile(model, backend="aot_eager", fullgraph=True), tokens()), eager)
-
-
-@pytest.mark.parametrize("family", ["llama", "mistral"])
 def test_compiled_by_layer_keeps_the_fused_op(family):
     """Layers compiled one by one: one graph each, shared, with the fused op, also for another length and in
     training."""
