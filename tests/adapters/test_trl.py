@@ -167,3 +167,60 @@ def test_dpo_with_log_probabilities_computed_before(tmp_path, tokenizer):
     assert trainer.ref_model is None
     assert sorted(trainer.train_dataset["ref_chosen_logps"]) == pytest.approx(sorted(expected), rel=1e-4)
     trainer.train()
+
+
+def learns(trainer, model):
+    before = [scale.detach().clone() for scale in model.seal_scales.parameters()]
+    trainer.train()
+    return all((a - b).abs().max() > 1e-4 for a, b in zip(before, model.seal_scales.parameters()))
+
+
+def named(tokenizer, folder):
+    """A model with scales whose base lies on disk, where TRL looks for it."""
+    FAMILIES["llama"].build(vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id).save_pretrained(folder)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    randomise(seal_ops.attach(model))
+    return model
+
+
+def test_without_a_reference_a_sentence_says_so(tmp_path, tokenizer):
+    model = named(tokenizer, tmp_path / "base")
+    with pytest.raises(RuntimeError, match="must have a config of its own, its config says attn_implementation='seal'"):
+        dpo(tmp_path, tokenizer, model).train()
+
+
+def test_kto_with_a_reference(tmp_path, tokenizer):
+    model = attached(tokenizer)
+    rows = [dict(prompt=pair["prompt"], completion=pair["chosen"], label=n % 2 == 0) for n, pair in enumerate(PAIRS)]
+    trainer = trl.KTOTrainer(
+        model,
+        ref_model=seal_ops.reference_model(model),
+        args=trl.KTOConfig(str(tmp_path), **SETTINGS, max_length=None),
+        train_dataset=datasets.Dataset.from_list(rows),
+        processing_class=tokenizer,
+    )
+    assert learns(trainer, model)
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.1])
+def test_grpo(tmp_path, tokenizer, beta):
+    """With a KL term TRL loads the reference itself, under the name of attention that it is told."""
+    model = named(tokenizer, tmp_path / "base")
+    trainer = trl.GRPOTrainer(
+        model,
+        reward_funcs=lambda completions, **_: [float(len(set(text))) for text in completions],
+        args=trl.GRPOConfig(
+            str(tmp_path),
+            **SETTINGS,
+            num_generations=4,
+            max_completion_length=8,
+            beta=beta,
+            model_init_kwargs={"attn_implementation": "sdpa"} if beta else None,
+        ),
+        train_dataset=datasets.Dataset.from_list([dict(prompt=pair["prompt"]) for pair in PAIRS]),
+        processing_class=tokenizer,
+    )
+    assert learns(trainer, model)
+    if beta:
+        kl = [entry["kl"] for entry in trainer.state.log_history if "kl" in entry]
+        assert len(kl) == 2 and min(kl) > 0
