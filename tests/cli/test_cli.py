@@ -208,7 +208,7 @@ def test_scales_plot_takes_both_granularities(tmp_path):
 EXAMPLES = os.path.join(os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))), "examples")
 
 
-@pytest.mark.parametrize("script", ["train_scales.py", "trainer.py"])
+@pytest.mark.parametrize("script", ["train_scales.py", "trainer.py", "several_gpus.py"])
 def test_examples_run(script, folder, tmp_path, monkeypatch, capsys):
     arguments = ["--model", folder, "--length", 380, "--samples", 3, "--output", tmp_path / "scales"]
     arguments += ["--cases", 2] if script == "train_scales.py" else []
