@@ -208,7 +208,7 @@ def test_scales_plot_takes_both_granularities(tmp_path):
 EXAMPLES = os.path.join(os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))), "examples")
 
 
-@pytest.mark.parametrize("script", ["train_scales.py", "trainer.py", "preferences.py"])
+@pytest.mark.parametrize("script", ["train_scales.py", "trainer.py", "several_gpus.py", "preferences.py"])
 def test_examples_run(script, folder, tmp_path, monkeypatch, capsys):
     if script == "preferences.py":
         pytest.importorskip("trl", reason="examples/preferences.py runs where the package trl is installed")
