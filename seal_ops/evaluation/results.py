@@ -94,7 +94,11 @@ class Evaluation:
 
     @classmethod
     def load(cls, path) -> "Evaluation":
-        """Reads what :meth:`save` wrote; ``ValueError`` where the file is something else."""
+        """Reads what :meth:`save` wrote.
+
+        Raises:
+            ValueError: the file is something else.
+        """
         found = load_result(cls, path, "evaluation")
         for number, record in enumerate(found.records):
             if "score" not in record:
