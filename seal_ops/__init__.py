@@ -17,7 +17,8 @@ from .version import __version__
 # Public name -> the module that defines it; a name that ends its module's path is that module itself.
 _LAZY = {
     "attach": "adapters.attachment", "detach": "adapters.attachment", "disabled": "adapters.attachment",
-    "load": "adapters.attachment", "merge": "adapters.merging", "Scales": "adapters.scales",
+    "load": "adapters.attachment", "merge": "adapters.merging", "merge_checkpoint": "adapters.checkpoint_merging",
+    "Scales": "adapters.scales",
     "SealCallback": "adapters.trainer_callback", "reference_model": "adapters.shared_weights",
     "attach_weak_columns": "quantized.attachment", "detach_weak_columns": "quantized.attachment",
     "weak_columns_disabled": "quantized.attachment", "WeakColumns": "quantized.attachment",

@@ -293,8 +293,8 @@ def load(
         )
     owner = unwrapped(model, "load") if scales is None else scales.attachment.owner
     attention_layers = layers_of(owner) if scales is None else scales.attachment.patch.layers
-    config = _numbered(saved, version, attention_layers, source)
-    _check_fits(config, owner, attention_layers, source)
+    config = numbered(saved, version, attention_layers, source)
+    check_fits(config, owner, attention_layers, source)
     values = {layer: tensors[tensor_name(number)] for layer, number in zip(config.layers, saved.layers)}
     if scales is None:
         scales = attach_to(
@@ -307,37 +307,41 @@ def load(
     return scales
 
 
-def _numbered(config: ScalesConfig, version: int, attention_layers: list[AttentionLayer], source: str) -> ScalesConfig:
+def numbered(
+    config: ScalesConfig, version: int, attention_layers: list[AttentionLayer], source: str, call: str = "load"
+) -> ScalesConfig:
     """``config`` with the model's own layer numbers; files of version 1 counted attention layers."""
     if version > 1:
         return config
     if max(config.layers) >= len(attention_layers):
         raise ValueError(
-            f"seal_ops.load: {source!r} must be an adapter for {len(attention_layers)} layers, got one with layer "
+            f"seal_ops.{call}: {source!r} must be an adapter for {len(attention_layers)} layers, got one with layer "
             f"{shown(max(config.layers))}"
         )
     return dataclasses.replace(config, layers=tuple(attention_layers[number].index for number in config.layers))
 
 
-def _check_fits(config: ScalesConfig, model: nn.Module, attention_layers: list[AttentionLayer], source: str) -> None:
-    """ValueError where an adapter with this config was made for another model."""
+def check_fits(
+    config: ScalesConfig, model: nn.Module, attention_layers: list[AttentionLayer], source: str, call: str = "load"
+) -> None:
+    """ValueError in the name of ``call`` where an adapter with this config was made for another model."""
     model_type = getattr(_base_config(model), "model_type", None)
     if config.model_type and model_type and config.model_type != model_type:
         raise ValueError(
-            f"seal_ops.load: {source!r} must be an adapter for model type {model_type!r}, got one for "
+            f"seal_ops.{call}: {source!r} must be an adapter for model type {model_type!r}, got one for "
             f"{shown(config.model_type)}"
         )
     known = {attn.index: attn for attn in attention_layers}
     for layer, heads, head_dim in zip(config.layers, config.num_heads, config.head_dim):
         if layer not in known:
             raise ValueError(
-                f"seal_ops.load: {source!r} must be an adapter for the {len(attention_layers)} attention layers "
+                f"seal_ops.{call}: {source!r} must be an adapter for the {len(attention_layers)} attention layers "
                 f"{shown(list(known))}, got one with layer {shown(layer)}"
             )
         attn = known[layer]
         if (heads, head_dim) != (attn.num_heads, attn.head_dim):
             raise ValueError(
-                f"seal_ops.load: {source!r} must be an adapter for {attn.num_heads} heads of "
+                f"seal_ops.{call}: {source!r} must be an adapter for {attn.num_heads} heads of "
                 f"{attn.head_dim} channels in layer {layer}, got one for {shown(heads)} heads of "
                 f"{shown(head_dim)}"
             )

@@ -41,9 +41,10 @@ def merge(model: nn.Module) -> nn.Module:
     ]
     seen: set[int] = set()
     for attn, projection, scale in work:
-        _check_mergeable(attn, projection, scale, scales.config.granularity, seen)
+        check_projection(attn, projection, scales.config.granularity, seen)
+        check_weight(attn.projection_name, projection.weight, scale, attn.head_dim, reads_rows(projection))
     for attn, projection, scale in work:
-        projection.weight.copy_(_merged(projection, projection.weight, scale, attn))
+        projection.weight.copy_(merged(projection.weight, scale, attn.head_dim, reads_rows(projection)))
         # A merge that is interrupted leaves a model that computes the same, and that can be merged again.
         scales.layers[str(attn.index)].scale.fill_(1)
     detach(model)
@@ -61,32 +62,35 @@ def _present_projection(owner: nn.Module, attn: AttentionLayer) -> nn.Module | N
         return None
 
 
-def _reads_rows(projection: nn.Module) -> bool:
+def reads_rows(projection: nn.Module) -> bool:
     """Whether the weight's rows are the channels that are read: GPT-2's Conv1D is the transpose of a Linear."""
     return type(projection) is Conv1D
 
 
-def _merged(projection: nn.Module, weight: Tensor, scale: Tensor, attn: AttentionLayer) -> Tensor:
-    """fp32 (fp64) weight [hidden, Hq * D] (Conv1D [Hq * D, hidden]) times the scale [Hq, 1 or D] of what it reads."""
+def merged(weight: Tensor, scale: Tensor, head_dim: int, rows: bool) -> Tensor:
+    """fp32 (fp64) weight [hidden, Hq * D] (with ``rows`` [Hq * D, hidden]) times the scale [Hq, 1 or D] of what it
+    reads."""
     compute = torch.promote_types(weight.dtype, torch.float32)
-    factor = scale.to(weight.device, compute).expand(-1, attn.head_dim).reshape(-1)
-    return weight.to(compute) * (factor[:, None] if _reads_rows(projection) else factor)
+    factor = scale.to(weight.device, compute).expand(-1, head_dim).reshape(-1)
+    return weight.to(compute) * (factor[:, None] if rows else factor)
 
 
-def _check_mergeable(
-    attn: AttentionLayer, projection: nn.Module | None, scale: Tensor, granularity: str, seen: set[int]
-) -> None:
-    def refuse(expected: str, got: str):
-        raise ValueError(f"seal_ops.merge: {attn.projection_name or attn.name} must {expected}, got {got}")
+def refuse(name: str, expected: str, got: str):
+    raise ValueError(f"seal_ops.merge: {name} must {expected}, got {got}")
 
-    unmerged = "keep the scales attached instead"
+
+def check_projection(attn: AttentionLayer, projection: nn.Module | None, granularity: str, seen: set[int]) -> None:
+    """ValueError where scales of this granularity cannot become part of ``projection``; ``seen``: weights that have."""
+    name, unmerged = attn.projection_name or attn.name, "keep the scales attached instead"
     if projection is None or granularity not in attn.commutes:
         refuse(
+            name,
             "read the attention output directly",
             f"a module with another step in between ({type(attn.module).__name__}); {unmerged}",
         )
     if hasattr(projection, "base_layer"):
         refuse(
+            name,
             "be a plain torch.nn.Linear in 16 or more bits",
             f"{type(projection).__name__} of an adapter; merge that first (PEFT's merge_and_unload), or {unmerged}",
         )
@@ -98,22 +102,30 @@ def _check_mergeable(
         or (not weight.is_floating_point() or weight.element_size() < 2)
     ):
         refuse(
+            name,
             "be a plain torch.nn.Linear in 16 or more bits",
             f"{type(projection).__name__} with {getattr(weight, 'dtype', 'no')} weight; {unmerged}",
         )
     if "weight" not in projection._parameters:
         refuse(
+            name,
             "have its weight as a parameter",
             "one that is computed anew in each call (pruned, or with "
             "weight_norm); make that permanent first (torch.nn.utils.prune.remove, remove_weight_norm)",
         )
     width = attn.num_heads * attn.head_dim
-    if weight.is_meta or hasattr(weight, "full_tensor") or weight.shape[0 if _reads_rows(projection) else 1] != width:
-        refuse(f"hold its whole weight with {width} columns", f"{list(weight.shape)} on {weight.device}")
+    if hasattr(weight, "full_tensor") or weight.shape[0 if reads_rows(projection) else 1] != width:
+        refuse(name, f"hold its whole weight with {width} columns", f"{list(weight.shape)} on {weight.device}")
     if id(weight) in seen:
-        refuse("have a weight of its own", "a weight that two layers share")
+        refuse(name, "have a weight of its own", "a weight that two layers share")
     seen.add(id(weight))
+
+
+def check_weight(name: str, weight: Tensor, scale: Tensor, head_dim: int, rows: bool) -> None:
+    """ValueError where the values of a weight are not there, or would overflow."""
+    if weight.is_meta:
+        refuse(name, f"hold its whole weight with {scale.shape[0] * head_dim} columns", f"{list(weight.shape)} on meta")
     # Largest magnitude a channel would get, without a second copy of the weight.
-    largest = weight.detach().abs().amax(1 if _reads_rows(projection) else 0, keepdim=True)
-    if not bool((_merged(projection, largest, scale, attn).abs() <= torch.finfo(weight.dtype).max).all()):
-        refuse(f"stay finite in {weight.dtype}", "scales that overflow it")
+    largest = weight.detach().abs().amax(1 if rows else 0, keepdim=True)
+    if not bool((merged(largest, scale, head_dim, rows).abs() <= torch.finfo(weight.dtype).max).all()):
+        refuse(name, f"stay finite in {weight.dtype}", "scales that overflow it")

@@ -136,15 +136,15 @@ def test_an_interrupted_merge_can_go_on(interrupted, monkeypatch):
     with torch.no_grad():
         for _, scale in scales.items():
             scale.abs_().add_(0.1)
-    values, expected, real, calls = scales.values(), logits(model, tokens()), merging._merged, []
+    values, expected, real, calls = scales.values(), logits(model, tokens()), merging.merged, []
 
-    def stop(projection, weight, *rest):
+    def stop(weight, *rest):
         calls.append(weight.shape[0])
         if calls.count(64) == interrupted:  # whole weights; the checks take one row
             raise KeyboardInterrupt
-        return real(projection, weight, *rest)
+        return real(weight, *rest)
 
-    monkeypatch.setattr(merging, "_merged", stop)
+    monkeypatch.setattr(merging, "merged", stop)
     with pytest.raises(KeyboardInterrupt):
         seal_ops.merge(model)
     monkeypatch.undo()
