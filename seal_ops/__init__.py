@@ -20,6 +20,7 @@ _LAZY = {
     "load": "adapters.attachment", "merge": "adapters.merging", "merge_checkpoint": "adapters.checkpoint_merging",
     "Scales": "adapters.scales",
     "SealCallback": "adapters.trainer_callback", "reference_model": "adapters.shared_weights",
+    "update_card": "adapters.model_card", "card_results": "evaluation.model_card_results",
     "attach_weak_columns": "quantized.attachment", "detach_weak_columns": "quantized.attachment",
     "weak_columns_disabled": "quantized.attachment", "WeakColumns": "quantized.attachment",
     "save_quantized": "quantized.checkpoint", "load_weak_columns": "quantized.saving",

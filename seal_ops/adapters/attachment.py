@@ -23,7 +23,9 @@ from ..ops.dispatch import choose
 from . import peft_registry
 from .files import DEFAULT_ADAPTER, ScalesConfig, read, shown, tensor_name
 from .freezing import freeze, thaw
+from .generating import GenerateRows
 from .hub import resolve
+from .model_card import read_facts
 from .saving import SaveBoth
 from .scales import Scales, check_new_name
 
@@ -35,12 +37,12 @@ class Attachment:
     """How to bring the model back; lives in the scales' ``__dict__`` and is copied with the model.
 
     ``owner`` is the module that holds the scales: the transformers model itself, inside whatever wraps it.
-    ``savers``: what stands in for ``save_pretrained``.
+    ``stand_ins``: what stands in for the model's ``save_pretrained`` and ``generate``.
     """
 
     owner: nn.Module
     patch: Patch
-    savers: list[SaveBoth]
+    stand_ins: list[SaveBoth | GenerateRows]
 
 
 def attached(model: nn.Module, call: str) -> tuple[Scales, Attachment]:
@@ -148,16 +150,18 @@ def attach_to(
         attn.backend = backend
     freeze(owner, SUBMODULE)
     setattr(owner, SUBMODULE, scales)
-    savers = [
+    stand_ins = [
         SaveBoth(m, scales)
         for m in dict.fromkeys((getattr(model, "_orig_mod", model), owner))
         if callable(getattr(type(m), "save_pretrained", None))
     ]
+    if callable(getattr(type(owner), "generate", None)):
+        stand_ins.append(GenerateRows(owner, scales))
     patch = patch_on(owner) or Patch(owner, attention_layers)
-    scales.attachment = Attachment(owner, patch, savers)
+    scales.attachment = Attachment(owner, patch, stand_ins)
     scales.attachment.patch.install(SCALES)
-    for saver in savers:
-        saver.install()
+    for stand_in in stand_ins:
+        stand_in.install()
     peft_registry.register()
     return scales
 
@@ -220,8 +224,8 @@ def take_off(scales: Scales, attachment: Attachment) -> None:
     for layer in attachment.patch.layers:
         layer.scaling = None
     delattr(attachment.owner, SUBMODULE)
-    for saver in attachment.savers:
-        saver.remove()
+    for stand_in in attachment.stand_ins:
+        stand_in.remove()
     scales.attachment = None
 
 
@@ -304,6 +308,7 @@ def load(
         scales.set_values(config, values)
     else:
         scales.inactive[adapter_name] = config, values
+    scales.cards[adapter_name or scales.active_adapter] = read_facts(source)
     return scales
 
 

@@ -82,8 +82,8 @@ def merge_checkpoint(
     The shards are copied, and in the copies the weights that read the attention output are multiplied, one at a time:
     names, order, dtypes, shard boundaries and every other byte stay.  All other files are copied, but for weights in
     other formats, which would be unmerged ones, for ``seal_scales``, and for hidden files.  ``output`` appears when all
-    is done: a killed merge leaves nothing under its name.  The weights are the same, bit for bit, as by `seal_ops.merge`
-    in the checkpoint's dtype.
+    is done: a killed merge leaves nothing under its name.  The weights are the same, bit for bit, as by
+    `seal_ops.merge` in the checkpoint's dtype.
 
     Args:
         model: a folder with ``config.json`` and safetensors.

@@ -42,7 +42,8 @@ def _download(name: str, revision, token, subfolder: str | None, call: str) -> s
     from huggingface_hub import snapshot_download
 
     prefix = f"{subfolder.strip('/')}/" if subfolder else ""
-    wanted = [prefix + files.CONFIG_FILE, prefix + files.WEIGHTS_FILE, f"{prefix}{files.SUBFOLDER}/*"]
+    names = (files.CONFIG_FILE, files.WEIGHTS_FILE, files.CARD_FILE)
+    wanted = [*(prefix + name for name in names), f"{prefix}{files.SUBFOLDER}/*"]
     try:
         return snapshot_download(name, revision=revision, token=token, allow_patterns=wanted)
     except Exception as error:  # the client raises errors of several libraries
@@ -61,7 +62,16 @@ def push(
     commit_message: str | None = None,
     create_pr: bool = False,
 ):
-    """Uploads what ``scales.save_pretrained`` writes to the repository ``repo_id``; returns the hub's commit info.
+    """Uploads what ``scales.save_pretrained`` writes, model card included, to a repository; returns the commit info.
+
+    Args:
+        scales: the `Scales`.
+        repo_id: ``name`` or ``owner/name``; made where it is not there.
+        private: of a new repository.
+        token: as on the hub.
+        revision: a branch; made where it is not there.
+        commit_message: of the commit.
+        create_pr: opens a pull request.
 
     Raises OSError, one sentence, where the hub refuses or cannot be reached.
     """
@@ -72,6 +82,8 @@ def push(
         try:
             api = HfApi(token=token)
             repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+            if revision is not None and not create_pr and not revision.startswith("refs/"):
+                api.create_branch(repo_id, branch=revision, exist_ok=True)
             return api.upload_folder(
                 repo_id=repo_id,
                 folder_path=folder,

@@ -25,16 +25,19 @@ class LayerScale(nn.Module):
         super().__init__()
         self.scale = nn.Parameter(torch.ones(shape, dtype=torch.float32, device=device))
         self.per_row: Tensor | None = None  # [B, Hq, 1 or D], in the place of `scale`; see `Scales.rows`
+        self.copied = False  # whether a batch may hold every row several times, as `generate` makes it
         self.may_be_frozen = False
         self.left_alone = False  # by the state dict that is being loaded
 
-    def forward(self, learned: bool = False) -> Tensor:
+    def forward(self, learned: bool = False, batch: int | None = None) -> Tensor:
         """What attention multiplies by: the scale, or one a row inside `Scales.rows`; ``learned``: always the scale.
+
+        ``batch``: the number of rows that are asked for.  Raises ValueError where the scales are for another number.
 
         A call, so that the hooks of offloading and of sharding bring the parameter here first.
         """
         if self.per_row is not None and not learned:
-            return self.per_row
+            return self.per_row if batch is None else self._for_rows(batch)
         if self.scale.dtype not in (torch.float32, torch.float64):  # `_apply` does not see these casts
             raise ValueError(
                 f"seal_ops: scales must stay torch.float32, got {self.scale.dtype}; leave the mixed precision of "
@@ -54,6 +57,14 @@ class LayerScale(nn.Module):
                 stacklevel=2,
             )
         return self.scale
+
+    def _for_rows(self, batch: int) -> Tensor:
+        rows = self.per_row.shape[0]
+        if batch == rows:
+            return self.per_row
+        if self.copied and batch % rows == 0:  # beams of a row lie side by side
+            return self.per_row.repeat_interleave(batch // rows, 0)
+        raise ValueError(f"seal_ops.Scales: the batch must have {rows} rows, one for each given scale, got {batch}")
 
     def _apply(self, fn, recurse=True):
         # `model.to(torch.bfloat16)` reaches here too. Near 1 bf16 moves in steps of 2^-7, larger than an optimiser's.
@@ -87,7 +98,8 @@ class Scales(nn.Module):
         self.attachment = None  # set by `attachment.attach_to`: how to bring the model back
         self.active_adapter = adapter_name
         self.inactive: dict[str, tuple[ScalesConfig, dict[int, Tensor]]] = {}  # name -> config, values on the CPU
-        self.training_settings: Mapping | None = None  # for the model card
+        self.spare: dict[int, LayerScale] = {}  # for rows of other adapters, in layers that the active one leaves alone
+        self.cards: dict[str, model_card.CardFacts] = {}  # adapter -> what its model card is to say
         self.checkpoints = None  # `trainer_callback.Checkpoints`, while a Trainer saves with `SealCallback`
         self.saved_beside = False  # while `saving.SaveBoth` saves the model that the scales are on
         self.loaded = False  # whether a state dict with scales has been loaded
@@ -265,7 +277,7 @@ class Scales(nn.Module):
             active = name == self.active_adapter
             config, tensors = (self.config, values) if active else self.inactive[name]
             try:
-                card = model_card.text(config, self.training_settings if active else None)
+                card = model_card.text(config, self.cards.get(name))
                 files.write(folder, config, dict(tensors), card if model_card.replaceable(folder) else None)
             except OSError as error:
                 raise type(error)(
@@ -285,6 +297,11 @@ class Scales(nn.Module):
         from .hub import push
 
         return push(self, repo_id, **options)
+
+    @property
+    def card(self) -> model_card.CardFacts:
+        """What the active adapter's model card says of its training and results; to be changed in place."""
+        return self.cards.setdefault(self.active_adapter, model_card.CardFacts())
 
     # -- named adapters ----------------------------------------------------------------------------------------------
     @property
@@ -358,47 +375,46 @@ class Scales(nn.Module):
                 f"{adapter_name!r}; call set_adapter with another first"
             )
         del self.inactive[adapter_name]
+        self.cards.pop(adapter_name, None)
 
     @contextlib.contextmanager
     def adapters_per_row(self, adapter_names: Sequence[str]):
         """Inside the block row b of a batch runs with the adapter ``adapter_names[b]``; "base" is the model without.
 
-        Gradients flow into the active adapter only.
+        ``model.generate`` follows the copies that it makes of a row: beams, and several returned sequences.  Gradients
+        flow into the active adapter only.
 
         Raises:
-            ValueError: an unknown name, or scales that are not attached.
+            ValueError: an unknown name, scales that are not attached, or, in a call inside, a batch of another size.
         """
         from .attachment import owner_of
 
         owner_of(self, "Scales.adapters_per_row")
         adapter_names = self._names("adapters_per_row", "adapter_names", adapter_names, _BASE)
+        if not adapter_names:
+            raise ValueError("seal_ops.Scales.adapters_per_row: adapter_names must be one name a row, got none")
         scale_of = {name: values for name, (_, values) in self.inactive.items()}
         scale_of[self.active_adapter] = dict(self.items())
-        replaced = []
+        before = []
         try:
             for attn in self.attachment.patch.layers:
                 scales = [scale_of.get(name, {}).get(attn.index) for name in adapter_names]
                 if all(s is None for s in scales) and attn.scaling is None:
                     continue
-                device = next((s.device for s in scales if s is not None), None)
-                if attn.index in self.config.layers:
-                    device = self.layers[str(attn.index)].scale.device
-                wide = any(s is not None and s.dim() == 2 for s in scales)
-                shape = (attn.num_heads, attn.head_dim if wide else 1)
-                full = [
-                    torch.ones(shape, device=device)
-                    if s is None
-                    else s.to(device).reshape(attn.num_heads, -1).expand(shape)
-                    for s in scales
-                ]
-                holder = LayerScale((attn.num_heads,), device)
-                holder.per_row = torch.stack(full)
-                replaced.append((attn, attn.scaling))
+                holder = attn.scaling or self._spare_holder(attn, scales)
+                before.append((attn, attn.scaling, holder, holder.per_row))
+                holder.per_row = _one_a_row(scales, attn, holder.scale.device)
                 attn.scaling = holder
             yield self
         finally:
-            for attn, scaling in replaced:
-                attn.scaling = scaling
+            for attn, scaling, holder, rows in before:
+                attn.scaling, holder.per_row = scaling, rows
+
+    def _spare_holder(self, attn, scales) -> LayerScale:
+        """For a layer that the active adapter leaves alone; kept, since compiled code is tied to the object."""
+        if attn.index not in self.spare:
+            self.spare[attn.index] = LayerScale((attn.num_heads,), next(s.device for s in scales if s is not None))
+        return self.spare[attn.index]
 
     # -- the model ---------------------------------------------------------------------------------------------------
     def disable_adapter(self):
@@ -437,6 +453,14 @@ class Scales(nn.Module):
         adapters = f", adapter={self.active_adapter!r} of {self.adapter_names}" if self.inactive else ""
         runs = "" if self.attachment is None else f", {self.attachment.patch.summary()}"
         return f"granularity={self.config.granularity!r}, layers={len(self.config.layers)}{adapters}{runs}"
+
+
+def _one_a_row(scales: Sequence[Tensor | None], attn, device) -> Tensor:
+    """fp32 [B, Hq, 1 or D] of the scales of B rows; ones where there is none."""
+    wide = any(s is not None and s.dim() == 2 for s in scales)
+    shape = (attn.num_heads, attn.head_dim if wide else 1)
+    ones = torch.ones(shape, device=device)
+    return torch.stack([ones if s is None else s.to(device).reshape(attn.num_heads, -1).expand(shape) for s in scales])
 
 
 _BASE = ("base", "__base__")  # the second is PEFT's word

@@ -6,11 +6,13 @@ A subcommand is one entry of ``COMMANDS``: its options, a function that runs it,
 
 import argparse
 import os
+import shlex
 import sys
 import traceback
 
 from . import (
     bench,
+    card,
     compare,
     data,
     demo,
@@ -38,6 +40,7 @@ def main(argv: list[str] | None = None) -> int:
         args = _parser(argv).parse_args(argv)
     except SystemExit as stop:  # argparse: 0 after --help, 2 after wrong usage
         return int(stop.code or 0)
+    args.command_line = shlex.join(["seal", *argv])
     try:
         return COMMANDS[args.command].run(args) or 0
     except KeyboardInterrupt:
@@ -96,6 +99,7 @@ _MODULES = (
     transfer,
     study,
     harness,
+    card,
     merge,
     quantize,
     report,

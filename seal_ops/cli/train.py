@@ -92,7 +92,7 @@ def run(args):
     if args.weak_columns is not None:
         attach_columns(args, model, tokenizer, samples)
     if args.granularity is not None:
-        attach(model, args.granularity, backend=args.backend)
+        attach(model, args.granularity, backend=args.backend).card.command = args.command_line
     _report(train(model, samples, column_lr=args.column_lr, **_settings(args)), _what(args), args)
 
 

@@ -87,7 +87,7 @@ def _attend(
     composed = _why_composed(query, key, value, softcap)
     if layer is not None and layer.probe is not None:
         return layer.probe.observe(query, key, value, seal_rotation, composed, sliding_window is not None), None
-    scale = None if layer is None else layer.current()
+    scale = None if layer is None else layer.current(query.shape[0])
     share = None if layer is None else share_of(layer, query.shape[1])
     exchanged = layer is not None and ulysses.is_on(NAME)
     if (share is not None or exchanged) and (layer.program is not None or layer.training_mask is not None):

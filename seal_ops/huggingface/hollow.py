@@ -1,7 +1,7 @@
 """A model without its weights, that can be run on two tokens all the same: what a model is, without what it knows.
 
-Its parameters lie on the meta device.  A part of the model gets stand-ins for its own while it runs, and gives them back:
-a GiB, or what the largest module takes, is all the memory that is used.
+Its parameters lie on the meta device.  A part of the model gets stand-ins for its own while it runs, and gives them
+back: a GiB, or what the largest module takes, is all the memory that is used.
 """
 
 from __future__ import annotations
@@ -33,9 +33,7 @@ def read_hollow(folder: str | os.PathLike, call: str, *, trust_remote_code: bool
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
         with _parameters_on_meta():
-            model = AutoModelForCausalLM.from_config(
-                config, dtype=torch.bfloat16, trust_remote_code=trust_remote_code
-            )
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, trust_remote_code=trust_remote_code)
     except Exception as error:  # of transformers, and of code that came with the model
         raise OSError(f"{call}: {folder} could not be read: {reason(error)}") from error
     return model.eval()

@@ -75,9 +75,12 @@ class AttentionLayer:
         """Whether channel scales may be merged."""
         return "channel" in self.commutes
 
-    def current(self) -> Tensor | None:
-        # Through a call: offloading hooks fill the parameters of modules that are called.
-        return None if self.scaling is None or not self.scaled else self.scaling()
+    def current(self, batch: int | None = None) -> Tensor | None:
+        """The scale; where rows have scales of their own, those of a batch of so many rows (None: as they were given).
+
+        Through a call: offloading hooks fill the parameters of modules that are called.
+        """
+        return None if self.scaling is None or not self.scaled else self.scaling(batch=batch)
 
 
 def _is_cache(value) -> bool:

@@ -16,6 +16,7 @@ from .layers import AttentionLayer, attached_class
 from .masks import NAME
 
 PATCH = "_seal_patch"  # where a model keeps the patch that is on it
+_BATCHING = "init_continuous_batching"  # which `generate_batch` calls
 SCALES, PROGRAM, TRAINING = "scales", "program", "training"  # what a patch may be on a model for
 
 
@@ -67,6 +68,8 @@ class Patch:
 
     def _put_on(self) -> None:
         self.model.__dict__[PATCH] = self
+        if hasattr(type(self.model), _BATCHING):
+            self.model.__dict__[_BATCHING] = refuse_continuous_batching
         for config, _ in self.configs:
             config._attn_implementation_internal = (
                 NAME  # the property would also reach sub-models such as a vision tower
@@ -86,6 +89,8 @@ class Patch:
 
     def _take_off(self) -> None:
         self.model.__dict__.pop(PATCH, None)
+        if self.model.__dict__.get(_BATCHING) is refuse_continuous_batching:
+            del self.model.__dict__[_BATCHING]
         for config, previous in self.configs:
             if config._attn_implementation_internal == NAME:  # else the user has chosen another one since
                 config._attn_implementation_internal = previous
@@ -102,6 +107,15 @@ class Patch:
             ):  # else another library's subclass is on top; ours calls the original now
                 module.__class__ = attached._seal_base
                 rebind(module, attached.forward)
+
+
+def refuse_continuous_batching(*args, **kwargs):
+    """In the place of a model's ``init_continuous_batching``: transformers would take its own attention for ours."""
+    raise ValueError(
+        "seal_ops: continuous batching (generate_batch) must be given a model without attached scales or programs, "
+        "since transformers' paged cache runs only its own attention functions; call "
+        "seal_ops.merge(model) first, or generate"
+    )
 
 
 def patch_on(model: nn.Module) -> Patch | None:

@@ -205,7 +205,7 @@ def train(
     result = TrainResult(run.losses, run.settings["lr"], count, run.seconds, peak, run.settings, origin, model)
     if output_dir is not None:
         if run.scales is not None:
-            run.scales.training_settings = result.settings
+            run.scales.card.trained(result.settings)
         if processes.main:
             _save(model, run.scales, run.columns, output_dir)
             atomic_write(os.path.join(output_dir, RESULT), json.dumps(_facts(result), indent=1) + "\n")

@@ -1,4 +1,4 @@
-"""Merging in the files of a checkpoint: the same weights as in memory, every other byte as it was, or nothing at all."""
+"""Merging in the files of a checkpoint: the same weights as in memory, every other byte as it was, or nothing."""
 
 import contextlib
 import json

@@ -101,7 +101,7 @@ def test_the_base_models_state_dict_loads_strictly():
 def test_a_card_is_written_and_ones_own_is_kept(tmp_path):
     model, _ = build()
     scales = model.seal_scales
-    scales.training_settings = {"lr": 0.01, "samples": 50}
+    scales.card.trained({"lr": 0.01, "samples": 50})
     scales.save_pretrained(tmp_path)
     card = (tmp_path / CARD_FILE).read_text()
     assert card.startswith("---\nlibrary_name: seal_ops\n") and "SEAL-C" in card and "| model type | llama |" in card
@@ -111,7 +111,7 @@ def test_a_card_is_written_and_ones_own_is_kept(tmp_path):
     assert (tmp_path / CARD_FILE).read_text() == "mine"
 
 
-@pytest.mark.parametrize("name, expected", [("org/model-7b", 'base_model: "org/model-7b"\n'), ("/data/model", None)])
+@pytest.mark.parametrize("name, expected", [("org/model-7b", "base_model: org/model-7b\n"), ("/data/model", None)])
 def test_only_a_name_on_the_hub_is_a_cards_base_model(tmp_path, name, expected):
     model = LLAMA.build()
     model.config._name_or_path = name

@@ -69,7 +69,7 @@ def names(page: str) -> dict:
         "tokenizer": tokenizer,
         "samples": samples,
     }
-    if page == "docs/adapters.md":
+    if page in ("docs/adapters.md", "docs/serving.md"):
         for name, value in (("short-context", 0.5), ("long-context", 2.0)):
             scales = seal_ops.attach(model, "head")
             for _, scale in scales.items():

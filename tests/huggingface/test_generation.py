@@ -1,0 +1,195 @@
+"""`generate` of a model with scales on it: caches, searches, compilation, and no wait for the device in a step."""
+
+import copy
+import importlib.util
+
+import pytest
+import torch
+from families import FAMILIES, randomise, tokens
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import CompileConfig, GenerationConfig, StaticCache
+
+import seal_ops
+
+NEW = 10
+
+
+def attached_and_merged(family="llama", granularity="channel"):
+    model = FAMILIES[family].build()
+    randomise(seal_ops.attach(model, granularity))
+    return model, seal_ops.merge(copy.deepcopy(model))
+
+
+def padded(rows=3, length=13):
+    """Ids [rows, length], one row padded on the left, and their mask."""
+    ids, mask = tokens(rows, length), torch.ones(rows, length, dtype=torch.long)
+    ids[1, :5], mask[1, :5] = 0, 0
+    return ids, mask
+
+
+@torch.no_grad()
+def uncached(model, ids, mask, new=NEW):
+    """Greedy tokens, each from a forward pass over everything before it."""
+    for _ in range(new):
+        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        logits = model(ids, attention_mask=mask, position_ids=positions, use_cache=False).logits[:, -1]
+        ids = torch.cat([ids, logits.argmax(-1, keepdim=True)], 1)
+        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
+    return ids
+
+
+def options(mask, **more):
+    return dict(attention_mask=mask, max_new_tokens=NEW, do_sample=False, **more)
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "phi3", "qwen3_next"])
+def test_every_token_as_from_the_uncached_forward(family, cache):
+    """qwen2 has windows in one layer of two, qwen3_next a recurrent layer: what the cache holds follows the layers."""
+    model, merged = attached_and_merged(family)
+    ids, mask = padded()
+    got = model.generate(ids, **options(mask, cache_implementation=cache))
+    if family != "qwen3_next":  # whose recurrent layers do not forget the padding of an uncached forward alike
+        assert torch.equal(got, uncached(model, ids, mask))
+    assert torch.equal(got, merged.generate(ids, **options(mask, cache_implementation=cache)))
+
+
+@pytest.mark.parametrize("backend", ["quanto", "hqq"])
+def test_a_quantized_cache(backend):
+    package = {"quanto": "optimum.quanto", "hqq": "hqq"}[backend]
+    try:
+        found = importlib.util.find_spec(package)
+    except ModuleNotFoundError:
+        found = None
+    if found is None:
+        pytest.skip(f"{package} is not installed")
+    model, merged = attached_and_merged()
+    ids, mask = padded()
+    config = {"backend": backend, "nbits": 4, "residual_length": 4, "q_group_size": 16, "axis_key": 0, "axis_value": 0}
+    if backend == "hqq":
+        config |= {"axis_key": 1, "axis_value": 1}
+    given = options(mask, cache_implementation="quantized", cache_config=config)
+    assert torch.equal(model.generate(ids, **given), merged.generate(ids, **given))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("cache", ["offloaded", "offloaded_static"])
+def test_a_cache_in_host_memory(cache):
+    model, merged = (m.cuda() for m in attached_and_merged())
+    ids, mask = (t.cuda() for t in padded())
+    given = options(mask, cache_implementation=cache)
+    assert torch.equal(model.generate(ids, **given), merged.generate(ids, **given))
+
+
+@pytest.mark.parametrize(
+    "search",
+    [
+        dict(num_beams=3),
+        dict(num_beams=3, cache_implementation="static"),
+        dict(num_beams=4, num_return_sequences=2, length_penalty=0.5),
+        dict(num_beams=2, do_sample=True),
+    ],
+)
+def test_beams(search):
+    model, merged = attached_and_merged()
+    ids, mask = padded()
+    given = options(mask) | search
+    torch.manual_seed(0)
+    got = model.generate(ids, **given)
+    torch.manual_seed(0)
+    assert torch.equal(got, merged.generate(ids, **given))
+
+
+@pytest.mark.parametrize("how", ["prompt lookup", "assistant"])
+def test_tokens_that_are_guessed_and_checked(how):
+    """Several queries meet a cache, and keys of wrong guesses are dropped from it."""
+    model, merged = attached_and_merged()
+    ids = tokens(1, 6).repeat(1, 3)  # what comes again is looked up
+    mask = torch.ones_like(ids)
+    given = {"prompt_lookup_num_tokens": 3} if how == "prompt lookup" else {"assistant_model": FAMILIES["llama"].build()}  # noqa: E501  # fmt: skip
+    calls = []
+    hook = model.register_forward_pre_hook(lambda m, args, kwargs: calls.append(kwargs), with_kwargs=True)
+    got = model.generate(ids, **options(mask, **given))
+    hook.remove()
+    assert len({call["input_ids"].shape[1] for call in calls[1:]} - {1}) > 0, "several tokens in a step"
+    assert torch.equal(got, uncached(model, ids, mask)) and torch.equal(got, uncached(merged, ids, mask))
+
+
+def test_compiled_decoding_is_one_graph():
+    """What `generate` does by itself on a GPU: the step with a static cache compiled as a whole, once.
+
+    Other adapters for the rows are other numbers in the same graph.
+    """
+    model, merged = attached_and_merged()
+    scales = model.seal_scales
+    scales.add_adapter("head", "head")
+    scales.set_adapter("head")
+    randomise(scales, 5)
+    scales.set_adapter("default")
+    ids, mask = padded()
+    compiled = CompileConfig(backend="aot_eager", fullgraph=True, mode=None)
+    compiled._compile_all_devices = True
+    given = options(mask, cache_implementation="static", compile_config=compiled)
+    stats = torch._dynamo.utils.counters["stats"]
+    torch._dynamo.reset()
+    stats.clear()
+    for _ in range(2):
+        assert torch.equal(model.generate(ids, **given), uncached(merged, ids, mask))
+    assert stats["unique_graphs"] == 1
+    for number, names in enumerate((["head", "default", "base"], ["base", "head", "head"], ["default"] * 3)):
+        expected = model.generate(ids, **options(mask), adapter_names=names)
+        assert torch.equal(model.generate(ids, **given, adapter_names=names), expected), names
+        assert stats["unique_graphs"] <= 2, number
+    torch._dynamo.reset()
+
+
+class NoWait(TorchDispatchMode):
+    """Fails where a value of a tensor is asked for, which on a GPU waits for all that was launched."""
+
+    WAITS = ("_local_scalar_dense", "nonzero", "is_nonzero", "equal", "item", "masked_select", "unique")
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.name().split("::")[1].split(".")[0]
+        assert name not in self.WAITS, f"{func.name()} waits for the device"
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("rows", [False, True])
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_a_step_on_a_static_cache_asks_for_no_value(family, rows):
+    """So a CUDA graph can hold it. The mask is made before the step, as `generate` makes it."""
+    model, _ = attached_and_merged(family)
+    ids, _ = padded()
+    cache = StaticCache(config=model.config, max_cache_len=32)
+    word = "cache" if "cache" in model.forward.__code__.co_varnames else "past_key_values"
+    with (
+        torch.no_grad(),
+        model.seal_scales.adapters_per_row(["default", "base", "default"] if rows else ["default"] * 3),
+    ):
+        model(ids, **{word: cache}, use_cache=True)
+        given = model.prepare_inputs_for_generation(
+            torch.cat([ids, ids[:, :1]], 1), **{word: cache}, attention_mask=torch.ones(3, 14, dtype=torch.long),
+            use_cache=True, next_sequence_length=1,
+        )  # fmt: skip
+        assert given["input_ids"].shape == (3, 1)
+        with NoWait():
+            model(**given)
+        with pytest.raises(AssertionError, match="_local_scalar_dense waits"), NoWait():
+            ids.sum().item()
+
+
+def test_continuous_batching_is_refused_at_the_first_call():
+    model, merged = attached_and_merged()
+    ids = tokens(2, 9)
+    config = GenerationConfig(max_new_tokens=4, do_sample=False, pad_token_id=0)
+    message = "continuous batching .* call seal_ops.merge\\(model\\) first"
+    with pytest.raises(ValueError, match=message):
+        model.generate_batch(ids.tolist(), generation_config=config)
+    with pytest.raises(ValueError, match=message):
+        copy.deepcopy(model).init_continuous_batching(generation_config=config)
+    extended = seal_ops.extend(FAMILIES["llama"].build(), "streaming", sinks=2, window=8)
+    with pytest.raises(ValueError, match=message):
+        (extended or model).generate_batch(ids.tolist(), generation_config=config)
+    seal_ops.detach(model)
+    for plain in (model, merged):
+        assert "init_continuous_batching" not in plain.__dict__
