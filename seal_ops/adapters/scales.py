@@ -403,7 +403,9 @@ class Scales(nn.Module):
                     continue
                 holder = attn.scaling or self._spare_holder(attn, scales)
                 before.append((attn, attn.scaling, holder, holder.per_row))
-                holder.per_row = _one_a_row(scales, attn, holder.scale.device)
+                # As wide as any adapter, asked for or not: compiled code is tied to the shape.
+                wide = any(attn.index in values and values[attn.index].dim() == 2 for values in scale_of.values())
+                holder.per_row = _one_a_row(scales, attn, wide, holder.scale.device)
                 attn.scaling = holder
             yield self
         finally:
@@ -455,9 +457,8 @@ class Scales(nn.Module):
         return f"granularity={self.config.granularity!r}, layers={len(self.config.layers)}{adapters}{runs}"
 
 
-def _one_a_row(scales: Sequence[Tensor | None], attn, device) -> Tensor:
-    """fp32 [B, Hq, 1 or D] of the scales of B rows; ones where there is none."""
-    wide = any(s is not None and s.dim() == 2 for s in scales)
+def _one_a_row(scales: Sequence[Tensor | None], attn, wide: bool, device) -> Tensor:
+    """fp32 [B, Hq, 1] or, where it is to be wide, [B, Hq, D] of the scales of B rows; ones where there is none."""
     shape = (attn.num_heads, attn.head_dim if wide else 1)
     ones = torch.ones(shape, device=device)
     return torch.stack([ones if s is None else s.to(device).reshape(attn.num_heads, -1).expand(shape) for s in scales])

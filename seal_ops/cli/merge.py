@@ -29,7 +29,7 @@ def run(args):
         folder, args.scales, args.output, trust_remote_code=args.trust_remote_code
     )
     left = f"; left behind, not merged: {', '.join(found.left_behind)}" if found.left_behind else ""
-    print(f"merged checkpoint in {args.output}: {len(found.merged)} weights in {len(found.shards)} files{left}")
+    print(f"merged checkpoint in {args.output}: {len(found.merged)} weights, shards: {len(found.shards)}{left}")
 
 
 def _folder(args):

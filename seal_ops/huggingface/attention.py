@@ -11,6 +11,7 @@ from transformers.modeling_utils import AttentionInterface
 
 from ..ops.factors import full_view
 from ..ops.functional import attention, rope, rope_attention
+from . import decoding
 from .context_extension.packing import packing_of, run_packed
 from .masks import NAME, PLAIN, CallMask, as_tensor, read_mask, with_documents
 from .model_parallel import ulysses
@@ -119,6 +120,11 @@ def _attend(
     mask = with_documents(mask, module, q, *(kwargs.get(name) for name in _FLASH_ARGUMENTS))
     if exchanged:
         mask = ulysses.with_positions(mask, kwargs.get("position_ids"), q.shape[1])
+    if mask.ranges is not None:
+        alone = program is None and composed is None and sink is None and seal_rotation is None
+        if alone and dropout == 0 and decoding.fits(mask.ranges, q, key, value):
+            return decoding.attend(mask.ranges, q, key, value, scale, scaling, backend), None
+        mask = CallMask(False, None, mask.keys, dense=as_tensor(mask, q))
     k, v = k[:, : mask.keys], v[:, : mask.keys]
     if program is not None and program.serves(q.shape[1], k.shape[1]):
         if dropout:

@@ -4,7 +4,8 @@ What the mask registry returns travels through model code that expects None or a
 `generate` calls .contiguous() on it.  A mask that is only structure is therefore sent as an *empty* tensor whose sizes
 are the description, [kind, window, 0, keys]; a padded batch as the int32 row [1, 1, 1, T + B + 2] that lists the T real
 tokens, the B + 1 sequence boundaries and the window (0: none); the documents of packed rows as the int32 rows [1, 2, 1,
-documents + 1] of their boundaries and the window; anything else as the boolean mask of torch's SDPA.
+documents + 1] of their boundaries and the window; the one query of a step of decoding, where its keys are not simply
+all, as the int32 row of `decoding.key_ranges`; anything else as the boolean mask of torch's SDPA.
 
 While a whole model is traced by torch.compile, sizes may not depend on the padding: a padded batch is then the row of
 all B * S tokens, in every batch row the real ones first, and the 2 B + 1 boundaries between real tokens and padding.
@@ -24,6 +25,7 @@ from transformers.masking_utils import (
 )
 
 from ..ops.visibility import Visibility
+from . import decoding
 from .call_arguments import traced_call
 from .documents import begins_by_number, begins_by_position, boundaries, noticed_documents, same_document
 from .model_parallel import ulysses
@@ -133,6 +135,11 @@ def attention_mask(
     traced = traced_call(config) if compiling else None
     if traced is not None and traced.unpadded:
         attention_mask = None
+    if q_length == 1 and mask_function is causal_mask_function and local_size is None and isinstance(q_offset, Tensor):
+        row = None
+        if not compiling or attention_mask is None:  # reading the padding would break the graph
+            row = decoding.key_ranges(batch_size, kv_length, kv_offset, q_offset, attention_mask, config, device)
+        return dense() if row is None else row
     if allow_is_bidirectional_skip and mask_function is bidirectional_mask_function:
         if compiling and attention_mask is not None:
             return dense()  # reading the padding would break the graph
@@ -169,8 +176,12 @@ def attention_mask(
         if compiling:
             return _traced_packing(padding) if keys == q_length > 1 and window is None else dense()
         if not bool(padding.all()):
-            packing = _packing(padding, window) if keys == q_length > 1 else None
-            return dense() if packing is None else packing
+            row = None
+            if keys == q_length > 1:
+                row = _packing(padding, window)
+            elif q_length == 1 and window is None:
+                row = decoding.key_ranges(batch_size, kv_length, kv_offset, q_offset, attention_mask, config, device)
+            return dense() if row is None else row
     return _structure(_CAUSAL, window, keys, device)
 
 
@@ -181,12 +192,13 @@ def _same_traced_document(position_ids: Tensor, batch: int) -> Tensor:
 
 
 class CallMask(typing.NamedTuple):
-    """A mask as the attention call needs it: the first ``keys`` keys are real, and one of three more precise terms.
+    """A mask as the attention call needs it: the first ``keys`` keys are real, and one of four more precise terms.
 
     ``cu_seqlens`` [sequences + 1] divides the tokens of the batch, laid end to end, into sequences; with ``tokens``
     [T], indices into B * S, only these: the real tokens of a padded batch.  ``max_seqlen``: no sequence is longer.
     ``in_rows``: no sequence goes beyond its batch row.  ``padding_too``: ``tokens`` are all, and the padding of each
     row is a sequence behind that of its real ones.  ``dense``: boolean or additive, [B, 1, Sq, Sk].
+    ``ranges``: of one query a row, as `decoding.key_ranges` makes them.
     """
 
     causal: bool
@@ -198,6 +210,7 @@ class CallMask(typing.NamedTuple):
     max_seqlen: int | None = None
     in_rows: bool = False
     padding_too: bool = False
+    ranges: Tensor | None = None
 
     def real_in_order(self, batch: int) -> Tensor:
         """Boolean [B, S]: which of ``tokens``, as they are listed, are real, where ``padding_too``."""
@@ -236,6 +249,8 @@ def read_mask(
             cu_seqlens = row[batch * queries : -1]
             return CallMask(True, None, queries, row[: batch * queries], cu_seqlens, None, queries, padding_too=True)
         return CallMask(True, _window_of(mask), queries, row[: -batch - 2], row[-batch - 2 : -1], None, queries)
+    if decoding.is_ranges(mask, queries):
+        return CallMask(False, None, keys, ranges=mask[0, 0, 0])
     return CallMask(False, None, keys, dense=mask)
 
 
@@ -284,6 +299,8 @@ def as_tensor(mask: CallMask, q: Tensor) -> Tensor | None:
     """The mask as a tensor, for q [B, Sq, Hq, D]; None where every query sees every key."""
     if mask.dense is not None:
         return mask.dense
+    if mask.ranges is not None:
+        return decoding.as_tensor(mask.ranges, q.shape[0], mask.keys)
     batch, length = q.shape[:2]
     seen = None
     if mask.causal:  # only causal masks come with a window

@@ -9,6 +9,7 @@ import pytest
 import safetensors.torch
 import torch
 import transformers
+from command_line import seal
 from families import FAMILIES, logits, randomise, tokens
 
 import seal_ops
@@ -273,3 +274,21 @@ def test_an_output_inside_the_model_is_refused(tmp_path):
     folder, scales = saved(tmp_path, FAMILIES["llama"].build)
     with pytest.raises(ValueError, match="output must lie outside the model's folder"):
         seal_ops.merge_checkpoint(folder, scales, folder / "merged")
+
+
+def test_the_command_merges_files_unless_it_is_told_otherwise(capsys, tmp_path):
+    folder, scales = saved(tmp_path, lambda: FAMILIES["llama"].build(torch.bfloat16))
+    for name in ("tokenizer.json", "tokenizer_config.json"):  # which the model in memory is saved with
+        with open(os.path.join(shipped("models/seal-tiny"), name), "rb") as file:
+            (folder / name).write_bytes(file.read())
+    merge = ["merge", "--model", folder, "--scales", scales, "--output"]
+    code, out, err = seal(capsys, *merge, tmp_path / "files")
+    assert code == 0 and out == f"merged checkpoint in {tmp_path / 'files'}: 2 weights, shards: 1\n", err
+    code, out, err = seal(capsys, *merge, tmp_path / "memory", "--in-memory")
+    assert code == 0 and "bfloat16" in out, err
+    code, out, err = seal(capsys, *merge, tmp_path / "wide", "--dtype", "float32")
+    assert code == 0 and "float32" in out, err
+    files, memory = read(tmp_path / "files"), read(tmp_path / "memory")
+    assert files.keys() == memory.keys() and all(torch.equal(files[n], memory[n]) for n in files)
+    code, _, err = seal(capsys, *merge, tmp_path / "files")
+    assert code == 1 and "output folder must be new or empty" in err
