@@ -6,6 +6,7 @@ import contextlib
 import inspect
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
 
 
@@ -31,7 +32,10 @@ class GenerateRows:
         return inspect.signature(type(self.model).generate.__get__(self.model))
 
     def __call__(self, *args, adapter_names: Sequence[str] | None = None, **kwargs):
-        with contextlib.nullcontext() if adapter_names is None else self.scales.adapters_per_row(adapter_names):
+        with contextlib.ExitStack() as stack:
+            if adapter_names is not None:
+                with torch.no_grad():  # whether rows learn, too, is what compiled code is tied to
+                    stack.enter_context(self.scales.adapters_per_row(adapter_names))
             holders = [attn.scaling for attn in self.scales.attachment.patch.layers if attn.scaling is not None]
             rows = _rows(args, kwargs)
             for holder in holders:
