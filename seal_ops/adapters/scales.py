@@ -391,8 +391,6 @@ class Scales(nn.Module):
 
         owner_of(self, "Scales.adapters_per_row")
         adapter_names = self._names("adapters_per_row", "adapter_names", adapter_names, _BASE)
-        if not adapter_names:
-            raise ValueError("seal_ops.Scales.adapters_per_row: adapter_names must be one name a row, got none")
         scale_of = {name: values for name, (_, values) in self.inactive.items()}
         scale_of[self.active_adapter] = dict(self.items())
         before = []

@@ -126,7 +126,7 @@ def test_a_batch_of_another_size_is_refused():
         model.generate(tokens(4), adapter_names=["a", "b"], num_beams=2, **NEW)
     with scales.adapters_per_row(["a", "b"]), pytest.raises(ValueError, match="must have 2 rows, .* got 4"):
         model(tokens(4))  # which might be two copies of two rows; only generate makes them
-    with pytest.raises(ValueError, match="adapter_names must be one name a row, got 'a'"):
+    with pytest.raises(ValueError, match="adapter_names must be a list of names, at least one, got 'a'"):
         model.generate(tokens(1), adapter_names="a", **NEW)
     with pytest.raises(ValueError, match="adapter_names must be among .*, got 'z'"):
         model.generate(tokens(1), adapter_names=["z"], **NEW)
