@@ -97,13 +97,13 @@ class Evaluation:
         """Reads what :meth:`save` wrote.
 
         Raises:
-            ValueError: the file is something else.
+            ValueError: the file is something else, or damaged.
         """
         found = load_result(cls, path, "evaluation")
-        for number, record in enumerate(found.records):
-            if "score" not in record:
-                got = f"records[{number}] without a score"
-                raise ValueError(f"seal_ops.Evaluation.load: {path} must be a saved evaluation, got {got}")
+        without = next((n for n, record in enumerate(found.records) if "score" not in record), None)
+        if without is not None or not isinstance(found.seconds, (int, float)):
+            got = "seconds that are no number" if without is None else f"records[{without}] without a score"
+            raise ValueError(f"seal_ops.Evaluation.load: {path} must be a saved evaluation, got {got}")
         return found
 
     def save_csv(self, path) -> None:

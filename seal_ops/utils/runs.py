@@ -53,8 +53,6 @@ def _check_shape(content: dict) -> None:
             raise TypeError(f"records[{number}] without length and index")
         if not isinstance(record.get("score", 0.0), (int, float)):
             raise TypeError(f"records[{number}] with a score that is no number")
-    if not isinstance(content.get("seconds", 0.0), (int, float)):
-        raise TypeError("seconds that are no number")
 
 
 class Growing:
