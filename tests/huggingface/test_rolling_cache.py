@@ -91,8 +91,31 @@ def test_rows_of_a_left_padded_batch(method, options, kept):
     assert max(n for n, *_ in kept) == options["sinks"] + options["window"] - 1
 
 
+@pytest.mark.parametrize("change", ["reorder_cache", "batch_select_indices", "batch_repeat_interleave"])
+def test_rows_take_their_first_tokens_along(change):
+    """Two rows that are padded differently change places, or are doubled, while the shorter one is not yet full."""
+    model = build()
+    seal_ops.extend(model, "streaming", sinks=3, window=8)
+    rows, more = [tokens(1, n, seed=n)[0] for n in (20, 8)], tokens(1, 9, seed=3)
+    pad = lambda row: torch.nn.functional.pad(row, (20 - len(row), 0))
+    ids, mask = torch.stack([pad(r) for r in rows]), torch.stack([pad(torch.ones_like(r)) for r in rows])
+    cache = seal_ops.streaming_cache(model, mask)
+    order = torch.tensor([0, 0, 1, 1] if change == "batch_repeat_interleave" else [1, 0])
+    with torch.no_grad():
+        model(ids, attention_mask=mask, use_cache=True, **{HERE: cache})
+        for layer in cache.layers:
+            getattr(layer, change)(2 if change == "batch_repeat_interleave" else order)
+        mask = mask[order]
+        for n in range(9):
+            mask = torch.nn.functional.pad(mask, (0, 1), value=1)
+            token = more[:, n : n + 1].expand(len(order), 1)
+            found = model(token, attention_mask=mask, use_cache=True, **{HERE: cache}).logits[:, -1]
+        for row, got in zip(order.tolist(), found):
+            assert close(got, logits(model, torch.cat([rows[row], more[0]])[None])[0, -1])
+
+
 def test_beams():
-    """Rows change places, and so do their first tokens."""
+    """The rows of a prompt change places."""
     model = build()
     seal_ops.extend(model, "streaming", sinks=3, window=8)
     rows = [tokens(1, n, seed=n)[0] for n in (20, 6)]

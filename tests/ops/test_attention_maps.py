@@ -9,7 +9,7 @@ from seal_ops.ops import attention_maps, block_selection
 from seal_ops.ops.backends import reference
 from seal_ops.ops.visibility import Visibility
 
-MASKS = [None, masks.full(), masks.streaming(3, 9), masks.shifted_groups(16, sinks=2)]
+MASKS = [None, masks.full(), masks.window(9), masks.streaming(3, 9), masks.shifted_groups(16, sinks=2)]
 
 
 def problem(mask, sq=50, sk=70):
