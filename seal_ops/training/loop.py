@@ -380,6 +380,7 @@ class _Run:
     def _lower(self, reason: str) -> None:
         """Goes on with a plan that keeps less, and says so; raises OutOfMemoryError, one sentence, where none is."""
         self.optimizer.zero_grad(set_to_none=True)
+        self._running.close()  # the samples of another plan are to meet the model itself
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
