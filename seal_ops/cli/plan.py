@@ -9,7 +9,9 @@ def options(parser):
     parser.add_argument("--granularity", choices=["head", "channel"], default="head", help="scales: SEAL-H or SEAL-C")
     parser.add_argument("--length", type=positive, required=True, help="tokens of a sample")
     parser.add_argument("--batch-size", type=positive, default=1, help="samples in a forward pass")
-    parser.add_argument("--labels", type=positive, default=512, help="positions of a sample whose logits the loss reads")
+    parser.add_argument(
+        "--labels", type=positive, default=512, help="positions of a sample whose logits the loss reads"
+    )
     parser.add_argument(
         "--memory", type=positive_number, metavar="GIB", help="GiB that a step may take (default: what is free)"
     )

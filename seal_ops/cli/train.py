@@ -122,7 +122,8 @@ def _report(result, what, args):
     first, last = sum(losses[:edge]) / edge, sum(losses[-edge:]) / edge
     print(
         f"{result.parameters} {what} trained in {len(losses)} steps, {result.seconds:.0f} s, "
-        f"peak memory {result.peak_memory / 2**30:.2f} GiB{_planned(result)}; loss {first:.3f} -> {last:.3f}; saved in {args.output}"
+        f"peak memory {result.peak_memory / 2**30:.2f} GiB{_planned(result)}; loss {first:.3f} -> {last:.3f}; "
+        f"saved in {args.output}"
     )
 
 

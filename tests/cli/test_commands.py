@@ -118,7 +118,10 @@ def test_yaml_chat_formats(tmp_path, text, expected):
     assert args.chat_format is expected or args.chat_format == expected
 
 
-@pytest.mark.parametrize("text, expected", [("off", False), ("false", False), ("true", True), ("on", True), ("selective", "selective"), ("auto", "auto")])
+@pytest.mark.parametrize(
+    "text, expected",
+    [("off", False), ("false", False), ("true", True), ("on", True), ("selective", "selective"), ("auto", "auto")],
+)
 def test_yaml_switches_that_name_a_kind(tmp_path, text, expected):
     path = tmp_path / "c.yaml"
     path.write_text(f"gradient-checkpointing: {text}\n")

@@ -99,7 +99,7 @@ class LastRows:
         return result[1:]
 
 
-def last_rows(decoder: Decoder) -> LastRows:
+def cut_last_layer(decoder: Decoder) -> LastRows:
     """The last layer of ``decoder``, to be checked on a call.  Raises UnknownStructure."""
     layer, attention = decoder.layers[-1], decoder.attention[-1]
     if attention is None or attention.output_projection is None:

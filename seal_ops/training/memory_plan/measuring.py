@@ -14,7 +14,7 @@ from ...huggingface.logits import logits_at
 from ...huggingface.modes import prepared
 from .decoder import Decoder, UnknownStructure, Watch, device_of, replaced_forwards
 from .execution import EVERYTHING, Execution, at_rows
-from .last_rows import LastRows, last_rows
+from .last_rows import LastRows, cut_last_layer
 from .live_bytes import Meter, Saved
 from .tiling import candidates, run_tiled, treats_tokens_alone
 
@@ -203,7 +203,7 @@ class Measurement:
     def _look(self) -> None:
         watch, alone = Watch(self.decoder), {}
         try:
-            self.rows = last_rows(self.decoder)
+            self.rows = cut_last_layer(self.decoder)
         except UnknownStructure as reason:
             self.rows_reason = str(reason)
 
