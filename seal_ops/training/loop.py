@@ -37,6 +37,7 @@ from .checkpoint import NAME as CHECKPOINT
 from .checkpoint import load_checkpoint, save_checkpoint
 from .collator import Collator
 from .long_context import LEARNING_RATE, prepare, recipe_of, training_masks
+from .memory_plan import memory
 from .memory_plan.planning import SETTINGS, Plan, Planner
 from .processes import Processes
 from .recipe import COLUMNS_CLIP, NAMES
@@ -313,9 +314,16 @@ class _Run:
         most = max(sum(label != IGNORE_INDEX for label in sample.labels[1:]) for sample in self.samples)
         padded = rows > 1 and len({len(sample) for sample in self.samples}) > 1
         ids = max(self.samples, key=len).input_ids
-        self._planner = Planner(self.model, length, min(length, most * rows), rows, padded, ids)
-        self._may_lower = setting == "auto"
+        processes = self.processes
+        self._planner = Planner(
+            self.model, length, min(length, most * rows), rows, padded, ids, not processes.meet_in_forward,
+            processes.least,
+        )  # fmt: skip
+        self._setting = setting
+        self._may_lower = setting == "auto" and processes.count == 1  # others would go on without this one
         self._run_as(self._planner.plan(tile=tile) if setting == "auto" else self._planner.uniform(setting, tile))
+        if setting == "auto" and any("measuring it failed" in note for note in self.plan.notes):
+            warnings.warn(f"seal_ops.train: {'; '.join(self.plan.notes)}", stacklevel=3)
         if not self.plan.fits:
             warnings.warn(f"seal_ops.train: the step may not fit into memory\n{self.plan}", stacklevel=3)
 
@@ -382,13 +390,12 @@ class _Run:
         self.optimizer.zero_grad(set_to_none=True)
         self._running.close()  # the samples of another plan are to meet the model itself
         gc.collect()
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
+        memory.give_back(self.device)
         before = self.plan
         step = f"a step of {before.batch_size} x {before.length} tokens does not fit into memory"
         found = self._planner.lower(before) if self._may_lower else None
         if found is None:
-            first = "" if self._may_lower else "gradient_checkpointing='auto', "
+            first = "" if self._setting == "auto" else "gradient_checkpointing='auto', "
             raise torch.OutOfMemoryError(
                 f"seal_ops.train: {step} with {before.summary()}; try {first}a smaller batch_size with accumulate, "
                 f"shorter samples, or a model in 4 bits ({reason})"

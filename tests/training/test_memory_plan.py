@@ -332,6 +332,48 @@ def test_layers_that_are_no_chain_are_treated_alike():
         torch.testing.assert_close(other, one, rtol=1e-5, atol=1e-6)
 
 
+def test_a_measurement_that_fails_stops_no_run(monkeypatch):
+    from seal_ops.training.memory_plan import measuring
+
+    plain = loop.train(trainable(), SAMPLES[:1], gradient_checkpointing=False).losses
+
+    def fail(*_):
+        raise RuntimeError("no short samples\nplease")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(measuring.Measurement, "_look", fail)
+        for setting in (False, True, "selective"):
+            assert loop.train(trainable(), SAMPLES[:1], gradient_checkpointing=setting).losses == pytest.approx(plain)
+        with pytest.warns(UserWarning, match=r"measuring it failed \(RuntimeError: no short samples\)"):
+            assert loop.train(trainable(), SAMPLES[:1]).losses == pytest.approx(plain)
+    lm = trainable()
+    layer, forward, calls = lm.model.layers[1], lm.model.layers[1].forward, []
+
+    def third(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 6:  # among the samples, with their counters on
+            raise RuntimeError("later")
+        return forward(*args, **kwargs)
+
+    layer.forward = third
+    with pytest.warns(UserWarning, match=r"nothing is planned, because measuring it failed \(RuntimeError: later\)"):
+        assert loop.train(lm, SAMPLES[:1]).losses == pytest.approx(plain)
+    assert not torch.utils._python_dispatch._get_current_dispatch_mode_stack()
+
+
+def test_processes_agree_on_the_memory_and_those_that_meet_in_forward_plan_nothing():
+    lm = trainable()
+    with mode(lm, True):
+        agreed = Planner(lm, 128, 8, agree=lambda free: min(free, 12345)).plan()
+        assert agreed.memory == 12345 and not agreed.fits
+        calls = []
+        hook = lm.register_forward_pre_hook(lambda *_: calls.append(1))
+        plan = Planner(lm, 128, 8, alone=False).plan()
+        hook.remove()
+    assert not calls and plan.keeps == (EVERYTHING,) and plan.fits
+    assert "its forward pass waits for other processes" in str(plan) and "nothing is planned" in str(plan)
+
+
 # -------------------------------------------------------------------------------------------------------- training
 
 

@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ...huggingface.modes import attention_ops
+from . import memory
 from .operations import operations_of
 
 
@@ -65,30 +66,27 @@ class Meter:
     """Memory of a stretch of work above what lay there at its start: of CUDA's allocator, elsewhere `LiveBytes`."""
 
     def __init__(self, device: torch.device, operations: bool = False):
-        self.device, self._counter = device, LiveBytes(operations)
+        self.device, self._counter, self._on = device, LiveBytes(operations), False
+        self._allocator = device.type == "cuda"
 
     def start(self) -> None:
         self._counter.__enter__()
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-            self._before = torch.cuda.memory_allocated(self.device)
-            torch.cuda.reset_peak_memory_stats(self.device)
+        self._on = True
+        memory.begin_peak(self.device)
+        self._before = memory.used(self.device) if self._allocator else 0
 
     def lap(self) -> int:
         """Most bytes since the start or the last lap."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-            peak = torch.cuda.max_memory_allocated(self.device) - self._before
-            torch.cuda.reset_peak_memory_stats(self.device)
+        if self._allocator:
+            peak = memory.peak(self.device) - self._before
+            memory.begin_peak(self.device)
             return peak
         peak, self._counter.peak = self._counter.peak, self._counter.live
         return peak
 
     def now(self) -> int:
         """Bytes at present."""
-        if self.device.type == "cuda":
-            return torch.cuda.memory_allocated(self.device) - self._before
-        return self._counter.live
+        return memory.used(self.device) - self._before if self._allocator else self._counter.live
 
     @property
     def counted(self) -> LiveBytes:
@@ -96,7 +94,9 @@ class Meter:
         return self._counter
 
     def stop(self) -> None:
-        self._counter.__exit__(None, None, None)
+        if self._on:
+            self._counter.__exit__(None, None, None)
+        self._on = False
 
     def __enter__(self) -> Meter:
         self.start()

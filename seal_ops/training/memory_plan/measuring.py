@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Sequence
 
@@ -266,7 +267,9 @@ class Measurement:
         if tiles:
             changes += [(m, _with(run_tiled, m, SMALL_TILE)) for m in self.tiled]
         positions = torch.arange(length - labels, length)
-        with replaced_forwards(changes), torch.enable_grad():
+        with replaced_forwards(changes), torch.enable_grad(), contextlib.ExitStack() as meters:
+            meters.callback(entry.stop)  # where the model fails
+            meters.callback(end.stop)
             entry.start()
             logits = execution.logits_at(self.model, positions, **self.samples.inputs(length))
             found.head_operations = end.counted.linear_operations
@@ -276,7 +279,6 @@ class Measurement:
                 leaves = [p for p in self.model.parameters() if p.requires_grad]
                 torch.autograd.grad(loss, leaves + [last] * last.requires_grad, allow_unused=True)
             found.head = end.lap()
-            end.stop()
         return found
 
     def _layer(self, number, flows: bool, forward: Callable, args: tuple, kwargs: dict, plain: bool):

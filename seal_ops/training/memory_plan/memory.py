@@ -1,4 +1,7 @@
-"""How much memory is free, and how fast a device was measured to be."""
+"""How much memory is free and in use, and how fast a device was measured to be.
+
+All that asks CUDA's allocator stands here.
+"""
 
 from __future__ import annotations
 
@@ -50,6 +53,25 @@ def used(device: torch.device) -> int:
             return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     except OSError:  # no Linux
         return 0
+
+
+def begin_peak(device: torch.device) -> None:
+    """From now on `peak` counts anew; nothing on a CPU."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def peak(device: torch.device) -> int:
+    """Most bytes in use on a GPU since `begin_peak`."""
+    torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_allocated(device)
+
+
+def give_back(device: torch.device) -> None:
+    """Returns what PyTorch holds unused."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def free(device: torch.device) -> int:

@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import itertools
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import nn
@@ -153,6 +153,8 @@ class Planner:
         length, labels, batch_size: as in :func:`plan`.
         padded: whether the rows of a batch differ in length.
         ids: tokens of a sample, for the short ones that are measured; None for any.
+        alone: whether this process may run the model by itself; else nothing is measured or planned.
+        agree: what the processes of a run make of the bytes that each has free.
     """
 
     def __init__(
@@ -163,23 +165,31 @@ class Planner:
         batch_size: int = 1,
         padded: bool = False,
         ids: Sequence[int] | None = None,
+        alone: bool = True,
+        agree: Callable[[int], int] = lambda free: free,
     ):
+        self.agree = agree
         self.model, self.length, self.labels, self.batch_size = model, length, labels, batch_size
         self.device = device_of(model)
         self.trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
         self.measurement: Measurement | None = None
         self.reason: str | None = None  # why the layers are not planned one by one
+        devices = {p.device for p in model.parameters() if not p.is_meta}
+        self.plans = alone and len(devices) <= 1
         self._samples = Samples(model, length, labels, batch_size, padded, ids)
         try:
+            if not alone:
+                raise UnknownStructure("its forward pass waits for other processes")
             if _checkpoints(model):
                 raise UnknownStructure("its own gradient checkpointing is on, which is left alone")
-            devices = {p.device for p in model.parameters() if not p.is_meta}
             if len(devices) > 1:
                 raise UnknownStructure(f"it lies on {len(devices)} devices")
             with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
                 self.measurement = Measurement(self._samples, find_decoder(model))
         except UnknownStructure as reason:
             self.reason = str(reason)
+        except Exception as error:  # a model that does not take short samples trains all the same
+            self.reason = _failure(error)
 
     # -------------------------------------------------------------------------------------------------- choosing
 
@@ -194,14 +204,22 @@ class Planner:
         ``tile``: True leaves it to the plan whether there are tiles; None or a number of tokens decides it.
         """
         used = memories.used(self.device)
-        allowed = round(memories.free(self.device) * (1 - memories.RESERVE)) if memory is None else memory
+        if memory is None:
+            memory = self.agree(round(memories.free(self.device) * (1 - memories.RESERVE)))
         with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
-            if self.measurement is None:
-                return self._whole(allowed, used)
-            keeps, group, tile, found, fits = self._choose(allowed, tile)
-            speed, known = self._throughput(), None
-            if not isinstance(speed, str):
-                known = seconds(self.measurement.costs(tile), keeps, group, tile is not None, speed)
+            try:
+                return self._whole(memory, used) if self.measurement is None else self._each(memory, used, tile)
+            except Exception as error:
+                notes = (*self._notes(), f"nothing is planned, because {_failure(error)}")
+                found = tile if type(tile) is int else None
+                return self._plan((EVERYTHING,) * self._count(), memory=memory, used=used, tile=found, notes=notes)
+
+    def _each(self, allowed: int, used: int, tile: int | None | bool) -> Plan:
+        """For a model whose layers are known."""
+        keeps, group, tile, found, fits = self._choose(allowed, tile)
+        speed, known = self._throughput(), None
+        if not isinstance(speed, str):
+            known = seconds(self.measurement.costs(tile), keeps, group, tile is not None, speed)
         notes = self._notes()
         notes += (f"the seconds are not known: {speed}",) if known is None else ()
         return self._plan(
@@ -267,6 +285,8 @@ class Planner:
 
     def _whole(self, allowed: int, used: int) -> Plan:
         """For a model whose layers are not known: the first setting of all layers that fits."""
+        if not self.plans:
+            return self._plan((EVERYTHING,), memory=allowed, used=used, notes=(*self._notes(), "nothing is planned"))
         settings = [False, "selective", True] if self._can_checkpoint() else [False]
         measurement = WholeMeasurement(self._samples)
         for setting in settings:
@@ -301,6 +321,11 @@ class Planner:
         """A plan that takes less than one that did not fit; None where there is none."""
         found = self.plan(round(min(plan.memory, plan.expected) * 0.85), True if plan.tile is None else plan.tile)
         return found if found.expected < plan.expected else None
+
+
+def _failure(error: Exception) -> str:
+    first = (str(error).strip() or "?").splitlines()[0]
+    return f"measuring it failed ({type(error).__name__}: {first[:160]})"
 
 
 def _checkpoints(model: nn.Module) -> bool:
