@@ -27,6 +27,7 @@ _LAZY = {
     "merge_weak_columns": "quantized.merging", "export_lora": "quantized.lora",
     "fold_scales": "quantized.folding", "parameter_groups": "training.groups",
     "ia3": "adapters.ia3", "tasks": "tasks", "train": "training.loop", "Collator": "training.collator",
+    "plan": "training.memory_plan.planning",
     "evaluate": "evaluation.runner", "Evaluation": "evaluation.results", "statistics": "evaluation.statistics",
     "measure_head_importance": "experiments.head_importance", "quadrant_experiment": "experiments.quadrants",
     "HeadImportance": "experiments.head_importance", "group_by_sign": "experiments.quadrants",

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..ops.backends import reference
-from . import gate, host_time, report, timing
+from . import gate, host_time, report, timing, training_sizes
 from .contestants import FORWARD_ONLY, OPERATIONS, Contestant, DecodeProblem, Problem, Run, all_contestants
 from .shapes import MODELS, SUITES, Shape, parse_shape, part_of
 
@@ -26,7 +26,9 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The options of `seal bench`."""
     parser.add_argument(
-        "--suite", choices=SUITES, help="registered shapes (headline on a GPU, smoke on a CPU, unless --shape is given)"
+        "--suite",
+        choices=[*SUITES, training_sizes.SUITE],
+        help="registered shapes (headline on a GPU, smoke on a CPU, unless --shape is given), or whole training steps",
     )
     parser.add_argument(
         "--shape",
@@ -59,6 +61,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         metavar="I/N",
         help="only the I-th of N parts of the shapes, each its own process, on a GPU of its own or later",
     )
+    training_sizes.add_options(parser)
     parser.add_argument("--resume", action="store_true", help="keep what NAME.json holds already and measure the rest")
     parser.add_argument(
         "--merge",
@@ -326,6 +329,10 @@ def bench(options: argparse.Namespace) -> int:
         record.save()
         record.finish(all_contestants())
         return 0
+    if options.suite == training_sizes.SUITE:
+        from .training_steps import bench_training  # with transformers, which the other suites do not need
+
+        return bench_training(options)
     device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"--device must be one that torch sees, got {options.device} without a GPU")

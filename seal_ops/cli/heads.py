@@ -6,6 +6,8 @@ from .options import (
     Command,
     Numbers,
     backend_option,
+    checkpointing,
+    checkpointing_option,
     extend_option,
     folder_option,
     list_files,
@@ -35,9 +37,7 @@ def options(parser):
     parser.add_argument("--factor", type=float, default=0.0, help="what ablation multiplies a scale by")
     parser.add_argument("--units", type=positive, help="ablate only so many, drawn by the seed (channels are many)")
     parser.add_argument("--batch-size", type=positive, help="variants in a forward pass (default: by length)")
-    parser.add_argument(
-        "--gradient-checkpointing", nargs="?", const="all", choices=["all", "selective"], help="as in seal train"
-    )
+    checkpointing_option(parser, planned=False)
     parser.add_argument(
         "--quadrants", action="store_true", help="then scale harmful units x0.9, helpful ones x1.1, measure"
     )
@@ -74,7 +74,7 @@ def run(args):
         batch_size=args.batch_size,
         seed=args.seed,
         **prompts(args),
-        gradient_checkpointing={None: False, "all": True}.get(args.gradient_checkpointing, args.gradient_checkpointing),
+        gradient_checkpointing=checkpointing(args),
         backend=args.backend,
         output=os.path.join(args.output, "heads.json"),
         resume=True,

@@ -97,6 +97,14 @@ def not_negative(text: str) -> float:
     return number
 
 
+def positive_number(text: str) -> float:
+    """A finite number above 0."""
+    number = float(text)
+    if not 0 < number < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be a number above 0, got {text}")
+    return number
+
+
 def setting(text: str) -> tuple[str, object]:
     """``KEY=VALUE``, the value read as YAML: ``depths=5``, ``LoRA=[2e-4, 2e-3]``; numbers may be written ``2e-4``."""
     import yaml
@@ -214,6 +222,25 @@ def backend_option(parser):
     parser.add_argument(
         "--backend", default=None, help="of the fused ops: cuda, triton, cpu, reference (default: chosen)"
     )
+
+
+# `train`'s argument by the option's value; a configuration file's `false` is None.
+_CHECKPOINTING = {"off": False, None: False, "on": True}
+
+
+def checkpointing_option(parser, planned=True):
+    """--gradient-checkpointing; with ``planned`` it may be auto, which is the default."""
+    text = "what layers keep for the backward pass: on, their input alone; selective, the attention's results too; off, all"  # noqa: E501
+    parser.add_argument(
+        "--gradient-checkpointing", nargs="?", const="on", default="auto" if planned else "off",
+        choices=["auto"] * planned + ["selective", "on", "off"],
+        help=text + ("; auto, what memory allows (seal plan shows it)" if planned else ""),
+    )  # fmt: skip
+
+
+def checkpointing(args) -> bool | str:
+    """What --gradient-checkpointing says, as :func:`seal_ops.train` takes it."""
+    return _CHECKPOINTING.get(args.gradient_checkpointing, args.gradient_checkpointing)
 
 
 def task(args):

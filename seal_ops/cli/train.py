@@ -4,6 +4,8 @@ from .launched import join
 from .options import (
     Command,
     backend_option,
+    checkpointing,
+    checkpointing_option,
     extend_option,
     load,
     model_options,
@@ -54,10 +56,7 @@ def options(parser):
         help="forward passes in an optimiser step; torchrun's processes divide them among themselves",
     )  # fmt: skip
     parser.add_argument("--seed", type=int, default=0, help="samples and their order")
-    parser.add_argument(
-        "--gradient-checkpointing", nargs="?", const="all", choices=["all", "selective"],
-        help="recompute activations in the backward pass; selective keeps the attention outputs",
-    )  # fmt: skip
+    checkpointing_option(parser)
     restart_option(parser)
     backend_option(parser)
 
@@ -109,10 +108,9 @@ def _run_recipe(args):
 
 def _settings(args) -> dict:
     """What `train` takes in either case."""
-    checkpointing = {None: False, "all": True}.get(args.gradient_checkpointing, args.gradient_checkpointing)
     return dict(
         lr=args.lr, epochs=args.epochs, batch_size=args.batch_size, accumulate=args.accumulate, seed=args.seed,
-        gradient_checkpointing=checkpointing, output_dir=args.output, resume=not args.restart,
+        gradient_checkpointing=checkpointing(args), output_dir=args.output, resume=not args.restart,
     )  # fmt: skip
 
 
@@ -124,8 +122,17 @@ def _report(result, what, args):
     first, last = sum(losses[:edge]) / edge, sum(losses[-edge:]) / edge
     print(
         f"{result.parameters} {what} trained in {len(losses)} steps, {result.seconds:.0f} s, "
-        f"peak memory {result.peak_memory / 2**30:.2f} GiB; loss {first:.3f} -> {last:.3f}; saved in {args.output}"
+        f"peak memory {result.peak_memory / 2**30:.2f} GiB{_planned(result)}; loss {first:.3f} -> {last:.3f}; "
+        f"saved in {args.output}"
     )
+
+
+def _planned(result):
+    expected = result.plan.get("expected_peak")
+    if not expected:
+        return ""
+    kept = ", ".join(f"{count} x {what}" for what, count in result.plan["layers"].items())
+    return f" ({expected / 2**30:.2f} planned; layers keep {kept})"
 
 
 def _what(args):

@@ -199,7 +199,7 @@ def measure_head_importance(
         factor: what ablation multiplies a unit's scale by; the gradient's estimate is for the same step.
         limit: ablate only that many units, drawn by ``seed`` (channels are many); None for all.
         batch_size: variants in one forward pass; None takes as many as fit in 16,384 tokens.
-        gradient_checkpointing: see :func:`seal_ops.train`.
+        gradient_checkpointing: False, True or "selective", of :func:`seal_ops.train`.
         output, resume, progress: as in :func:`seal_ops.evaluate`.
 
     Raises:

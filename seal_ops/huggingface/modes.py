@@ -30,6 +30,11 @@ def run_two_tokens(model: nn.Module) -> None:
         model(input_ids=torch.tensor([[0, 1]], device=device), use_cache=False)
 
 
+def attention_ops() -> list:
+    """The ops whose results selective checkpointing keeps: output, log-sum-exp and rotated q and k."""
+    return [torch.ops.seal.attention.default, torch.ops.seal.rope_attention.default]
+
+
 @contextlib.contextmanager
 def prepared(model, checkpointing):
     """Training mode and gradient checkpointing inside, both restored on exit."""
@@ -42,8 +47,7 @@ def prepared(model, checkpointing):
             if checkpointing:
                 options = {"use_reentrant": False}
                 if checkpointing == "selective":
-                    kept = [torch.ops.seal.attention.default, torch.ops.seal.rope_attention.default]
-                    options["context_fn"] = functools.partial(create_selective_checkpoint_contexts, kept)
+                    options["context_fn"] = functools.partial(create_selective_checkpoint_contexts, attention_ops())
                 enable = getattr(model, f"{word}_checkpointing_enable")
                 enable(**{f"{word}_checkpointing_kwargs": options})
             yield

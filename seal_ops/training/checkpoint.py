@@ -20,12 +20,14 @@ def save_checkpoint(
     losses: list[float],
     seconds: float,
     identity: str,
+    tile: int | None = None,
 ) -> None:
     """Replaces the checkpoint in one step; a process killed meanwhile leaves the one before.
 
     Args:
         trained: the trained parameters by name.
         identity: of everything else that decides the outcome; :func:`load_checkpoint` compares it.
+        tile: tokens that MLPs and norms treat at once, which may move the last bits of a product.
     """
     from safetensors.torch import save_file
 
@@ -36,15 +38,15 @@ def save_checkpoint(
         tensors[f"value.{name}"] = parameter.detach()
         for key, value in optimizer.state[parameter].items():
             tensors[f"optimizer.{key}.{name}"] = value
-    header = {"identity": identity, "seconds": str(seconds)}
+    header = {"identity": identity, "seconds": str(seconds), "tile": str(tile or 0)}
     with replacing(path) as temporary:
         save_file({key: value.cpu().contiguous() for key, value in tensors.items()}, temporary, header)
 
 
 def load_checkpoint(
     path: str | os.PathLike, trained: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer, identity: str
-) -> tuple[list[float], float]:
-    """Puts values, optimiser and random state back; returns ``(losses, seconds)``.
+) -> tuple[list[float], float, int | None]:
+    """Puts values, optimiser and random state back; returns ``(losses, seconds, tile)``.
 
     Raises:
         ValueError: the file is damaged, or of a run with another ``identity``; nothing is changed then.
@@ -74,7 +76,7 @@ def load_checkpoint(
     for device in _gpus(trained):
         if f"rng.{device}" in tensors:
             torch.cuda.set_rng_state(tensors[f"rng.{device}"], device)
-    return tensors["losses"].tolist(), float(header["seconds"])
+    return tensors["losses"].tolist(), float(header["seconds"]), int(header.get("tile", 0)) or None
 
 
 def _gpus(trained) -> list[torch.device]:

@@ -9,11 +9,13 @@ The same parameters train inside transformers' ``Trainer``: give it a list of sa
 
 import contextlib
 import functools
+import gc
 import hashlib
 import json
 import os
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field, fields
 
@@ -23,8 +25,7 @@ import torch.nn.functional as F
 from ..adapters.saving import folders_beside, save_trained
 from ..huggingface.context_window import warn_beyond_window
 from ..huggingface.identity import fingerprint
-from ..huggingface.logits import logits_at
-from ..huggingface.modes import prepared
+from ..huggingface.modes import mode
 from ..huggingface.origin import provenance
 from ..huggingface.wrappers import check_module
 from ..tasks.base import IGNORE_INDEX
@@ -36,6 +37,8 @@ from .checkpoint import NAME as CHECKPOINT
 from .checkpoint import load_checkpoint, save_checkpoint
 from .collator import Collator
 from .long_context import LEARNING_RATE, prepare, recipe_of, training_masks
+from .memory_plan import memory
+from .memory_plan.planning import SETTINGS, Plan, Planner
 from .processes import Processes
 from .recipe import COLUMNS_CLIP, NAMES
 from .samples import check_vocabulary, to_rows
@@ -56,6 +59,8 @@ class TrainResult:
         seconds: wall time, summed over resumed runs.
         peak_memory: bytes: the most allocated on the GPU during the run; on the CPU the largest size of the process.
         settings: the recipe, as given and completed, with the tasks and lengths that the samples name.
+        plan: what the layers kept for the backward pass: how many of them what, ``expected_peak`` bytes beside
+            ``measured_peak`` (with ``gradient_checkpointing="auto"``; on the CPU the latter is that of the process).
         provenance: the trained model and versions, for people; empty without ``output_dir``.
         model: what was trained: the model that was given, or what the recipe put round it.
     """
@@ -66,6 +71,7 @@ class TrainResult:
     seconds: float
     peak_memory: int
     settings: dict = field(default_factory=dict)
+    plan: dict = field(default_factory=dict)
     provenance: dict = field(default_factory=dict)
     model: object = field(default=None, repr=False, compare=False)
 
@@ -88,7 +94,7 @@ def train(
     betas: tuple[float, float] = (0.9, 0.999),
     max_grad_norm: float | None = None,
     seed: int = 0,
-    gradient_checkpointing: bool | str = False,
+    gradient_checkpointing: bool | str = "auto",
     output_dir: str | os.PathLike | None = None,
     checkpoint_every: int = 10,
     resume: bool = False,
@@ -125,8 +131,10 @@ def train(
         max_grad_norm: clip the gradient's norm; None for no clipping, and with weak columns for QEFT's 0.3
             (``math.inf`` then for none).
         seed: order of the samples and dropout, if the model has any.
-        gradient_checkpointing: True recomputes each layer in the backward pass; "selective" keeps the outputs of the
-            fused attention and recomputes the rest, which costs little time.
+        gradient_checkpointing: "auto" plans for each layer what it keeps, from sizes that are measured and the memory
+            that is free, and recomputes only what that asks for (:func:`seal_ops.plan` shows it).  False keeps
+            everything; "selective" keeps the outputs of the fused attention and recomputes the rest, which costs
+            little time; True recomputes each layer in the backward pass.
         output_dir: folder for the trained scales, ``training.json`` and the checkpoint.
         checkpoint_every: optimiser steps between checkpoints.
         resume: continue from the checkpoint in ``output_dir`` if there is one; on the CPU the result is bit for bit
@@ -142,6 +150,7 @@ def train(
             run.
         RuntimeError: a trained parameter without a finite gradient at the first step (it is named), or a loss that is
             not finite.
+        torch.OutOfMemoryError: a step does not fit; with "auto" only after plans that keep less did not fit either.
     """
     check_module(model, "train")
     if not torch.is_grad_enabled():
@@ -161,9 +170,10 @@ def train(
     if on_step is not None and not callable(on_step):
         raise ValueError(f"seal_ops.train: on_step must be a function, got {shown(on_step)}")
     run = _Run(model, samples, rates, epochs, batch_size, accumulate, weight_decay, betas, max_grad_norm, seed, plan)
-    if gradient_checkpointing not in (False, True, "selective"):
+    if gradient_checkpointing not in ("auto", *SETTINGS):
         raise ValueError(
-            f"seal_ops.train: gradient_checkpointing must be False, True or 'selective', got {gradient_checkpointing!r}"
+            "seal_ops.train: gradient_checkpointing must be 'auto', False, True or 'selective', got "
+            f"{gradient_checkpointing!r}"
         )
     checkpoint = None
     if output_dir is not None:
@@ -171,10 +181,8 @@ def train(
     elif resume:
         raise ValueError("seal_ops.train: resume needs output_dir, got None")
 
-    cuda = run.device.type == "cuda"
-    if cuda:
-        torch.cuda.reset_peak_memory_stats(run.device)
-    with torch.random.fork_rng(devices=[run.device] if cuda else []), masks, prepared(model, gradient_checkpointing):
+    cuda, tile = run.device.type == "cuda", True
+    with torch.random.fork_rng(devices=[run.device] if cuda else []), masks, mode(model, True), run:
         torch.manual_seed(seed)
         processes = run.processes
         processes.begin(run.trained, run.settings, run.samples)
@@ -184,9 +192,13 @@ def train(
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(os.path.join(output_dir, name))
         elif checkpoint:
-            run.losses, run.seconds = load_checkpoint(checkpoint, run.trained, run.optimizer, run.identity)
+            run.losses, run.seconds, tile = load_checkpoint(checkpoint, run.trained, run.optimizer, run.identity)
         if checkpoint:
             _ = run.identity  # by all processes, where they hold the weights together
+        if len(run.losses) < run.steps:
+            run.follow(gradient_checkpointing, tile)
+        if cuda:
+            torch.cuda.reset_peak_memory_stats(run.device)
         earlier, started = run.seconds, time.monotonic()
         with bar(run.steps, f"training {run.describe()}", progress if processes.main else False) as update:
             update(len(run.losses))
@@ -195,14 +207,17 @@ def train(
                 run.seconds = earlier + time.monotonic() - started
                 done = len(run.losses)
                 if checkpoint and processes.main and (done % checkpoint_every == 0 or done == run.steps):
-                    save_checkpoint(checkpoint, run.trained, run.optimizer, run.losses, run.seconds, run.identity)
+                    save_checkpoint(
+                        checkpoint, run.trained, run.optimizer, run.losses, run.seconds, run.identity, run.plan.tile
+                    )
                 update(1, f"loss {loss:.3f}")
                 if on_step is not None:
                     on_step(done, loss)
     peak = torch.cuda.max_memory_allocated(run.device) if cuda else _largest_size()
     count = sum(p.numel() for p in run.trained.values())
     origin = {} if output_dir is None else provenance(model)
-    result = TrainResult(run.losses, run.settings["lr"], count, run.seconds, peak, run.settings, origin, model)
+    kept = {} if run.plan is None else {**run.plan.facts(), "measured_peak": peak}
+    result = TrainResult(run.losses, run.settings["lr"], count, run.seconds, peak, run.settings, kept, origin, model)
     if output_dir is not None:
         if run.scales is not None:
             run.scales.card.trained(result.settings)
@@ -279,6 +294,42 @@ class _Run:
         self.collate = Collator(label_positions_only=True)
         self.losses: list[float] = []
         self.seconds = 0.0
+        self.plan: Plan | None = None
+        self._planner: Planner | None = None
+        self._may_lower = False
+        self._running = contextlib.ExitStack()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self._running.close()
+
+    def follow(self, setting: bool | str, tile: int | None | bool) -> None:
+        """Plans the steps as `train`'s ``gradient_checkpointing`` says, and runs the model so from now on.
+
+        ``tile``: of the run that this one continues, whose bits it decides; True for none.
+        """
+        length, rows = self.settings["tokens"], min(self.settings["batch_size"], len(self.samples))
+        most = max(sum(label != IGNORE_INDEX for label in sample.labels[1:]) for sample in self.samples)
+        padded = rows > 1 and len({len(sample) for sample in self.samples}) > 1
+        ids = max(self.samples, key=len).input_ids
+        processes = self.processes
+        self._planner = Planner(
+            self.model, length, min(length, most * rows), rows, padded, ids, not processes.meet_in_forward,
+            processes.least,
+        )  # fmt: skip
+        self._setting = setting
+        self._may_lower = setting == "auto" and processes.count == 1  # others would go on without this one
+        self._run_as(self._planner.plan(tile=tile) if setting == "auto" else self._planner.uniform(setting, tile))
+        if setting == "auto" and any("measuring it failed" in note for note in self.plan.notes):
+            warnings.warn(f"seal_ops.train: {'; '.join(self.plan.notes)}", stacklevel=3)
+        if not self.plan.fits:
+            warnings.warn(f"seal_ops.train: the step may not fit into memory\n{self.plan}", stacklevel=3)
+
+    def _run_as(self, plan: Plan) -> None:
+        self._running.close()
+        self.plan, self._execution = plan, self._running.enter_context(self._planner.running(plan))
 
     def describe(self):
         kind = "weak columns" if self.columns is not None else "adapter"
@@ -289,18 +340,18 @@ class _Run:
         processes, micro_batches = self.processes, list(self._micro_batches(len(self.losses)))
         labels = (label for batch in micro_batches for sample in batch for label in sample.labels[1:])
         tokens = sum(label != IGNORE_INDEX for label in labels)
-        self.optimizer.zero_grad(set_to_none=True)
-        total = torch.zeros((), device=self.device)
-        mine = processes.share(micro_batches)
-        for batch in mine:
-            loss = self._loss(batch) / tokens
-            if not loss.requires_grad:
-                raise RuntimeError(
-                    "seal_ops.train: the loss must depend on what is trained, got one that does not; inside "
-                    "seal_ops.disabled a model computes without its scales"
-                )
-            loss.backward()
-            total += loss.detach().to(self.device)
+        mine, total = processes.share(micro_batches), None
+        while total is None:
+            random = torch.get_rng_state(), [torch.cuda.get_rng_state(d) for d in self._gpus()]
+            try:
+                total = self._accumulated(mine, tokens)
+            except torch.OutOfMemoryError as error:
+                reason = str(error).splitlines()[0]
+            if total is None:  # not inside `except`, which keeps the tensors of the failed step alive
+                self._lower(reason)
+                torch.set_rng_state(random[0])
+                for device, state in zip(self._gpus(), random[1]):
+                    torch.cuda.set_rng_state(state, device)
         if not self.losses and mine:
             _check_gradients(self.trained)
         processes.add_up(self.trained, total)
@@ -315,6 +366,44 @@ class _Run:
         self.optimizer.step()
         self.losses.append(value)
         return value
+
+    def _accumulated(self, micro_batches, tokens) -> torch.Tensor:
+        """The step's loss, its gradients in the parameters."""
+        self.optimizer.zero_grad(set_to_none=True)
+        total = torch.zeros((), device=self.device)
+        for batch in micro_batches:
+            loss = self._loss(batch) / tokens
+            if not loss.requires_grad:
+                raise RuntimeError(
+                    "seal_ops.train: the loss must depend on what is trained, got one that does not; inside "
+                    "seal_ops.disabled a model computes without its scales"
+                )
+            loss.backward()
+            total += loss.detach().to(self.device)
+        return total
+
+    def _gpus(self):
+        return [self.device] if self.device.type == "cuda" else []
+
+    def _lower(self, reason: str) -> None:
+        """Goes on with a plan that keeps less, and says so; raises OutOfMemoryError, one sentence, where none is."""
+        self.optimizer.zero_grad(set_to_none=True)
+        self._running.close()  # the samples of another plan are to meet the model itself
+        gc.collect()
+        memory.give_back(self.device)
+        before = self.plan
+        step = f"a step of {before.batch_size} x {before.length} tokens does not fit into memory"
+        found = self._planner.lower(before) if self._may_lower else None
+        if found is None:
+            first = "" if self._setting == "auto" else "gradient_checkpointing='auto', "
+            raise torch.OutOfMemoryError(
+                f"seal_ops.train: {step} with {before.summary()}; try {first}a smaller batch_size with accumulate, "
+                f"shorter samples, or a model in 4 bits ({reason})"
+            )
+        self._run_as(found)
+        warnings.warn(
+            f"seal_ops.train: {step} with {before.summary()}; going on with {found.summary()} ({reason})", stacklevel=3
+        )
 
     def _micro_batches(self, step) -> Iterator[list]:
         size, per_step = self.settings["batch_size"], self.settings["batch_size"] * self.settings["accumulate"]
@@ -334,7 +423,7 @@ class _Run:
         elif len({len(sample) for sample in samples}) > 1:
             inputs["attention_mask"] = batch["attention_mask"].to(self.input_device)
         keep = batch["logits_to_keep"]  # on the CPU: it indexes on whichever device the last layer is
-        logits = logits_at(self.model, keep, **inputs)
+        logits = self._execution.logits_at(self.model, keep, **inputs)
         targets = batch["shift_labels"].to(logits.device)
         return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="sum")
 

@@ -140,6 +140,19 @@ class Processes:
         dist.broadcast_object_list(box, 0)
         return box[0]
 
+    @property
+    def meet_in_forward(self) -> bool:
+        """Whether a forward pass waits for other processes, so that none may run one alone."""
+        return self.alike or self.parts > 1
+
+    def least(self, value: int) -> int:
+        """The smallest value that any process has."""
+        if self.count == 1:
+            return value
+        found = [None] * self.count
+        dist.all_gather_object(found, value)
+        return min(found)
+
     def wait(self) -> None:
         """Until all processes are here."""
         if self.count > 1:

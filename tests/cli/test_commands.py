@@ -9,6 +9,7 @@ from command_line import TINY, folder, seal  # noqa: F401
 from retrieval_fixtures import model, one_thread, tokenizer  # noqa: F401
 
 from seal_ops.cli.main import _parser
+from seal_ops.cli.options import checkpointing
 from seal_ops.evaluation import lm_eval as harness
 from seal_ops.evaluation.results import Evaluation
 from seal_ops.experiments.head_importance import HeadImportance
@@ -117,12 +118,25 @@ def test_yaml_chat_formats(tmp_path, text, expected):
     assert args.chat_format is expected or args.chat_format == expected
 
 
-@pytest.mark.parametrize("text, expected", [("false", None), ("true", "all"), ("selective", "selective")])
+@pytest.mark.parametrize(
+    "text, expected",
+    [("off", False), ("false", False), ("true", True), ("on", True), ("selective", "selective"), ("auto", "auto")],
+)
 def test_yaml_switches_that_name_a_kind(tmp_path, text, expected):
     path = tmp_path / "c.yaml"
     path.write_text(f"gradient-checkpointing: {text}\n")
     words = ["train", "--config", str(path), "--model", "m", "--granularity", "head", "--output", "o"]
-    assert _parser(words).parse_args(words).gradient_checkpointing == expected
+    assert checkpointing(_parser(words).parse_args(words)) == expected
+
+
+def test_plan_prints_what_layers_keep(capsys, folder):  # noqa: F811
+    line = ["plan", "--model", folder, *TINY, "--length", 190, "--labels", 8]
+    code, out, err = seal(capsys, *line)
+    assert code == 0 and "layers     0-1  keep everything" in out, err
+    code, out, err = seal(capsys, *line, "--memory", 1e-6)
+    assert code == 0 and "expected to run out of memory" in out, err
+    code, _, err = seal(capsys, *line, "--memory", -1)
+    assert code == 2 and "must be a number above 0, got -1" in err
 
 
 @pytest.mark.parametrize("words", [["300", "600"], ["300,600"], ["300", "600,"], ["300,", "600"]])

@@ -249,7 +249,7 @@ def _frozen_scale():
         (with_scales, {"on_step": 3}, "on_step must be a function, got 3"),
         (with_scales, {"output_dir": ""}, "output_dir must be a path, got ''"),
         (with_scales, {"resume": True}, "resume needs output_dir"),
-        (with_scales, {"gradient_checkpointing": "all"}, "must be False, True or 'selective', got 'all'"),
+        (with_scales, {"gradient_checkpointing": "all"}, "must be 'auto', False, True or 'selective', got 'all'"),
     ],
 )
 def test_errors_are_one_sentence(make, options, message):

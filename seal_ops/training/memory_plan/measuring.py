@@ -1,0 +1,400 @@
+"""What a decoder costs by length: bytes kept, bytes alive at most and operations, measured on a few short samples."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from ...huggingface.logits import logits_at
+from ...huggingface.modes import prepared
+from .decoder import Decoder, UnknownStructure, Watch, device_of, replaced_forwards
+from .execution import EVERYTHING, Execution, at_rows
+from .last_rows import LastRows, cut_last_layer
+from .live_bytes import Meter, Saved
+from .tiling import candidates, run_tiled, treats_tokens_alone
+
+# Tokens of the shortest sample. CUDA's allocator rounds, which shorter ones would show.
+SHORT = {"cuda": 512}
+SHORT_ELSEWHERE = 64
+SMALL_TILE = 4  # tokens of a tile in the samples, where a real one would be longer than they are
+
+
+@dataclasses.dataclass(frozen=True)
+class Growth:
+    """A quantity by tokens ``n`` of a row and rows with labels ``k``: ``constant + linear n + square n² + label k``."""
+
+    constant: float = 0.0
+    linear: float = 0.0
+    square: float = 0.0
+    label: float = 0.0
+
+    def __call__(self, length: int, labels: int) -> int:
+        value = self.constant + self.linear * length + self.square * length**2 + self.label * labels
+        return max(0, round(value))
+
+    @classmethod
+    def through(cls, points: Sequence[tuple[int, int]], values: Sequence[float]) -> Growth:
+        """Through four points ``(n, k)``: the first two differ in k alone, the others are at twice and four times n.
+
+        A bend below a hundredth of the value is the allocator's rounding; it would be gigabytes at a million tokens.
+        """
+        n = points[0][0]
+        label = (values[1] - values[0]) / (points[1][1] - points[0][1])
+        one, _, two, four = (value - label * k for value, (_, k) in zip(values, points))
+        square = ((four - two) / (2 * n) - (two - one) / n) / (3 * n)
+        if abs(square) * (4 * n) ** 2 < 0.01 * abs(four):
+            square = 0.0
+        linear = (four - two) / (2 * n) - square * 6 * n
+        return cls(four - 4 * n * linear - square * (4 * n) ** 2, linear, square, label)
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerCost:
+    """Of one decoder layer: bytes, its input left out unless said, and operations.
+
+    Attributes:
+        differentiates: whether anything in it or before it asks for a gradient.
+        keeps_entry: whether the graph of a plain call keeps the states that the layer was called with.
+        entry, result: those states (0 for the first layer, whose are the embeddings), and the states that it returns.
+        kept: what else the graph of a plain call keeps.
+        attention: what the fused attention returns.
+        free: most at once in a call without a graph, with the result.
+        forward: most at once in a call with a graph, with the result.
+        backward: most at once in the backward pass, with what the graph keeps, without the gradient of the result.
+        linear_operations, attention_operations: of a forward call.
+    """
+
+    differentiates: bool
+    keeps_entry: bool
+    entry: float
+    result: float
+    kept: float
+    attention: float
+    free: float
+    forward: float
+    backward: float
+    linear_operations: float
+    attention_operations: float
+
+
+_GROWING = [f.name for f in dataclasses.fields(LayerCost)][2:]
+
+
+@dataclasses.dataclass(frozen=True)
+class Costs:
+    """Of a whole model, at one length.
+
+    Attributes:
+        layers: one for each layer.
+        before: bytes that live when the first layer is called: embeddings, rotary tables, masks.
+        head: most bytes from the last layer's result, left out, to its gradient.
+        head_operations: of the forward part of that.
+    """
+
+    layers: tuple[LayerCost, ...]
+    before: float
+    head: float
+    head_operations: float
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Samples:
+    """The short samples of a measurement.
+
+    Attributes:
+        model: in training mode, inside whatever a training run puts on it.
+        length, labels: tokens of the longest row that will be trained on, and its rows whose logits the loss reads.
+        batch_size: rows of a sample.
+        padded: whether rows differ in length.
+        ids: tokens to take; None for any.
+    """
+
+    model: nn.Module
+    length: int
+    labels: int
+    batch_size: int = 1
+    padded: bool = False
+    ids: Sequence[int] | None = None
+
+    @property
+    def device(self) -> torch.device:
+        return device_of(self.model)
+
+    @property
+    def shortest(self) -> int:
+        return max(4, min(SHORT.get(self.device.type, SHORT_ELSEWHERE), self.length // 4))
+
+    @property
+    def points(self) -> list[tuple[int, int]]:
+        """Tokens and labels of the samples: few labels or many, as the real ones, so that both take the same way."""
+        n = self.shortest
+        lengths, more = (n, n, 2 * n, 4 * n), max(1, n // 8)
+        if 2 * self.labels <= self.length:
+            return [(m, max(1, n // 4) + (more if i == 1 else 0)) for i, m in enumerate(lengths)]
+        return [(m, m - (0 if i == 1 else more)) for i, m in enumerate(lengths)]
+
+    def inputs(self, length: int) -> dict:
+        """Of a sample: ``input_ids`` [B, S], and where rows differ in length a mask."""
+        count = self.batch_size * length
+        if self.ids is None:
+            vocabulary = self.model.get_input_embeddings().weight.shape[0]
+            ids = torch.arange(count, device=self.device) % vocabulary
+        else:
+            ids = torch.tensor(self.ids[:count], device=self.device).repeat(-(-count // len(self.ids)))[:count]
+        inputs = {"input_ids": ids.view(self.batch_size, length), "use_cache": False}
+        if self.padded:
+            inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+            inputs["attention_mask"][-1, length - length // 8 - 1 :] = 0
+        return inputs
+
+    def fit(self, values: Sequence[float]) -> int:
+        """What a quantity is at the real length and labels, from its values in the samples."""
+        return Growth.through(self.points, values)(self.length, self.labels)
+
+
+class Measurement:
+    """Measures the layers of a decoder one by one on ``samples``.
+
+    Raises:
+        UnknownStructure: the layers are no chain.
+
+    ``rows``: the last layer where it can be cut, else ``rows_reason`` says why not.  ``tiled``: what can run in tiles.
+    """
+
+    def __init__(self, samples: Samples, decoder: Decoder):
+        self.samples, self.decoder = samples, decoder
+        self.model, self.device = samples.model, samples.device
+        self.rows: LastRows | None = None
+        self.rows_reason: str | None = None
+        self.tiled: tuple[nn.Module, ...] = ()
+        self._taken: dict[tuple[bool, bool], list[_Sample]] = {}
+        self._tile_bytes = 0.0  # of a tile, for each of its tokens
+        self._look()
+
+    def costs(self, tile: int | None, plain: bool = False) -> Costs:
+        """The costs at the length, with what can run in tiles of ``tile`` tokens; None for whole modules.
+
+        ``plain``: only those of layers that keep everything, which takes half the time.
+        """
+        tiles = tile is not None
+        if tiles and not self._tile_bytes:
+            self._measure_tiles()
+        if (tiles, plain) not in self._taken:
+            self._taken[tiles, plain] = [self._sample(n, k, tiles, plain) for n, k in self.samples.points]
+        samples, fit = self._taken[tiles, plain], self.samples.fit
+        # The samples' tiles are short: a real one takes so much more.
+        more = self._tile_bytes * (min(tile, self.samples.length) - SMALL_TILE) if tiles else 0
+        layers = []
+        for found in zip(*(s.layers for s in samples)):
+            values = {name: fit([getattr(cost, name) for cost in found]) for name in _GROWING}
+            for name in ("free", "forward", "backward"):
+                values[name] += more
+            layers.append(dataclasses.replace(found[0], **values))
+        whole = {name: fit([getattr(s, name) for s in samples]) for name in ("before", "head", "head_operations")}
+        return Costs(tuple(layers), **whole)
+
+    # ------------------------------------------------------------------------------------------------- structure
+
+    def _look(self) -> None:
+        watch, alone = Watch(self.decoder), {}
+        try:
+            self.rows = cut_last_layer(self.decoder)
+        except UnknownStructure as reason:
+            self.rows_reason = str(reason)
+
+        def layer(number, forward, *args, **kwargs):
+            states = watch.enter(number, args, kwargs)
+            if number == len(self.decoder.layers) - 1 and self.rows is not None:
+                try:
+                    self.rows.check(forward, states, torch.arange(1, states.shape[1], 3), *args[1:], **kwargs)
+                except UnknownStructure as reason:
+                    self.rows, self.rows_reason = None, str(reason)
+            result = forward(*args, **kwargs)
+            watch.leave(states, result)
+            return result
+
+        def child(module, forward, *args, **kwargs):
+            result = forward(*args, **kwargs)
+            if treats_tokens_alone(forward, args, kwargs, result):
+                alone[id(module)] = module
+            return result
+
+        changes = [(module, _with(layer, n)) for n, module in enumerate(self.decoder.layers)]
+        changes += [(module, _with(child, module)) for module in candidates(self.decoder)]
+        with replaced_forwards(changes), torch.no_grad():
+            self.model(**self.samples.inputs(self.samples.shortest))
+        watch.finish()
+        self.tiled = tuple(alone.values())
+
+    # --------------------------------------------------------------------------------------------------- samples
+
+    def _sample(self, length: int, labels: int, tiles: bool, plain: bool) -> _Sample:
+        found, known, trains = _Sample(), {}, self.decoder.trains
+        final = len(trains) - 1
+        execution = Execution(self.decoder, (EVERYTHING,) * len(trains), rows=self.rows)
+        entry, end, flows, last = Meter(self.device), Meter(self.device, not plain), False, None
+
+        def layer(number, forward, *args, **kwargs):
+            nonlocal flows, last
+            states = args[0]
+            if number == 0:
+                found.before, flows = entry.now(), states.requires_grad
+                entry.stop()
+            flows = flows or trains[number]
+            if number == final and self.rows is not None and self.rows.positions is not None:
+                forward = at_rows(self.rows, self.rows.positions, forward)
+            # Layers of one kind cost the same; one of each is measured.
+            kind = self._kind(number, flows, states.requires_grad)
+            if kind in known:
+                with torch.no_grad():
+                    result = forward(*args, **kwargs)
+            else:
+                known[kind], result = self._layer(number, flows, forward, args, kwargs, plain)
+            found.layers.append(known[kind])
+            result = result.detach().requires_grad_(flows)
+            if number == final:
+                last = result
+                end.start()
+            return result
+
+        changes = [(module, _with(layer, n)) for n, module in enumerate(self.decoder.layers)]
+        if tiles:
+            changes += [(m, _with(run_tiled, m, SMALL_TILE)) for m in self.tiled]
+        positions = torch.arange(length - labels, length)
+        with replaced_forwards(changes), torch.enable_grad(), contextlib.ExitStack() as meters:
+            meters.callback(entry.stop)  # where the model fails
+            meters.callback(end.stop)
+            entry.start()
+            logits = execution.logits_at(self.model, positions, **self.samples.inputs(length))
+            found.head_operations = end.counted.linear_operations
+            loss = _loss(logits)
+            del logits
+            if loss.requires_grad:
+                leaves = [p for p in self.model.parameters() if p.requires_grad]
+                torch.autograd.grad(loss, leaves + [last] * last.requires_grad, allow_unused=True)
+            found.head = end.lap()
+        return found
+
+    def _layer(self, number, flows: bool, forward: Callable, args: tuple, kwargs: dict, plain: bool):
+        """``(cost, result)`` of one layer."""
+        cost, result = dict.fromkeys(_GROWING, 0) | dict(differentiates=flows, keeps_entry=False), None
+        cost["entry"] = _size(args[0]) if number else 0
+        if not (plain and flows):
+            with Meter(self.device, not plain) as meter, torch.no_grad():
+                result = forward(*args, **kwargs)
+                cost["free"] = cost["forward"] = meter.lap()
+                for name in ("attention", "linear_operations", "attention_operations"):
+                    cost[name] = getattr(meter.counted, name)
+        if flows:
+            found, result = self._differentiated(number, forward, args, kwargs)
+            cost |= found
+        cost["result"] = _size(result)
+        return LayerCost(**cost), result
+
+    def _differentiated(self, number: int, forward: Callable, args: tuple, kwargs: dict) -> tuple[dict, Tensor]:
+        states = args[0].detach().requires_grad_(args[0].requires_grad)
+        leaves = [p for p in self._parameters(number) if p.requires_grad] + [states] * states.requires_grad
+        given = [*self.decoder.model.parameters(), *self.decoder.model.buffers(), *_tensors((args, kwargs))]
+        with Meter(self.device) as meter, torch.enable_grad():
+            with Saved(given) as saved:
+                result = forward(states, *args[1:], **kwargs)
+            most = meter.lap()
+            if not result.requires_grad:
+                return dict(forward=most), result
+            edge, gradient = torch.autograd.graph.get_gradient_edge(result), torch.ones_like(result)
+            result = result.detach()
+            meter.lap()
+            torch.autograd.grad([edge], leaves, [gradient], allow_unused=True)
+            # Neither the result nor its gradient belongs to the backward pass of this layer.
+            backward = max(0, meter.lap() - 2 * _size(result))
+        return dict(kept=saved.bytes, keeps_entry=saved.met(states), forward=most, backward=backward), result
+
+    def _measure_tiles(self) -> None:
+        seen = set()
+
+        def child(module, forward, states):
+            kind = (type(module), tuple((n, p.shape, p.requires_grad) for n, p in module.named_parameters()))
+            if kind not in seen:
+                seen.add(kind)
+                with Meter(self.device) as meter, torch.enable_grad():
+                    piece = states.detach().requires_grad_()
+                    out = forward(piece)
+                    leaves = [piece, *(p for p in module.parameters() if p.requires_grad)]
+                    torch.autograd.grad(out, leaves, torch.ones_like(out), allow_unused=True)
+                    self._tile_bytes = max(self._tile_bytes, meter.lap() / states.shape[1])
+            return forward(states)
+
+        with replaced_forwards([(m, _with(child, m)) for m in self.tiled]), torch.no_grad():
+            self.model(**self.samples.inputs(self.samples.shortest))
+
+    def _parameters(self, number: int) -> list[nn.Parameter]:
+        attention = self.decoder.attention[number]
+        scaling = [] if attention is None or attention.scaling is None else list(attention.scaling.parameters())
+        return [*self.decoder.layers[number].parameters(), *scaling]
+
+    def _kind(self, number: int, flows: bool, flows_in: bool) -> tuple:
+        layer, attention = self.decoder.layers[number], self.decoder.attention[number]
+        config = self.decoder.model.config.get_text_config()
+        kinds = getattr(config, "layer_types", None) or [None] * len(self.decoder.layers)
+        names = tuple(name for name, _ in layer.named_parameters())
+        shapes = tuple((tuple(p.shape), p.dtype, p.requires_grad) for p in self._parameters(number))
+        runs = attention and (
+            attention.composed, attention.windowed, type(attention.program), repr(attention.training_mask)
+        )  # fmt: skip
+        ends = number == 0, number == len(self.decoder.layers) - 1
+        kind = kinds[number] if number < len(kinds) else None
+        return type(layer), names, shapes, kind, runs, flows, flows_in, ends
+
+
+class WholeMeasurement:
+    """Measures steps of a model whose layers are not known."""
+
+    def __init__(self, samples: Samples):
+        self.samples = samples
+
+    def peak(self, setting: bool | str) -> int:
+        """Bytes of a forward and backward pass, at most at once, with transformers' own checkpointing as ``setting``
+        says."""
+        return self.samples.fit([self._peak(setting, n, k) for n, k in self.samples.points])
+
+    def _peak(self, setting: bool | str, length: int, labels: int) -> int:
+        model, device = self.samples.model, self.samples.device
+        with prepared(model, setting), Meter(device) as meter, torch.enable_grad():
+            positions = torch.arange(length - labels, length)
+            loss = _loss(logits_at(model, positions, **self.samples.inputs(length)))
+            leaves = [p for p in model.parameters() if p.requires_grad]
+            torch.autograd.grad(loss, leaves, allow_unused=True)
+            return meter.lap()
+
+
+def _loss(logits: Tensor) -> Tensor:
+    targets = torch.zeros(logits.shape[:2].numel(), dtype=torch.long, device=logits.device)
+    return F.cross_entropy(logits.float().flatten(0, 1), targets)
+
+
+@dataclasses.dataclass
+class _Sample:
+    """What one sample has shown."""
+
+    layers: list[LayerCost] = dataclasses.field(default_factory=list)
+    before: int = 0
+    head: int = 0
+    head_operations: int = 0
+
+
+def _with(function: Callable, *given) -> Callable:
+    return lambda forward, *args, **kwargs: function(*given, forward, *args, **kwargs)
+
+
+def _size(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def _tensors(values) -> list[Tensor]:
+    return [t for t in tree_leaves(values) if isinstance(t, Tensor)]

@@ -1,0 +1,118 @@
+"""How much memory is free and in use, and how fast a device was measured to be.
+
+All that asks CUDA's allocator stands here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+
+import torch
+
+# Left free of what a plan may use: for the allocator's gaps, and what operations allocate within themselves. A choice,
+# not a measurement.
+RESERVE = 0.08
+
+
+@dataclasses.dataclass(frozen=True)
+class Throughput:
+    """Operations a second in bf16, measured: of a large matrix product, and of our attention forward and backward.
+
+    ``source``: the results that hold the figures: the matrix product of the run, Llama 3.1 8B's heads at 131,072
+    tokens.
+    """
+
+    linear: float
+    attention: float
+    attention_backward: float
+    source: str
+
+
+THROUGHPUTS = {
+    "NVIDIA H200": Throughput(788.8e12, 710.643e12, 596.7787e12, "benchmarks/results/headline-h200-f9047d9.json"),
+}
+
+
+def throughput_of(device: torch.device, dtype: torch.dtype) -> Throughput | str:
+    """The figures of a device, or why there are none, as the end of a sentence after "because"."""
+    if device.type != "cuda":
+        return f"none was measured on a {device.type}"
+    name = torch.cuda.get_device_name(device)
+    if dtype != torch.bfloat16:
+        return f"none was measured in {dtype}"
+    return THROUGHPUTS.get(name, f"none was measured on a {name}")
+
+
+def used(device: torch.device) -> int:
+    """Bytes that this process has in use on a device."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    try:
+        with open("/proc/self/statm") as file:
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:  # no Linux
+        return 0
+
+
+def begin_peak(device: torch.device) -> None:
+    """From now on `peak` counts anew; nothing on a CPU."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def peak(device: torch.device) -> int:
+    """Most bytes in use on a GPU since `begin_peak`."""
+    torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_allocated(device)
+
+
+def give_back(device: torch.device) -> None:
+    """Returns what PyTorch holds unused."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def free(device: torch.device) -> int:
+    """Bytes that this process can still allocate on a device, those that PyTorch holds unused among them."""
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
+    return free_host()
+
+
+def free_host() -> int:
+    """Bytes of the host's memory that are available to this process."""
+    found = [_system(), _group()]
+    return min((value for value in found if value is not None), default=0)
+
+
+def _system() -> int | None:
+    try:
+        with open("/proc/meminfo") as file:
+            for line in file:
+                if line.startswith("MemAvailable:"):
+                    return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    try:
+        import psutil  # accelerate brings it
+    except ImportError:
+        return None
+    return int(psutil.virtual_memory().available)
+
+
+def _group() -> int | None:
+    """What is left of the limit of the process's control group, as containers set one."""
+    folder = "/sys/fs/cgroup"
+    try:
+        with open(f"{folder}/memory.max") as file:
+            limit = file.read().strip()
+        with open(f"{folder}/memory.current") as file:
+            current = int(file.read())
+        with open(f"{folder}/memory.stat") as file:  # caches of files make way
+            cached = sum(int(v) for k, v in map(str.split, file) if k == "inactive_file")
+    except (OSError, ValueError):
+        return None
+    return None if limit == "max" else max(0, int(limit) - current + cached)

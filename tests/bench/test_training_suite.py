@@ -1,0 +1,84 @@
+"""`seal bench --suite training` on a tiny model: contestants, files, what is extrapolated, and a wrong one."""
+
+import contextlib
+import csv
+import json
+
+import pytest
+import torch
+
+from seal_ops import bench
+from seal_ops.bench import training_sizes, training_steps
+
+
+def run(tmp_path, *words):
+    return bench.main(["--suite", "training", "--device", "cpu", "--output", str(tmp_path), "--name", "t", *words])
+
+
+def test_suite_runs_tiny_and_writes_its_files(tmp_path, capsys):
+    pytest.importorskip("peft")
+    assert run(tmp_path, "--steps", "1") == 0
+    stored = json.loads((tmp_path / "t.json").read_text())
+    rows = stored["rows"]
+    assert [(r["contestant"], r["length"]) for r in rows] == [
+        (name, length) for length in (64, 128) for name in training_steps.CONTESTANTS
+    ]
+    assert {r["status"] for r in rows} == {"ok"}
+    for row in rows:
+        share = row["layers"] / row["layers_run"]
+        assert row["seconds_all_layers"] == pytest.approx(row["seconds"] * share) and row["seconds"] > 0
+        assert row["extrapolated"] == (row["length"] == 128) == (share == 2)
+        assert row["tokens_per_s"] == pytest.approx(row["length"] / row["seconds_all_layers"])
+        assert row["gradient_error"] == "" or 0 <= row["gradient_error"] < 1e-3
+    assert rows[0]["expected_peak"] > 0 and rows[0]["keeps"] == "4 x everything"
+    assert "extrapolated" in capsys.readouterr().out
+    assert "*" in (tmp_path / "t.md").read_text() and (tmp_path / "t.png").read_bytes()[:4] == b"\x89PNG"
+    with open(tmp_path / "t.csv") as file:
+        assert [r["torch"] for r in csv.DictReader(file)] == [torch.__version__] * len(rows)
+    assert run(tmp_path, "--steps", "1", "--resume") == 0
+    assert json.loads((tmp_path / "t.json").read_text())["rows"] == rows, "nothing is measured twice"
+
+
+def test_a_wrong_contestant_is_not_timed(tmp_path, monkeypatch):
+    @contextlib.contextmanager
+    def cheat(model, ids):
+        with training_steps._ours(model, ids, False) as step:
+            yield training_steps.Step(step.trained, lambda: 1.5 * step.loss())
+
+    def broken(model, ids):
+        raise RuntimeError("no\nmemory")
+
+    honest = training_steps.CONTESTANTS["selective"]
+    others = {"selective": honest, "cheat": ("cheat", cheat), "broken": ("broken", broken)}
+    monkeypatch.setattr(training_steps, "CONTESTANTS", others)
+    assert run(tmp_path, "--steps", "1", "--lengths", "64") == 1
+    rows = {r["contestant"]: r for r in json.loads((tmp_path / "t.json").read_text())["rows"]}
+    assert (
+        rows["cheat"]["status"].startswith("wrong: relative error of the gradients 5") and not rows["cheat"]["seconds"]
+    )
+    assert rows["broken"]["status"] == "failed: RuntimeError: no" and rows["selective"]["status"] == "ok"
+
+
+def test_operations_are_those_of_the_model():
+    size = training_sizes.SIZES["tiny"]
+    model = training_steps.random_model(size, 4, 64, torch.float32, torch.device("cpu"))
+    weights = sum(p.numel() for n, p in model.model.layers.named_parameters() if p.dim() == 2)
+    head = 2 * model.lm_head.weight.numel() * 32
+    attention = 3.5 * 4 * 64 * 64**2 / 2 * 4
+    assert size.step_operations(64, 4) == 2 * 2 * weights * 64 + attention + 2 * head
+    big = training_sizes.SIZES["8b"]
+    assert {layers for _, layers in big.runs} == {32, 4} and big.runs[-1] == (1_048_576, 4)
+
+
+@pytest.mark.parametrize(
+    "words, sentence",
+    [
+        (["--only", "fa9"], "--only must name some of auto, selective, inputs, ia3, ia3-tuned, got fa9"),
+        (["--lengths", "63"], "--lengths must name some of 64, 128, got 63"),
+        (["--steps", "0"], "--steps must be at least 1, got 0"),
+    ],
+)
+def test_bad_arguments_of_the_suite(words, sentence, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        run(tmp_path, *words)
+    assert stopped.value.code == 2 and sentence in capsys.readouterr().err

@@ -1,0 +1,478 @@
+"""The plan of what layers keep: the same gradients under every plan, and the memory that was expected of it."""
+
+import contextlib
+import dataclasses
+import json
+import pathlib
+
+import pytest
+import torch
+import torch.nn.functional as F
+from families import FAMILIES, randomise, tokens
+from retrieval_fixtures import model, one_thread, tokenizer  # noqa: F401
+
+import seal_ops
+from seal_ops import tasks
+from seal_ops.huggingface.logits import logits_at
+from seal_ops.huggingface.modes import mode
+from seal_ops.training import loop
+from seal_ops.training.memory_plan import memory
+from seal_ops.training.memory_plan.execution import ATTENTION, EVERYTHING, INPUT, OFFLOADED
+from seal_ops.training.memory_plan.live_bytes import LiveBytes, Saved
+from seal_ops.training.memory_plan.measuring import Growth
+from seal_ops.training.memory_plan.planning import Planner
+from seal_ops.training.memory_plan.simulation import expected, seconds
+
+ROOT = pathlib.Path(__file__).parents[2]
+SAMPLES = tasks.lines(tokenizer(), length=190, samples=4)
+POSITIONS = torch.tensor([3, 11, 12, 18])
+
+
+def scaled(family="llama", dtype=torch.float32, **overrides):
+    lm = FAMILIES[family].build(dtype, **overrides).requires_grad_(False)
+    randomise(seal_ops.attach(lm, "channel"))
+    return lm
+
+
+def batch(length=21):
+    """Two rows, one of them padded."""
+    ids = tokens(2, length)
+    mask = torch.ones_like(ids)
+    mask[1, -4:] = 0
+    return {"input_ids": ids, "attention_mask": mask, "use_cache": False}
+
+
+def gradients(lm, run, positions=POSITIONS, **inputs):
+    """The loss at some positions and the gradients of all that is trained."""
+    lm.zero_grad(set_to_none=True)
+    logits = run(lm, positions, **(inputs or batch()))
+    loss = F.cross_entropy(logits.float().flatten(0, 1), torch.arange(logits.shape[:2].numel()) % 97)
+    loss.backward()
+    return [loss.detach(), *(p.grad.clone() for p in lm.parameters() if p.requires_grad)]
+
+
+def run_as(planner, keeps, **rest):
+    """A context for a plan that is given."""
+    return planner.running(dataclasses.replace(planner.uniform(False), keeps=keeps, **rest))
+
+
+def planner_of(lm, length=21, labels=4, rows=2):
+    with mode(lm, True):
+        return Planner(lm, length, labels, rows)
+
+
+PLANS = {
+    "attention": dict(keeps=ATTENTION),
+    "input": dict(keeps=INPUT),
+    "offloaded": dict(keeps=OFFLOADED),
+    "groups of two": dict(keeps=INPUT, group=2),
+    "offloaded groups of three": dict(keeps=OFFLOADED, group=3),
+}
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "mistral", "mixtral"])
+def test_every_plan_gives_the_same_bits(family):
+    lm = scaled(family)
+    planner, layers = planner_of(lm), len(lm.model.layers)
+    assert planner.reason is None and planner.measurement.rows_reason is None
+    with mode(lm, True):
+        with run_as(planner, (EVERYTHING,) * layers) as run:
+            plain = gradients(lm, run.logits_at)
+        for name, plan in PLANS.items():
+            with run_as(planner, (plan["keeps"],) * layers, group=plan.get("group", 1)) as run:
+                found = gradients(lm, run.logits_at)
+            assert all(torch.equal(one, other) for one, other in zip(plain, found)), name
+        with run_as(planner, (INPUT,) + (ATTENTION,) * (layers - 2) + (EVERYTHING,)) as run:
+            assert all(torch.equal(one, other) for one, other in zip(plain, gradients(lm, run.logits_at)))
+    assert not any("forward" in module.__dict__ for module in lm.modules()), "the model is left as it was"
+
+
+@pytest.mark.parametrize("family", ["llama", "llama-mqa-head_dim-32", "qwen2", "qwen3", "gemma2", "phi3", "cohere"])
+def test_cut_last_layer_and_tiles_give_the_plain_gradients(family):
+    """Against the model as transformers runs it; apart by the rounding of products of other sizes."""
+    lm = scaled(family)
+    planner, layers = planner_of(lm), len(lm.model.layers)
+    tiled = planner.measurement.tiled
+    assert {type(m) for m in tiled} >= {type(lm.model.layers[0].mlp), type(lm.model.layers[0].input_layernorm)}
+    with mode(lm, True):
+        plain = gradients(lm, logits_at)
+        for what in (EVERYTHING, INPUT, ATTENTION):
+            with run_as(planner, (what,) * layers, tile=8) as run, LiveBytes() as live:
+                shapes = []
+                hook = lm.lm_head.register_forward_pre_hook(lambda _m, x: shapes.append(tuple(x[0].shape[:2])))
+                found = gradients(lm, run.logits_at)
+                hook.remove()
+            assert shapes == [(2, 4)] and live.peak > 0
+            for one, other in zip(plain, found):
+                torch.testing.assert_close(other, one, rtol=1e-5, atol=1e-6 * one.abs().max().item())
+
+
+def test_cut_last_layer_and_tiles_with_adapters_of_another_library():
+    peft = pytest.importorskip("peft")
+    targets = ["q_proj", "v_proj", "o_proj", "gate_proj", "down_proj"]
+    lm = peft.get_peft_model(
+        FAMILIES["qwen2"].build(), peft.LoraConfig(r=2, target_modules=targets, init_lora_weights=False)
+    )
+    planner = planner_of(lm)
+    assert planner.reason is None and planner.measurement.rows_reason is None and planner.measurement.tiled
+    with mode(lm, True):
+        plain = gradients(lm, logits_at)
+        with run_as(planner, (INPUT, ATTENTION), tile=5) as run:
+            found = gradients(lm, run.logits_at)
+    assert len(found) == 1 + 2 * 2 * len(targets)
+    for one, other in zip(plain, found):
+        torch.testing.assert_close(other, one, rtol=1e-4, atol=1e-5 * one.abs().max().item())
+
+
+def test_labels_in_most_rows_leave_the_last_layer_whole():
+    lm = scaled()
+    planner = planner_of(lm, labels=20)
+    assert not planner.uniform(False).cuts_last_layer
+    with mode(lm, True), run_as(planner, (EVERYTHING,) * 2) as run:
+        every = torch.arange(20)
+        assert all(map(torch.equal, gradients(lm, run.logits_at, every), gradients(lm, logits_at, every)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_expected_peak_is_the_measured_one(dtype):
+    """Bytes alive at most in a step, counted operation by operation, beside what short samples have told."""
+    lm = scaled("llama", dtype, num_hidden_layers=6, max_position_embeddings=512)
+    planner = planner_of(lm, 128, 20)
+    ids = tokens(2, 128)
+    plans = [
+        (0.03, (EVERYTHING,) * 6, 1, None),
+        (0.02, (ATTENTION,) * 6, 1, None),
+        (0.02, (INPUT,) * 6, 1, None),
+        (0.02, (ATTENTION,) * 3 + (EVERYTHING,) * 3, 1, None),
+        # Upper bounds: where a group is recomputed, and where tiles end, not everything lives at once.
+        (0.15, (INPUT,) * 6, 3, None),
+        (0.3, (ATTENTION,) * 6, 1, 32),
+    ]
+    for margin, keeps, group, tile in plans:
+        told = expected(planner.measurement.costs(tile), keeps, group, planner.trained)
+        with mode(lm, True), run_as(planner, keeps, group=group, tile=tile) as run, LiveBytes() as live:
+            gradients(lm, run.logits_at, torch.arange(108, 128), input_ids=ids, use_cache=False)
+        assert live.peak * 0.99 <= told.peak <= live.peak * (1 + margin), (keeps, group, tile, told.peak, live.peak)
+
+
+def test_the_bytes_that_layers_keep_are_those_that_autograd_saves():
+    lm = scaled("llama", num_hidden_layers=4, max_position_embeddings=512)
+    planner = planner_of(lm, 256, 16)
+    with mode(lm, True), run_as(planner, (EVERYTHING,) * 4) as run:
+        inputs = {"input_ids": tokens(2, 256), "use_cache": False}
+        given, before = [*lm.parameters(), *lm.buffers()], {}
+
+        def note(layer, args, kwargs):
+            before["given"] = [args[0], *kwargs["position_embeddings"], *given]
+            before.setdefault("first", Saved(before["given"])).__enter__()
+
+        hooks = [lm.model.layers[0].register_forward_pre_hook(note, with_kwargs=True)]
+        hooks.append(lm.model.layers[-1].register_forward_hook(lambda *_: before["first"].__exit__(None, None, None)))
+        logits = run.logits_at(lm, torch.arange(240, 256), **inputs)
+        for hook in hooks:
+            hook.remove()
+        assert logits.requires_grad
+    told = expected(planner.measurement.costs(None), (EVERYTHING,) * 4, 1, planner.trained)
+    assert told.kept == pytest.approx(before["first"].bytes, rel=0.01)
+
+
+def test_nothing_is_kept_or_differentiated_below_the_first_scale():
+    lm = scaled("llama", num_hidden_layers=4)
+    for layer in (0, 1):
+        lm.seal_scales.layers[str(layer)].scale.requires_grad_(False)
+    planner = planner_of(lm)
+    costs = planner.measurement.costs(None)
+    assert [c.differentiates for c in costs.layers] == [False, False, True, True]
+    assert [c.kept > 0 for c in costs.layers] == [False, False, True, True]
+    needs = []
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func is torch.ops.seal.attention_backward.default:
+                needs.append(list(kwargs["needs"]))
+            return func(*args, **(kwargs or {}))
+
+    for what in (EVERYTHING, ATTENTION, INPUT):
+        needs.clear()
+        with mode(lm, True), run_as(planner, (what,) * 4) as run, Watch():
+            gradients(lm, run.logits_at)
+        assert needs[0][:4] == [True] * 4, "the last layer"
+        assert len(needs) == 2 and needs[1][:4] == [False, False, False, True], "the first scale's"
+
+
+# ------------------------------------------------------------------------------------------------------- choosing
+
+
+def test_less_memory_keeps_less_and_the_plan_says_what():
+    lm = scaled("llama", num_hidden_layers=6, max_position_embeddings=512)
+    whole = seal_ops.plan(lm, 128, 2, labels=16)
+    assert whole.keeps == (EVERYTHING,) * 6 and whole.fits and whole.seconds is None
+    text = str(whole)
+    assert repr(whole) == text and "layers     0-5  keep everything" in text and "seconds         not known" in text
+    assert "none was measured on a cpu" in text
+    order, seen = [EVERYTHING, ATTENTION, INPUT], []
+    for share in (0.9, 0.6, 0.4):
+        plan = seal_ops.plan(lm, 128, 2, memory=round(share * whole.expected), labels=16)
+        assert plan.fits and plan.expected <= plan.memory < whole.expected
+        ranks = [order.index(what) for what in plan.keeps]
+        assert ranks == sorted(ranks, reverse=True), "the last layers keep most"
+        seen.append(sum(ranks))
+    assert seen == sorted(seen) and seen[0] < seen[-1]
+    tight = seal_ops.plan(lm, 128, 2, memory=1000, labels=16)
+    assert not tight.fits and "expected to run out of memory" in str(tight)
+    assert tight.keeps[0] == INPUT and tight.expected < plan.expected
+
+
+def test_groups_come_last(monkeypatch):
+    lm = scaled("llama", num_hidden_layers=8, max_position_embeddings=512)
+    planner = planner_of(lm, 400, 16)
+    costs = planner.measurement.costs(None)
+    least = expected(costs, (INPUT,) * 8, 1, planner.trained).peak
+    # Layers so light that their inputs are what counts, as at a million tokens with tiles.
+    light = [dataclasses.replace(c, forward=0.0, free=0.0, backward=0.0) for c in costs.layers]
+    light = dataclasses.replace(costs, layers=tuple(light), head=0.0)
+    monkeypatch.setattr(planner.measurement, "costs", lambda tile, plain=False: light)
+    one = expected(light, (INPUT,) * 8, 1, planner.trained).peak
+    plan = planner.plan(memory=one - 1)
+    assert plan.group > 1 and plan.fits and plan.expected < one < least
+    assert f"{plan.group} layers under one checkpoint" in str(plan)
+
+
+def test_a_growth_goes_through_its_points():
+    points = [(64, 16), (64, 24), (128, 16), (256, 16)]
+    for truth in ((5, 3, 0, 7), (1000, 20, 2, 0), (0, 0, 0, 0)):
+        a, b, c, d = truth
+        fit = Growth.through(points, [a + b * n + c * n * n + d * k for n, k in points])
+        assert fit(10_000, 500) == pytest.approx(a + b * 10_000 + c * 10_000**2 + d * 500, rel=1e-9)
+    rounded = Growth.through(points, [1024 * -(-3000 * n // 1024) for n, k in points])
+    assert rounded(1_000_000, 16) == pytest.approx(3e9, rel=0.01), "the allocator's rounding is no square"
+
+
+def test_speeds_are_those_of_the_committed_results():
+    for name, speed in memory.THROUGHPUTS.items():
+        stored = json.loads((ROOT / speed.source).read_text())
+        assert stored["environment"]["gpu"] == name
+        assert float(stored["environment"]["matmul_tflops"]) * 1e12 == speed.linear
+        rows = {
+            r["direction"]: r["tflops"] * 1e12
+            for r in stored["rows"]
+            if (r["operation"], r["contestant"], r["model"]) == ("attention", "seal-cuda", "llama-3.1-8b")
+            and r["seqlen"] == 131072
+        }
+        assert (rows["forward"], rows["backward"]) == pytest.approx((speed.attention, speed.attention_backward))
+
+
+def test_seconds_count_what_is_recomputed():
+    lm = scaled("llama", num_hidden_layers=2)
+    costs = planner_of(lm, 64, 4).measurement.costs(None)
+    linear = 2 * 2 * 64 * sum(p.numel() for p in lm.model.layers[0].parameters() if p.dim() == 2)
+    assert costs.layers[0].linear_operations == pytest.approx(linear, rel=0.01)
+    pairs = 64 * 65 / 2
+    assert costs.layers[0].attention_operations == pytest.approx(4 * 2 * 4 * 16 * pairs, rel=0.02)
+    speed = memory.Throughput(1.0, 1.0, 2.5, "")
+    l, a = (sum(getattr(c, f"{n}_operations") for c in costs.layers) for n in ("linear", "attention"))
+    base = 3 * costs.head_operations + 2 * l + 2 * a
+    for keeps, group, more in ((EVERYTHING, 1, 0), (ATTENTION, 1, l), (INPUT, 1, l + a), (INPUT, 2, 2 * (l + a))):
+        assert seconds(costs, (keeps,) * 2, group, False, speed) == pytest.approx(base + more), keeps
+
+
+@pytest.mark.parametrize(
+    "make, options, message",
+    [
+        (scaled, {"length": 0}, "seal_ops.plan: length must be at least 1, got 0"),
+        (scaled, {"length": 9, "memory": 0}, "seal_ops.plan: memory must be at least 1, got 0"),
+        (lambda: FAMILIES["llama"].build().requires_grad_(False), {"length": 9}, "model must have something to train"),
+    ],
+)
+def test_bad_sizes_get_one_sentence(make, options, message):
+    with pytest.raises(ValueError, match=message):
+        seal_ops.plan(make(), **options)
+
+
+# ------------------------------------------------------------------------------------------ what cannot be planned
+
+
+def test_a_last_layer_that_cannot_be_cut_is_whole_and_says_why():
+    lm = scaled("llama")
+    lm.model.layers[-1].mlp = torch.nn.Sequential(lm.model.layers[-1].mlp, torch.nn.Dropout(0.1))
+    assert "has dropout" in str(seal_ops.plan(lm, 32, labels=4))
+    lm = scaled("llama")
+    forward = type(lm.model.layers[-1]).forward
+    # Looks at all rows at once behind attention.
+    lm.model.layers[-1].forward = lambda x, *a, **k: forward(lm.model.layers[-1], x, *a, **k) * x.shape[1]
+    assert "gives other rows when only some are computed" in str(seal_ops.plan(lm, 32, labels=4))
+
+
+def test_a_module_that_looks_at_neighbours_is_not_tiled():
+    lm = scaled("llama")
+    mlp = lm.model.layers[0].mlp
+    lm.model.layers[0].mlp.forward = lambda x, forward=mlp.forward: forward(x).cumsum(1)
+    tiled = planner_of(lm).measurement.tiled
+    assert not any(m is mlp for m in tiled) and any(m is lm.model.layers[1].mlp for m in tiled)
+
+
+def test_layers_that_are_no_chain_are_treated_alike():
+    lm = scaled("llama", num_hidden_layers=3)
+    forward = lm.model.layers[1].forward
+    lm.model.layers[1].forward = lambda x, *a, **k: forward(x + 1, *a, **k)
+    assert planner_of(lm).reason is None, "a layer may do what it likes"
+    hook = lm.model.layers[1].register_forward_pre_hook(lambda _m, args: (args[0] + 1, *args[1:]))
+    plan = seal_ops.plan(lm, 64, labels=4)
+    assert "all layers are treated alike, because it works on the states between two layers" in str(plan)
+    assert plan.keeps == (EVERYTHING,) and not plan.cuts_last_layer
+    less = seal_ops.plan(lm, 64, labels=4, memory=plan.expected - 1)
+    assert less.keeps[0] in (ATTENTION, INPUT) and less.expected < plan.expected
+    planner = planner_of(lm)
+    with mode(lm, True):
+        plain = gradients(lm, logits_at)
+        with planner.running(less) as run:
+            found = gradients(lm, run.logits_at)
+    hook.remove()
+    for one, other in zip(plain, found):
+        torch.testing.assert_close(other, one, rtol=1e-5, atol=1e-6)
+
+
+def test_a_measurement_that_fails_stops_no_run(monkeypatch):
+    from seal_ops.training.memory_plan import measuring
+
+    plain = loop.train(trainable(), SAMPLES[:1], gradient_checkpointing=False).losses
+
+    def fail(*_):
+        raise RuntimeError("no short samples\nplease")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(measuring.Measurement, "_look", fail)
+        for setting in (False, True, "selective"):
+            assert loop.train(trainable(), SAMPLES[:1], gradient_checkpointing=setting).losses == pytest.approx(plain)
+        with pytest.warns(UserWarning, match=r"measuring it failed \(RuntimeError: no short samples\)"):
+            assert loop.train(trainable(), SAMPLES[:1]).losses == pytest.approx(plain)
+    lm = trainable()
+    layer, forward, calls = lm.model.layers[1], lm.model.layers[1].forward, []
+
+    def third(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 6:  # among the samples, with their counters on
+            raise RuntimeError("later")
+        return forward(*args, **kwargs)
+
+    layer.forward = third
+    with pytest.warns(UserWarning, match=r"nothing is planned, because measuring it failed \(RuntimeError: later\)"):
+        assert loop.train(lm, SAMPLES[:1]).losses == pytest.approx(plain)
+    assert not torch.utils._python_dispatch._get_current_dispatch_mode_stack()
+
+
+def test_processes_agree_on_the_memory_and_those_that_meet_in_forward_plan_nothing():
+    lm = trainable()
+    with mode(lm, True):
+        agreed = Planner(lm, 128, 8, agree=lambda free: min(free, 12345)).plan()
+        assert agreed.memory == 12345 and not agreed.fits
+        calls = []
+        hook = lm.register_forward_pre_hook(lambda *_: calls.append(1))
+        plan = Planner(lm, 128, 8, alone=False).plan()
+        hook.remove()
+    assert not calls and plan.keeps == (EVERYTHING,) and plan.fits
+    assert "its forward pass waits for other processes" in str(plan) and "nothing is planned" in str(plan)
+
+
+# -------------------------------------------------------------------------------------------------------- training
+
+
+def trainable(granularity="channel", **options):
+    lm = model(**options).eval()
+    seal_ops.attach(lm, granularity)
+    return lm
+
+
+def values(lm):
+    return [scale.detach().clone() for _, scale in lm.seal_scales.items()]
+
+
+@contextlib.contextmanager
+def free(monkeypatch, count):
+    with monkeypatch.context() as patch:
+        patch.setattr(memory, "free", lambda device: count)
+        yield
+
+
+def test_training_plans_and_states_what_came(tmp_path):
+    lm = trainable()
+    result = loop.train(lm, SAMPLES[:2], output_dir=tmp_path)
+    assert result.plan["layers"] == {EVERYTHING: 2} and result.plan["cuts_last_layer"]
+    assert result.plan["measured_peak"] == result.peak_memory > 0 and result.plan["expected_peak"] > 0
+    assert json.loads((tmp_path / "training.json").read_text())["plan"] == result.plan
+
+
+def test_every_setting_gives_the_same_bits_and_a_run_may_change_its_plan(tmp_path, monkeypatch):
+    whole = trainable()
+    plain = loop.train(whole, SAMPLES, gradient_checkpointing=False)
+    for setting in (True, "selective"):
+        lm = trainable()
+        assert loop.train(lm, SAMPLES, gradient_checkpointing=setting).losses == plain.losses
+        assert all(map(torch.equal, values(lm), values(whole)))
+
+    class Stop(Exception):
+        pass
+
+    def stop(step, _loss):
+        if step == 2:
+            raise Stop
+
+    lm = trainable()
+    with free(monkeypatch, 10**4), pytest.warns(UserWarning, match="may not fit"), pytest.raises(Stop):
+        loop.train(lm, SAMPLES, output_dir=tmp_path, checkpoint_every=1, on_step=stop)
+    lm = trainable()
+    result = loop.train(lm, SAMPLES, output_dir=tmp_path, resume=True)
+    assert result.losses == plain.losses and all(map(torch.equal, values(lm), values(whole)))
+    assert result.plan["layers"] == {EVERYTHING: 2}
+
+
+def test_a_resumed_run_keeps_its_tiles(tmp_path, monkeypatch):
+    from seal_ops.training.memory_plan import planning
+
+    monkeypatch.setattr(planning, "TILE", 64)
+    for folder in ("one", "two"):
+        with free(monkeypatch, 10**4), pytest.warns(UserWarning, match="may not fit"):
+            first = loop.train(trainable(), SAMPLES[:2], output_dir=tmp_path / folder, epochs=1)
+    assert first.plan["tile"] == 64
+    # The header alone decides; a run with a step left to go is made of the finished one.
+    from safetensors import safe_open
+
+    with safe_open(tmp_path / "two" / loop.CHECKPOINT, "pt") as file:
+        assert file.metadata()["tile"] == "64"
+    lm = trainable()
+    run = loop._Run(lm, SAMPLES[:2], (None, None), 1, 1, 1, 0.0, (0.9, 0.999), None, 0)
+    _, _, tile = loop.load_checkpoint(tmp_path / "two" / loop.CHECKPOINT, run.trained, run.optimizer, run.identity)
+    with mode(lm, True), run:
+        run.follow("auto", tile)
+        assert run.plan.tile == 64 and run.plan.fits
+        run.follow(False, tile)
+        assert run.plan.tile == 64
+
+
+def test_a_step_that_runs_out_of_memory_goes_on_with_less_and_says_so(monkeypatch):
+    whole, lm = trainable(), trainable()
+    plain = loop.train(whole, SAMPLES)
+    accumulated, calls = loop._Run._accumulated, []
+
+    def fail(self, *args):
+        calls.append(self.plan.keeps)
+        if len(calls) == 2:
+            accumulated(self, *args)  # gradients are there when it happens
+            torch.rand(3)
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nmore")
+        return accumulated(self, *args)
+
+    monkeypatch.setattr(loop._Run, "_accumulated", fail)
+    with pytest.warns(UserWarning, match=r"does not fit into memory with 2 x everything; going on with .*attention"):
+        result = loop.train(lm, SAMPLES)
+    assert result.losses == plain.losses and all(map(torch.equal, values(lm), values(whole)))
+    assert calls[1] == (EVERYTHING,) * 2 != calls[2] and len(calls) == len(SAMPLES) + 1
+    calls.clear()
+    monkeypatch.setattr(
+        loop._Run, "_accumulated", lambda self, *args: (_ for _ in ()).throw(torch.OutOfMemoryError("no memory"))
+    )
+    with pytest.raises(torch.OutOfMemoryError, match="with 2 x input; try gradient_checkpointing='auto', a smaller"):
+        loop.train(trainable(), SAMPLES, gradient_checkpointing=True)
+    with pytest.warns(UserWarning), pytest.raises(torch.OutOfMemoryError, match="; try a smaller batch_size") as caught:
+        loop.train(trainable(), SAMPLES)
+    assert "\n" not in str(caught.value)
