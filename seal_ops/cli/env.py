@@ -9,9 +9,11 @@ def options(parser):
 
 
 def run(args):
+    from ..huggingface.decoding import describe
     from ..ops.environment import report
 
     print(report())
+    print(f"\nfused steps over part of a cache: {describe()}")
     if args.model is None:
         return
     from ..adapters.attachment import attach

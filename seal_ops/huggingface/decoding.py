@@ -8,15 +8,22 @@ the host, so a CUDA graph of such a step stays right while the cache fills.
 
 from __future__ import annotations
 
+import os
+
 import torch
 from torch import Tensor
 
 from ..ops.factors import full_view
 from ..ops.functional import attention
 
-# Elsewhere PyTorch's SDPA with a mask is as good: there is no second processor to keep busy.
-DEVICES = {"cuda"}
+# Off until it has run on a GPU.  On a CPU PyTorch's SDPA with a mask is as good: no second processor is kept busy.
+DEVICES = {"cuda"} if os.environ.get("SEAL_FUSED_STEPS", "0") == "1" else set()
 _MOST_TOKENS = 2**31 - 1  # of a call
+
+
+def describe() -> str:
+    """Whether such steps run fused, for `seal env`."""
+    return "on a GPU (SEAL_FUSED_STEPS=1)" if "cuda" in DEVICES else "off (SEAL_FUSED_STEPS=1 turns them on)"
 
 
 def key_ranges(
