@@ -124,7 +124,7 @@ def test_a_cuda_graph_stays_right_while_the_cache_fills(granularity, backend):
 
 
 def test_generate_compiles_and_records_the_step(backend):
-    """What `generate` does by itself with a static cache: torch.compile with CUDA graphs, with two choices of adapters."""
+    """What `generate` does by itself with a static cache: compiled, with CUDA graphs; two choices of adapters."""
     model = attached("channel", backend)
     ids, mask = padded()
     options = dict(attention_mask=mask, max_new_tokens=8, do_sample=False)
