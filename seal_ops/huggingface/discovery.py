@@ -159,6 +159,11 @@ def find_attention_layers(model: nn.Module) -> list[AttentionLayer]:
             f"seal_ops.attach: model must have a config of its own, this {type(model).__name__} shares its "
             f"config object with a model that has scales attached"
         )
+    if any(hasattr(p, "ds_id") for p in model.parameters()):
+        raise ValueError(
+            "seal_ops.attach: model must get its scales before DeepSpeed's ZeRO-3 divides its weights (load it before "
+            "TrainingArguments are made), got weights that are divided"
+        )
     if not _offloaded(model) and any(p.is_meta for p in model.parameters()):
         raise ValueError("seal_ops.attach: model must have its weights loaded, found parameters on the meta device")
     failure = _observe(model, candidates, names)

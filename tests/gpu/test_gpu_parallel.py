@@ -16,10 +16,10 @@ def test_two_gpus_equal_one(tmp_path, section):
     assert (tmp_path / f"{section}-0").exists() and (tmp_path / f"{section}-1").exists(), "a process ended early"
 
 
-def test_deepspeeds_own_exchange(tmp_path):
-    if importlib.util.find_spec("deepspeed") is None:
-        pytest.skip("DeepSpeed is not installed")
-    two_processes("sequence_processes.py", tmp_path, DS_ACCELERATOR="cuda")
+@pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
+@pytest.mark.parametrize("program", [["sequence_processes.py"], ["ulysses_trainer.py", 0], ["ulysses_trainer.py", 3]])
+def test_deepspeed(tmp_path, program):
+    two_processes(program[0], tmp_path, *program[1:], DS_ACCELERATOR="cuda")
     assert (tmp_path / "done-0").exists() and (tmp_path / "done-1").exists(), "a process ended early"
 
 

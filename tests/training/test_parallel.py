@@ -21,8 +21,14 @@ def test_two_processes_equal_one(folder, section):
     assert (folder / f"{section}-0").exists() and (folder / f"{section}-1").exists(), "a process ended early"
 
 
-def test_deepspeeds_own_exchange(tmp_path):
-    if importlib.util.find_spec("deepspeed") is None:
-        pytest.skip("DeepSpeed is not installed; the stand-in does what its wrapper does")
-    two_processes("sequence_processes.py", tmp_path, **ON_A_CPU)
+@pytest.mark.skipif(
+    importlib.util.find_spec("deepspeed") is None,
+    reason="DeepSpeed is not installed; the stand-in does what its wrapper does",
+)
+@pytest.mark.parametrize(
+    "program",
+    [["sequence_processes.py"], ["ulysses_trainer.py", 0], ["ulysses_trainer.py", 2], ["ulysses_trainer.py", 3]],
+)
+def test_deepspeed(tmp_path, program):
+    two_processes(program[0], tmp_path, *program[1:], **ON_A_CPU)
     assert (tmp_path / "done-0").exists() and (tmp_path / "done-1").exists(), "a process ended early"
