@@ -120,14 +120,18 @@ class Recorder:
 
 
 UNBOUNDED = 1 << 30
-# name: scale, packed (with a per-row offset and a gradient into the log-sum-exp), window, mask, block lists
+TERMS = ("sink", "gate", "softcap")
+# name: scale, packed (with a gradient into the log-sum-exp and, where no sink or gate forbids it, a per-row offset),
+# window, mask, block lists, and what goes with the softmax
 VARIANTS = {
-    "plain": (False, False, None, None, False),
-    "scaled": (True, False, None, None, False),
-    "packed": (True, True, 100, None, False),
-    "sinks": (True, False, None, [-99, 0, 0, -UNBOUNDED, UNBOUNDED, 0, UNBOUNDED, 4], False),
-    "shifted": (True, True, None, [-UNBOUNDED, 0, 64, 0, 0, 32, 4, 2], False),
-    "listed": (True, False, None, None, True),
+    "plain": (False, False, None, None, False, ()),
+    "scaled": (True, False, None, None, False, ()),
+    "packed": (True, True, 100, None, False, ()),
+    "sinks": (True, False, None, [-99, 0, 0, -UNBOUNDED, UNBOUNDED, 0, UNBOUNDED, 4], False, ()),
+    "shifted": (True, True, None, [-UNBOUNDED, 0, 64, 0, 0, 32, 4, 2], False, ()),
+    "listed": (True, False, None, None, True, ()),
+    "capped": (True, False, 100, None, False, ("softcap",)),
+    "terms": (True, True, 100, None, False, TERMS),
 }
 
 
@@ -142,7 +146,7 @@ def compile_for(arch: int, dtype: str, head_dim: int, variant: str, forward_only
     recorder = Recorder(arch)
     forward.choose = backward.choose = decode.choose = recorder.choose
     recorder.where |= dict(dtype=dtype, head_dim=head_dim, variant=variant)
-    scaled, packed, window, mask, listed = VARIANTS[variant]
+    scaled, packed, window, mask, listed, terms = VARIANTS[variant]
 
     def tensors(tokens, keys=256):
         shape = lambda s, h: (2 * s, h, head_dim) if packed else (2, s, h, head_dim)
@@ -150,16 +154,18 @@ def compile_for(arch: int, dtype: str, head_dim: int, variant: str, forward_only
 
     lengths = lambda n: torch.tensor([0, n, 2 * n], dtype=torch.int32) if packed else None
     scale = torch.zeros(8, head_dim) if scaled else None
-    offset = torch.zeros(2, 8, head_dim) if packed else None
+    offset = torch.zeros(2, 8, head_dim) if packed and not terms else None
     q, k, v = tensors(256)
     arguments = dict(window=window, mask=mask, cu_seqlens=lengths(256))
     if listed:
         arguments |= dict(blocks=torch.ones(1, 8, 2, 2, dtype=torch.bool), block_size=128)
+    given = dict(sink=torch.zeros(8), gate=torch.zeros_like(q), softcap=50.0)
+    arguments |= {name: given[name] for name in terms}
     out, lse = forward.attention(q, k, v, scale, offset, **arguments)
     if forward_only:
         return recorder.found
-    grad_lse = None if offset is None else lse
-    needs = (True, True, True, scale is not None, offset is not None)
+    grad_lse = lse if packed else None
+    needs = (True, True, True, scale is not None, offset is not None, True, True)
     backward.attention_backward(q, grad_lse, q, k, v, out, lse, scale, offset, needs=needs, **arguments)
     table = torch.zeros(512, head_dim // 2)
     rotary.rope(q, k, table, table)
@@ -168,8 +174,10 @@ def compile_for(arch: int, dtype: str, head_dim: int, variant: str, forward_only
     for tokens, splits in ((1, 4), (8, 4), (16, 4)):  # times four heads of a group: 16, 32 and 64 rows
         q, k, v = tensors(tokens)
         out, lse = torch.empty_like(q), torch.empty(q.shape[:-1])
-        geometry = Geometry.of(q, k, None, True, window, mask, lengths(tokens), lengths(256))
-        decode.attention(q, k, v, scale, offset, out, lse, geometry, tokens, splits)
+        cap = arguments.get("softcap")
+        geometry = Geometry.of(q, k, None, True, window, mask, lengths(tokens), lengths(256), cap)
+        after = dict(sink=arguments.get("sink"), gate=torch.zeros_like(q) if "gate" in terms else None)
+        decode.attention(q, k, v, scale, offset, out, lse, geometry, tokens, splits, **after)
     return recorder.found
 
 
@@ -238,7 +246,7 @@ def main(argv=None) -> int:
         for arch in options.arch
     ]
     if options.quick:
-        work = [(arch, "bfloat16", 64, "packed", True) for arch in (80, 120)]
+        work = [(arch, "bfloat16", 64, variant, True) for arch, variant in ((80, "terms"), (120, "packed"))]
     found: list[Use] = []
     with concurrent.futures.ProcessPoolExecutor(options.jobs) as pool:
         for part in concurrent.futures.as_completed([pool.submit(compile_for, *item) for item in work]):
