@@ -1,7 +1,7 @@
 """Compiles every Triton kernel and every tile of configs.py for GPUs that are not here, and checks what they need
 against what those have: shared memory of a block, registers, tensor memory. No device is needed.
 
-usage: compile_triton_targets.py [--arch 80 86 ...] [--quick] [--jobs N] [--markdown FILE]
+usage: compile_triton_targets.py [--arch 80 86 ...] [--quick] [--chosen] [--jobs N] [--markdown FILE]
 
 The kernels' own host code makes the launches, with CPU tensors and a driver that only names a target: what is compiled
 is what a call would compile. Exit code 1 where none of a kernel's tiles fits.
@@ -70,14 +70,14 @@ def resources(cubin: bytes) -> tuple[int, int]:
 class Recorder:
     """Stands in for the driver and for the launches; keeps what every launch would have needed."""
 
-    def __init__(self, arch: int):
+    def __init__(self, arch: int, chosen_only: bool = False):
         from triton.backends.compiler import GPUTarget
         from triton.runtime import driver
         from triton.runtime.jit import JITFunction
 
         from seal_ops.ops.backends.triton.host import products_from_shared_memory
 
-        self.target, self.arch = GPUTarget("cuda", arch, 32), arch
+        self.target, self.arch, self.chosen_only = GPUTarget("cuda", arch, 32), arch, chosen_only
         self.found: list[Use] = []
         self.where = dict(kernel="", dtype="", head_dim=0, variant="", tile=None, number=0)
         driver.set_active(self)
@@ -109,13 +109,16 @@ class Recorder:
         self.found.append(use)
 
     def choose(self, kernel: str, like, launch, size=None):
-        """What configs.choose does, with every tile."""
+        """What configs.choose does, with every tile, or up to the one that is taken."""
         from seal_ops.ops.backends.triton import configs, host
 
         every = configs.tiles(kernel, like.element_size(), like.shape[-1], host.uses_tma(like))
         for number, tile in enumerate(every):
             self.where |= dict(kernel=kernel, tile=dataclasses.astuple(tile), number=number)
+            before = len(self.found)
             launch(tile)
+            if self.chosen_only and not any(use.problem for use in self.found[before:]):
+                return tile
         return every[0]
 
 
@@ -135,15 +138,17 @@ VARIANTS = {
 }
 
 
-def compile_for(arch: int, dtype: str, head_dim: int, variant: str, forward_only: bool = False) -> list[Use]:
-    """All kernels of a forward, a backward with rotary embedding and of decoding, every tile."""
+def compile_for(
+    arch: int, dtype: str, head_dim: int, variant: str, forward_only: bool = False, chosen_only: bool = False
+) -> list[Use]:
+    """All kernels of a forward, a backward with rotary embedding and of decoding, every tile or up to the taken one."""
     os.environ.pop("TRITON_INTERPRET", None)
     import torch
 
     from seal_ops.ops.backends.triton import backward, decode, forward, merge, rotary
     from seal_ops.ops.backends.triton.host import Geometry
 
-    recorder = Recorder(arch)
+    recorder = Recorder(arch, chosen_only)
     forward.choose = backward.choose = decode.choose = recorder.choose
     recorder.where |= dict(dtype=dtype, head_dim=head_dim, variant=variant)
     scaled, packed, window, mask, listed, terms = VARIANTS[variant]
@@ -234,12 +239,13 @@ def main(argv=None) -> int:
     parser.add_argument(
         "--quick", action="store_true", help="the forward alone, bf16, head_dim 64, sm_80 and sm_120: seconds"
     )
+    parser.add_argument("--chosen", action="store_true", help="of each kernel's tiles only up to the first that fits")
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--markdown", help="writes the table of what is chosen")
     parser.add_argument("--all", action="store_true", help="prints every tile, not only what does not fit or spills")
     options = parser.parse_args(argv)
     work = [
-        (arch, dtype, head_dim, variant, False)
+        (arch, dtype, head_dim, variant, False, options.chosen)
         for dtype in options.dtype
         for variant in (options.variant if dtype != "float32" else options.variant[:1])
         for head_dim in options.head_dim
