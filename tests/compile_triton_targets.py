@@ -1,7 +1,7 @@
 """Compiles every Triton kernel and every tile of configs.py for GPUs that are not here, and checks what they need
 against what those have: shared memory of a block, registers, tensor memory. No device is needed.
 
-usage: compile_triton_targets.py [--arch 80 86 ...] [--quick] [--jobs N] [--markdown FILE]
+usage: compile_triton_targets.py [--arch 80 86 ...] [--quick] [--chosen] [--jobs N] [--markdown FILE]
 
 The kernels' own host code makes the launches, with CPU tensors and a driver that only names a target: what is compiled
 is what a call would compile. Exit code 1 where none of a kernel's tiles fits.
@@ -70,14 +70,14 @@ def resources(cubin: bytes) -> tuple[int, int]:
 class Recorder:
     """Stands in for the driver and for the launches; keeps what every launch would have needed."""
 
-    def __init__(self, arch: int):
+    def __init__(self, arch: int, chosen_only: bool = False):
         from triton.backends.compiler import GPUTarget
         from triton.runtime import driver
         from triton.runtime.jit import JITFunction
 
         from seal_ops.ops.backends.triton.host import products_from_shared_memory
 
-        self.target, self.arch = GPUTarget("cuda", arch, 32), arch
+        self.target, self.arch, self.chosen_only = GPUTarget("cuda", arch, 32), arch, chosen_only
         self.found: list[Use] = []
         self.where = dict(kernel="", dtype="", head_dim=0, variant="", tile=None, number=0)
         driver.set_active(self)
@@ -109,40 +109,49 @@ class Recorder:
         self.found.append(use)
 
     def choose(self, kernel: str, like, launch, size=None):
-        """What configs.choose does, with every tile."""
+        """What configs.choose does, with every tile, or up to the one that is taken."""
         from seal_ops.ops.backends.triton import configs, host
 
         every = configs.tiles(kernel, like.element_size(), like.shape[-1], host.uses_tma(like))
         for number, tile in enumerate(every):
             self.where |= dict(kernel=kernel, tile=dataclasses.astuple(tile), number=number)
+            before = len(self.found)
             launch(tile)
+            if self.chosen_only and not any(use.problem for use in self.found[before:]):
+                return tile
         return every[0]
 
 
 UNBOUNDED = 1 << 30
-# name: scale, packed (with a per-row offset and a gradient into the log-sum-exp), window, mask, block lists
+TERMS = ("sink", "gate", "softcap")
+# name: scale, packed (with a gradient into the log-sum-exp and, where no sink or gate forbids it, a per-row offset),
+# window, mask, block lists, and what goes with the softmax
 VARIANTS = {
-    "plain": (False, False, None, None, False),
-    "scaled": (True, False, None, None, False),
-    "packed": (True, True, 100, None, False),
-    "sinks": (True, False, None, [-99, 0, 0, -UNBOUNDED, UNBOUNDED, 0, UNBOUNDED, 4], False),
-    "shifted": (True, True, None, [-UNBOUNDED, 0, 64, 0, 0, 32, 4, 2], False),
-    "listed": (True, False, None, None, True),
+    "plain": (False, False, None, None, False, ()),
+    "scaled": (True, False, None, None, False, ()),
+    "packed": (True, True, 100, None, False, ()),
+    "sinks": (True, False, None, [-99, 0, 0, -UNBOUNDED, UNBOUNDED, 0, UNBOUNDED, 4], False, ()),
+    "shifted": (True, True, None, [-UNBOUNDED, 0, 64, 0, 0, 32, 4, 2], False, ()),
+    "listed": (True, False, None, None, True, ()),
+    "capped": (True, False, 100, None, False, ("softcap",)),
+    "terms": (True, True, 100, None, False, TERMS),
 }
 
 
-def compile_for(arch: int, dtype: str, head_dim: int, variant: str, forward_only: bool = False) -> list[Use]:
-    """All kernels of a forward, a backward with rotary embedding and of decoding, every tile."""
+def compile_for(
+    arch: int, dtype: str, head_dim: int, variant: str, forward_only: bool = False, chosen_only: bool = False
+) -> list[Use]:
+    """All kernels of a forward, a backward with rotary embedding and of decoding, every tile or up to the taken one."""
     os.environ.pop("TRITON_INTERPRET", None)
     import torch
 
     from seal_ops.ops.backends.triton import backward, decode, forward, merge, rotary
     from seal_ops.ops.backends.triton.host import Geometry
 
-    recorder = Recorder(arch)
+    recorder = Recorder(arch, chosen_only)
     forward.choose = backward.choose = decode.choose = recorder.choose
     recorder.where |= dict(dtype=dtype, head_dim=head_dim, variant=variant)
-    scaled, packed, window, mask, listed = VARIANTS[variant]
+    scaled, packed, window, mask, listed, terms = VARIANTS[variant]
 
     def tensors(tokens, keys=256):
         shape = lambda s, h: (2 * s, h, head_dim) if packed else (2, s, h, head_dim)
@@ -150,16 +159,18 @@ def compile_for(arch: int, dtype: str, head_dim: int, variant: str, forward_only
 
     lengths = lambda n: torch.tensor([0, n, 2 * n], dtype=torch.int32) if packed else None
     scale = torch.zeros(8, head_dim) if scaled else None
-    offset = torch.zeros(2, 8, head_dim) if packed else None
+    offset = torch.zeros(2, 8, head_dim) if packed and not terms else None
     q, k, v = tensors(256)
     arguments = dict(window=window, mask=mask, cu_seqlens=lengths(256))
     if listed:
         arguments |= dict(blocks=torch.ones(1, 8, 2, 2, dtype=torch.bool), block_size=128)
+    given = dict(sink=torch.zeros(8), gate=torch.zeros_like(q), softcap=50.0)
+    arguments |= {name: given[name] for name in terms}
     out, lse = forward.attention(q, k, v, scale, offset, **arguments)
     if forward_only:
         return recorder.found
-    grad_lse = None if offset is None else lse
-    needs = (True, True, True, scale is not None, offset is not None)
+    grad_lse = lse if packed else None
+    needs = (True, True, True, scale is not None, offset is not None, True, True)
     backward.attention_backward(q, grad_lse, q, k, v, out, lse, scale, offset, needs=needs, **arguments)
     table = torch.zeros(512, head_dim // 2)
     rotary.rope(q, k, table, table)
@@ -168,8 +179,10 @@ def compile_for(arch: int, dtype: str, head_dim: int, variant: str, forward_only
     for tokens, splits in ((1, 4), (8, 4), (16, 4)):  # times four heads of a group: 16, 32 and 64 rows
         q, k, v = tensors(tokens)
         out, lse = torch.empty_like(q), torch.empty(q.shape[:-1])
-        geometry = Geometry.of(q, k, None, True, window, mask, lengths(tokens), lengths(256))
-        decode.attention(q, k, v, scale, offset, out, lse, geometry, tokens, splits)
+        cap = arguments.get("softcap")
+        geometry = Geometry.of(q, k, None, True, window, mask, lengths(tokens), lengths(256), cap)
+        after = dict(sink=arguments.get("sink"), gate=torch.zeros_like(q) if "gate" in terms else None)
+        decode.attention(q, k, v, scale, offset, out, lse, geometry, tokens, splits, **after)
     return recorder.found
 
 
@@ -226,19 +239,20 @@ def main(argv=None) -> int:
     parser.add_argument(
         "--quick", action="store_true", help="the forward alone, bf16, head_dim 64, sm_80 and sm_120: seconds"
     )
+    parser.add_argument("--chosen", action="store_true", help="of each kernel's tiles only up to the first that fits")
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--markdown", help="writes the table of what is chosen")
     parser.add_argument("--all", action="store_true", help="prints every tile, not only what does not fit or spills")
     options = parser.parse_args(argv)
     work = [
-        (arch, dtype, head_dim, variant, False)
+        (arch, dtype, head_dim, variant, False, options.chosen)
         for dtype in options.dtype
         for variant in (options.variant if dtype != "float32" else options.variant[:1])
         for head_dim in options.head_dim
         for arch in options.arch
     ]
     if options.quick:
-        work = [(arch, "bfloat16", 64, "packed", True) for arch in (80, 120)]
+        work = [(arch, "bfloat16", 64, variant, True) for arch, variant in ((80, "terms"), (120, "packed"))]
     found: list[Use] = []
     with concurrent.futures.ProcessPoolExecutor(options.jobs) as pool:
         for part in concurrent.futures.as_completed([pool.submit(compile_for, *item) for item in work]):

@@ -40,7 +40,10 @@ Outputs attention_backward(const Call& call) {
   Tensor grad_q = room(call.needs[0], call.q, q_in.options()), grad_k = room(call.needs[1], call.k, q_in.options());
   Tensor grad_v = room(call.needs[2], call.v, q_in.options());
   Tensor grad_scale = room(call.needs_scale, scale, floats), grad_offset = room(call.needs_offset, offset, floats);
-  if (call.rows == 0 || heads == 0) return {grad_q.zero_(), grad_k.zero_(), grad_v.zero_(), grad_scale.zero_(), grad_offset.zero_()};
+  // The kernels have no sink and no gate (dispatch.cpp), so those have no gradient.
+  const Tensor grad_sink = at::empty({0}, floats), grad_gate = at::empty({0}, q_in.options());
+  if (call.rows == 0 || heads == 0)
+    return {grad_q.zero_(), grad_k.zero_(), grad_v.zero_(), grad_scale.zero_(), grad_offset.zero_(), grad_sink, grad_gate};
 
   const Tensor q = aligned(q_in), k = aligned(*call.k), v = aligned(*call.v), out = aligned(*call.out), grad_out = aligned(*call.grad_out);
   const Tensor lse = call.lse->contiguous(), grad_lse = contiguous(call.grad_lse);
@@ -111,7 +114,7 @@ Outputs attention_backward(const Call& call) {
   const Tensor workspace = at::empty({static_cast<int64_t>(attention_backward_workspace(p))}, q.options().dtype(at::kByte));
   p.workspace = workspace.mutable_data_ptr();
   C10_CUDA_CHECK(launch_attention_backward(p, c10::cuda::getCurrentCUDAStream()));
-  return {grad_q, grad_k, grad_v, grad_scale, grad_offset};
+  return {grad_q, grad_k, grad_v, grad_scale, grad_offset, grad_sink, grad_gate};
 }
 
 }  // namespace seal

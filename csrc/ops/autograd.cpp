@@ -66,10 +66,10 @@ variable_list call(const char* name, const Named& named, const AutogradContext* 
 
 // attention and rope_attention.
 struct Attention : Function<Attention> {
-  static constexpr const char* kDifferentiable[] = {"q", "k", "v", "scale", "offset"};
+  static constexpr const char* kDifferentiable[] = {"q", "k", "v", "scale", "offset", "sink", "gate"};
   static constexpr const char* kRead[] = {"cos", "sin", "positions", "positions_k", "cu_seqlens", "cu_seqlens_k", "blocks"};
   static constexpr const char* kOptions[] = {"softmax_scale", "causal",        "window",  "mask",        "block_size", "max_seqlen",
-                                             "max_seqlen_k",  "deterministic", "backend", "interleaved"};
+                                             "max_seqlen_k",  "deterministic", "backend", "interleaved", "gate_function", "softcap"};
 
   // `given`: those of kDifferentiable that are there. Returns out and lse. The rotated q and k, which have no gradient of
   // their own, stay on the stack.

@@ -38,7 +38,10 @@ void mask(Call& call, const c10::IValue& value) {
   for (const int64_t number : value.toIntVector()) call.mask.push_back(number);
 }
 
-void backend(Call& call, const c10::IValue& value) { call.backend = value.toStringRef(); }
+template <auto member>
+void text(Call& call, const c10::IValue& value) {
+  call.*member = value.toStringRef();
+}
 
 const std::pair<const char*, Field> kFields[] = {
     {"q", tensor<&Call::q>}, {"k", tensor<&Call::k>}, {"v", tensor<&Call::v>}, {"out", tensor<&Call::out>}, {"lse", tensor<&Call::lse>},
@@ -47,7 +50,9 @@ const std::pair<const char*, Field> kFields[] = {
     {"positions_k", tensor<&Call::positions_k>}, {"cu_seqlens", tensor<&Call::cu_seqlens>}, {"cu_seqlens_k", tensor<&Call::cu_seqlens_k>},
     {"softmax_scale", number<&Call::softmax_scale>}, {"window", number<&Call::window>}, {"mask", mask}, {"blocks", tensor<&Call::blocks>}, {"block_size", number<&Call::block_size>}, {"max_seqlen", number<&Call::max_seqlen>},
     {"max_seqlen_k", number<&Call::max_seqlen_k>}, {"causal", flag<&Call::causal>}, {"deterministic", flag<&Call::deterministic>},
-    {"interleaved", flag<&Call::interleaved>}, {"inverse", flag<&Call::inverse>}, {"needs", needs}, {"backend", backend}};
+    {"interleaved", flag<&Call::interleaved>}, {"inverse", flag<&Call::inverse>}, {"needs", needs}, {"backend", text<&Call::backend>},
+    {"sink", tensor<&Call::sink>}, {"gate", tensor<&Call::gate>}, {"gate_function", text<&Call::gate_function>},
+    {"softcap", number<&Call::softcap>}};
 
 }  // namespace
 

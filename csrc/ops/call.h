@@ -26,15 +26,15 @@ struct Call {
   // The caller's tensors, null where the op has no such argument or it is None. They belong to the dispatcher's stack.
   const Tensor *q = nullptr, *k = nullptr, *v = nullptr, *out = nullptr, *lse = nullptr, *grad_out = nullptr, *grad_lse = nullptr;
   const Tensor *scale = nullptr, *offset = nullptr, *cos = nullptr, *sin = nullptr, *positions = nullptr, *positions_k = nullptr;
-  const Tensor *cu_seqlens = nullptr, *cu_seqlens_k = nullptr, *blocks = nullptr;
-  std::optional<double> softmax_scale;
+  const Tensor *cu_seqlens = nullptr, *cu_seqlens_k = nullptr, *blocks = nullptr, *sink = nullptr, *gate = nullptr;
+  std::optional<double> softmax_scale, softcap;
   std::optional<int64_t> window, max_seqlen, max_seqlen_k;
   c10::SmallVector<int64_t, 8> mask;  // as given; empty: None
   bool has_mask = false;
   int64_t block_size = 128;  // tokens of a side of an element of `blocks`
   bool causal = true, deterministic = false, interleaved = false, inverse = false;
-  c10::SmallVector<bool, 5> needs;  // of attention_backward: q, k, v, scale, offset
-  std::string_view backend = "auto";
+  c10::SmallVector<bool, 7> needs;  // of attention_backward: q, k, v, scale, offset, and sink and gate or not
+  std::string_view backend = "auto", gate_function = "sigmoid";
 
   // Derived by check().
   bool packed = false;             // q [Tq, Hq, D], k and v [Tk, Hkv, D]; else [B, S, H, D]

@@ -173,6 +173,27 @@ void check_blocks(const Call& call) {
   SEAL_CHECK(fits, op, "blocks", join("have shape [", rows, " or 1, ", heads, " or 1, ", blocks_q, ", ", blocks_k, "]"), t.sizes());
 }
 
+// What follows the softmax, and the cap of its scores.
+void check_terms(const Call& call) {
+  const std::string_view op = call.op;
+  const bool known = call.gate_function == "sigmoid" || call.gate_function == "softplus";
+  SEAL_CHECK(known, op, "gate_function", "be one of sigmoid, softplus", join("'", call.gate_function, "'"));
+  const std::pair<const char*, const Tensor*> named[] = {{"sink", call.sink}, {"gate", call.gate}};
+  for (const auto& [name, t] : named) {
+    if (t == nullptr) continue;
+    SEAL_CHECK(is_floating(t->scalar_type()), op, name, "be bfloat16, float16, float32 or float64", t->scalar_type());
+    SEAL_CHECK(t->device() == call.q->device(), op, name, join("be on q's device ", call.q->device()), t->device());
+    SEAL_CHECK(!call.offset, op, "offset", join("be None with a ", name, " (add it to the output)"), call.offset->sizes());
+  }
+  SEAL_CHECK(!call.sink || has_shape(*call.sink, {call.heads_q}), op, "sink",
+             join("have shape [", call.heads_q, "] (one logit a query head)"), call.sink->sizes());
+  at::DimVector one(call.q->sizes().begin(), call.q->sizes().end());
+  one.back() = 1;
+  SEAL_CHECK(!call.gate || call.gate->sizes() == call.q->sizes() || call.gate->sizes() == at::IntArrayRef(one), op, "gate",
+             join("have q's shape ", call.q->sizes(), " or ", at::IntArrayRef(one)), call.gate->sizes());
+  SEAL_CHECK(!call.softcap || (std::isfinite(*call.softcap) && *call.softcap > 0), op, "softcap", "be finite and above 0", *call.softcap);
+}
+
 void check_positions(const Call& call, const char* name, const Tensor* positions, int64_t seqlen) {
   if (positions == nullptr) return;
   const Tensor& t = *positions;
@@ -233,7 +254,8 @@ void check_backward(Call& call) {
   for (const auto& [name, t] : rows)
     SEAL_CHECK(!t || like(*t, shape, statistics(q)), op, name,
                join("be ", at::IntArrayRef(shape), " ", statistics(q), " on ", q.device()), kind(*t));
-  SEAL_CHECK(call.needs.size() == 5, op, "needs", "have 5 flags (q, k, v, scale, offset)", static_cast<int64_t>(call.needs.size()));
+  SEAL_CHECK(call.needs.size() == 5 || call.needs.size() == 7, op, "needs", "have 5 flags (q, k, v, scale, offset), or 7 (also sink, gate)",
+             static_cast<int64_t>(call.needs.size()));
   call.needs_scale = call.needs[3] && call.scale;
   call.needs_offset = call.needs[4] && call.offset;
 }
@@ -248,6 +270,7 @@ void check(Call& call) {
     check_blocks(call);
     check_factor(call, "scale", call.scale, true);
     check_factor(call, "offset", call.offset, false);
+    check_terms(call);
   }
   check_rotation(call);
   if (call.grad_out) check_backward(call);

@@ -42,6 +42,11 @@ bool Runner::runs_here(const Call& call) const {
   if (call.v && reason.empty() && !(sigma > 0 && std::isfinite(sigma)))
     reason = join("backend cuda takes a softmax_scale above 0 (in fp32), got ", call.sigma);
   if (call.blocks && reason.empty()) reason = "backend cuda takes no block lists, got blocks";
+  if (reason.empty()) {
+    if (call.sink) reason = "backend cuda takes no sink (seal_ops.attention composes it)";
+    else if (call.gate) reason = "backend cuda takes no gate (seal_ops.attention composes it)";
+    else if (call.softcap) reason = "backend cuda takes no softcap";
+  }
   if (reason.empty()) return true;
   if (call.backend == "cuda") throw c10::ValueError(SEAL_HERE, join("seal::", name_, ": ", reason));
 #endif

@@ -130,7 +130,7 @@ SUITES: dict[str, list[Shape]] = {
     # Each mask beside full causal attention of its length.
     "masks": [
         *(Shape(model, 1, 32 * _K) for model in ("llama-3.1-8b", "llama-3.1-8b-s2", "llama-3.1-8b-streaming")),
-        *(Shape(model, 1, 128 * _K) for model in ("llama-3.1-8b", "llama-3.1-8b-streaming")),
+        *(Shape(model, 1, 128 * _K) for model in ("llama-3.1-8b-streaming", "llama-3.1-8b", "llama-3.1-8b-s2")),
     ],
     "smoke": [Shape("tiny", 2, 48)],
     "decode": [

@@ -13,6 +13,7 @@ from ..ops.factors import full_view
 from ..ops.functional import attention, rope, rope_attention
 from . import decoding
 from .context_extension.packing import packing_of, run_packed
+from .layers import why_no_soft_cap
 from .masks import NAME, PLAIN, CallMask, as_tensor, read_mask, with_documents
 from .model_parallel import ulysses
 from .model_parallel.head_shares import share_of
@@ -85,9 +86,13 @@ def _attend(
                 f"seal_ops.attach: model must have attention without {what}, {type(module).__name__} passes {name}"
             )
     sink = s_aux  # transformers' name for it
-    composed = _why_composed(query, key, value, softcap)
+    backend = None if layer is None else layer.backend
+    composed = _unfit_shapes(query, value)
     if layer is not None and layer.probe is not None:
-        return layer.probe.observe(query, key, value, seal_rotation, composed, sliding_window is not None), None
+        capped, windowed = softcap is not None, sliding_window is not None
+        return layer.probe.observe(query, key, value, seal_rotation, composed, capped, windowed), None
+    if composed is None and softcap is not None:
+        composed = why_no_soft_cap(backend, value.device, value.dtype, query.shape[-1])
     scale = None if layer is None else layer.current(query.shape[0])
     share = None if layer is None else share_of(layer, query.shape[1])
     exchanged = layer is not None and ulysses.is_on(NAME)
@@ -98,7 +103,6 @@ def _attend(
         )
     if share is not None:
         scale, sink = share.of_scale(scale), share.of(sink, 0)
-    backend = None if layer is None else layer.backend
     q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
     if q.dtype != v.dtype:  # autocast turns the rotated q and k to fp32
         q, k = q.to(v.dtype), k.to(v.dtype)
@@ -133,12 +137,13 @@ def _attend(
             )
         if seal_rotation is not None and not unrotated:
             q, k = rope(q, k, seal_rotation.cos, seal_rotation.sin, backend=backend)
-        attend = functools.partial(program.attend, softmax_scale=scaling, sink=sink, backend=backend)
+        attend = functools.partial(program.attend, softmax_scale=scaling, sink=sink, softcap=softcap, backend=backend)
         packing = packing_of(mask, q, k)
         if packing is None:
             return attend(q, k, v, k.shape[1], scale=scale), None
         return run_packed(packing, attend, q, k, v, scale), None
-    common = dict(softmax_scale=scaling, causal=mask.causal, window=mask.window, backend=backend, sink=sink)
+    common = dict(softmax_scale=scaling, causal=mask.causal, window=mask.window, backend=backend)
+    common |= dict(sink=sink, softcap=softcap)
     fused = composed is None and dropout == 0 and mask.dense is None
     if layer is not None and layer.training_mask is not None and module.training:
         if not (fused and mask.causal and mask.window is None):
@@ -158,12 +163,10 @@ def _attend(
     return attention(q, k, v, scale, **common), None
 
 
-def _why_composed(query: Tensor, key: Tensor, value: Tensor, softcap: float | None) -> str | None:
-    """Why a layer's attention is composed from PyTorch's parts, whatever the mask; None where the op has every term."""
-    if softcap is not None:
-        return "soft-capped scores"
+def _unfit_shapes(query: Tensor, value: Tensor) -> str | None:
+    """Why a layer's attention is composed from PyTorch's parts, whatever the backend; None where the op takes it."""
     if value.shape[-1] != query.shape[-1]:
-        return f"values of {value.shape[-1]} channels beside keys of {key.shape[-1]}"
+        return f"values of {value.shape[-1]} channels beside keys of {query.shape[-1]}"
     if query.shape[-1] > MAX_HEAD_DIM:
         return f"head_dim {query.shape[-1]} above {MAX_HEAD_DIM}"
     return None

@@ -47,7 +47,14 @@ class _Probe:
         return results[0]
 
     def observe(
-        self, query: Tensor, key: Tensor, value: Tensor, rotation: Rotation | None, composed: str | None, windowed: bool
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        rotation: Rotation | None,
+        shapes: str | None,
+        soft_capped: bool,
+        windowed: bool,
     ) -> Tensor:
         layer = self.layer
         if _extends_mask(getattr(type(layer.module), "_seal_base", type(layer.module))):
@@ -56,7 +63,8 @@ class _Probe:
                 f"{type(layer.module).__name__} extends it by keys of its own"
             )
         layer.num_heads, layer.num_kv_heads, layer.head_dim = query.shape[1], key.shape[1], value.shape[-1]
-        layer.device, layer.dtype, layer.composed = query.device, value.dtype, composed
+        layer.device, layer.dtype = query.device, value.dtype
+        layer.unfit_shapes, layer.soft_capped = shapes, soft_capped
         layer.windowed = windowed
         self.turned = _what_turned(layer, rotation, query, key) if self.entered else None
         if self.turned == "deferred":

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
+from ..ops.dispatch import chosen
 from ..ops.masks import Mask
 from .context_extension.rolling_cache import check_padding
 from .masks import NAME
@@ -21,6 +22,12 @@ from .model_parallel import ulysses
 from .rotation import Rotation, rotary_functions, with_fused_rotation
 
 GRANULARITIES = ("head", "channel")
+
+
+def why_no_soft_cap(backend: str | None, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+    """Why a soft cap is composed from PyTorch's parts; None where Triton runs it, or the oracle, asked for by name."""
+    runs = chosen(backend or "auto", "attention", device, dtype, head_dim, ("softcap",))
+    return None if runs == "triton" or backend == "reference" else "soft-capped scores"
 
 
 @dataclasses.dataclass(eq=False)
@@ -32,7 +39,7 @@ class AttentionLayer:
     ``projection_name``), or None.  ``commutes``: the granularities whose scales may as well multiply what the output
     projection reads, so that they can be merged: both where it reads the attention output itself or a gated one, none
     behind a norm.  ``rotation``: "deferred" (fused with attention where there is no cache), "in place" (fused by
-    itself) or None.  ``composed``: why attention is put together from PyTorch's parts, or None.
+    itself) or None.  ``unfit_shapes``: why no backend runs its attention, or None.
     ``scaling`` (set by `seal_ops.attach`), called, gives fp32 [Hq], [Hq, D], [B, Hq, 1] or [B, Hq, D]; it counts while
     the patch is on the model for scales.  ``turn``: cos and sin of position 1 as the layer was given them, where its
     rotation is deferred.  ``program`` (set by `seal_ops.extend`): what runs in the place of plain attention, as in
@@ -54,7 +61,8 @@ class AttentionLayer:
     commutes: tuple[str, ...] = ()
     rotation: str | None = None
     unfused: str | None = None  # why a rotary function that is there was not replaced
-    composed: str | None = None
+    unfit_shapes: str | None = None
+    soft_capped: bool = False
     bystanders: tuple[nn.Module, ...] = ()  # the model's other modules that may call attention, without scales
     windowed: bool = False  # by a sliding window of the model's own
     turn: tuple[Tensor, Tensor] | None = None
@@ -74,6 +82,13 @@ class AttentionLayer:
     def direct(self) -> bool:
         """Whether channel scales may be merged."""
         return "channel" in self.commutes
+
+    @property
+    def composed(self) -> str | None:
+        """Why attention is put together from PyTorch's parts on the layer's backend, or None."""
+        if self.soft_capped and self.unfit_shapes is None:
+            return why_no_soft_cap(self.backend, self.device, self.dtype, self.head_dim)
+        return self.unfit_shapes
 
     def current(self, batch: int | None = None) -> Tensor | None:
         """The scale; where rows have scales of their own, those of a batch of so many rows (None: as they were given).

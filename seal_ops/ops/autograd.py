@@ -11,7 +11,7 @@ import torch
 
 from . import checks
 
-_DIFFERENTIABLE = ("q", "k", "v", "scale", "offset")
+DIFFERENTIABLE = ("q", "k", "v", "scale", "offset", "sink", "gate")
 _READ = ("cos", "sin", "positions", "positions_k", "cu_seqlens", "cu_seqlens_k", "blocks")
 _OPTIONS = (
     "softmax_scale",
@@ -24,6 +24,8 @@ _OPTIONS = (
     "deterministic",
     "backend",
     "interleaved",
+    "gate_function",
+    "softcap",
 )
 
 
@@ -54,16 +56,16 @@ class _Call:
 
 
 class _Attention(torch.autograd.Function):
-    """attention and rope_attention: q, k, v, scale and offset get gradients; rotated q and k have none of their own."""
+    """attention and rope_attention: DIFFERENTIABLE get gradients; rotated q and k have none of their own."""
 
     @staticmethod
-    def forward(ctx, call, q, k, v, scale, offset):
+    def forward(ctx, call, q, k, v, scale, offset, sink, gate):
         out, lse, *rotated = call.run()
         if rotated:
             ctx.mark_non_differentiable(*rotated)
             q, k = rotated
         read = (call.arguments.get(name) for name in _READ)
-        ctx.save_for_backward(q, k, v, scale, offset, *read, out, lse)
+        ctx.save_for_backward(q, k, v, scale, offset, sink, gate, *read, out, lse)
         ctx.options = {name: call.arguments[name] for name in _OPTIONS if name in call.arguments}
         ctx.set_materialize_grads(False)
         return out, lse, *rotated
@@ -71,8 +73,8 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_out, grad_lse, *_):
         if grad_out is None and grad_lse is None:
-            return (None,) * 6
-        q, k, v, scale, offset, *read, out, lse = ctx.saved_tensors
+            return (None,) * (1 + len(DIFFERENTIABLE))
+        q, k, v, scale, offset, sink, gate, *read, out, lse = ctx.saved_tensors
         needs = list(ctx.needs_input_grad[1:])
         grads = torch.ops.seal.attention_backward(
             torch.zeros_like(out) if grad_out is None else grad_out,
@@ -85,6 +87,8 @@ class _Attention(torch.autograd.Function):
             scale,
             offset,
             **dict(zip(_READ, read)),
+            sink=sink,
+            gate=gate,
             needs=needs,
             **ctx.options,
         )
@@ -134,8 +138,8 @@ class _NoDerivative(torch.autograd.Function):
 def kernel(op: str):
     """The op's kernel for the dispatcher's Autograd key."""
     function, names = {
-        "attention": (_Attention, _DIFFERENTIABLE),
-        "rope_attention": (_Attention, _DIFFERENTIABLE),
+        "attention": (_Attention, DIFFERENTIABLE),
+        "rope_attention": (_Attention, DIFFERENTIABLE),
         "rope": (_Rope, ("q", "k")),
     }.get(op, (_NoDerivative, None))
 

@@ -36,6 +36,9 @@ def check(op: str, a: dict) -> None:
         _blocks(op, a, packed, rows)
         _factor(op, "scale", a["scale"], a["q"], rows, per_head=True)
         _factor(op, "offset", a["offset"], a["q"], rows, per_head=False)
+        terms(op, a["q"], a["offset"], a["sink"], a["gate"], a["gate_function"])
+        if (cap := a["softcap"]) is not None and not (math.isfinite(cap) and cap > 0):
+            fail(op, "softcap", "be finite and above 0", f"{cap:g}")
     if "cos" in a:
         _rotation(op, a, packed)
     if "grad_out" in a:
@@ -229,6 +232,36 @@ def _factor(op: str, name: str, t: Tensor | None, q: Tensor, rows, per_head: boo
         fail(op, name, f"have shape {kinds} or, per batch row, {rowed}", _shape(t))
 
 
+def terms(
+    op: str,
+    q: Tensor,
+    offset: Tensor | None,
+    sink: Tensor | None,
+    gate: Tensor | None,
+    gate_function: str,
+    functions: tuple = ("sigmoid", "softplus"),
+) -> None:
+    """What follows the softmax over keys. `functions`: what a gate may pass through."""
+    if gate_function not in functions:
+        fail(op, "gate_function", f"be one of {', '.join(functions)}", repr(gate_function))
+    for name, t in (("sink", sink), ("gate", gate)):
+        if t is None:
+            continue
+        tensor(op, name, t)
+        if t.dtype not in FLOATS:
+            fail(op, name, "be bfloat16, float16, float32 or float64", t.dtype)
+        if t.device != q.device:
+            fail(op, name, f"be on q's device {q.device}", t.device)
+        if offset is not None:
+            tensor(op, "offset", offset)
+            fail(op, "offset", f"be None with a {name} (add it to the output)", _shape(offset))
+    heads, one = q.shape[-2], (*q.shape[:-1], 1)
+    if sink is not None and tuple(sink.shape) != (heads,):
+        fail(op, "sink", f"have shape [{heads}] (one logit a query head)", _shape(sink))
+    if gate is not None and tuple(gate.shape) not in (tuple(q.shape), one):
+        fail(op, "gate", f"have q's shape {_shape(q)} or {list(one)}", _shape(gate))
+
+
 def _rotation(op: str, a: dict, packed: bool) -> None:
     q, cos, sin, positions, positions_k = a["q"], a["cos"], a["sin"], a["positions"], a["positions_k"]
     if cos is None:
@@ -297,5 +330,5 @@ def _backward(op: str, a: dict) -> None:
         t = a[name]
         if t is not None and (tuple(t.shape) != shape or t.dtype != statistics(q) or t.device != q.device):
             fail(op, name, f"be {list(shape)} {statistics(q)} on {q.device}", _kind(t))
-    if len(a["needs"]) != 5:
-        fail(op, "needs", "have 5 flags (q, k, v, scale, offset)", len(a["needs"]))
+    if len(a["needs"]) not in (5, 7):
+        fail(op, "needs", "have 5 flags (q, k, v, scale, offset), or 7 (also sink, gate)", len(a["needs"]))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import warnings
+from collections.abc import Sequence
 
 import torch
 
@@ -17,6 +18,8 @@ from ..utils.arguments import integer
 NAMES = ("cuda", "triton", "cpu", "reference")
 MERGE_OPS = ("merge_attention", "merge_attention_backward")  # on lists of tensors; merging.py has all of them
 OPS = ("attention", "attention_backward", "rope", "rope_attention", *MERGE_OPS)
+TERMS = ("sink", "gate", "softcap")  # of attention: what some backends' kernels do not have
+TAKE_TERMS = ("triton", "reference")
 
 
 @functools.cache
@@ -38,10 +41,21 @@ def has_cuda_kernels() -> bool:
     return not isinstance(extension(), str) and extension().build_facts()["cuda"] is not None
 
 
-def why_not(backend: str, op: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
-    """One sentence why `backend` cannot run `op` on such tensors; None where it can."""
+def why_not(
+    backend: str, op: str, device: torch.device, dtype: torch.dtype, head_dim: int, terms: Sequence[str] = ()
+) -> str | None:
+    """One sentence why `backend` cannot run `op` on such tensors, with these TERMS in the call; None where it can."""
     if backend not in NAMES:
         return f"backend must be one of auto, {', '.join(NAMES)}, got {backend!r}"
+    reason = _why_not(backend, op, device, dtype, head_dim)
+    if reason is None and terms and backend not in TAKE_TERMS:
+        return f"backend {backend} takes no {terms[0]}" + (
+            "" if terms[0] == "softcap" else " (seal_ops.attention composes it)"
+        )
+    return reason
+
+
+def _why_not(backend: str, op: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
     if backend == "reference":
         return None
     if backend == "cpu":
@@ -69,15 +83,16 @@ def candidates(device: torch.device) -> tuple[str, ...]:
     return ("cpu", "reference") if device.type == "cpu" else ("cuda", "triton", "reference")
 
 
-def _best(op: str, device: torch.device, dtype: torch.dtype, head_dim: int, names) -> str:
-    return next(name for name in names if why_not(name, op, device, dtype, head_dim) is None)
+def _best(op: str, device: torch.device, dtype: torch.dtype, head_dim: int, names, terms=()) -> str:
+    return next(name for name in names if why_not(name, op, device, dtype, head_dim, terms) is None)
 
 
 @functools.cache
-def _warn_of_the_oracle(op: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> None:
+def _warn_of_the_oracle(op: str, device: torch.device, dtype: torch.dtype, head_dim: int, terms: tuple) -> None:
     """Once for each kind of call: the oracle is right, but slow, and holds whole score matrices in fp64."""
     declined = "backend cuda does not take this mask or softmax_scale"  # the one reason that `why_not` cannot know
-    reasons = "; ".join(why_not(name, op, device, dtype, head_dim) or declined for name in candidates(device)[:-1])
+    asked = (op, device, dtype, head_dim, terms)
+    reasons = "; ".join(why_not(name, *asked) or declined for name in candidates(device)[:-1])
     warnings.warn(
         f"seal::{op}: the slow reference runs this call, in fp64 and with whole score matrices ({reasons}); "
         "backend='reference' says that this is meant",
@@ -85,19 +100,30 @@ def _warn_of_the_oracle(op: str, device: torch.device, dtype: torch.dtype, head_
     )
 
 
-def choose(backend: str, op: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
+def choose(
+    backend: str, op: str, device: torch.device, dtype: torch.dtype, head_dim: int, terms: tuple[str, ...] = ()
+) -> str:
     """The backend that runs what csrc/ops/dispatch.cpp left to Python: the CUDA kernels decline some calls (a mask, a
-    softmax scale of 0) on tensors that they otherwise take. Raises `why_not`'s sentence where a forced one cannot;
-    warns where only the oracle can."""
+    softmax scale of 0, TERMS) on tensors that they otherwise take. Raises `why_not`'s sentence where a forced one
+    cannot; warns where only the oracle can."""
     if backend != "auto":
-        reason = why_not(backend, op, device, dtype, head_dim)
+        reason = why_not(backend, op, device, dtype, head_dim, terms)
         if reason is not None:
             raise ValueError(f"seal::{op}: {reason}")
         return backend
-    best = _best(op, device, dtype, head_dim, [name for name in candidates(device) if name != "cuda"])
+    best = _best(op, device, dtype, head_dim, [name for name in candidates(device) if name != "cuda"], terms)
     if best == "reference":
-        _warn_of_the_oracle(op, device, dtype, head_dim)
+        _warn_of_the_oracle(op, device, dtype, head_dim, terms)
     return best
+
+
+@torch.compiler.assume_constant_result
+def chosen(
+    backend: str, op: str, device: torch.device, dtype: torch.dtype, head_dim: int, terms: tuple[str, ...] = ()
+) -> str:
+    """The backend that a call of this kind runs on: the forced one, or the first that can. (The CUDA kernels may leave
+    it to the next one for its mask or softmax scale; csrc/ops/dispatch.cpp.)"""
+    return _best(op, device, dtype, head_dim, candidates(device), terms) if backend == "auto" else backend
 
 
 def _device(device) -> torch.device:
@@ -114,9 +140,15 @@ def _device(device) -> torch.device:
 
 
 def backends(
-    device: torch.device | str | None = None, dtype: torch.dtype = torch.bfloat16, head_dim: int = 128
+    device: torch.device | str | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+    head_dim: int = 128,
+    terms: Sequence[str] = (),
 ) -> dict[str, dict[str, str]]:
     """For every op: which backend runs it on `device` (default: the GPU if there is one), and why each other does not.
+
+    `terms`: those of "sink", "gate" and "softcap" that are in the calls of attention. A sink or gate says which kernels
+    take it; `seal_ops.attention` composes it around the others.
 
     Returns:
         `{op: {"chosen": name, other name: one sentence, ...}}`.
@@ -132,9 +164,10 @@ def backends(
         device = torch.device("cuda", torch.cuda.current_device())
     found = {}
     for op in OPS:
-        chosen = _best(op, device, dtype, head_dim, candidates(device))
-        found[op] = {"chosen": chosen}
+        asked = (op, device, dtype, head_dim, tuple(terms) if "attention" in op and op not in MERGE_OPS else ())
+        first = chosen("auto", *asked)
+        found[op] = {"chosen": first}
         for name in NAMES:
-            if name != chosen:
-                found[op][name] = why_not(name, op, device, dtype, head_dim) or f"can run; {chosen} comes first here"
+            if name != first:
+                found[op][name] = why_not(name, *asked) or f"can run; {first} comes first here"
     return found

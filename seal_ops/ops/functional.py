@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import checks, epilogue, registration  # noqa: F401  registration defines the ops
+from . import checks, dispatch, epilogue, registration  # noqa: F401  registration defines the ops
 from .masks import BlockMask, Mask
 
 _attention = torch.ops.seal.attention.default
@@ -36,8 +36,9 @@ def attention(
     sink: Tensor | None = None,
     gate: Tensor | None = None,
     gate_function: str = "sigmoid",
+    softcap: float | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """`scale * softmax(softmax_scale * q k^T + mask) v + offset`, fused; differentiable in q, k, v, scale and offset.
+    """`scale * softmax(softmax_scale * q k^T + mask) v + offset`, fused; differentiable in every floating tensor.
 
     Shapes: q `[B, Sq, Hq, D]`, k and v `[B, Sk, Hkv, D]` (any strides but the last), or packed `[T, H, D]` with
     `cu_seqlens` int32 `[sequences + 1]` (`cu_seqlens_k` where the keys' lengths differ). Hq is a multiple of Hkv.
@@ -49,7 +50,10 @@ def attention(
     `backend`: "auto", "cuda", "triton", "cpu" or "reference".
     `sink`: one logit a query head `[Hq]` that joins the softmax's denominator. `gate` `[B, Sq, Hq, D]` or
     `[B, Sq, Hq, 1]` (packed `[T, Hq, ...]`) multiplies the scaled output by `gate_function` of it ("sigmoid",
-    "softplus" or "identity"). Both are composed around the op, are differentiable, and go without an offset.
+    "softplus" or "identity"). Both go without an offset. `softcap`: a bound c > 0 of the scores, c * tanh(score / c).
+    The kernels of the backends "triton" and "reference" have these terms inside; around "cuda" and "cpu" sink and gate
+    are composed, and a soft cap is not for those (`seal_ops.backends(terms=...)` says so). An identity gate is always
+    a product after the op.
 
     Returns:
         out `[B, Sq, Hq, D]` (packed `[T, Hq, D]`), with `return_lse` also the natural-log log-sum-exp `[B, Hq, Sq]`
@@ -60,8 +64,10 @@ def attention(
 
     Source:
         SEAL (arXiv 2501.15225) section 4 for the scales; FlashAttention for the algorithm;
-        gpt-oss (arXiv 2508.10925) for the sink; gated attention (arXiv 2505.06708) for the gate.
+        gpt-oss (arXiv 2508.10925) for the sink; gated attention (arXiv 2505.06708) for the gate; Gemma 2
+        (arXiv 2408.00118) for the soft cap.
     """
+    within, after = _terms("attention", q, offset, sink, gate, gate_function, softcap, backend)
     out, lse = _attention(
         q,
         k,
@@ -77,9 +83,10 @@ def attention(
         max_seqlen=max_seqlen,
         max_seqlen_k=max_seqlen_k,
         deterministic=bool(deterministic),
+        **within,
         backend=backend or "auto",
     )
-    out, lse = epilogue.apply("attention", out, lse, offset, sink, gate, gate_function)
+    out, lse = epilogue.apply(out, lse, *after)
     return (out, lse) if return_lse else out
 
 
@@ -141,6 +148,7 @@ def rope_attention(
     sink: Tensor | None = None,
     gate: Tensor | None = None,
     gate_function: str = "sigmoid",
+    softcap: float | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`attention(*rope(q, k, ...), v, ...)` as one op.
 
@@ -157,6 +165,7 @@ def rope_attention(
         positions = packed_positions(cu_seqlens, q.shape[0], cu_seqlens_k)
         if cu_seqlens_k is not None:
             positions_k = packed_positions(cu_seqlens_k, k.shape[0])
+    within, after = _terms("rope_attention", q, offset, sink, gate, gate_function, softcap, backend)
     out, lse, _, _ = _rope_attention(
         q,
         k,
@@ -177,17 +186,45 @@ def rope_attention(
         max_seqlen=max_seqlen,
         max_seqlen_k=max_seqlen_k,
         deterministic=bool(deterministic),
+        **within,
         backend=backend or "auto",
     )
-    out, lse = epilogue.apply("rope_attention", out, lse, offset, sink, gate, gate_function)
+    out, lse = epilogue.apply(out, lse, *after)
     return (out, lse) if return_lse else out
+
+
+def _terms(
+    op: str,
+    q: Tensor,
+    offset: Tensor | None,
+    sink: Tensor | None,
+    gate: Tensor | None,
+    gate_function: str,
+    softcap: float | None,
+    backend: str | None,
+) -> tuple[dict, tuple]:
+    """The op's own arguments for what goes with the softmax, and what `epilogue.apply` composes after the op."""
+    checks.tensor(op, "q", q)
+    within = {} if softcap is None else dict(softcap=softcap)
+    if q.dim() not in (3, 4):  # the op says so
+        return within, (None, None, gate_function)
+    checks.terms(op, q, offset, sink, gate, gate_function, tuple(epilogue.GATE_FUNCTIONS))
+    if sink is None and gate is None:
+        return within, (None, None, gate_function)
+    runs = dispatch.chosen(backend or "auto", op, q.device, q.dtype, q.shape[-1], tuple(within))
+    if runs not in dispatch.TAKE_TERMS:
+        return within, (sink, gate, gate_function)
+    if sink is not None:
+        within |= dict(sink=sink)
+    if gate is None or gate_function == "identity":  # its gradient wants the output before the gate, kept
+        return within, (None, gate, gate_function)
+    return dict(within, gate=gate, gate_function=gate_function), (None, None, gate_function)
 
 
 def _mask_arguments(op: str, mask: Mask | BlockMask | Sequence[int] | None, q: Tensor, causal: bool) -> dict:
     """The op's arguments for a mask of q [..., H, D]: its share of shifted heads becomes heads."""
     if causal is None:  # the dispatcher would read it as False
         checks.fail(op, "causal", "be True or False", None)
-    checks.tensor(op, "q", q)
     arguments = {}
     if isinstance(mask, BlockMask):
         arguments = dict(blocks=mask.visited, block_size=mask.size)

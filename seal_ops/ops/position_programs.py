@@ -14,7 +14,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from . import epilogue, factors, masks
+from . import checks, epilogue, factors, masks
 from .functional import packed_positions, rope_attention
 from .masks import UNBOUNDED, Mask
 from .merging import merge_attention
@@ -131,7 +131,7 @@ def capped(
         sinks, window: in keys.
         limit: in tokens; `window` where it is None.
         options: scale, softmax_scale, cu_seqlens, cu_seqlens_k, max_seqlen, max_seqlen_k, interleaved, deterministic,
-            backend and return_lse as in `seal_ops.rope_attention`; sink, learned logits `[Hq]`, as in
+            backend and return_lse as in `seal_ops.rope_attention`; softcap and sink, learned logits `[Hq]`, as in
             `seal_ops.attention`.
 
     Returns:
@@ -232,7 +232,8 @@ def _run(
         attend = _packed(q, k, v, cos, sin, scale, cu_seqlens, cu_seqlens_k, common)
     found = [one for one in map(attend, parts) if one is not None]
     out, lse = found[0] if len(found) == 1 else merge_attention(*zip(*found), backend=_merger(common))
-    out, lse = epilogue.apply("attention", out, lse, None, sink, None, "sigmoid")
+    checks.terms("attention", q, None, sink, None, "sigmoid")
+    out, lse = epilogue.apply(out, lse, sink, None, "sigmoid")  # once, not in every part
     return (out, lse) if return_lse else out
 
 

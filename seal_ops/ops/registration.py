@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import autograd, checks
-from .dispatch import MERGE_OPS, OPS, choose, extension
+from .dispatch import MERGE_OPS, OPS, TAKE_TERMS, TERMS, choose, extension
 
 
 def schemas() -> list[str]:
@@ -45,10 +45,18 @@ def _run(op: str, args, kwargs):
         a["deterministic"] = a["deterministic"] or torch.are_deterministic_algorithms_enabled()
     if "needs" in a:  # a factor that is not there needs no gradient
         a["needs"] = [
-            want and a.get(name, q) is not None for want, name in zip(a["needs"], ("q", "k", "v", "scale", "offset"))
+            want and a.get(name, q) is not None for want, name in zip(_seven(a["needs"]), autograd.DIFFERENTIABLE)
         ]
-    backend = choose(a.pop("backend"), op, q.device, q.dtype, q.shape[-1])
+    terms = tuple(name for name in TERMS if a.get(name) is not None)
+    backend = choose(a.pop("backend"), op, q.device, q.dtype, q.shape[-1], terms)
+    if backend not in TAKE_TERMS:
+        a = {name: value for name, value in a.items() if name not in (*TERMS, "gate_function")}
     return getattr(importlib.import_module(f".backends.{backend}", __package__), op)(**a)
+
+
+def _seven(needs) -> list[bool]:
+    """`needs` for every input that has a gradient; five flags leave sink and gate out."""
+    return [*needs, *[False] * (len(autograd.DIFFERENTIABLE) - len(needs))]
 
 
 def _like(t: Tensor) -> Tensor:
@@ -69,10 +77,11 @@ def _fake(op: str, args, kwargs):
         return _like(q), _like(a["k"])
     if op == "rope_attention":
         return _like(q), _fake_lse(q), _like(q), _like(a["k"])
-    shapes = (q, a["k"], a["v"], a["scale"], a["offset"])
     return tuple(
-        _like(t) if want and t is not None else q.new_empty(0, dtype=checks.statistics(q) if n > 2 else q.dtype)
-        for n, (want, t) in enumerate(zip(a["needs"], shapes))
+        _like(a[name])
+        if want and a[name] is not None
+        else q.new_empty(0, dtype=q.dtype if name in ("q", "k", "v", "gate") else checks.statistics(q))
+        for want, name in zip(_seven(a["needs"]), autograd.DIFFERENTIABLE)
     )
 
 

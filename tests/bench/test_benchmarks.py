@@ -5,6 +5,7 @@ import dataclasses
 import importlib.util
 import json
 import pathlib
+import types
 
 import pytest
 import torch
@@ -91,6 +92,29 @@ def test_a_contestant_that_ignores_the_mask_is_wrong():
         rows = run.measure_shape("attention", shapes.Shape(model, 1, 96), group, session)
         assert [r["contestant"] for r in rows if r["status"].startswith("wrong")] == wrong
         assert all(r["status"] == "ok" for r in rows if r["contestant"] == "seal-cpu")
+
+
+def test_every_mask_of_the_suite_has_its_peers_and_a_missing_one_is_said(monkeypatch):
+    """FlexAttention with its mask made before and in the call, and FlashAttention-4 with the mask as a callback."""
+    peers_of_masks = ("flex", "flex-mask", "flex-fa4")
+    found = {c.name: c for c in contestants.all_contestants() if c.name in peers_of_masks}
+    masked = [shape for shape in shapes.SUITES["masks"] if shape.mask is not None]
+    kinds = {(shape.model.removeprefix("llama-3.1-8b-"), shape.seqlen // 1024) for shape in masked}
+    assert kinds == {(kind, length) for kind in ("s2", "streaming") for length in (32, 128)}
+    assert masks.streaming(4, 4096) in [shape.mask for shape in masked if shape.seqlen == 128 * 1024]
+    monkeypatch.setattr(contestants.peers, "missing_fa4", lambda: "FlashAttention-4 is not installed")
+    for shape in masked:
+        problem = types.SimpleNamespace(device=torch.device("cuda"), shape=shape)
+        assert [c.why_not("attention", problem) for c in found.values()] == [
+            None,
+            None,
+            contestants.peers.missing_fa4(),
+        ]
+    tiny = shapes.Shape("tiny-s2", 1, 48)
+    device = torch.device("cpu")
+    session = run.Session(device, torch.float32, timing.Clock(device), None, row_ms=2)
+    rows = run.measure_shape("attention", tiny, list(found.values()), session)
+    assert {r["contestant"]: r["status"] for r in rows} == dict.fromkeys(peers_of_masks, "runs on cuda")
 
 
 @pytest.mark.parametrize("seen", SEEN, ids=str)

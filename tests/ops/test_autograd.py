@@ -31,7 +31,7 @@ def test_only_inputs_that_ask_get_gradients(calls, op, wanted):
     a = leaves(*wanted, op=op)
     getattr(seal_ops, op)(**a).sum().backward()
     (needs,) = [k["needs"] for op, k in calls if op == "attention_backward"]
-    assert needs == [n in wanted for n in ("q", "k", "v", "scale", "offset")]
+    assert needs == [n in wanted for n in ("q", "k", "v", "scale", "offset", "sink", "gate")]
     assert all((a[n].grad is not None) == (n in wanted) for n in ("q", "k", "v", "scale", "offset"))
 
 
@@ -43,7 +43,7 @@ def test_a_partial_backward_computes_a_part(calls):
     a = leaves("q", "k", "v", "scale", "offset")
     torch.autograd.grad(seal_ops.attention(**a).sum(), a["scale"])
     (needs,) = [k["needs"] for op, k in calls if op == "attention_backward"]
-    assert needs == [False, False, False, True, False]
+    assert needs == [False, False, False, True, False, False, False]
 
 
 def test_the_backward_gets_what_the_forward_got(calls):

@@ -1,4 +1,5 @@
-"""Sinks and output gates, composed around the op, against the softmax with one more column, in fp64."""
+"""Sinks, output gates and soft caps against the softmax with one more column, in fp64: composed around the cpu backend,
+and inside the oracle."""
 
 import math
 
@@ -23,11 +24,13 @@ def inputs(packed=False, sq=9, sk=13, seed=0, dtype=torch.float64):
     return {name: t.requires_grad_() for name, t in a.items()}, rand
 
 
-def by_hand(q, k, v, scale, sink=None, gate=None, function=None, seen=None):
+def by_hand(q, k, v, scale, sink=None, gate=None, function=None, seen=None, softcap=None):
     """The whole matrix of one batch, causal and aligned to the end, with the sink as one more column."""
     group = q.shape[-2] // k.shape[-2]
     k, v = (t.repeat_interleave(group, -2) for t in (k, v))
     scores = torch.einsum("...ihd,...jhd->...hij", q, k) / math.sqrt(q.shape[-1])
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
     if seen is None:
         seen = torch.ones(scores.shape[-2:], dtype=torch.bool).tril(scores.shape[-1] - scores.shape[-2])
     scores = scores.masked_fill(~seen, -1e300)
@@ -50,16 +53,28 @@ def compare(found, want, leaves, seed=3):
 @pytest.mark.parametrize("sq, sk", [(9, 13), (13, 13), (1, 13)])
 @pytest.mark.parametrize("gated", [None, *GATE_FUNCTIONS])
 @pytest.mark.parametrize("with_sink", [False, True])
-def test_sink_and_gate_with_every_gradient(with_sink, gated, sq, sk):
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_sink_and_gate_with_every_gradient(backend, with_sink, gated, sq, sk):
     a, rand = inputs(sq=sq, sk=sk)
     sink = a.pop("sink")
     leaves = [*a.values()] + [sink] * with_sink
     sink = sink if with_sink else None
     gate = rand(2, sq, HEADS, 1 if gated == "softplus" else D).requires_grad_() if gated else None
     leaves += [gate] * bool(gated)
-    found = seal_ops.attention(**a, sink=sink, gate=gate, gate_function=gated or "sigmoid", return_lse=True)
+    found = seal_ops.attention(
+        **a, sink=sink, gate=gate, gate_function=gated or "sigmoid", return_lse=True, backend=backend
+    )
     function = {"sigmoid": torch.sigmoid, "softplus": F.softplus, "identity": lambda x: x, None: None}[gated]
     compare(found, by_hand(**a, sink=sink, gate=gate, function=function), leaves)
+
+
+@pytest.mark.parametrize("with_sink", [False, True])
+def test_a_soft_cap_with_every_gradient(with_sink):
+    a, _ = inputs()
+    sink = a.pop("sink") if with_sink else a.pop("sink") * 0 - torch.inf  # of no weight
+    found = seal_ops.attention(**a, sink=sink, softcap=0.7, return_lse=True, backend="reference")
+    want = by_hand(**a, sink=sink if with_sink else None, softcap=0.7)
+    compare(found, want, [*a.values()] + [sink] * with_sink)
 
 
 def test_with_the_rotation():
@@ -72,11 +87,12 @@ def test_with_the_rotation():
     compare(found, want, [*a.values(), gate])
 
 
-def test_packed_sequences():
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_packed_sequences(backend):
     a, rand = inputs(packed=True, sq=12, sk=12)
     cu = torch.tensor([0, 5, 5, 12], dtype=torch.int32)
     gate = rand(12, HEADS, 1).requires_grad_()
-    found = seal_ops.attention(**a, gate=gate, cu_seqlens=cu, return_lse=True)
+    found = seal_ops.attention(**a, gate=gate, cu_seqlens=cu, return_lse=True, backend=backend)
     parts = [
         by_hand(*(a[n][s] for n in "qkv"), a["scale"], a["sink"], gate[s], torch.sigmoid)
         for s in (slice(5), slice(5, 12))
@@ -84,13 +100,14 @@ def test_packed_sequences():
     compare(found, (torch.cat([o for o, _ in parts]), torch.cat([l for _, l in parts], -1)), [*a.values(), gate])
 
 
-def test_a_row_that_sees_no_key():
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_a_row_that_sees_no_key(backend):
     """Its output is 0, its log-sum-exp the sink, and no gradient is NaN."""
-    a, _ = inputs(sq=9, sk=4)
+    a = inputs(sq=9, sk=4)[0] | dict(backend=backend)
     out, lse = seal_ops.attention(**a, return_lse=True)
     assert not out[:, :5].any() and torch.equal(lse[..., :5], a["sink"][None, :, None].expand(2, HEADS, 5))
     (out.sum() + lse.sum()).backward()
-    assert all(t.grad.isfinite().all() for t in a.values())
+    assert all(t.grad.isfinite().all() for t in a.values() if t is not backend)
     share = torch.sigmoid(a["sink"][:, None] - seal_ops.attention(**a | dict(sink=None), return_lse=True)[1])
     through_lse = share.sum((0, 2))
     alone = torch.autograd.grad(seal_ops.attention(**a, return_lse=True)[1].sum(), a["sink"])[0]

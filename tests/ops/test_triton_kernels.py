@@ -127,26 +127,26 @@ def test_every_packed_token_has_exactly_one_tile(lengths):
     assert owner.tolist() == [n + 1 for n, length in enumerate(lengths) for _ in range(length)]
 
 
-def direct(q, k, v, scale=None, offset=None, **arguments):
+def direct(q, k, v, scale=None, offset=None, sink=None, gate=None, **arguments):
     """attention under autograd, straight into the backend."""
 
     class Function(torch.autograd.Function):
         @staticmethod
-        def forward(ctx, q, k, v, scale, offset):
-            out, lse = kernels.attention(q, k, v, scale, offset, **arguments)
-            ctx.save_for_backward(q, k, v, scale, offset, out, lse)
+        def forward(ctx, q, k, v, scale, offset, sink, gate):
+            out, lse = kernels.attention(q, k, v, scale, offset, sink=sink, gate=gate, **arguments)
+            ctx.save_for_backward(q, k, v, scale, offset, sink, gate, out, lse)
             return out, lse
 
         @staticmethod
         def backward(ctx, grad_out, grad_lse):
-            q, k, v, scale, offset, out, lse = ctx.saved_tensors
-            needs = (True, True, True, scale is not None, offset is not None)
+            q, k, v, scale, offset, sink, gate, out, lse = ctx.saved_tensors
+            needs = (True, True, True, *(t is not None for t in (scale, offset, sink, gate)))
             found = kernels.attention_backward(
-                grad_out, grad_lse, q, k, v, out, lse, scale, offset, needs=needs, **arguments
+                grad_out, grad_lse, q, k, v, out, lse, scale, offset, needs=needs, sink=sink, gate=gate, **arguments
             )
             return tuple(g if need else None for g, need in zip(found, needs))
 
-    return Function.apply(q, k, v, scale, offset)
+    return Function.apply(q, k, v, scale, offset, sink, gate)
 
 
 @pytest.mark.parametrize("case", [SMALL[4], SMALL[5], SMALL[9], SMALL[12]], ids=str)

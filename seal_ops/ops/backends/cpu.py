@@ -404,10 +404,11 @@ def attention_backward(
         factors.reduce_to(dscale, scale) if needs[3] else None,
         factors.reduce_to(doffset, offset) if needs[4] else None,
     ]
-    return tuple(
+    found = [
         t if want else q.new_empty(0, dtype=statistics if n > 2 else q.dtype)
         for n, (want, t) in enumerate(zip(needs, found))
-    )
+    ]
+    return (*found, q.new_empty(0, dtype=statistics), q.new_empty(0))  # neither sink nor gate (dispatch.TERMS)
 
 
 def rope(q, k, cos, sin, positions=None, positions_k=None, *, interleaved=False, inverse=False):

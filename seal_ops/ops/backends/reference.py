@@ -30,14 +30,29 @@ def _lse_row(lse: Tensor, index) -> Tensor:
     return lse[:, index] if isinstance(index, slice) else lse[index]
 
 
-def _softmax(q: Tensor, k: Tensor, sigma: float, seen: Tensor) -> tuple[Tensor, Tensor]:
+def _softmax(
+    q: Tensor, k: Tensor, sigma: float, seen: Tensor, sink: Tensor | None = None, softcap: float | None = None
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """P [Hq, Sq, Sk] and lse [Hq, Sq] of one row; q [Sq, Hq, D], k [Sk, Hkv, D], seen bool [Hq or 1,
-    Sq, Sk]. Empty rows: P = 0, lse = -inf."""
+    Sq, Sk], sink [Hq]. Empty rows: P = 0, lse = -inf, or the sink. Last: tanh of the soft cap."""
     group = q.shape[1] // k.shape[1]
     scores = torch.einsum("ihd,jhd->hij", q.to(_F64), k.to(_F64).repeat_interleave(group, 1)) * sigma
+    bent = None
+    if softcap is not None:
+        bent = torch.tanh(scores / softcap)
+        scores = softcap * bent
     scores = scores.masked_fill(~seen, -math.inf)
     lse = torch.logsumexp(scores, -1)
-    return torch.exp(scores - lse.masked_fill(lse == -math.inf, 0.0)[..., None]), lse
+    if sink is not None:
+        lse = torch.logaddexp(lse, sink.to(_F64)[:, None])
+    return torch.exp(scores - lse.masked_fill(lse == -math.inf, 0.0)[..., None]), lse, bent
+
+
+def _gated(gate: Tensor, function: str) -> tuple[Tensor, Tensor]:
+    """f(gate) and f'(gate)."""
+    gate = gate.to(_F64)
+    share = torch.sigmoid(gate)
+    return (share, share * (1 - share)) if function == "sigmoid" else (torch.nn.functional.softplus(gate), share)
 
 
 def seen_pairs(seen: Visibility, blocks: Tensor | None, size: int):
@@ -75,17 +90,24 @@ def attention(
     max_seqlen=None,
     max_seqlen_k=None,
     deterministic=False,
+    sink=None,
+    gate=None,
+    gate_function="sigmoid",
+    softcap=None,
 ):
-    """out = scale * softmax(sigma q k^T + mask) v + offset, and the log-sum-exp."""
+    """out = f(gate) * scale * softmax(sigma q k^T + mask) v + offset, and the log-sum-exp."""
     heads, head_dim = q.shape[-2:]
     pairs = seen_pairs(Visibility.of(causal, window, mask), blocks, block_size)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty((*q.shape[:-3], heads, q.shape[-3]), dtype=_statistics(q), device=q.device)
     for n, (rq, rk) in enumerate(_rows(q, k, cu_seqlens, cu_seqlens_k)):
-        p, row_lse = _softmax(q[rq], k[rk], _sigma(softmax_scale, head_dim), pairs(q[rq], k[rk], n))
+        seen = pairs(q[rq], k[rk], n)
+        p, row_lse, _ = _softmax(q[rq], k[rk], _sigma(softmax_scale, head_dim), seen, sink, softcap)
         o = torch.einsum("hij,jhd->ihd", p, v[rk].to(_F64).repeat_interleave(heads // v.shape[-2], 1))
         if scale is not None:
             o = o * factors.row(scale, n, heads, head_dim).to(_F64)
+        if gate is not None:
+            o = o * _gated(gate[rq], gate_function)[0]
         if offset is not None:
             o = o + factors.row(offset, n, heads, head_dim).to(_F64)
         out[rq] = o.to(out.dtype)
@@ -104,7 +126,7 @@ def attention_backward(
     scale=None,
     offset=None,
     *,
-    needs=(True,) * 5,
+    needs=(True,) * 7,
     cos=None,
     sin=None,
     positions=None,
@@ -121,6 +143,10 @@ def attention_backward(
     max_seqlen=None,
     max_seqlen_k=None,
     deterministic=False,
+    sink=None,
+    gate=None,
+    gate_function="sigmoid",
+    softcap=None,
 ):
     """The gradients, from recomputed probabilities: out and lse are not read, so nothing saved can mislead it."""
     heads, head_dim = q.shape[-2:]
@@ -131,11 +157,18 @@ def attention_backward(
     dq, dk, dv = (torch.zeros(t.shape, dtype=_F64, device=t.device) for t in (q, k, v))
     dscale = torch.zeros(len(rows), heads, head_dim, dtype=_F64, device=q.device)
     doffset = torch.zeros_like(dscale)
+    dsink = torch.zeros(heads, dtype=_F64, device=q.device)
+    dgate = None if gate is None else torch.zeros(gate.shape, dtype=_F64, device=q.device)
     for n, (rq, rk) in enumerate(rows):
-        p, row_lse = _softmax(q[rq], k[rk], sigma, pairs(q[rq], k[rk], n))
+        p, row_lse, bent = _softmax(q[rq], k[rk], sigma, pairs(q[rq], k[rk], n), sink, softcap)
         g = grad_out[rq].to(_F64)
         v_row = v[rk].to(_F64).repeat_interleave(group, 1)
         o = torch.einsum("hij,jhd->ihd", p, v_row)
+        if gate is not None:
+            opened, slope = _gated(gate[rq], gate_function)
+            into = g * o if scale is None else g * o * factors.row(scale, n, heads, head_dim).to(_F64)
+            dgate[rq] = into * slope if gate.shape[-1] > 1 else into.sum(-1, keepdim=True) * slope
+            g = g * opened
         dscale[n], doffset[n] = (g * o).sum(0), g.sum(0)
         if scale is not None:
             g = g * factors.row(scale, n, heads, head_dim).to(_F64)
@@ -143,20 +176,31 @@ def attention_backward(
         delta = (g * o).sum(-1).T
         if grad_lse is not None:
             delta = delta - _lse_row(grad_lse, rq).to(_F64).masked_fill(row_lse == -math.inf, 0.0)
+        if sink is not None:  # a key without a value, of the probability exp(sink - lse)
+            dsink -= (
+                torch.exp(sink.to(_F64)[:, None] - row_lse.masked_fill(row_lse == -math.inf, math.inf)) * delta
+            ).sum(-1)
         ds = p * (dp - delta[..., None]) * sigma
+        if bent is not None:
+            ds = ds * (1 - bent.square())
         dq[rq] = torch.einsum("hij,jhd->ihd", ds, k[rk].to(_F64).repeat_interleave(group, 1))
         dk[rk] = _sum_groups(torch.einsum("hij,ihd->jhd", ds, q[rq].to(_F64)), k.shape[-2])
         dv[rk] = _sum_groups(torch.einsum("hij,ihd->jhd", p, g), k.shape[-2])
     if cos is not None:
         dq, dk = rope(dq, dk, cos, sin, positions, positions_k, interleaved=interleaved, inverse=True)
-    found = [dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, None]
+    found = [dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, None, None, None]
     if scale is not None:
         found[3] = factors.reduce_to(dscale, scale).to(scale.dtype)
     if offset is not None:
         found[4] = factors.reduce_to(doffset, offset).to(offset.dtype)
+    if sink is not None:
+        found[5] = dsink.to(sink.dtype)
+    if gate is not None:
+        found[6] = dgate.to(gate.dtype)
+    wanted = [*needs, *[False] * (7 - len(needs))]
     return tuple(
-        t if want and t is not None else q.new_empty(0, dtype=_statistics(q) if n > 2 else q.dtype)
-        for n, (want, t) in enumerate(zip(needs, found))
+        t if want and t is not None else q.new_empty(0, dtype=_statistics(q) if 2 < n < 6 else q.dtype)
+        for n, (want, t) in enumerate(zip(wanted, found))
     )
 
 

@@ -18,7 +18,8 @@ from .configs import choose, split
 from .host import BlockLists, Geometry, Rows, factor_arguments, on_device, padded_head_dim, uses_tma
 from .preprocess import TOKENS, Statistics, scaled_v, sum_tiles
 from .rotary import rotate_in_place
-from .tiling import LOG2E, aligned_column, load_factor, load_rows, load_statistics, locate, product
+from .terms import bent
+from .tiling import aligned_column, load_factor, load_rows, load_statistics, locate, product
 from .walk import MASK_ARGUMENTS, block_start, key_blocks, listed, loop_range, query_blocks, seen
 
 
@@ -40,6 +41,7 @@ def _query_loop(
     blocks,
     bounds,
     qk_scale,
+    cap,
     BLOCK_M: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -64,7 +66,11 @@ def _query_loop(
         lse = load_statistics(statistics, 0, row, column + first, BLOCK_M, TMA)
         delta = load_statistics(statistics, 1, row, column + first, BLOCK_M, TMA)
         s = product(k, q.T, None)
-        p = tl.exp2(s * qk_scale - lse[None, :])
+        if cap is None:
+            p = tl.exp2(s * qk_scale - lse[None, :])
+        else:
+            s = bent(s * qk_scale, q.dtype == tl.float32)
+            p = tl.exp2(s * cap - lse[None, :])
         if MASKED:
             allowed = seen(rows[None, :], keys[:, None], bounds)
             p = tl.where(allowed, p, 0.0)
@@ -73,6 +79,8 @@ def _query_loop(
         if NEED_DK:
             dp = product(v, g.T, None)
             ds = p * (dp - delta[None, :])
+            if cap is not None:
+                ds *= 1.0 - s * s
             if MASKED:
                 ds = tl.where(allowed, ds, 0.0)
             dk = product(ds.to(q.dtype), q, dk)
@@ -96,6 +104,7 @@ def _dkdv(
     scale,
     sigma,
     qk_scale,
+    cap,
     num_seqs,
     len_q,
     len_k,
@@ -171,6 +180,7 @@ def _dkdv(
             blocks,
             bounds,
             qk_scale,
+            cap,
             BLOCK_M,
             HEAD_DIM,
             BLOCK_D,
@@ -197,6 +207,7 @@ def _dkdv(
             blocks,
             bounds,
             qk_scale,
+            cap,
             BLOCK_M,
             HEAD_DIM,
             BLOCK_D,
@@ -249,6 +260,7 @@ def _key_loop(
     blocks,
     bounds,
     qk_scale,
+    cap,
     BLOCK_N: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -268,7 +280,11 @@ def _key_loop(
             k = tl.where(keys[:, None] < len_k, k, 0.0)
         s = product(q, k.T, None)
         dp = product(g, v.T, None)
-        ds = tl.exp2(s * qk_scale - lse[:, None]) * (dp - delta[:, None])
+        if cap is None:
+            ds = tl.exp2(s * qk_scale - lse[:, None]) * (dp - delta[:, None])
+        else:
+            s = bent(s * qk_scale, q.dtype == tl.float32)
+            ds = tl.exp2(s * cap - lse[:, None]) * (dp - delta[:, None]) * (1.0 - s * s)
         if MASKED:
             ds = tl.where(seen(rows[:, None], keys[None, :], bounds), ds, 0.0)
         dq = product(ds.to(k.dtype), k, dq)
@@ -288,6 +304,7 @@ def _dq(
     scale,
     sigma,
     qk_scale,
+    cap,
     num_seqs,
     len_q,
     len_k,
@@ -352,6 +369,7 @@ def _dq(
         blocks,
         bounds,
         qk_scale,
+        cap,
         BLOCK_N,
         HEAD_DIM,
         BLOCK_D,
@@ -374,6 +392,7 @@ def _dq(
         blocks,
         bounds,
         qk_scale,
+        cap,
         BLOCK_N,
         HEAD_DIM,
         BLOCK_D,
@@ -397,7 +416,14 @@ class _Call:
         self.like, self.scale, self.statistics, self.geometry = q, scale, statistics, geometry
         self.factor = factor_arguments(scale, geometry)
         self.lists, self.size = lists, lists and lists.size
-        self.numbers = (geometry.sigma, geometry.sigma * LOG2E, geometry.num_seqs, geometry.len_q, geometry.len_k)
+        self.numbers = (
+            geometry.sigma,
+            geometry.qk_scale,
+            geometry.cap,
+            geometry.num_seqs,
+            geometry.len_q,
+            geometry.len_k,
+        )
         self.constants = dict(
             GROUP=geometry.group,
             HEAD_DIM=geometry.head_dim,
@@ -499,7 +525,7 @@ def attention_backward(
     scale=None,
     offset=None,
     *,
-    needs=(True,) * 5,
+    needs=(True,) * 7,
     cos=None,
     sin=None,
     positions=None,
@@ -516,44 +542,42 @@ def attention_backward(
     max_seqlen=None,
     max_seqlen_k=None,
     deterministic=False,
+    sink=None,
+    gate=None,
+    gate_function="sigmoid",
+    softcap=None,
 ):
     """seal::attention_backward (docs/ops.md). Repeatable whether or not `deterministic` asks for it."""
-    geometry = Geometry.of(q, k, softmax_scale, causal, window, mask, cu_seqlens, cu_seqlens_k)
-    need_q, need_k, need_v = needs[:3]
-    need_scale, need_offset = needs[3] and scale is not None, needs[4] and offset is not None
-    grad_q = grad_k = grad_v = grad_scale = grad_offset = None
+    geometry = Geometry.of(q, k, softmax_scale, causal, window, mask, cu_seqlens, cu_seqlens_k, softcap)
+    inputs = dict(q=q, k=k, v=v, scale=scale, offset=offset, sink=sink, gate=gate)
+    need = {name: want and inputs[name] is not None for name, want in zip(inputs, (*needs, False, False))}
+    found = dict.fromkeys(inputs)
     if q.numel() == 0:
-        grad_q, grad_k, grad_v, grad_scale, grad_offset = (
-            torch.zeros(t.shape, dtype=t.dtype, device=t.device) if need else None
-            for t, need in zip((q, k, v, scale, offset), (need_q, need_k, need_v, need_scale, need_offset))
-        )
+        found = {name: torch.zeros_like(t) if need[name] else None for name, t in inputs.items()}
     else:
         with on_device(q):
             rows_g = Rows(grad_out)
-            statistics = Statistics(rows_g.tensor, out, lse, grad_lse, offset, need_offset, geometry)
-            if need_offset:
-                grad_offset = sum_tiles(statistics.sums, offset, geometry, geometry.cu_q, TOKENS)
+            statistics = Statistics(
+                rows_g.tensor, out, lse, grad_lse, offset, sink, gate, gate_function, geometry, need
+            )  # fmt: skip
+            found |= dict(sink=statistics.grad_sink, gate=statistics.grad_gate)
+            if need["offset"]:
+                found["offset"] = sum_tiles(statistics.sums, offset, geometry, geometry.cu_q, TOKENS)
             if k.numel() == 0:  # nothing is attended to
-                grad_q = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
-                grad_k, grad_v = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (k, v))
-                grad_scale = None if scale is None else torch.zeros_like(scale)
+                found |= {n: None if inputs[n] is None else torch.zeros_like(inputs[n]) for n in (*"qkv", "scale")}
             else:
                 lists = None if blocks is None else BlockLists(blocks, block_size, geometry)
+                if statistics.gated is not None:
+                    rows_g = Rows(statistics.gated)
                 call = _Call(rows_g, q, k, v, scale, statistics, geometry, lists)
-                if need_q:
-                    grad_q = call.grad_q()
-                if need_k or need_v or need_scale:
-                    grad_k, grad_v, grad_scale = call.grad_k_v_scale(k, v, need_k, need_v, need_scale)
-                if cos is not None and (need_q or need_k):
-                    rotate_in_place(
-                        grad_q, grad_k, geometry.len_q, geometry.len_k, cos, sin, positions, positions_k, interleaved
-                    )
+                if need["q"]:
+                    found["q"] = call.grad_q()
+                if need["k"] or need["v"] or need["scale"]:
+                    wanted = (need[name] for name in ("k", "v", "scale"))
+                    found["k"], found["v"], found["scale"] = call.grad_k_v_scale(k, v, *wanted)
+                if cos is not None and (need["q"] or need["k"]):
+                    angles = (cos, sin, positions, positions_k, interleaved)
+                    rotate_in_place(found["q"], found["k"], geometry.len_q, geometry.len_k, *angles)
     absent, no_sum = q.new_empty(0), q.new_empty(0, dtype=torch.float32)
-    return tuple(
-        gradient if need else nothing
-        for gradient, need, nothing in zip(
-            (grad_q, grad_k, grad_v, grad_scale, grad_offset),
-            (need_q, need_k, need_v, need_scale, need_offset),
-            (absent, absent, absent, no_sum, no_sum),
-        )
-    )
+    nothing = lambda name: no_sum if name in ("scale", "offset", "sink") else absent
+    return tuple(found[name] if need[name] else nothing(name) for name in inputs)

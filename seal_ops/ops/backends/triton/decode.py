@@ -11,8 +11,9 @@ import triton
 import triton.language as tl
 
 from .configs import choose
-from .host import Geometry, Rows, factor_arguments, on_device, padded_head_dim, strides, uses_tma
+from .host import Geometry, Rows, factor_arguments, gate_arguments, on_device, padded_head_dim, strides, uses_tma
 from .online_softmax import key_loop
+from .terms import load_gate, opened, with_sink
 from .tiling import LN2, LOG2E, load_factor
 from .walk import MASK_ARGUMENTS, key_blocks_of
 
@@ -62,7 +63,10 @@ def _split(
     cu_k_ptr,
     scale,
     offset,
+    sink_ptr,
+    gate,
     qk_scale,
+    cap,
     len_q,
     len_k,
     row_blocks,
@@ -83,6 +87,7 @@ def _split(
     BLOCK_N: tl.constexpr,
     POSITIVE: tl.constexpr,
     TMA: tl.constexpr,
+    GATE: tl.constexpr,
 ):
     """One split of one KV head: normalised partial results and log-sum-exp; with partial_ptr None the final ones."""
     PACKED: tl.constexpr = cu_q_ptr is not None
@@ -156,6 +161,7 @@ def _split(
             share_blocks,
             bounds,
             qk_scale,
+            cap,
             BLOCK_N,
             HEAD_DIM,
             BLOCK_D,
@@ -178,6 +184,7 @@ def _split(
             share_blocks,
             bounds,
             qk_scale,
+            cap,
             BLOCK_N,
             HEAD_DIM,
             BLOCK_D,
@@ -187,6 +194,8 @@ def _split(
             TMA,
         )
 
+        if sink_ptr is not None and partial_ptr is None:  # else it joins where the splits do
+            acc, total, top = with_sink(acc, total, top, tl.load(sink_ptr + head).to(tl.float32) * _LOG2E)
         lse = tl.where(total > 0, (top + tl.log2(total)) * _LN2, float("-inf"))
         acc = acc * _inverse(total)[:, None]
         token = batch.to(tl.int64) * all_q + start_q + query
@@ -197,6 +206,8 @@ def _split(
             tl.store(partial_lse_ptr + result, lse, mask=inside)
         else:
             acc = _scaled(acc, scale, offset, seq, head, HEAD_DIM, BLOCK_D)
+            if gate is not None:
+                acc = acc * opened(load_gate(gate, batch, start_q + query, head, inside, HEAD_DIM, BLOCK_D), GATE)
             tl.store(out_ptr + result[:, None] * HEAD_DIM + d[None, :], acc.to(out_ptr.dtype.element_ty), mask=written)
             tl.store(
                 lse_ptr + (batch * kv_heads * group + head).to(tl.int64) * all_q + start_q + query, lse, mask=inside
@@ -212,6 +223,8 @@ def _combine(
     cu_q_ptr,
     scale,
     offset,
+    sink_ptr,
+    gate,
     num_seqs,
     len_q,
     splits,
@@ -219,8 +232,9 @@ def _combine(
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_S: tl.constexpr,
+    GATE: tl.constexpr,
 ):
-    """The results of one query and head, weighted by their log-sum-exp; scale and offset."""
+    """The results of one query and head, weighted by their log-sum-exp; with what follows a softmax."""
     result = tl.program_id(0)  # of [tokens, heads]
     head = result % heads
     token = result // heads
@@ -243,6 +257,9 @@ def _combine(
     for at in tl.range(0, splits, BLOCK_S):
         top = tl.maximum(top, tl.load(partial_lse_ptr + first + at + s, mask=at + s < splits, other=float("-inf")))
     base = tl.max(top, 0)
+    if sink_ptr is not None:
+        own = tl.load(sink_ptr + head).to(tl.float32)
+        base = tl.maximum(base, own)
     base = tl.where(base == float("-inf"), 0.0, base)
     acc = tl.zeros([BLOCK_S, BLOCK_D], tl.float32)
     total = tl.zeros([BLOCK_S], tl.float32)
@@ -257,9 +274,19 @@ def _combine(
         acc += weight[:, None] * part
         total += weight
     whole = tl.sum(total, 0)
+    if sink_ptr is not None:
+        whole += tl.exp2((own - base) * _LOG2E)
     out = tl.sum(acc, 0)[None, :] * _inverse(whole)
     if scale is not None:
         out = out * load_factor(scale, seq, head, HEAD_DIM, BLOCK_D)
+    if gate is not None:
+        at = tl.zeros([1], tl.int32) + token
+        batch = seq
+        if cu_q_ptr is None:
+            at -= seq * len_q
+        else:
+            batch *= 0
+        out = out * opened(load_gate(gate, batch, at, head, at >= 0, HEAD_DIM, BLOCK_D), GATE)
     if offset is not None:
         out = out + load_factor(offset, seq, head, HEAD_DIM, BLOCK_D)
     tl.store(
@@ -306,14 +333,29 @@ def _best_filled(tiles: int, slots: int, most: int) -> int:
     return next(n for n, share in enumerate(filled, 1) if share >= enough)
 
 
-def attention(q, k, v, scale, offset, out, lse, geometry: Geometry, longest: int, splits: int | None = None) -> None:
+def attention(
+    q,
+    k,
+    v,
+    scale,
+    offset,
+    out,
+    lse,
+    geometry: Geometry,
+    longest: int,
+    splits: int | None = None,
+    *,
+    sink=None,
+    gate=None,
+    function: str = "sigmoid",
+) -> None:
     """Fills out and lse. `longest`: a bound on the queries of a sequence, for speed only; `splits` forces that many."""
     rows_k, rows_v = Rows(k), Rows(v)
     rows = longest * geometry.group
     kernel = "decode16" if rows <= 16 else "decode32" if rows <= 32 else "decode64"
     keys = visible_keys(geometry, longest)
-    constants = dict(HEAD_DIM=geometry.head_dim, BLOCK_D=padded_head_dim(geometry.head_dim))
-    factors = factor_arguments(scale, geometry), factor_arguments(offset, geometry)
+    constants = dict(HEAD_DIM=geometry.head_dim, BLOCK_D=padded_head_dim(geometry.head_dim), GATE=function)
+    after = factor_arguments(scale, geometry), factor_arguments(offset, geometry), sink, gate_arguments(gate)
     results = geometry.batch * geometry.len_q * geometry.heads
 
     def launch(tile):
@@ -335,8 +377,9 @@ def attention(q, k, v, scale, offset, out, lse, geometry: Geometry, longest: int
             partial_lse,
             geometry.cu_q,
             geometry.cu_k,
-            *factors,
-            geometry.sigma * LOG2E,
+            *after,
+            geometry.qk_scale,
+            geometry.cap,
             geometry.len_q,
             geometry.len_k,
             row_blocks,
@@ -346,7 +389,7 @@ def attention(q, k, v, scale, offset, out, lse, geometry: Geometry, longest: int
             *geometry.mask,
             BLOCK_M=tile.m,
             BLOCK_N=tile.n,
-            POSITIVE=geometry.sigma > 0,
+            POSITIVE=geometry.positive,
             TMA=uses_tma(q),
             **constants,
             **tile.options,
@@ -358,7 +401,7 @@ def attention(q, k, v, scale, offset, out, lse, geometry: Geometry, longest: int
                 out,
                 lse,
                 geometry.cu_q,
-                *factors,
+                *after,
                 geometry.num_seqs,
                 geometry.len_q,
                 parts,

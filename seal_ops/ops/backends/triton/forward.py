@@ -1,4 +1,4 @@
-"""Forward attention: out = scale * softmax(sigma Q K^T + mask) V + offset, and the log-sum-exp.
+"""Forward attention: out = scale * softmax(sigma Q K^T + mask) V + offset, and the log-sum-exp; with terms.py's terms.
 
 One program owns a tile of query rows of one head. It walks the key blocks that need no mask first, then the few that do
 (the diagonal, the far edge of a window, the tail of the sequence), with the running maximum and sum of an online
@@ -12,12 +12,14 @@ import triton.language as tl
 from ... import factors
 from . import decode
 from .configs import choose
-from .host import BlockLists, Geometry, Rows, factor_arguments, on_device, padded_head_dim, uses_tma
+from .host import BlockLists, Geometry, Rows, factor_arguments, gate_arguments, on_device, padded_head_dim, uses_tma
 from .online_softmax import key_loop
+from .terms import load_gate, opened, with_sink
 from .tiling import LN2, LOG2E, load_factor, load_rows, locate
 from .walk import MASK_ARGUMENTS, key_blocks, listed
 
 _LN2 = tl.constexpr(LN2)
+_LOG2E = tl.constexpr(LOG2E)
 
 
 @triton.jit(do_not_specialize=["num_seqs", "len_q", "len_k", "tiles", *MASK_ARGUMENTS])
@@ -31,7 +33,10 @@ def _forward(
     cu_k_ptr,
     scale,
     offset,
+    sink_ptr,
+    gate,
     qk_scale,
+    cap,
     num_seqs,
     len_q,
     len_k,
@@ -53,6 +58,7 @@ def _forward(
     BLOCK_N: tl.constexpr,
     POSITIVE: tl.constexpr,
     TMA: tl.constexpr,
+    GATE: tl.constexpr,
 ):
     PACKED: tl.constexpr = cu_q_ptr is not None
     all_q = len_q  # tokens of a batch row, or of all packed sequences
@@ -89,6 +95,7 @@ def _forward(
         blocks,
         bounds,
         qk_scale,
+        cap,
         BLOCK_N,
         HEAD_DIM,
         BLOCK_D,
@@ -111,6 +118,7 @@ def _forward(
         blocks,
         bounds,
         qk_scale,
+        cap,
         BLOCK_N,
         HEAD_DIM,
         BLOCK_D,
@@ -120,11 +128,15 @@ def _forward(
         TMA,
     )
 
+    if sink_ptr is not None:
+        acc, total, top = with_sink(acc, total, top, tl.load(sink_ptr + head).to(tl.float32) * _LOG2E)
     d = tl.arange(0, BLOCK_D)
     lse = tl.where(total > 0, (top + tl.log2(total)) * _LN2, float("-inf"))
     acc = acc * tl.where(total > 0, 1.0 / total, 0.0)[:, None]
     if scale is not None:
         acc = acc * load_factor(scale, seq, head, HEAD_DIM, BLOCK_D)
+    if gate is not None:
+        acc = acc * opened(load_gate(gate, batch, start_q + rows, head, rows < len_q, HEAD_DIM, BLOCK_D), GATE)
     if offset is not None:
         acc = acc + load_factor(offset, seq, head, HEAD_DIM, BLOCK_D)
     inside = rows < len_q
@@ -155,21 +167,27 @@ def attention(
     max_seqlen=None,
     max_seqlen_k=None,
     deterministic=False,
+    sink=None,
+    gate=None,
+    gate_function="sigmoid",
+    softcap=None,
 ):
     """seal::attention (docs/ops.md). max_seqlen only tells that queries are few, and nothing here is ever
     nondeterministic."""
-    geometry = Geometry.of(q, k, softmax_scale, causal, window, mask, cu_seqlens, cu_seqlens_k)
+    geometry = Geometry.of(q, k, softmax_scale, causal, window, mask, cu_seqlens, cu_seqlens_k, softcap)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty((*q.shape[:-3], geometry.heads, geometry.len_q), dtype=torch.float32, device=q.device)
     if q.numel() == 0:
         return out, lse
     if k.numel() == 0:  # no descriptor can stand over nothing: every row is an empty one
-        _fill_empty(out, lse, offset, geometry)
+        _fill_empty(out, lse, offset, sink, geometry)
         return out, lse
     longest = geometry.len_q if max_seqlen is None else max_seqlen
     lists = None if blocks is None else BlockLists(blocks, block_size, geometry)
     if lists is None and decode.preferred(geometry, longest):
-        decode.attention(q, k, v, scale, offset, out, lse, geometry, longest)
+        decode.attention(
+            q, k, v, scale, offset, out, lse, geometry, longest, sink=sink, gate=gate, function=gate_function
+        )
         return out, lse
     rows_q, rows_k, rows_v = (Rows(x) for x in (q, k, v))
 
@@ -184,7 +202,10 @@ def attention(
             geometry.cu_k,
             factor_arguments(scale, geometry),
             factor_arguments(offset, geometry),
-            geometry.sigma * LOG2E,
+            sink,
+            gate_arguments(gate),
+            geometry.qk_scale,
+            geometry.cap,
             geometry.num_seqs,
             geometry.len_q,
             geometry.len_k,
@@ -197,8 +218,9 @@ def attention(
             BLOCK_D=padded_head_dim(geometry.head_dim),
             BLOCK_M=tile.m,
             BLOCK_N=tile.n,
-            POSITIVE=geometry.sigma > 0,
+            POSITIVE=geometry.positive,
             TMA=uses_tma(q),
+            GATE=gate_function,
             **tile.options,
         )
 
@@ -207,9 +229,12 @@ def attention(
     return out, lse
 
 
-def _fill_empty(out, lse, offset, geometry):
-    """Rows without any key: the offset alone (0 without one), and a log-sum-exp of -inf."""
-    lse.fill_(float("-inf"))
+def _fill_empty(out, lse, offset, sink, geometry):
+    """Rows without any key: the offset alone (0 without one), and a log-sum-exp of -inf, or of the sink alone."""
+    if sink is None:
+        lse.fill_(float("-inf"))
+    else:
+        lse.copy_(sink[:, None].expand_as(lse))
     if offset is None:
         out.zero_()
         return

@@ -17,6 +17,7 @@ from ... import factors
 from ...masks import UNBOUNDED
 from ...visibility import Visibility
 from . import interpreted
+from .tiling import LOG2E
 
 if interpreted():
     from .interpreter import repair
@@ -70,9 +71,10 @@ class Geometry:
     seen: Visibility
     cu_q: Tensor | None
     cu_k: Tensor | None
+    softcap: float | None = None
 
     @classmethod
-    def of(cls, q, k, softmax_scale, causal, window, mask, cu_seqlens, cu_seqlens_k) -> Geometry:
+    def of(cls, q, k, softmax_scale, causal, window, mask, cu_seqlens, cu_seqlens_k, softcap=None) -> Geometry:
         head_dim = q.shape[-1]
         packed = cu_seqlens is not None
         return cls(
@@ -87,6 +89,7 @@ class Geometry:
             Visibility.of(causal, window, mask),
             cu_seqlens if packed else None,
             (cu_seqlens if cu_seqlens_k is None else cu_seqlens_k) if packed else None,
+            softcap,
         )
 
     @property
@@ -96,6 +99,21 @@ class Geometry:
     @property
     def group(self) -> int:
         return self.heads // self.kv_heads
+
+    @property
+    def qk_scale(self) -> float:
+        """What a kernel multiplies q k^T by: to scores in base 2, or with a soft cap to the argument of terms.bent."""
+        return self.sigma * LOG2E if self.softcap is None else 2 * LOG2E * self.sigma / self.softcap
+
+    @property
+    def cap(self) -> float | None:
+        """The soft cap in base 2."""
+        return None if self.softcap is None else self.softcap * LOG2E
+
+    @property
+    def positive(self) -> bool:
+        """Whether the largest score of a row is `qk_scale` times the largest of q k^T."""
+        return self.sigma > 0 and self.softcap is None
 
     @property
     def mask(self) -> tuple[int | None, ...]:
@@ -196,6 +214,15 @@ def factor_arguments(factor: Tensor | None, geometry: Geometry) -> tuple | None:
         return None
     view = factors.full_view(factor, geometry.heads, geometry.head_dim)
     return view, *(s if n > 1 else 0 for n, s in zip(view.shape, view.stride()))
+
+
+def gate_arguments(gate: Tensor | None) -> tuple | None:
+    """What terms.load_gate reads."""
+    if gate is None:
+        return None
+    view = gate if gate.dim() == 4 else gate[None]
+    *others, channels = view.stride()
+    return gate, *others, None if view.shape[-1] == 1 else channels
 
 
 def per_sequence(factor: Tensor, geometry: Geometry) -> bool:

@@ -3,6 +3,7 @@
 import triton
 import triton.language as tl
 
+from .terms import bent
 from .tiling import load_rows, product
 from .walk import block_start, loop_range, seen
 
@@ -22,6 +23,7 @@ def key_loop(
     blocks,
     bounds,
     qk_scale,
+    cap,
     BLOCK_N: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -30,14 +32,17 @@ def key_loop(
     POSITIVE: tl.constexpr,
     TMA: tl.constexpr,
 ):
-    """Online softmax over the full key blocks, or over the masked ones; `rows` are the queries of the rows of q."""
+    """Online softmax over the full key blocks, or over the masked ones; `rows` are the queries of the rows of q. With
+    a soft cap POSITIVE is false."""
     len_k = bounds[1]
     lower, upper = loop_range(blocks, MASKED)
     for i in tl.range(lower, upper):
         first = block_start(i, blocks, BLOCK_N, MASKED)
         k = load_rows(k_source, batch, kv_head, start, first, len_k, BLOCK_N, HEAD_DIM, BLOCK_D, TMA, MASKED)
         s = product(q, k.T, None)
-        if not POSITIVE:  # the maximum of sigma * s is not sigma * the maximum
+        if cap is not None:
+            s = bent(s * qk_scale, q.dtype == tl.float32) * cap
+        elif not POSITIVE:  # the maximum of sigma * s is not sigma * the maximum
             s *= qk_scale
         if MASKED:
             keys = first + tl.arange(0, BLOCK_N)

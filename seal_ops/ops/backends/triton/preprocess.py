@@ -1,8 +1,8 @@
 """What the backward needs before and after its two matrix kernels: row statistics, scaled V, and sums over tiles.
 
 _statistics  one pass over grad_out and out: lse in base 2, delta = sum_d g (out - offset) - grad_lse, and per-tile sums
-    of
-             g, which are grad_offset once added up
+             of g, which are grad_offset once added up. A sink's gradient, -sum exp(sink - lse) delta, comes of the same
+             rows. With a gate f also what stands for grad_out from there on, f g, and the gate's gradient
 _scale_v     scale * V of every query head, where there is a scale: the matrix kernel wants it as a tile that TMA brings
 _sum_tiles   adds the per-tile sums of grad_scale and grad_offset, always in the same order
 """
@@ -12,7 +12,8 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .host import Geometry, Rows, factor_arguments, padded_head_dim, per_sequence, strides, uses_tma
+from .host import Geometry, Rows, factor_arguments, gate_arguments, padded_head_dim, per_sequence, strides, uses_tma
+from .terms import load_gate, opened, slope
 from .tiling import LOG2E, aligned_column, first_tile, load_factor, locate
 
 TOKENS = 64  # of a tile of _statistics and of _scale_v
@@ -33,6 +34,11 @@ def _statistics(
     sums_ptr,
     cu_q_ptr,
     offset,
+    sink_ptr,
+    sink_sums_ptr,
+    gate,
+    gated_ptr,
+    grad_gate_ptr,
     num_seqs,
     len_q,
     columns,
@@ -41,6 +47,7 @@ def _statistics(
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
+    GATE: tl.constexpr,
 ):
     all_q = len_q
     head, batch, seq, tile, start, len_q, _, _ = locate(
@@ -76,8 +83,30 @@ def _statistics(
     at = row * columns + aligned_column(start, seq, cu_q_ptr is not None) + rows
     tl.store(statistics_ptr + at, lse * _LOG2E, mask=inside)
     tl.store(statistics_ptr + tl.num_programs(0).to(tl.int64) // tiles * columns + at, delta, mask=inside)
+    number = batch * tiles + (tl.program_id(0) % tiles)
+    if sink_sums_ptr is not None:
+        own = tl.load(sink_ptr + head).to(tl.float32)
+        share = tl.where(inside & (lse != float("-inf")), tl.exp2((own - lse) * _LOG2E) * delta, 0.0)
+        tl.store(sink_sums_ptr + number.to(tl.int64) * heads + head, -tl.sum(share, 0))
+    if gate is not None:
+        value = load_gate(gate, batch, tokens, head, inside, HEAD_DIM, BLOCK_D)
+        place = (batch.to(tl.int64) * all_q + tokens) * heads + head
+        tl.store(
+            gated_ptr + place[:, None] * HEAD_DIM + d[None, :],
+            (g * opened(value, GATE)).to(gated_ptr.dtype.element_ty),
+            mask=valid,
+        )
+        if grad_gate_ptr is not None:
+            if gate[4] is None:
+                into = tl.sum(g * o, 1)[:, None] * slope(value, GATE)
+                tl.store(grad_gate_ptr + place[:, None], into.to(grad_gate_ptr.dtype.element_ty), mask=inside[:, None])
+            else:
+                tl.store(
+                    grad_gate_ptr + place[:, None] * HEAD_DIM + d[None, :],
+                    (g * o * slope(value, GATE)).to(grad_gate_ptr.dtype.element_ty),
+                    mask=valid,
+                )
     if sums_ptr is not None:
-        number = batch * tiles + (tl.program_id(0) % tiles)
         tl.store(sums_ptr + (number.to(tl.int64) * heads + head) * HEAD_DIM + d, tl.sum(g, 0), mask=d < HEAD_DIM)
 
 
@@ -159,10 +188,13 @@ def _sum_tiles(
 
 
 class Statistics:
-    """lse in base 2 and delta, [2, rows of lse, columns], each row padded to the 16 bytes that descriptors want; and
-    where grad_offset is wanted, `sums`: grad_out summed over each tile of TOKENS tokens."""
+    """lse in base 2 and delta, [2, rows of lse, columns], each row padded to the 16 bytes that descriptors want. Where
+    grad_offset is wanted, `sums`: grad_out summed over each tile of TOKENS tokens. With a gate `gated`: grad_out times
+    what it opens. `grad_sink` and `grad_gate` where wanted, else None."""
 
-    def __init__(self, grad_out, out, lse, grad_lse, offset, need_offset: bool, geometry: Geometry):
+    def __init__(
+        self, grad_out, out, lse, grad_lse, offset, sink, gate, gate_function: str, geometry: Geometry, need: dict
+    ):
         self.rows = geometry.batch * geometry.heads
         self.columns = (
             triton.cdiv(geometry.len_q + 4 * geometry.num_seqs + _SLACK, 16) * 16
@@ -170,7 +202,10 @@ class Statistics:
         self.tensor = lse.new_empty(2, self.rows, self.columns)
         tiles = geometry.tiles(geometry.len_q, TOKENS)
         # Packed: a sequence may own a tile too many, whose sum stays zero.
-        self.sums = lse.new_zeros(tiles * geometry.batch, geometry.heads, geometry.head_dim) if need_offset else None
+        self.sums = lse.new_zeros(tiles * geometry.batch, geometry.heads, geometry.head_dim) if need["offset"] else None
+        per_sink = lse.new_zeros(tiles * geometry.batch, geometry.heads) if need["sink"] else None
+        self.gated = None if gate is None else out.new_empty(out.shape)
+        self.grad_gate = gate.new_empty(gate.shape) if need["gate"] else None
         _statistics[(geometry.programs(geometry.len_q, TOKENS, geometry.heads),)](
             grad_out,
             *strides(grad_out),
@@ -181,6 +216,11 @@ class Statistics:
             self.sums,
             geometry.cu_q,
             factor_arguments(offset, geometry),
+            sink,
+            per_sink,
+            gate_arguments(gate),
+            self.gated,
+            self.grad_gate,
             geometry.num_seqs,
             geometry.len_q,
             self.columns,
@@ -189,8 +229,10 @@ class Statistics:
             HEAD_DIM=geometry.head_dim,
             BLOCK_D=padded_head_dim(geometry.head_dim),
             BLOCK_M=TOKENS,
+            GATE=gate_function,
             num_warps=4,
         )
+        self.grad_sink = None if per_sink is None else per_sink.sum(0).to(sink.dtype)
 
     def source(self, block: int):
         """What tiling.load_statistics reads blocks of `block` rows from."""
