@@ -9,8 +9,10 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from ..adapters.files import DELTA
 from ..huggingface.projection import is_linear
 
+UNPACKS = "columns_unpack"  # attribute of a GPTQ layer: what `unpacks` has found
 _PIECE = 256  # columns asked for at once of a layer whose weight only its product shows
 
 
@@ -52,9 +54,19 @@ def is_gptq(module: nn.Module) -> bool:
     return any("gptq" in f"{cls.__module__}.{cls.__name__}".lower() for cls in type(module).__mro__)
 
 
+def is_gguf(module: nn.Module) -> bool:
+    """A linear layer of transformers that keeps the blocks of a GGUF file."""
+    return any(cls.__name__ == "GgufLinear" for cls in type(module).__mro__)
+
+
+def is_packed(module: nn.Module) -> bool:
+    """Whether a linear layer holds its weight in a few bits, in a format that is known here."""
+    return is_nf4(module) or is_hqq(module) or is_gguf(module) or (is_gptq(module) and is_base(module))
+
+
 def writes_anew(module: nn.Module) -> bool:
     """Whether the layer's output, and its input's gradient, are known to be new tensors of a matrix product."""
-    return is_plain(module) or is_nf4(module) or is_hqq(module)
+    return is_plain(module) or is_nf4(module) or is_hqq(module) or is_gguf(module) or module.__dict__.get(UNPACKS, False)
 
 
 def base_of(module: nn.Module) -> type:
@@ -84,19 +96,23 @@ def columns_of(module: nn.Module, index: Tensor) -> Tensor:
 
 @contextlib.contextmanager
 def _without_bias(module: nn.Module):
-    bias = module._parameters.get("bias")
+    kept = next((t for t in (module._parameters, module._buffers) if t.get("bias") is not None), {})  # GPTQ: a buffer
+    bias = kept.get("bias")
     if bias is not None:
-        module._parameters["bias"] = None
+        kept["bias"] = None
     try:
         yield
     finally:
         if bias is not None:
-            module._parameters["bias"] = bias
+            kept["bias"] = bias
 
 
-def weight_of(module: nn.Module) -> Tensor:
-    """The whole weight [out, in] that the base computes with, in the dtype in which it does."""
-    weight = _readable(module)
+def weight_of(module: nn.Module, dtype: torch.dtype | None = None) -> Tensor:
+    """The whole weight [out, in] that the base computes with, in the dtype in which it does.
+
+    ``dtype``: that of the input, for a layer that computes in any (packed GGUF); None for the layer's own tensors'.
+    """
+    weight = _readable(module, dtype)
     if weight is None:
         columns, _ = sizes(module)
         weight = columns_of(module, torch.arange(columns, device=device_of(module))).to(_dtype(module))
@@ -107,10 +123,33 @@ def is_readable(module: nn.Module) -> bool:
     """Whether a base's weight can be written out, and its product is with that weight."""
     if is_nf4(module):
         return not getattr(module.weight.quant_state, "packing_format_for_cpu", False)
-    return is_plain(module) or is_hqq(module)
+    if is_gptq(module):
+        return module.__dict__.get(UNPACKS, False)
+    return is_plain(module) or is_hqq(module) or is_gguf(module)
 
 
-def _readable(module: nn.Module) -> Tensor | None:
+def unpacks(module: nn.Module) -> bool:
+    """Whether what a GPTQ layer gives for its weight is what it computes with: tried on two rows.
+
+    The kernels of the format's libraries rotate inputs or repack weights, each in its own way.
+    """
+    if not callable(getattr(module, "dequantize_weight", None)):
+        return False
+    columns, rows = sizes(module)
+    x = torch.randn(2, columns, device=device_of(module), dtype=_dtype(module), requires_grad=True)
+    try:
+        with torch.enable_grad(), _without_bias(module):
+            y = base_of(module).forward(module, x).detach()
+        weight = module.dequantize_weight().detach()
+    except (RuntimeError, NotImplementedError, AttributeError):
+        return False
+    if weight.shape != (columns, rows):
+        return False
+    difference = (y.float() - x.detach().float() @ weight.float()).norm()
+    return bool(difference <= 1e-2 * y.float().norm())
+
+
+def _readable(module: nn.Module, dtype: torch.dtype | None = None) -> Tensor | None:
     if is_plain(module):
         return module.weight.detach()
     if is_nf4(module):
@@ -120,11 +159,32 @@ def _readable(module: nn.Module) -> Tensor | None:
         from bitsandbytes.functional import dequantize_4bit
 
         return dequantize_4bit(module.weight.data, state)
-    if is_hqq(module) or (callable(getattr(module, "dequantize", None)) and not is_gptq(module)):
+    if is_gguf(module):
+        return _from_blocks(module, dtype or _dtype(module))
+    if is_gptq(module):
+        return module.dequantize_weight().t() if is_readable(module) else None
+    if is_hqq(module) or callable(getattr(module, "dequantize", None)):
         found = module.dequantize()
         columns, rows = sizes(module)
         if isinstance(found, Tensor) and found.shape == (rows, columns):
             return found
+    return None
+
+
+def _from_blocks(module: nn.Module, dtype: torch.dtype) -> Tensor:
+    """The weight of a packed GGUF layer, or the table of a packed embedding, in the order of its inputs."""
+    from transformers.integrations.gguf.kernels import dequantize_blocks
+
+    columns = getattr(module, "in_features", None) or module.embedding_dim
+    weight = dequantize_blocks(module.weight, module.ggml_type, len(module.weight), columns, dtype)
+    order = getattr(module, "input_permutation", None)  # which input each column of the blocks reads
+    return weight if order is None else torch.empty_like(weight).index_copy_(1, order, weight)
+
+
+def table_of(embedding: nn.Module) -> Tensor | None:
+    """The table of an embedding that transformers keeps in GGUF blocks; None for every other module."""
+    if any(cls.__name__ == "GgufEmbedding" for cls in type(embedding).__mro__):
+        return _from_blocks(embedding, embedding.compute_dtype)
     return None
 
 
@@ -133,7 +193,8 @@ def _dtype(module: nn.Module) -> torch.dtype:
         dtype = getattr(value, "dtype", value)
         if isinstance(dtype, torch.dtype) and dtype.is_floating_point:
             return dtype
-    tensors = [t for t in (*module.parameters(recurse=False), *module.buffers(recurse=False)) if t.is_floating_point()]
+    own = [t for name, t in (*module._parameters.items(), *module._buffers.items()) if t is not None and name != DELTA]
+    tensors = [t for t in own if t.is_floating_point()]
     return tensors[0].dtype if tensors else torch.get_default_dtype()
 
 
@@ -150,6 +211,8 @@ def check(module: nn.Module, name: str, call: str) -> None:
         raise ValueError(f"seal_ops.{call}: {name} must be one linear layer, got {type(module).__name__}")
     if any(t.is_meta for t in (*module.parameters(recurse=False), *module.buffers(recurse=False))):
         raise ValueError(f"seal_ops.{call}: model must have loaded weights, got {name} on the meta device")
+    if is_gguf(module):
+        return  # its kernel for a few rows passes no gradient, but its weight is written out for every product
     columns, _ = sizes(module)
     x = torch.randn(2, columns, device=device_of(module), dtype=_dtype(module), requires_grad=True)
     with torch.enable_grad():

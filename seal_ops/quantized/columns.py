@@ -73,7 +73,7 @@ def _columns_class(cls: type, original) -> type:
             return original(self, x, *args, **kwargs)
         _warn_frozen(self)
         if self.columns_own and not (args or kwargs) and _learns(self, x):
-            weight_of = functools.partial(bases.weight_of, self)
+            weight_of = functools.partial(bases.weight_of, self, x.dtype)
             return written_out_with_columns(weight_of, x, self.column_index, self.column_delta, self.bias)
         base = lambda value: original(self, value, *args, **kwargs)
         return with_columns(base, x, self.column_index, self.column_delta, self.columns_own)
@@ -107,6 +107,8 @@ def put_on(module: nn.Module, index: Tensor, delta: Tensor) -> None:
     base = type(module)
     module.register_buffer(INDEX, index)
     module.register_parameter(DELTA, nn.Parameter(delta))
+    if bases.is_gptq(module):
+        setattr(module, bases.UNPACKS, bases.unpacks(module))
     module.columns_own, module.columns_on, module.columns_may_be_frozen = bases.writes_anew(module), True, False
     module.__class__ = _columns_class(base, base.forward)
     rebind(module, base.forward)
@@ -120,6 +122,7 @@ def take_off(module: nn.Module) -> None:
         rebind(module, made.forward)
     for name in (DELTA, INDEX, "columns_own", "columns_on", "columns_may_be_frozen"):
         delattr(module, name)
+    module.__dict__.pop(bases.UNPACKS, None)
 
 
 def has_columns(module: nn.Module) -> bool:

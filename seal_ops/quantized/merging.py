@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from ..adapters.files import DELTA
 from . import bases, quantizers
 from .attachment import attached, bring_up_to_date, detach_weak_columns
 
@@ -24,11 +25,21 @@ def merge_weak_columns(model: nn.Module, dtype: torch.dtype | None = None) -> nn
         The model, without weak columns.
 
     Raises:
-        ValueError: no weak columns on the model, or a merged weight that would overflow.
+        ValueError: no weak columns on the model, a merged weight that would overflow, or experts in GGUF blocks.
     """
     found = attached(model, "merge_weak_columns")
     owner = found.owner
-    merged = {name: _checked(module, name, dtype) for name, module in found.layers.items()}
+    for name, module in owner.named_modules():
+        if type(module).__name__ == "GgufExperts":
+            raise ValueError(
+                f"seal_ops.merge_weak_columns: model must be made of linear layers and embeddings, got experts that stay "
+                f"in GGUF blocks ({name}); load the file with GgufConfig(dequantize=True) instead"
+            )
+    usual = _dtype_of(owner)
+    merged = {
+        name: _checked(module, name, dtype or (usual if bases.is_gguf(module) else None))
+        for name, module in found.layers.items()
+    }
     detach_weak_columns(model)
     for name, weight in merged.items():
         module = owner.get_submodule(name)
@@ -37,12 +48,22 @@ def merge_weak_columns(model: nn.Module, dtype: torch.dtype | None = None) -> nn
         else:
             quantizers.replace(owner, name, linear_like(weight, module))
     for name, module in list(owner.named_modules()):
-        if bases.is_nf4(module) or bases.is_hqq(module):
-            weight = bases.weight_of(module)
+        table = bases.table_of(module)
+        if table is not None:
+            made = nn.Embedding.from_pretrained(table.to(dtype or table.dtype))
+            quantizers.replace(owner, name, made.train(module.training))
+        elif bases.is_packed(module):
+            weight = bases.weight_of(module, usual)
             quantizers.replace(owner, name, linear_like(weight.to(dtype or weight.dtype), module))
     bring_up_to_date(owner)
     _forget_quantisation(owner)
     return model
+
+
+def _dtype_of(owner: nn.Module) -> torch.dtype:
+    """What a model computes in, whose linear layers say nothing of it."""
+    others = (p.dtype for name, p in owner.named_parameters() if p.is_floating_point() and not name.endswith(DELTA))
+    return next(others, torch.get_default_dtype())
 
 
 def merged_weight(module: nn.Module) -> Tensor:

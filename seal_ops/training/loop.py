@@ -20,7 +20,6 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field, fields
 
 import torch
-import torch.nn.functional as F
 
 from ..adapters.saving import folders_beside, save_trained
 from ..huggingface.context_window import warn_beyond_window
@@ -37,6 +36,7 @@ from .checkpoint import NAME as CHECKPOINT
 from .checkpoint import load_checkpoint, save_checkpoint
 from .collator import Collator
 from .long_context import LEARNING_RATE, prepare, recipe_of, training_masks
+from .losses import summed_cross_entropy
 from .memory_plan import memory
 from .memory_plan.planning import SETTINGS, Plan, Planner
 from .processes import Processes
@@ -425,7 +425,7 @@ class _Run:
         keep = batch["logits_to_keep"]  # on the CPU: it indexes on whichever device the last layer is
         logits = self._execution.logits_at(self.model, keep, **inputs)
         targets = batch["shift_labels"].to(logits.device)
-        return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="sum")
+        return summed_cross_entropy(logits.flatten(0, 1), targets.flatten())
 
     @functools.cached_property
     def identity(self) -> str:

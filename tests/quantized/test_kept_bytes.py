@@ -1,0 +1,198 @@
+"""What a training step keeps and holds, in bytes: weak columns beside PEFT's QLoRA, on Llama-3-8B's proportions."""
+
+import contextlib
+import weakref
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import seal_ops
+from seal_ops.huggingface.logits import logits_at
+from seal_ops.huggingface.modes import prepared
+from seal_ops.quantized.attachment import find_targets
+from seal_ops.quantized.quantizers import quantize_layers
+from seal_ops.training.losses import summed_cross_entropy
+
+LAYERS, HIDDEN, INNER, TOKENS, VOCABULARY = 2, 256, 896, 128, 2048  # an eighth of the 8B shape's layers, a sixteenth wide
+COLUMNS, RANK = 8, 4  # 128 and 64, a sixteenth
+LINEARS = 7  # a layer
+
+
+def built():
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=HIDDEN, intermediate_size=INNER, num_hidden_layers=LAYERS, num_attention_heads=4,
+        num_key_value_heads=1, vocab_size=VOCABULARY, max_position_embeddings=512, tie_word_embeddings=False,
+    )  # fmt: skip
+    return LlamaForCausalLM(config).to(torch.bfloat16).requires_grad_(False)
+
+
+IDS = torch.arange(TOKENS)[None] * 7 % VOCABULARY
+
+
+def quantised():
+    model = built()
+    quantize_layers(model, find_targets(model, None, "test"), "nf4")
+    return model
+
+
+def with_columns(columns=COLUMNS, **options):
+    model = quantised()
+    seal_ops.attach_weak_columns(model, columns, calibration=[IDS[0].tolist()], **options)
+    return model
+
+
+def qlora(**options):
+    """PEFT's, as in the benchmark and the study."""
+    pytest.importorskip("peft")
+    from peft import LoraConfig, get_peft_model
+
+    model = quantised()
+    model.is_loaded_in_4bit = True
+    names = sorted({name.rpartition(".")[2] for name in find_targets(model, None, "test")})
+    config = LoraConfig(r=RANK, lora_alpha=16, target_modules=names, task_type="CAUSAL_LM")
+    return get_peft_model(model, config, **options)
+
+
+class _KeepsNothing(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, trained):
+        ctx.weight = weight
+        return x @ weight.t()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad @ ctx.weight, None, None
+
+
+def bare():
+    """The model with linear layers that keep nothing at all, and pass gradients on as those of weak columns do."""
+    model, trained = built(), torch.zeros((), requires_grad=True)
+    for module in find_targets(model, None, "test").values():
+        module.forward = lambda x, weight=module.weight: _KeepsNothing.apply(x, weight, trained)
+    return model
+
+
+def kept_bytes(model, context=contextlib.nullcontext):
+    """Bytes that the decoder keeps for its backward pass, each storage once, without the model's own tensors."""
+    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+    storages = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            storages[storage.data_ptr()] = storage
+        return tensor
+
+    decoder = model.get_base_model().model if hasattr(model, "get_base_model") else model.model
+    decoder.train()
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), context():
+        out = decoder(input_ids=IDS, use_cache=False).last_hidden_state
+    assert out.requires_grad
+    return sum(storage.nbytes() for storage in storages.values())
+
+
+def autocast():
+    return torch.autocast("cpu", torch.bfloat16)
+
+
+@pytest.mark.usefixtures("bitsandbytes")
+def test_kept_by_formula():
+    """Two bytes for each token, linear layer and column, beside what a model keeps whose linear layers keep nothing;
+    QLoRA keeps at least the three inputs that nothing else keeps, and the rank's values."""
+    nothing = kept_bytes(bare())
+    ours = kept_bytes(with_columns())
+    assert ours == nothing + 2 * TOKENS * LAYERS * LINEARS * COLUMNS
+    assert kept_bytes(with_columns(dtype=torch.bfloat16)) == ours, "the trained values' dtype is not what is kept"
+    assert kept_bytes(with_columns(3 * COLUMNS)) == nothing + 3 * (ours - nothing)
+    theirs = nothing + 2 * TOKENS * LAYERS * (2 * HIDDEN + INNER + LINEARS * RANK)
+    assert kept_bytes(qlora(), autocast) >= theirs
+    assert kept_bytes(qlora(autocast_adapter_dtype=False).to(torch.bfloat16)) >= theirs
+    assert ours <= 0.8 * theirs
+
+
+class LiveBytes(TorchDispatchMode):
+    """Bytes of the tensors that operations have made and that are still there, and the most there were."""
+
+    def __init__(self):
+        super().__init__()
+        self.now = self.most = 0
+        self.seen = weakref.WeakKeyDictionary()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, (tuple, list)) else [out]:
+            if isinstance(tensor, torch.Tensor):
+                self._note(tensor.untyped_storage())
+        self.most = max(self.most, self.now)
+        return out
+
+    def _note(self, storage):
+        if storage in self.seen or storage.nbytes() == 0:
+            return
+        self.seen[storage] = size = storage.nbytes()
+        self.now += size
+        weakref.finalize(storage, self._gone, size)
+
+    def _gone(self, size):
+        self.now -= size
+
+
+def cross_entropy(logits, targets):
+    """As transformers and the benchmark's rows of QLoRA take it."""
+    return F.cross_entropy(logits.float(), targets, reduction="sum")
+
+
+def in_pieces(logits, targets):
+    """The library's loss, in as many pieces as at 8B: 8 x 512 labels of a vocabulary of 128,256."""
+    return summed_cross_entropy(logits, targets, piece=TOKENS * VOCABULARY // 32)
+
+
+def peak_of_a_step(model, loss_of, labels, context=contextlib.nullcontext):
+    """The most bytes that a step with recomputed layers holds beside the model; the second step's, whose optimiser has
+    its state."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=1e-5, foreach=False)
+    places = torch.arange(TOKENS - labels, TOKENS)
+    with prepared(model, True):
+        for _ in range(2):
+            with LiveBytes() as live:
+                with context():
+                    logits = logits_at(model, places, input_ids=IDS, use_cache=False)
+                    loss = loss_of(logits.flatten(0, 1), IDS[0, -labels:])
+                del logits
+                loss.backward()
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+    state = sum(t.nbytes for values in optimizer.state.values() for t in values.values() if t.dim())
+    return live.most + state + sum(p.nbytes for p in parameters)
+
+
+@pytest.mark.usefixtures("bitsandbytes")
+def test_the_peak_of_a_step():
+    """With layers recomputed: no more than QLoRA's where layers decide, far less where the logits do.
+
+    What operations make is counted, trained values and AdamW's state are added; the frozen base is the same for all.
+    """
+    few = peak_of_a_step(with_columns(), in_pieces, 4)
+    many = peak_of_a_step(with_columns(), in_pieces, TOKENS)
+    narrow = peak_of_a_step(with_columns(dtype=torch.bfloat16), in_pieces, TOKENS)
+    qlora_few = peak_of_a_step(qlora(), cross_entropy, 4, autocast)
+    qlora_many = peak_of_a_step(qlora(), cross_entropy, TOKENS, autocast)
+    print(few, many, narrow, qlora_few, qlora_many, peak_of_a_step(with_columns(), cross_entropy, TOKENS))
+    assert few <= qlora_few and many <= 0.8 * qlora_many
+    assert many - narrow >= 6 * sum(p.numel() for p in with_columns().parameters() if p.requires_grad)
+    fp32 = 4 * TOKENS * VOCABULARY
+    assert peak_of_a_step(with_columns(), cross_entropy, TOKENS) >= many + fp32
+
+
+def test_a_frozen_linear_layer_keeps_nothing():
+    """What the formula stands on, where bitsandbytes is missing too: plain 16-bit layers."""
+    model = built()
+    seal_ops.attach_weak_columns(model, COLUMNS, calibration=[IDS[0].tolist()])
+    assert kept_bytes(model) == kept_bytes(bare()) + 2 * TOKENS * LAYERS * LINEARS * COLUMNS
+    assert isinstance(model.model.layers[0].mlp.up_proj, nn.Linear)
