@@ -9,7 +9,8 @@ end after the budget.  ``--shape tiny`` runs everything in seconds on a CPU, to 
 Training: NF4 base (bitsandbytes, groups of 64), gradient checkpointing of whole layers except where all activations are
 kept, bf16, fused AdamW, the loss on the last 512 tokens of each row; a step is forward, backward and optimiser; the
 median of the timed steps.  ``QLoRA`` is PEFT's LoRA of rank 64 on all linear layers: its default, fp32 adapters, under
-bf16 autocast as Trainer runs it, and with bf16 adapters.
+bf16 autocast as Trainer runs it, and with bf16 adapters; its loss is PyTorch's on fp32 logits, as in transformers.
+The other rows, and ``QLoRA, the library's loss``, have the loss of ``seal_ops.train``, which keeps no fp32 logits.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from seal_ops.ops.environment import facts
 from seal_ops.quantized import bases, calibration
 from seal_ops.quantized.attachment import find_targets
 from seal_ops.quantized.quantizers import quantize_layers
+from seal_ops.training.losses import summed_cross_entropy
 from seal_ops.utils.files import atomic_write
 
 SHAPES = {
@@ -55,7 +57,7 @@ SAMPLES = {"8b": (128, 2048), "tiny": (4, 64)}
 COLUMNS = {"8b": 128, "tiny": 16}
 METHODS = (
     "QLoRA, autocast", "QLoRA, bf16 adapters", "weak columns", "weak columns + SEAL-C", "SEAL-C",
-    "weak columns in bf16", "weak columns, 8 a layer",
+    "weak columns in bf16", "weak columns, 8 a layer", "QLoRA, the library's loss",
 )  # fmt: skip
 LABELS = 512
 
@@ -192,7 +194,8 @@ class Run:
                 continue
             with self.method(model, method, index) as (trained, context):
                 try:
-                    self.time_steps(trained, context, cell(method, size), *size)
+                    theirs = method.startswith("QLoRA") and not method.endswith("the library's loss")
+                    self.time_steps(trained, context, torchs_loss if theirs else summed_cross_entropy, method, size)
                 except torch.OutOfMemoryError as error:
                     self.note(cell(method, size), failed=str(error).splitlines()[0][:200])
             self.fresh()
@@ -207,7 +210,7 @@ class Run:
         """The model with a method's trained values, and the context in which its steps run."""
         context = contextlib.nullcontext
         if method.startswith("QLoRA"):
-            automatic = method.endswith("autocast")
+            automatic = not method.endswith("bf16 adapters")
             trained = low_rank(model, autocast_adapter_dtype=automatic)
             if automatic:
                 context = lambda: torch.autocast(self.device.type, torch.bfloat16)
@@ -239,7 +242,8 @@ class Run:
                 seal_ops.detach_weak_columns(model)
             model.requires_grad_(False)
 
-    def time_steps(self, model, context, key, batch, length, recomputed):
+    def time_steps(self, model, context, loss_of, method, size):
+        batch, length, recomputed = size
         parameters = [p for p in model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(parameters, lr=1e-5, fused=self.device.type == "cuda")
         generator = torch.Generator().manual_seed(2)
@@ -256,15 +260,15 @@ class Run:
                 begun = self.synchronised()
                 with context():
                     logits = logits_at(model, places, input_ids=ids, use_cache=False)
-                    loss = F.cross_entropy(logits.float().flatten(0, 1), ids[:, -labels:].flatten())
+                    loss = loss_of(logits.flatten(0, 1), ids[:, -labels:].flatten()) / (batch * labels)
+                del logits  # a caller of its own has no more use for them
                 loss.backward()
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
                 seconds.append(self.synchronised() - begun)
                 peaks.append(self.peak())
-                del logits
         self.note(
-            key,
+            cell(method, size),
             seconds=statistics.median(seconds[1:]), all_seconds=[round(s, 4) for s in seconds], peak=max(peaks),
             trained=sum(p.numel() for p in parameters), loss=float(loss.detach()),
             tokens_per_second=batch * length / statistics.median(seconds[1:]),
@@ -320,6 +324,10 @@ class Run:
         begun = time.monotonic()
         function()
         return 1e3 * (time.monotonic() - begun)
+
+
+def torchs_loss(logits, targets):
+    return F.cross_entropy(logits.float(), targets, reduction="sum")
 
 
 def cell(method: str, size: tuple[int, int, bool]) -> str:

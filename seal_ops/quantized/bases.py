@@ -66,7 +66,9 @@ def is_packed(module: nn.Module) -> bool:
 
 def writes_anew(module: nn.Module) -> bool:
     """Whether the layer's output, and its input's gradient, are known to be new tensors of a matrix product."""
-    return is_plain(module) or is_nf4(module) or is_hqq(module) or is_gguf(module) or module.__dict__.get(UNPACKS, False)
+    return (
+        is_plain(module) or is_nf4(module) or is_hqq(module) or is_gguf(module) or module.__dict__.get(UNPACKS, False)
+    )
 
 
 def base_of(module: nn.Module) -> type:

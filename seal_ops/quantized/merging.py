@@ -32,8 +32,8 @@ def merge_weak_columns(model: nn.Module, dtype: torch.dtype | None = None) -> nn
     for name, module in owner.named_modules():
         if type(module).__name__ == "GgufExperts":
             raise ValueError(
-                f"seal_ops.merge_weak_columns: model must be made of linear layers and embeddings, got experts that stay "
-                f"in GGUF blocks ({name}); load the file with GgufConfig(dequantize=True) instead"
+                f"seal_ops.merge_weak_columns: model must be made of linear layers and embeddings, got experts that "
+                f"stay in GGUF blocks ({name}); load the file with GgufConfig(dequantize=True) instead"
             )
     usual = _dtype_of(owner)
     merged = {

@@ -30,6 +30,7 @@ def kernel(monkeypatch):
             return x.float() @ kernels.dequantize_blocks(weight, ggml_type, rows, x.shape[1], torch.float32).t()
 
     monkeypatch.setattr(kernels, "_gguf_kernel", Torchs())
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)  # gptqmodel's unpacking: a minute
 
 
 def hqq_model(tmp_path, family):
@@ -83,7 +84,7 @@ MAKERS = {"hqq": hqq_model, "gptq": gptq_model, "gguf": gguf_model}
 
 
 def gptq_numbers(weight):
-    """Codes 0 to 15, scales, and which group each input belongs to: groups that are not neighbours, as with act-order."""
+    """Codes 0 to 15, scales, and the group of each input: groups that are not neighbours, as with act-order."""
     rows, columns = weight.shape
     order = torch.randperm(columns, generator=torch.Generator().manual_seed(columns))
     group_of = torch.empty(columns, dtype=torch.int64)
@@ -188,7 +189,9 @@ def test_a_whole_model(tmp_path, token_ids, kind, family):
     assert same(logits(adapted, tokens()), expected)
 
     seal_ops.merge_weak_columns(model)
-    assert all(type(m) in (nn.Linear, nn.Embedding) for m in model.modules() if isinstance(m, (nn.Linear, nn.Embedding)))
+    assert all(
+        type(m) in (nn.Linear, nn.Embedding) for m in model.modules() if isinstance(m, (nn.Linear, nn.Embedding))
+    )
     assert not any(bases.is_packed(m) or bases.table_of(m) is not None for m in model.modules())
     assert same(logits(model, tokens()), expected)
     model.save_pretrained(tmp_path / "merged")

@@ -1,0 +1,44 @@
+"""benchmarks/quantized_training.py on a tiny shape: every cell that the page names runs from end to end."""
+
+import importlib.util
+import json
+import pathlib
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+@pytest.fixture
+def script():
+    spec = importlib.util.spec_from_file_location("quantized_training", ROOT / "benchmarks/quantized_training.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_every_cell(script, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("bitsandbytes"), pytest.importorskip("peft")
+    output = tmp_path / "cells.json"
+    arguments = ["quantized_training.py", "--shape", "tiny", "--steps", "1", "--output", str(output)]
+    monkeypatch.setattr(sys, "argv", arguments)
+    script.main()
+    cells = json.loads(output.read_text())["cells"]
+    recomputed, kept = script.SIZES["tiny"]
+    assert {f"calibration: {part}" for part in ("choose", "residual", "least_squares")} < set(cells)
+    assert {f"pieces: {name}" for name in ("q, o", "k, v", "gate, up", "down")} < set(cells)
+    for size in (recomputed, kept):
+        found = {method: cells[script.cell(method, size)] for method in script.METHODS}
+        assert all("failed" not in cell and cell["seconds"] > 0 for cell in found.values()), found
+        trained = {method: cell["trained"] for method, cell in found.items()}
+        assert trained["weak columns"] == trained["weak columns in bf16"] == 2 * trained["weak columns, 8 a layer"]
+        assert trained["weak columns + SEAL-C"] == trained["weak columns"] + trained["SEAL-C"]
+        assert trained["QLoRA, autocast"] == trained["QLoRA, bf16 adapters"] == trained["QLoRA, the library's loss"]
+        losses = [cell["loss"] for cell in found.values()]
+        assert max(losses) - min(losses) < 0.2, "one model, one batch, untrained or nearly so"
+    printed = capsys.readouterr().out
+    assert "least_squares" in printed and "activations kept" in printed
+    before = output.read_text()
+    script.main()
+    assert json.loads(output.read_text())["cells"] == json.loads(before)["cells"], "a second run has nothing left"
