@@ -115,7 +115,10 @@ def find_targets(owner: nn.Module, target_modules: str | Sequence[str] | None, c
     if target_modules is None:
         found = {n: m for n, m in every.items() if m is not head and ".lora_" not in n}
         if not found:
-            raise ValueError(f"seal_ops.{call}: model must have linear layers, got {type(owner).__name__} without")
+            raise ValueError(
+                f"seal_ops.{call}: model must have linear layers (torch's or quantised ones; GPT-2's Conv1D is none), "
+                f"got {type(owner).__name__} without"
+            )
         return found
     wanted = [target_modules] if isinstance(target_modules, str) else list(target_modules)
     found = {}

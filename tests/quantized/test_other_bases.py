@@ -228,9 +228,9 @@ def test_gptqs_packing(tmp_path):
         model = gptq_model(tmp_path, LLAMA, backend)
         name = "model.layers.1.mlp.down_proj"
         module = model.get_submodule(name)
+        assert bases.unpacks(module) and bases.is_gptq(module) and bases.sizes(module) == (96, 64)
         expected = gptq_weight(original[f"{name}.weight"].detach())
         assert float((bases.weight_of(module).float() - expected).norm() / expected.norm()) < 1e-3
-        assert bases.unpacks(module) and bases.is_gptq(module) and bases.sizes(module) == (96, 64)
 
 
 def test_a_gptq_model_repacked_for_inference_is_refused(tmp_path, token_ids):
@@ -245,10 +245,9 @@ def test_a_gptq_layer_that_computes_otherwise_is_asked_by_its_product(tmp_path):
     """What a layer unpacks is read only where its product is with that weight."""
     module = gptq_model(tmp_path, LLAMA, "gptq_torch").model.layers[0].mlp.up_proj
     right = module.dequantize_weight
-    module.dequantize_weight = lambda *args, **kwargs: right(*args, **kwargs).flip(0)
-    assert not bases.unpacks(module)
-    module.dequantize_weight = lambda *args, **kwargs: right(*args, **kwargs)
     assert bases.unpacks(module)
+    module.dequantize_weight = lambda **inside: right(**inside) if inside else right().flip(0)  # its forward says more
+    assert not bases.unpacks(module)
 
 
 def test_ggufs_blocks(tmp_path):
