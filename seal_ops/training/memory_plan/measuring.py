@@ -7,12 +7,12 @@ import dataclasses
 from collections.abc import Callable, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from ...huggingface.logits import logits_at
 from ...huggingface.modes import prepared
+from ..losses import summed_cross_entropy
 from .decoder import Decoder, UnknownStructure, Watch, device_of, replaced_forwards
 from .execution import EVERYTHING, Execution, at_rows
 from .last_rows import LastRows, cut_last_layer
@@ -375,7 +375,7 @@ class WholeMeasurement:
 
 def _loss(logits: Tensor) -> Tensor:
     targets = torch.zeros(logits.shape[:2].numel(), dtype=torch.long, device=logits.device)
-    return F.cross_entropy(logits.float().flatten(0, 1), targets)
+    return summed_cross_entropy(logits.flatten(0, 1), targets)
 
 
 @dataclasses.dataclass
