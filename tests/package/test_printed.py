@@ -169,6 +169,7 @@ NOT_RUN = {
     "--output both.json": COLUMNS,
     "seal merge --model smollm2 --weak-columns both --scales both --output plain": COLUMNS,
     "python benchmarks/quantized_training.py --output qeft_8b.json": GPU,
+    "python benchmarks/serving_speed.py": "times a GPU; tests/bench/test_serving_speed.py runs it small",
     "seal study --preset smollm2-4bit --text english.txt --output study": COLUMNS,
     "seal study --preset smollm2-4bit --output study --summary": COLUMNS,
 }
