@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 
 import torch
 import torch.nn.functional as F
@@ -80,6 +81,12 @@ def _attend(
     seal_rotation: Rotation | None = None,
     **kwargs,
 ) -> tuple[Tensor, None]:
+    if kwargs.get("output_attentions") and not torch.compiler.is_compiling():
+        warnings.warn(
+            "seal_ops: output_attentions=True gives None for the attention of a fused op, as with SDPA; "
+            "seal_ops.ops.attention_maps sums it up without a score matrix",
+            stacklevel=2,
+        )
     for name, what in _UNSUPPORTED.items():
         if kwargs.get(name) is not None:
             raise UnsupportedAttention(

@@ -394,6 +394,13 @@ def test_mask_given_by_the_user():
         assert close(logits(model, ids, attention_mask=mask.expand(2, 1, -1, -1)), expected)
 
 
+def test_attention_maps_that_are_not_there_are_told_of():
+    model = FAMILIES["llama"].build()
+    seal_ops.attach(model)
+    with pytest.warns(UserWarning, match="output_attentions=True gives None"):
+        model(tokens(1, 4), output_attentions=True)
+
+
 def test_a_forced_backend_runs_everything(monkeypatch):
     model = FAMILIES["llama"].build()
     seal_ops.attach(model, "head", backend="reference")
