@@ -134,7 +134,7 @@ def _attend(
     if mask.ranges is not None:
         alone = program is None and composed is None and sink is None and seal_rotation is None
         if alone and dropout == 0 and decoding.fits(mask.ranges, q, key, value):
-            return decoding.attend(mask.ranges, q, key, value, scale, scaling, backend), None
+            return decoding.attend(mask.ranges, q, key, value, scale, scaling, backend, softcap), None
         mask = CallMask(False, None, mask.keys, dense=as_tensor(mask, q))
     k, v = k[:, : mask.keys], v[:, : mask.keys]
     if program is not None and program.serves(q.shape[1], k.shape[1]):

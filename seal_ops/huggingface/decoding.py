@@ -98,7 +98,14 @@ def fits(ranges: Tensor, q: Tensor, key: Tensor, value: Tensor) -> bool:
 
 
 def attend(
-    ranges: Tensor, q: Tensor, key: Tensor, value: Tensor, scale: Tensor | None, softmax_scale, backend: str | None
+    ranges: Tensor,
+    q: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scale: Tensor | None,
+    softmax_scale: float | None,
+    backend: str | None,
+    softcap: float | None = None,
 ) -> Tensor:
     """The fused op on one query a row; q [B, 1, Hq, D], key and value [B, Hkv, S, D]; returns [B, 1, Hq, D]."""
     batch, heads, keys, channels = key.shape
@@ -118,6 +125,7 @@ def attend(
         cu_seqlens=ranges[:half],
         cu_seqlens_k=ranges[half:],
         max_seqlen=1,
+        softcap=softcap,
         backend=backend,
     )
     return out.view(batch, 1, heads * group, channels)

@@ -7,6 +7,7 @@ from families import FAMILIES, close, largest, logits, randomise, tokens
 
 import seal_ops
 from seal_ops.huggingface import attention as attention_module
+from seal_ops.huggingface import decoding
 from seal_ops.ops import dispatch
 
 if (_reason := dispatch.why_not("triton", "attention", device_of("triton"), torch.float32, 16)) is not None:
@@ -47,6 +48,23 @@ def test_it_is_in_the_op_where_triton_runs(composed, padded):
     assert close(got, want)
     for a, b in zip(got_grads, want_grads):
         assert largest(a, b) <= 1e-4 * b.abs().max().item()
+
+
+def test_a_padded_decoding_step_keeps_its_cap(composed, monkeypatch):
+    """The step on a cache padded on the left that runs in the op on GPUs, here on the oracle."""
+    monkeypatch.setattr(decoding, "DEVICES", {"cpu"})
+    ran = []
+    monkeypatch.setattr(decoding, "attend", lambda *a, f=decoding.attend: ran.append(1) or f(*a))
+    ids, mask = tokens(2, 8), (torch.arange(8)[None] >= torch.tensor([[0], [3]])).long()
+    results = []
+    for backend in ("cpu", "reference"):
+        model, _ = model_on(backend)
+        with torch.no_grad():
+            cache = model(ids[:, :7], attention_mask=mask[:, :7], use_cache=True).past_key_values
+            ran.clear()
+            results.append(model(ids[:, 7:], attention_mask=mask, past_key_values=cache, use_cache=True).logits)
+        assert bool(ran) == (backend == "reference")
+    assert close(results[1], results[0])
 
 
 def test_an_extended_model_keeps_its_cap():
