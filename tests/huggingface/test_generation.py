@@ -2,6 +2,8 @@
 
 import copy
 import importlib.util
+import sys
+import types
 
 import pytest
 import torch
@@ -194,6 +196,12 @@ def test_a_step_over_runs_of_keys_on_every_backend(shape, backend, device, monke
     torch.testing.assert_close(got, expected, rtol=2e-2 if dtype == torch.float16 else 1e-4, atol=2e-3)
 
 
+def import_something_new():
+    """As a call of a library may do, between two of ours."""
+    name = f"_seal_test_module_{len(sys.modules)}"
+    sys.modules[name] = types.ModuleType(name)
+
+
 @pytest.mark.parametrize("way", ["mask", "fused"])
 def test_compiled_decoding_is_one_graph(way, monkeypatch):
     """What `generate` does by itself on a GPU: the step with a static cache compiled as a whole, once.
@@ -222,15 +230,14 @@ def test_compiled_decoding_is_one_graph(way, monkeypatch):
     torch._dynamo.reset()
     stats.clear()
     expected = uncached(merged, ids, mask)
-    for _ in range(2):  # the second call may find what the first has left: a graph more, and never again
+    for _ in range(2):
         assert torch.equal(model.generate(ids, **given), expected)
-    graphs = stats["unique_graphs"]
-    assert graphs <= 2 and torch.equal(model.generate(ids, **given), expected)
-    assert stats["unique_graphs"] == graphs
+        import_something_new()
+    assert stats["unique_graphs"] == 1
     for names in (["head", "default", "base"], ["base", "head", "head"])[: 2 if way == "fused" else 0]:
         expected = model.generate(ids, **options(mask), adapter_names=names)
         assert torch.equal(model.generate(ids, **given, adapter_names=names), expected), names
-        assert stats["unique_graphs"] == graphs + 1, names
+        assert stats["unique_graphs"] == 2, names
     assert any("seal" in target and "attention" in target for target in targets) == (way == "fused"), targets
     torch._dynamo.reset()
 

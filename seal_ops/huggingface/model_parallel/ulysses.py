@@ -30,6 +30,8 @@ _KNOWN = {
 }
 
 
+# A compiled model would be compiled anew after every import elsewhere: sys.modules is another then.
+@torch.compiler.assume_constant_result
 def place() -> tuple[int, int] | None:
     """(number of this process, how many) among those that share the tokens of a sequence; None without Ulysses."""
     state = sys.modules.get(_STATE)
