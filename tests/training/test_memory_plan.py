@@ -93,6 +93,7 @@ def test_cut_last_layer_and_tiles_give_the_plain_gradients(family):
     lm = scaled(family)
     planner, layers = planner_of(lm), len(lm.model.layers)
     tiled = planner.measurement.tiled
+    assert planner.measurement.rows_reason is None or family == "cohere"
     assert {type(m) for m in tiled} >= {type(lm.model.layers[0].mlp), type(lm.model.layers[0].input_layernorm)}
     with mode(lm, True):
         plain = gradients(lm, logits_at)
