@@ -23,7 +23,22 @@ def schemas() -> list[str]:
     return [line for line in file.read_text().splitlines() if "->" in line]
 
 
+def check_extension() -> None:
+    """Raises ImportError where the extension was built from other sources than these, whose calls it would misread."""
+    for schema in schemas():
+        ours = torch._C.parse_schema(f"seal::{schema}")
+        op = getattr(torch.ops.seal, ours.name.removeprefix("seal::"), None)
+        if op is None or str(op.default._schema) != str(ours):
+            raise ImportError(
+                f"seal_ops: the C++ extension must be built from the sources beside it, got one with another "
+                f"{ours.name} ({extension().__file__}); install seal_ops again (in a checkout: python setup.py "
+                f"build_ext --inplace)"
+            )
+
+
 _extended = not isinstance(extension(), str)
+if _extended:
+    check_extension()
 library = torch.library.Library("seal", "FRAGMENT")
 _bodies = torch.library.Library("seal_portable", "FRAGMENT") if _extended else library
 if not _extended:

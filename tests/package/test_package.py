@@ -14,6 +14,7 @@ import torch
 from installed import environment
 
 import seal_ops
+from seal_ops.ops import registration
 from seal_ops.ops.dispatch import OPS, extension
 from seal_ops.ops.environment import facts, report
 from seal_ops.ops.registration import schemas
@@ -167,3 +168,19 @@ def test_no_source_of_the_ops_uses_a_stream():
             assert not re.search(
                 r"TORCH_CHECK|TORCH_INTERNAL_ASSERT|c10::str\(|stringstream|<iostream>|std::cout|std::cerr", code
             ), path
+
+
+def test_an_extension_of_other_sources_is_refused(monkeypatch):
+    """Calls that it would misread ended the process."""
+    if isinstance(extension(), str):
+        pytest.skip(extension())
+    registration.check_extension()
+    lines = registration.schemas()
+    first = next(n for n, line in enumerate(lines) if line.startswith("attention("))
+    lines[first] = lines[first].replace(") ->", ", int added=0) ->")
+    monkeypatch.setattr(registration, "schemas", lambda: lines)
+    with pytest.raises(ImportError, match="must be built from the sources beside it, got one with another seal::att"):
+        registration.check_extension()
+    lines[first] = "new_op(Tensor q) -> Tensor"
+    with pytest.raises(ImportError, match="another seal::new_op"):
+        registration.check_extension()
