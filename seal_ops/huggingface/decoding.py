@@ -31,8 +31,9 @@ def key_ranges(
 ) -> Tensor | None:
     """The mask of one query a row, at the position ``q_offset``, over ``keys`` keys from ``kv_offset`` on.
 
-    int32 [1, 1, 1, 2 * (2 N + 2)] for the N = B * Hkv sequences of the packed call, and the N + 1 gaps before, between
-    and behind them: first ``cu_seqlens`` of the queries, then of the keys.  ``padding`` bool [B, tokens seen].
+    int32 [1, 1, 2, 2 N + 2] for the N = B * Hkv sequences of the packed call, and the N + 1 gaps before, between and
+    behind them: ``cu_seqlens`` of the queries, and of the keys.  A mask of one query never has two rows of queries, so
+    nobody's own is taken for this.  ``padding`` bool [B, tokens seen].
 
     None where the call is not for the fused op: on another device, where a row has holes, while a CUDA graph is
     recorded with padding to be read, or where the config does not say how many heads the keys have.
@@ -61,7 +62,7 @@ def key_ranges(
     number = torch.arange(count + 1, device=device)
     of_queries = torch.stack([number, number], 1).flatten()  # 0, 0, 1, 1, ..., N, N
     edges = torch.arange(2, device=device) * (count * keys)  # 0 and the last, made on the device
-    return torch.cat([of_queries, edges[:1], of_keys, edges[1:]]).int()[None, None, None]
+    return torch.cat([of_queries, edges[:1], of_keys, edges[1:]]).int().view(1, 1, 2, -1)
 
 
 def _kv_heads(config) -> int | None:
@@ -72,7 +73,7 @@ def _kv_heads(config) -> int | None:
 
 def is_ranges(mask: Tensor, queries: int) -> bool:
     """Whether a mask is what `key_ranges` makes."""
-    return mask.dtype == torch.int32 and mask.dim() == 4 and mask.shape[:3] == (1, 1, 1) and queries == 1
+    return mask.dtype == torch.int32 and mask.dim() == 4 and mask.shape[:3] == (1, 1, 2) and queries == 1
 
 
 def as_tensor(ranges: Tensor, batch: int, keys: int) -> Tensor:

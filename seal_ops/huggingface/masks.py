@@ -5,7 +5,7 @@ What the mask registry returns travels through model code that expects None or a
 are the description, [kind, window, 0, keys]; a padded batch as the int32 row [1, 1, 1, T + B + 2] that lists the T real
 tokens, the B + 1 sequence boundaries and the window (0: none); the documents of packed rows as the int32 rows [1, 2, 1,
 documents + 1] of their boundaries and the window; the one query of a step of decoding, where its keys are not simply
-all, as the int32 row of `decoding.key_ranges`; anything else as the boolean mask of torch's SDPA.
+all, as the int32 rows of `decoding.key_ranges`; anything else as the boolean mask of torch's SDPA.
 
 While a whole model is traced by torch.compile, sizes may not depend on the padding: a padded batch is then the row of
 all B * S tokens, in every batch row the real ones first, and the 2 B + 1 boundaries between real tokens and padding.
@@ -250,7 +250,7 @@ def read_mask(
             return CallMask(True, None, queries, row[: batch * queries], cu_seqlens, None, queries, padding_too=True)
         return CallMask(True, _window_of(mask), queries, row[: -batch - 2], row[-batch - 2 : -1], None, queries)
     if decoding.is_ranges(mask, queries):
-        return CallMask(False, None, keys, ranges=mask[0, 0, 0])
+        return CallMask(False, None, keys, ranges=mask.flatten())
     return CallMask(False, None, keys, dense=mask)
 
 

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 import torch
 
 from ..utils.arguments import integer
+from ..utils.compiling import constant
 
 NAMES = ("cuda", "triton", "cpu", "reference")
 MERGE_OPS = ("merge_attention", "merge_attention_backward")  # on lists of tensors; merging.py has all of them
@@ -117,7 +118,7 @@ def choose(
     return best
 
 
-@torch.compiler.assume_constant_result
+@constant
 def chosen(
     backend: str, op: str, device: torch.device, dtype: torch.dtype, head_dim: int, terms: tuple[str, ...] = ()
 ) -> str:

@@ -61,6 +61,7 @@ class TrainResult:
         settings: the recipe, as given and completed, with the tasks and lengths that the samples name.
         plan: what the layers kept for the backward pass: how many of them what, ``expected_peak`` bytes beside
             ``measured_peak`` (with ``gradient_checkpointing="auto"``; on the CPU the latter is that of the process).
+            Empty where a run that was continued had no step left.
         provenance: the trained model and versions, for people; empty without ``output_dir``.
         model: what was trained: the model that was given, or what the recipe put round it.
     """

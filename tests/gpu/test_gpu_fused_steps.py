@@ -46,7 +46,7 @@ def test_the_op_over_runs_of_keys(shape, backend):
     padding = torch.ones(3, 3001, dtype=torch.bool, device="cuda")
     padding[1, :3000] = padding[2, :777] = False
     position = torch.tensor(3000, device="cuda")
-    ranges = decoding.key_ranges(3, 4096, 0, position, padding, config, "cuda")[0, 0, 0]
+    ranges = decoding.key_ranges(3, 4096, 0, position, padding, config, "cuda").flatten()
     seen = decoding.as_tensor(ranges, 3, 4096)
     factor = scale.double()[:, None] if scale.dim() == 1 else scale.double()
     factor = factor if factor.dim() == 2 else factor[:, None]
@@ -102,7 +102,7 @@ def test_a_cuda_graph_stays_right_while_the_cache_fills(granularity, backend):
     scale, position = layer.current(3).detach(), torch.tensor(40, device="cuda")
 
     def step():
-        ranges = decoding.key_ranges(3, 512, 0, position, None, model.config, "cuda")[0, 0, 0]
+        ranges = decoding.key_ranges(3, 512, 0, position, None, model.config, "cuda").flatten()
         return decoding.attend(ranges, q, key, value, scale, None, backend)
 
     side = torch.cuda.Stream()

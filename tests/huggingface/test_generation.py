@@ -162,7 +162,7 @@ def test_ranges_mean_what_the_mask_means(offset, fused):
         row = masks.attention_mask(
             4, 1, 16, q_offset=torch.tensor(offset), attention_mask=given, allow_is_causal_skip=False, config=config
         )
-        assert row.dtype == torch.int32 and row.shape == (1, 1, 1, 2 * (2 * 4 * 2 + 2))
+        assert row.dtype == torch.int32 and row.shape == (1, 1, 2, 2 * 4 * 2 + 2)
         expected = torch.arange(16).expand(4, 16) <= offset
         if given is not None:
             expected = expected & torch.nn.functional.pad(padding, (0, 15 - offset))
@@ -182,7 +182,7 @@ def test_a_step_over_runs_of_keys_on_every_backend(shape, backend, device, monke
     q, key, value = (t.to(dtype) for t in (q, key, value))
     padding = torch.ones(3, 31, dtype=torch.bool, device=device)
     padding[1, :30] = padding[2, :7] = False
-    ranges = decoding.key_ranges(3, 40, 0, torch.tensor(30, device=device), padding, config, device)[0, 0, 0]
+    ranges = decoding.key_ranges(3, 40, 0, torch.tensor(30, device=device), padding, config, device).flatten()
     seen = decoding.as_tensor(ranges, 3, 40)
     expected = torch.nn.functional.scaled_dot_product_attention(
         q.transpose(1, 2), key, value, attn_mask=seen, enable_gqa=True

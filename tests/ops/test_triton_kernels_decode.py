@@ -30,7 +30,7 @@ def test_more_queries_than_promised_are_computed_all_the_same(monkeypatch):
     """On a GPU nobody looks whether max_seqlen is true; on the CPU the op does, so the promise is made behind it."""
     by_splits = decode.attention
     monkeypatch.setattr(decode, "preferred", lambda *_: True)
-    monkeypatch.setattr(decode, "attention", lambda *arguments: by_splits(*arguments[:-1], 2))
+    monkeypatch.setattr(decode, "attention", lambda *arguments, **terms: by_splits(*arguments[:-1], 2, **terms))
     case = Case((9, 0, 30), (60, 20, 90), heads=(4, 2), scale="row-channel", offset=True)
     monkeypatch.setattr(decode, "splits_for", lambda *_: 2)
     inputs = inputs_of(case, torch.float16, device_of("triton"))

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from ...utils.compiling import constant
+
 if typing.TYPE_CHECKING:
     from ..masks import CallMask
 
@@ -31,7 +33,7 @@ _KNOWN = {
 
 
 # A compiled model would be compiled anew after every import elsewhere: sys.modules is another then.
-@torch.compiler.assume_constant_result
+@constant
 def place() -> tuple[int, int] | None:
     """(number of this process, how many) among those that share the tokens of a sequence; None without Ulysses."""
     state = sys.modules.get(_STATE)
