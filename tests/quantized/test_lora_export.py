@@ -1,10 +1,8 @@
 """Weak columns as a LoRA that PEFT loads: the same logits on models of every build that a layer may have."""
 
-import copy
-
 import pytest
-import torch
-from families import FAMILIES, close, logits, tokens
+from exported_lora import read_by_peft
+from families import FAMILIES
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import seal_ops
@@ -31,16 +29,7 @@ def test_the_same_logits(token_ids, tmp_path, build, method):
     found = seal_ops.attach_weak_columns(
         model, 4, calibration=token_ids, quantize="nf4" if method == "nf4" else None
     )  # fmt: skip
-    with torch.no_grad():
-        for p in found.parameters():
-            p.add_(torch.randn_like(p), alpha=0.1)
-    expected = logits(model, tokens())
-    seal_ops.export_lora(model, tmp_path)
-    base = copy.deepcopy(model)
-    seal_ops.detach_weak_columns(base)
-    without = logits(base, tokens())
-    loaded = peft.PeftModel.from_pretrained(base, tmp_path).eval()
-    assert close(logits(loaded, tokens()), expected) and not close(expected, without)
+    loaded = read_by_peft(model, found, tmp_path)
     assert len([n for n, _ in loaded.named_parameters() if "lora_A" in n]) == len(found.layers)
     if build == "tied embeddings":
         assert loaded.get_output_embeddings().weight is loaded.get_input_embeddings().weight
