@@ -90,21 +90,21 @@ def _settings(args, known):
 
 
 def _quantized(args):
-    from ..experiments.quantized_study.driver import run, write_summary
+    from ..experiments.quantized_study.driver import STUDY, write_summary
     from ..experiments.quantized_study.plan import Plan
 
-    _tabled(args, Plan, run, write_summary)
+    _tabled(args, Plan, STUDY, write_summary)
 
 
 def _context(args):
-    from ..experiments.context_study.driver import run
+    from ..experiments.context_study.driver import STUDY
     from ..experiments.context_study.plan import Plan
     from ..experiments.context_study.summary import write_summary
 
-    _tabled(args, Plan, run, write_summary)
+    _tabled(args, Plan, STUDY, write_summary)
 
 
-def _tabled(args, plan_of, run_study, write_summary):
+def _tabled(args, plan_of, study, write_summary):
     """A study whose summary is tables and plots, or that summary."""
     from ..huggingface.model_packages import resolve
 
@@ -121,7 +121,7 @@ def _tabled(args, plan_of, run_study, write_summary):
             raise ValueError(f"seal study: sections must not be given with {args.preset}, got {args.sections}")
         given["sections"] = tuple(args.sections)
     model = shipped(args.model) if args.model else resolve("smollm2", call="seal study", log=log)
-    run_study(
+    study.run(
         model, args.output, plan_of(**given), device=args.device, dtype=args.dtype, workers=args.workers,
         budget=args.budget_s, log=log,
     )  # fmt: skip
@@ -130,7 +130,7 @@ def _tabled(args, plan_of, run_study, write_summary):
 def _preset(args):
     if args.preset != "smollm2":
         return {"smollm2-4bit": _quantized, "smollm2-context": _context}[args.preset](args)
-    from ..experiments.pretrained_study.driver import run as run_study
+    from ..experiments.pretrained_study.driver import STUDY
     from ..experiments.pretrained_study.sections import Plan
     from ..experiments.pretrained_study.summary import write_summary
     from ..huggingface.model_packages import resolve
@@ -147,7 +147,7 @@ def _preset(args):
         list_files(args.output, [*names, os.path.basename(write_report(args.output, title=f"SEAL on {args.preset}"))])
         return
     model = shipped(args.model) if args.model else resolve(args.preset, call="seal study", log=log)
-    run_study(
+    STUDY.run(
         model,
         args.output,
         Plan(**given),

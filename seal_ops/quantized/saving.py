@@ -50,11 +50,6 @@ def base_sums(module: nn.Module, index: Tensor) -> Tensor:
     return signs @ weight
 
 
-def holds_weak_columns(folder: str | os.PathLike) -> bool:
-    """Whether weak columns are saved in a folder."""
-    return os.path.isfile(os.path.join(os.fspath(folder), CONFIG_FILE))
-
-
 def load_weak_columns(model: nn.Module, save_directory: str | os.PathLike) -> WeakColumns:
     """Puts saved weak columns on ``model``; the reverse of `WeakColumns.save_pretrained`.
 

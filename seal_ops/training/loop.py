@@ -156,31 +156,31 @@ def train(
     check_module(model, "train")
     if not torch.is_grad_enabled():
         raise ValueError("seal_ops.train: gradients must be on, got a call inside torch.no_grad or inference_mode")
-    if recipe is None and recipe_options is not None:
-        raise ValueError(f"seal_ops.train: recipe must be given with recipe_options, got None and {recipe_options}")
-    plan = None if recipe is None else recipe_of(recipe, recipe_options or {})
-    if plan is not None and isinstance(samples, (str, os.PathLike)):
-        samples = packed_texts(samples, tokenizer, plan.length, "seal_ops.train")
-    samples = to_rows(samples, tokenizer, chat_template, chat_template_kwargs)
-    masks = contextlib.nullcontext()
-    if plan is not None:
-        model, patch = prepare(model, plan, seed)
-        masks, lr = training_masks(patch), LEARNING_RATE if lr is None else lr
-    rates = (lr, column_lr)
     checkpoint_every = integer("seal_ops.train", "checkpoint_every", checkpoint_every, 1)
     if on_step is not None and not callable(on_step):
         raise ValueError(f"seal_ops.train: on_step must be a function, got {shown(on_step)}")
-    run = _Run(model, samples, rates, epochs, batch_size, accumulate, weight_decay, betas, max_grad_norm, seed, plan)
     if gradient_checkpointing not in ("auto", *SETTINGS):
         raise ValueError(
             "seal_ops.train: gradient_checkpointing must be 'auto', False, True or 'selective', got "
             f"{gradient_checkpointing!r}"
         )
+    if resume and output_dir is None:
+        raise ValueError("seal_ops.train: resume needs output_dir, got None")
+    if recipe is None and recipe_options is not None:
+        raise ValueError(f"seal_ops.train: recipe must be given with recipe_options, got None and {recipe_options}")
+    longer = None if recipe is None else recipe_of(recipe, recipe_options or {})
+    if longer is not None and isinstance(samples, (str, os.PathLike)):
+        samples = packed_texts(samples, tokenizer, longer.length, "seal_ops.train")
+    samples = to_rows(samples, tokenizer, chat_template, chat_template_kwargs)
+    masks = contextlib.nullcontext()
+    if longer is not None:
+        model, patch = prepare(model, longer, seed)
+        masks, lr = training_masks(patch), LEARNING_RATE if lr is None else lr
+    rates = (lr, column_lr)
+    run = _Run(model, samples, rates, epochs, batch_size, accumulate, weight_decay, betas, max_grad_norm, seed, longer)
     checkpoint = None
     if output_dir is not None:
         checkpoint = os.path.join(_writable(output_dir), CHECKPOINT)
-    elif resume:
-        raise ValueError("seal_ops.train: resume needs output_dir, got None")
 
     cuda, tile = run.device.type == "cuda", True
     with torch.random.fork_rng(devices=[run.device] if cuda else []), masks, mode(model, True), run:
@@ -248,7 +248,7 @@ class _Run:
     """The state of one training run: what a checkpoint holds, and one optimiser step."""
 
     def __init__(
-        self, model, samples, rates, epochs, batch_size, accumulate, weight_decay, betas, max_grad_norm, seed, plan=None
+        self, model, samples, rates, epochs, batch_size, accumulate, weight_decay, betas, max_grad_norm, seed, longer
     ):
         self.model, self.samples = model, samples
         self.processes = Processes.of_run(model, len(samples), batch_size, accumulate)
@@ -286,8 +286,8 @@ class _Run:
         self.columns = getattr(model, "seal_weak_columns", None)
         if self.columns is not None:
             self.settings |= {"columns": self.columns.columns, "column_lr": column_lr}
-        if plan is not None:
-            self.settings["recipe"] = asdict(plan)
+        if longer is not None:
+            self.settings["recipe"] = asdict(longer)
         self.steps = epochs * -(-len(self.samples) // (batch_size * accumulate))
         self.optimizer = torch.optim.AdamW(
             groups.groups_at(model, lr, column_lr), betas=betas, weight_decay=weight_decay

@@ -158,10 +158,10 @@ def test_plans_that_cannot_be_meant(settings, error, sentence):
 
 
 def test_reaches_that_the_model_reads_already(small, text, tmp_path):
-    from seal_ops.experiments.context_study.driver import run
+    from seal_ops.experiments.context_study.driver import STUDY
 
     with pytest.raises(ValueError, match="reaches must go beyond the 200 tokens"):
-        run(small, str(tmp_path / "x"), the_plan(text, reaches=(200, 400), lengths=(400,), train_length=400),
+        STUDY.run(small, str(tmp_path / "x"), the_plan(text, reaches=(200, 400), lengths=(400,), train_length=400),
             device="cpu")  # fmt: skip
 
 

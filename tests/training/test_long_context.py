@@ -206,6 +206,22 @@ def test_bad_options(recipe, options, sentence):
     assert_untouched(model)
 
 
+@pytest.mark.parametrize(
+    "setting, sentence",
+    [
+        (dict(gradient_checkpointing="all"), "gradient_checkpointing must be 'auto'"),
+        (dict(checkpoint_every=0), "checkpoint_every must be at least 1"),
+        (dict(on_step=3), "on_step must be a function"),
+        (dict(resume=True), "resume needs output_dir"),
+    ],
+)
+def test_a_bad_setting_leaves_the_model_alone(setting, sentence):
+    model = build()
+    with pytest.raises(ValueError, match=sentence):
+        seal_ops.train(model, samples(), recipe="longlora", recipe_options=dict(length=LENGTH), **setting)
+    assert_untouched(model)
+
+
 def test_models_that_cannot():
     go = dict(recipe="longlora", recipe_options=dict(length=LENGTH))
     scaled = build()

@@ -1,33 +1,19 @@
-"""Runs the study; as many processes as there are GPUs may share its folder."""
+"""The study of longer contexts; as many processes as there are GPUs may share its folder."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from dataclasses import asdict
 
-from ..pretrained_study.folder import open_folder, run_jobs
+from ..pretrained_study.folder import Study
 from .plan import Plan, check, jobs
 from .workbench import Workbench
 
 
-def run(
-    model: str,
-    output: str,
-    plan: Plan,
-    *,
-    device: str = "auto",
-    dtype: str = "default",
-    workers: int = 0,
-    budget: float | None = None,
-    log: Callable[[str], None] = print,
-) -> list[str]:
-    """Works on the study in ``output`` until nothing is left or ``budget`` seconds are over; returns the jobs done.
+def _known(plan: Plan) -> tuple[dict, None]:
+    """All but the sections, which may change when a study is continued."""
+    settings = {key: value for key, value in asdict(plan).items() if key != "sections"}
+    return {**settings, "text": os.path.basename(plan.text)}, None
 
-    Raises ValueError for a bad plan, and for a folder of a study with another one (but for its sections).
-    """
-    check(plan)
-    known = {key: value for key, value in asdict(plan).items() if key != "sections"}
-    open_folder(output, model, {**known, "text": os.path.basename(plan.text)})
-    bench = Workbench(model, output, plan, device=device, dtype=dtype, workers=workers)
-    return run_jobs(output, jobs(plan), bench, budget, log)
+
+STUDY = Study(check, _known, jobs, Workbench)

@@ -1,37 +1,17 @@
-"""Runs a study of a pretrained model; as many processes as there are GPUs may share its folder."""
+"""The study of a pretrained model; as many processes as there are GPUs may share its folder."""
 
-from collections.abc import Callable
 from dataclasses import asdict
 
-from .folder import open_folder, run_jobs
+from .folder import Study
 from .sections import Plan, check, jobs
 from .workbench import Workbench
 
 FREE = ("sections", "text")  # may change when a study is continued
 
 
-def run(
-    model: str,
-    output: str,
-    plan: Plan,
-    *,
-    device: str = "auto",
-    dtype: str = "default",
-    workers: int = 0,
-    budget: float | None = None,
-    log: Callable[[str], None] = print,
-) -> list[str]:
-    """Works on the study in ``output`` until nothing is left or ``budget`` seconds are over; returns the jobs done
-    here.
-
-    Args:
-        workers: processes that draw samples ahead.
-
-    Raises:
-        ValueError: a bad plan, or a folder of a study with another one.
-    """
-    check(plan)
+def _known(plan: Plan) -> tuple[dict, dict]:
     wanted, defaults = ({k: v for k, v in asdict(p).items() if k not in FREE} for p in (plan, Plan()))
-    open_folder(output, model, wanted, defaults)
-    bench = Workbench(model, output, device=device, dtype=dtype, workers=workers)
-    return run_jobs(output, jobs(plan), bench, budget, log)
+    return wanted, defaults
+
+
+STUDY = Study(check, _known, jobs, lambda model, output, plan, **options: Workbench(model, output, **options))

@@ -3,12 +3,56 @@
 import json
 import os
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 
 from ...utils.files import atomic_write
 from ..runs import read_json_file
 from .queue import Job, Queue, work
 
 PLAN = "plan.json"
+
+
+@dataclass(frozen=True)
+class Study:
+    """A kind of study: what its plan asks for, and who does it.
+
+    Attributes:
+        check: raises ValueError for a bad plan.
+        known: the settings of a plan that a folder holds on to, and what a plan of an older version had in their place.
+        jobs: of a plan.
+        workbench: what does a job, from model, output, plan and its options.
+    """
+
+    check: Callable
+    known: Callable[..., tuple[dict, dict | None]]
+    jobs: Callable[..., Iterable[Job]]
+    workbench: Callable
+
+    def run(
+        self,
+        model: str,
+        output: str,
+        plan,
+        *,
+        device: str = "auto",
+        dtype: str = "default",
+        workers: int = 0,
+        budget: float | None = None,
+        log: Callable[[str], None] = print,
+    ) -> list[str]:
+        """Works on the study in ``output`` until nothing is left or ``budget`` seconds are over; returns the jobs done
+        here.
+
+        Args:
+            workers: processes that draw samples ahead.
+
+        Raises:
+            ValueError: a bad plan, or a folder of a study with another one.
+        """
+        self.check(plan)
+        open_folder(output, model, *self.known(plan))
+        bench = self.workbench(model, output, plan, device=device, dtype=dtype, workers=workers)
+        return run_jobs(output, self.jobs(plan), bench, budget, log)
 
 
 def open_folder(output: str, model: str, wanted: dict, defaults: dict | None = None) -> None:

@@ -1,13 +1,12 @@
-"""Runs the study, and writes its table; several processes may share its folder and its GPU."""
+"""The study of weak columns on a 4-bit base, and its table; several processes may share its folder and its GPU."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from dataclasses import asdict
 
 from ...utils.files import atomic_write, write_csv
-from ..pretrained_study.folder import PLAN, open_folder, run_jobs
+from ..pretrained_study.folder import PLAN, Study
 from ..runs import read_json_file
 from .plan import Plan, check, jobs
 from .workbench import Workbench
@@ -18,25 +17,11 @@ COLUMNS = (
 )  # fmt: skip
 
 
-def run(
-    model: str,
-    output: str,
-    plan: Plan,
-    *,
-    device: str = "auto",
-    dtype: str = "default",
-    workers: int = 0,
-    budget: float | None = None,
-    log: Callable[[str], None] = print,
-) -> list[str]:
-    """Works on the study in ``output`` until nothing is left or ``budget`` seconds are over; returns the jobs done.
+def _known(plan: Plan) -> tuple[dict, None]:
+    return {**asdict(plan), "text": os.path.basename(plan.text)}, None
 
-    Raises ValueError for a bad plan, and for a folder of a study with another one.
-    """
-    check(plan)
-    open_folder(output, model, {**asdict(plan), "text": os.path.basename(plan.text)})
-    bench = Workbench(model, output, plan, device=device, dtype=dtype, workers=workers)
-    return run_jobs(output, jobs(plan), bench, budget, log)
+
+STUDY = Study(check, _known, jobs, Workbench)
 
 
 def write_summary(output: str) -> list[str]:
