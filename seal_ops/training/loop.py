@@ -248,8 +248,9 @@ class _Run:
     """The state of one training run: what a checkpoint holds, and one optimiser step."""
 
     def __init__(
-        self, model, samples, rates, epochs, batch_size, accumulate, weight_decay, betas, max_grad_norm, seed, longer
-    ):
+        self, model, samples, rates, epochs, batch_size, accumulate, weight_decay, betas, max_grad_norm, seed,
+        longer=None,
+    ):  # fmt: skip
         self.model, self.samples = model, samples
         self.processes = Processes.of_run(model, len(samples), batch_size, accumulate)
         self.scales = getattr(model, "seal_scales", None)

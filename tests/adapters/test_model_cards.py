@@ -1,6 +1,7 @@
 """The model card of an adapter: what it says, that the hub reads it, that it is not lost, that it is uploaded."""
 
 import json
+import re
 import types
 from unittest import mock
 
@@ -121,6 +122,8 @@ def test_text_in_a_fact_cannot_end_the_comment(tmp_path):
     scales = adapter(tmp_path)
     scales.card.command = "seal train --text '--> <b>x</b>.txt'"
     scales.save_pretrained(tmp_path)
+    comment = re.search("<!-- seal_ops: (.*?)-->", (tmp_path / CARD_FILE).read_text(), re.S)[1]  # as HTML ends it
+    assert json.loads(comment)["command"] == scales.card.command
     assert seal_ops.load(LLAMA.build(), tmp_path).card.command == scales.card.command
 
 

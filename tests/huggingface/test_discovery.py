@@ -278,3 +278,11 @@ def test_torch_ao_int8_is_served():
 def test_the_scales_say_what_runs_fused():
     assert "rotation fused in 2 of 2 layers" in repr(seal_ops.attach(LLAMA.build()))
     assert "rotation fused in 0 of 2 layers" in repr(seal_ops.attach(FAMILIES["cohere"].build()))
+
+
+def test_weights_that_zero_3_has_divided_are_refused():
+    """DeepSpeed marks them so; what is left in a process is no matrix."""
+    model = LLAMA.build()
+    next(model.parameters()).ds_id = 0
+    with pytest.raises(ValueError, match="must get its scales before DeepSpeed's ZeRO-3 divides its weights"):
+        seal_ops.attach(model)
