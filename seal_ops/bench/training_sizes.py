@@ -61,4 +61,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--training-model", choices=SIZES, help="suite training: sizes of the model (8b on a GPU, tiny on a CPU)"
     )
     parser.add_argument("--lengths", type=int, nargs="+", help="suite training: only these of the model's lengths")
-    parser.add_argument("--steps", type=int, default=2, help="suite training: timed steps, after one that is not")
+    parser.add_argument(
+        "--steps", type=int, default=2, help="suite training: timed steps, after one that is not; 0 times the first"
+    )
+    parser.add_argument(
+        "--layers",
+        type=int,
+        metavar="N",
+        help="suite training: run N of the layers, and extrapolate the seconds",
+    )

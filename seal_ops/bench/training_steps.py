@@ -130,11 +130,14 @@ CONTESTANTS = {
 
 
 def measure(step: Step, device: torch.device, steps: int, gate: Callable[[list[Tensor]], None]) -> tuple[list, int]:
-    """Seconds of each timed step, after one whose gradients ``gate`` sees, and peak bytes (0 on a CPU)."""
+    """Seconds of each timed step, after one whose gradients ``gate`` sees, and peak bytes (0 on a CPU).
+
+    With ``steps`` 0 they are those of that first step, which also compiles and fills the allocator's pools.
+    """
     optimizer = torch.optim.AdamW(step.trained, lr=1e-4, weight_decay=0.0)
     seconds, cuda = [], device.type == "cuda"
     for number in range(1 + steps):
-        if number == 1 and cuda:
+        if number < 2 and cuda:
             torch.cuda.reset_peak_memory_stats(device)
         begun = _now(device)
         step.loss().backward()
@@ -143,7 +146,7 @@ def measure(step: Step, device: torch.device, steps: int, gate: Callable[[list[T
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         seconds.append(_now(device) - begun)
-    return seconds[1:], torch.cuda.max_memory_allocated(device) if cuda else 0
+    return seconds[1:] or seconds, torch.cuda.max_memory_allocated(device) if cuda else 0
 
 
 def _now(device: torch.device) -> float:
@@ -192,8 +195,10 @@ def bench_training(options: argparse.Namespace) -> int:
         for one in wanted:
             if one not in known:
                 raise ValueError(f"{option} must name some of {', '.join(map(str, known))}, got {one}")
-    if options.steps < 1:
-        raise ValueError(f"--steps must be at least 1, got {options.steps}")
+    if options.steps < 0:
+        raise ValueError(f"--steps must be at least 0, got {options.steps}")
+    if options.layers is not None and not 1 <= options.layers <= size.layers:
+        raise ValueError(f"--layers must be 1 to {size.layers}, the layers of {name}, got {options.layers}")
     facts = report.environment(device)
     card = facts["gpu"].removeprefix("NVIDIA ").replace(" ", "-").lower() if on_gpu else "cpu"
     stem = os.path.join(options.output, options.name or f"training-{name}-{card}")
@@ -205,9 +210,10 @@ def bench_training(options: argparse.Namespace) -> int:
         side, copied = (8192, 1 << 30) if on_gpu else (128, 1 << 16)
         stored["environment"]["matmul_tflops"] = timing.ceilings(clock, dtype, side, copied).matmul_tflops
     rate = stored["environment"]["matmul_tflops"] * 1e12
-    done, left_out = {(r["contestant"], r["length"]) for r in stored["rows"]}, 0
-    for length, layers in size.runs:
-        wanted = [n for n in only if (n, length) not in done]
+    done, left_out = {(r["contestant"], r["length"], r["layers_run"]) for r in stored["rows"]}, 0
+    for length, usual in size.runs:
+        layers = options.layers or usual
+        wanted = [n for n in only if (n, length, layers) not in done]
         if options.lengths and length not in options.lengths or not wanted:
             continue
         if time.monotonic() - started > options.budget_s:
@@ -305,10 +311,15 @@ def markdown(stored: dict) -> str:
     text.append("| | " + " | ".join(length_name(n) for n in lengths) + " |")
     text.append("|---" * (len(lengths) + 1) + "|")
     for name, (label, _) in CONTESTANTS.items():
-        mine = {r["length"]: r for r in rows if r["contestant"] == name}
+        mine = {r["length"]: r for r in _by_layers(rows) if r["contestant"] == name}
         if mine:
             text.append(f"| {label} | " + " | ".join(_cell(mine.get(n)) for n in lengths) + " |")
     return "\n".join(text) + "\n"
+
+
+def _by_layers(rows: list[dict]) -> list[dict]:
+    """Those with the most layers last: they stand for a length that was run with several numbers of them."""
+    return sorted(rows, key=lambda row: (row["status"] == "ok", row["layers_run"]))
 
 
 def _cell(row: dict | None) -> str:
@@ -333,9 +344,9 @@ def plot(stored: dict, path: str) -> bool:
 
     figure, axis = plt.subplots(figsize=(8, 5), layout="constrained")
     for (name, (label, _)), marker in zip(CONTESTANTS.items(), "os^xv"):
-        mine = sorted((r["length"], r["seconds_all_layers"]) for r in rows if r["contestant"] == name)
+        mine = {r["length"]: r["seconds_all_layers"] for r in _by_layers(rows) if r["contestant"] == name}
         if mine:
-            axis.plot(*zip(*mine), marker=marker, label=label)
+            axis.plot(*zip(*sorted(mine.items())), marker=marker, label=label)
     for length in sorted({r["length"] for r in rows if r["extrapolated"]}):
         axis.axvline(length, linestyle=":", color="grey")
         axis.annotate(

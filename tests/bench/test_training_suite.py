@@ -39,6 +39,18 @@ def test_suite_runs_tiny_and_writes_its_files(tmp_path, capsys):
     assert json.loads((tmp_path / "t.json").read_text())["rows"] == rows, "nothing is measured twice"
 
 
+def test_fewer_layers_and_the_first_step(tmp_path):
+    """Long lengths are measured so: one step, of some layers; a run of all layers stands for the length afterwards."""
+    options = ["--only", "auto", "--lengths", "64", "--steps", "0"]
+    assert run(tmp_path, *options, "--layers", "2") == 0
+    assert run(tmp_path, *options, "--resume", "--layers", "2") == 0, "nothing is measured twice"
+    assert run(tmp_path, *options, "--resume") == 0
+    few, all_layers = json.loads((tmp_path / "t.json").read_text())["rows"]
+    assert (few["layers_run"], all_layers["layers_run"]) == (2, 4) and few["extrapolated"] != all_layers["extrapolated"]
+    assert few["seconds_all_layers"] == pytest.approx(2 * few["seconds"]) and few["seconds"] > 0
+    assert "*" not in (tmp_path / "t.md").read_text().partition("|")[2]
+
+
 def test_a_wrong_contestant_is_not_timed(tmp_path, monkeypatch):
     @contextlib.contextmanager
     def cheat(model, ids):
@@ -75,7 +87,8 @@ def test_operations_are_those_of_the_model():
     [
         (["--only", "fa9"], "--only must name some of auto, selective, inputs, ia3, ia3-tuned, got fa9"),
         (["--lengths", "63"], "--lengths must name some of 64, 128, got 63"),
-        (["--steps", "0"], "--steps must be at least 1, got 0"),
+        (["--steps", "-1"], "--steps must be at least 0, got -1"),
+        (["--layers", "5"], "--layers must be 1 to 4, the layers of tiny, got 5"),
     ],
 )
 def test_bad_arguments_of_the_suite(words, sentence, tmp_path, capsys):
