@@ -124,6 +124,7 @@ class Recorder:
 
 UNBOUNDED = 1 << 30
 TERMS = ("sink", "gate", "softcap")
+HEAD_TERMS = ("sink", "head gate", "softcap")  # one gate a head
 # name: scale, packed (with a gradient into the log-sum-exp and, where no sink or gate forbids it, a per-row offset),
 # window, mask, block lists, and what goes with the softmax
 VARIANTS = {
@@ -135,6 +136,7 @@ VARIANTS = {
     "listed": (True, False, None, None, True, ()),
     "capped": (True, False, 100, None, False, ("softcap",)),
     "terms": (True, True, 100, None, False, TERMS),
+    "head gate": (True, True, 100, None, False, HEAD_TERMS),
 }
 
 
@@ -164,8 +166,14 @@ def compile_for(
     arguments = dict(window=window, mask=mask, cu_seqlens=lengths(256))
     if listed:
         arguments |= dict(blocks=torch.ones(1, 8, 2, 2, dtype=torch.bool), block_size=128)
-    given = dict(sink=torch.zeros(8), gate=torch.zeros_like(q), softcap=50.0)
-    arguments |= {name: given[name] for name in terms}
+
+    def gate_of(queries):
+        """A gate for every channel, for every head, or none."""
+        found = [queries if t == "gate" else queries[..., :1].contiguous() for t in terms if "gate" in t]
+        return found[0] if found else None
+
+    given = dict(sink=torch.zeros(8), softcap=50.0)
+    arguments |= {name: given[name] for name in terms if name in given} | dict(gate=gate_of(q))
     out, lse = forward.attention(q, k, v, scale, offset, **arguments)
     if forward_only:
         return recorder.found
@@ -181,7 +189,7 @@ def compile_for(
         out, lse = torch.empty_like(q), torch.empty(q.shape[:-1])
         cap = arguments.get("softcap")
         geometry = Geometry.of(q, k, None, True, window, mask, lengths(tokens), lengths(256), cap)
-        after = dict(sink=arguments.get("sink"), gate=torch.zeros_like(q) if "gate" in terms else None)
+        after = dict(sink=arguments.get("sink"), gate=gate_of(q))
         decode.attention(q, k, v, scale, offset, out, lse, geometry, tokens, splits, **after)
     return recorder.found
 
@@ -252,7 +260,7 @@ def main(argv=None) -> int:
         for arch in options.arch
     ]
     if options.quick:
-        work = [(arch, "bfloat16", 64, variant, True) for arch, variant in ((80, "terms"), (120, "packed"))]
+        work = [(arch, "bfloat16", 64, variant, True) for arch, variant in ((80, "terms"), (120, "head gate"))]
     found: list[Use] = []
     with concurrent.futures.ProcessPoolExecutor(options.jobs) as pool:
         for part in concurrent.futures.as_completed([pool.submit(compile_for, *item) for item in work]):

@@ -79,7 +79,7 @@ def _ours(model: nn.Module, ids: Tensor, setting: bool | str) -> Iterator[Step]:
         with mode(model, True):
             planner = Planner(model, ids.shape[1], len(positions))
             plan = planner.plan() if setting == "auto" else planner.uniform(setting)
-            facts = {"keeps": plan.summary()}
+            facts = {"keeps": plan.summary(), "notes": "; ".join(plan.notes)}
             if setting == "auto":
                 facts["expected_peak"] = plan.peak
             with planner.running(plan) as run:
@@ -179,7 +179,7 @@ class Gate:
 
 FIELDS = (
     "contestant", "label", "model", "length", "layers_run", "layers", "extrapolated", "seconds", "seconds_all_layers",
-    "tokens_per_s", "utilisation", "peak_bytes", "expected_peak", "keeps", "gradient_error", "steps", "status",
+    "tokens_per_s", "utilisation", "peak_bytes", "expected_peak", "keeps", "notes", "gradient_error", "steps", "status",
 )  # fmt: skip
 
 
@@ -285,11 +285,12 @@ def _resumed(path: str, facts: dict) -> dict:
 def _sentence(row: dict) -> str:
     head = f"{length_name(row['length'])} tokens, {row['label']}: "
     if row["status"] != "ok":
-        return head + row["status"]
+        return head + row["status"] + (f" ({row['notes']})" if row["notes"] else "")
     text = f"{row['seconds']:.3g} s a step, {row['tokens_per_s']:.0f} tokens/s, utilisation {row['utilisation']:.2f}"
     if row["extrapolated"]:
         text = f"{row['layers_run']} of {row['layers']} layers {text} (all: {row['seconds_all_layers']:.3g} s, extrapolated)"  # noqa: E501
-    return head + text + (f", peak {row['peak_bytes'] / 2**30:.1f} GiB" if row["peak_bytes"] else "")
+    text += f", peak {row['peak_bytes'] / 2**30:.1f} GiB" if row["peak_bytes"] else ""
+    return head + text + (f" ({row['notes']})" if row["notes"] else "")
 
 
 def _write(stem: str, stored: dict) -> None:

@@ -135,10 +135,10 @@ def timed(library, variants, good, geometry, batch: int, keys: int, clock: Clock
     """Times by name, and the number of splits that the op would choose."""
     sq, heads, kv_heads, head_dim = geometry
     q = torch.randn(batch, sq, heads, head_dim, device="cuda", dtype=torch.bfloat16)
-    k, v = (
-        torch.randn(batch, kv_heads, keys, head_dim, device="cuda", dtype=torch.bfloat16).transpose(1, 2)
-        for _ in range(2)
-    )
+    k, v = (torch.randn(batch, kv_heads, keys, head_dim, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    k, v = (t.transpose(1, 2) for t in (k, v))
+    if options.tokens_first:
+        k, v = k.contiguous(), v.contiguous()
     scale = 1 + 0.1 * torch.randn(heads, head_dim, device="cuda")
     calls = {str(variant): prepare(library, q, k, v, scale, variant=variants.index(variant))[0] for variant in good}
     call, _, _, plan = prepare(library, q, k, v, scale)
@@ -161,6 +161,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=GROUPS)
     parser.add_argument("--triton", action="store_true", help="time the Triton backend too, tile by tile")
+    parser.add_argument("--tokens-first", action="store_true", help="caches [B, S, H, D] in memory, not [B, H, S, D]")
     parser.add_argument("--ms", type=float, default=60, help="device time for each figure")
     options = parser.parse_args()
     warnings.simplefilter("ignore")  # SDPA's reasons why a backend cannot: the table shows which did

@@ -325,7 +325,7 @@ class Planner:
 
 def _failure(error: Exception) -> str:
     first = (str(error).strip() or "?").splitlines()[0]
-    return f"measuring it failed ({type(error).__name__}: {first[:160]})"
+    return f"measuring it failed ({type(error).__name__}: {first[:240]})"
 
 
 def _checkpoints(model: nn.Module) -> bool:

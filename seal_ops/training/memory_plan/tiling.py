@@ -46,7 +46,7 @@ class _Tiled(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        (states,) = ctx.keeper.saved_tensors
+        (states,) = ctx.keeper[0].grad_fn.saved_tensors
         wanted = [p for p, want in zip(ctx.parameters, ctx.needs_input_grad[4:]) if want]
         grad_states = torch.empty_like(states) if ctx.needs_input_grad[3] else None
         sums: list[Tensor | None] = [None] * len(wanted)
@@ -94,7 +94,9 @@ def run_tiled(module: nn.Module, tile: int, forward: Callable, states: Tensor) -
     if not torch.is_grad_enabled() or not (states.requires_grad or parameters):
         return _in_tiles(forward, states, tile)
     anchor = torch.empty(0, requires_grad=True)
-    keeper = _Keeper.apply(anchor, states).grad_fn
+    # The keeper's output lives as long as the graph: without it torch 2.11 frees what the keeper has saved.  It goes
+    # in a tuple, so that it is no input of the graph.
+    keeper = (_Keeper.apply(anchor, states),)
     return _Tiled.apply(forward, tile, keeper, states, *parameters)
 
 

@@ -217,12 +217,13 @@ def factor_arguments(factor: Tensor | None, geometry: Geometry) -> tuple | None:
 
 
 def gate_arguments(gate: Tensor | None) -> tuple | None:
-    """What terms.load_gate reads."""
+    """What terms.load_gate reads. Without a stride over channels where a head has one value: a None in the tuple is
+    more than Triton 3.6 can compile."""
     if gate is None:
         return None
     view = gate if gate.dim() == 4 else gate[None]
     *others, channels = view.stride()
-    return gate, *others, None if view.shape[-1] == 1 else channels
+    return (gate, *others) if view.shape[-1] == 1 else (gate, *others, channels)
 
 
 def per_sequence(factor: Tensor, geometry: Geometry) -> bool:

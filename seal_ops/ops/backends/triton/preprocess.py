@@ -97,7 +97,7 @@ def _statistics(
             mask=valid,
         )
         if grad_gate_ptr is not None:
-            if gate[4] is None:
+            if len(gate) == 4:
                 into = tl.sum(g * o, 1)[:, None] * slope(value, GATE)
                 tl.store(grad_gate_ptr + place[:, None], into.to(grad_gate_ptr.dtype.element_ty), mask=inside[:, None])
             else:

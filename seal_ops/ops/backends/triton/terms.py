@@ -4,7 +4,7 @@ Each is None where a call does not have it, and then leaves nothing in the compi
 
     soft cap  c tanh(s / c). The matrix kernels get `cap`, c / ln 2, and 2 sigma / (c ln 2) as the factor of the scores
     sink      a key without a value: it joins the sum of a finished row, so that nothing else of a kernel knows of it
-    gate      (pointer, strides over batch rows, tokens, heads, channels; None for the last where a head has one value)
+    gate      (pointer, strides over batch rows, tokens, heads, channels; without the last where a head has one value)
 """
 
 import triton
@@ -55,14 +55,13 @@ def softplus(x):
 @triton.jit
 def load_gate(gate, batch, tokens, head, inside, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
     """[rows, BLOCK_D], or [rows, 1] where a head has one value, in fp32; `head` is one for all rows, or one a row."""
-    ptr, stride_b, stride_s, stride_h, stride_d = gate
-    at = batch.to(tl.int64) * stride_b + tokens.to(tl.int64) * stride_s + head.to(tl.int64) * stride_h
-    if stride_d is None:
-        value = tl.load(ptr + at, mask=inside, other=0.0)[:, None]
+    at = batch.to(tl.int64) * gate[1] + tokens.to(tl.int64) * gate[2] + head.to(tl.int64) * gate[3]
+    if len(gate) == 4:
+        value = tl.load(gate[0] + at, mask=inside, other=0.0)[:, None]
     else:
         d = tl.arange(0, BLOCK_D)
         value = tl.load(
-            ptr + at[:, None] + d[None, :] * stride_d, mask=inside[:, None] & (d < HEAD_DIM)[None, :], other=0.0
+            gate[0] + at[:, None] + d[None, :] * gate[4], mask=inside[:, None] & (d < HEAD_DIM)[None, :], other=0.0
         )
     return value.to(tl.float32)
 
