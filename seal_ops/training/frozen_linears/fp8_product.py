@@ -13,16 +13,16 @@ enough, and take one bit of the mantissa, which is all that decides the error he
 from __future__ import annotations
 
 import dataclasses
+import functools
+import importlib.util
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-FORMAT = torch.float8_e4m3fn
+from .scaling import ABOVE, EXPONENT, FORMAT, MOST, POWER
+
 STEP = 16  # what torch's scaled product wants both sizes of a weight to be multiples of
-_EXPONENT, _MOST = 23, 254  # of fp32: where its bits begin, and the largest of a finite number
-# 448, the largest value of e4m3, is 1.75 * 2^8: a larger mantissa needs one more power of two.
-_ABOVE, _POWER = (1 << _EXPONENT) - 1 - 0x600000, 8
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -57,19 +57,32 @@ def quantize_rows(rows: Tensor, factor: Tensor | None = None) -> tuple[Tensor, T
 
     The scale is the smallest power of two under which the row's largest value fits.  A value has then a relative error
     of at most 2^-4, where it is not below 2^-13 of the largest; further below an absolute one.  A row with a value that
-    is not finite gets a scale that is not finite.
+    is not finite gets NaN for its scale.  On a GPU with Triton one kernel does it, else torch's operations: the same
+    bits.
 
     Args:
         rows: 16-bit or fp32.
         factor: fp32 [C] of powers of two, one for each column; None for ones.
     """
+    if rows.is_cuda and _kernel() is not None and rows.shape[1] <= _kernel().WIDEST:
+        return _kernel().quantize_rows(rows, factor)
     if factor is not None:
         rows = rows * factor.to(rows.dtype)
     largest = torch.linalg.vector_norm(rows, torch.inf, dim=-1, keepdim=True).float()
-    exponent = ((largest.view(torch.int32) + _ABOVE) >> _EXPONENT).sub_(_POWER).clamp_(1, _MOST - 1)
-    scale = torch.where(largest.isfinite(), (exponent << _EXPONENT).view(torch.float32), largest)
-    inverse = ((_MOST - exponent) << _EXPONENT).view(torch.float32)
+    exponent = ((largest.view(torch.int32) + ABOVE) >> EXPONENT).sub_(POWER).clamp_(1, MOST - 1)
+    scale = torch.where(largest.isfinite(), (exponent << EXPONENT).view(torch.float32), torch.nan)
+    inverse = ((MOST - exponent) << EXPONENT).view(torch.float32)
     return (rows * inverse.to(rows.dtype)).to(FORMAT), scale
+
+
+@functools.cache
+def _kernel():
+    """The module with the kernel; None without Triton."""
+    if importlib.util.find_spec("triton") is None:
+        return None
+    from . import row_quantization
+
+    return row_quantization
 
 
 class _Product(torch.autograd.Function):
