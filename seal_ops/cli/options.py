@@ -238,6 +238,14 @@ def checkpointing_option(parser, planned=True):
     )  # fmt: skip
 
 
+def frozen_linears_option(parser):
+    """--frozen-linears."""
+    parser.add_argument(
+        "--frozen-linears", choices=["fp8"],
+        help="multiply with the frozen linear layers in this while training (a bfloat16 model; default: 16 bits)",
+    )  # fmt: skip
+
+
 def checkpointing(args) -> bool | str:
     """What --gradient-checkpointing says, as :func:`seal_ops.train` takes it."""
     return _CHECKPOINTING.get(args.gradient_checkpointing, args.gradient_checkpointing)

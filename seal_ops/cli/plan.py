@@ -1,6 +1,15 @@
 """``seal plan``."""
 
-from .options import Command, backend_option, extend_option, load, model_options, positive, positive_number
+from .options import (
+    Command,
+    backend_option,
+    extend_option,
+    frozen_linears_option,
+    load,
+    model_options,
+    positive,
+    positive_number,
+)
 
 
 def options(parser):
@@ -15,6 +24,7 @@ def options(parser):
     parser.add_argument(
         "--memory", type=positive_number, metavar="GIB", help="GiB that a step may take (default: what is free)"
     )
+    frozen_linears_option(parser)
     backend_option(parser)
 
 
@@ -25,7 +35,7 @@ def run(args):
     model, _ = load(args)
     attach(model, args.granularity, backend=args.backend)
     memory = None if args.memory is None else round(args.memory * 2**30)
-    print(plan(model, args.length, args.batch_size, memory, labels=args.labels))
+    print(plan(model, args.length, args.batch_size, memory, labels=args.labels, frozen_linears=args.frozen_linears))
 
 
 COMMAND = Command(

@@ -7,6 +7,7 @@ from .options import (
     checkpointing,
     checkpointing_option,
     extend_option,
+    frozen_linears_option,
     load,
     model_options,
     positive,
@@ -57,6 +58,7 @@ def options(parser):
     )  # fmt: skip
     parser.add_argument("--seed", type=int, default=0, help="samples and their order")
     checkpointing_option(parser)
+    frozen_linears_option(parser)
     restart_option(parser)
     backend_option(parser)
 
@@ -110,7 +112,8 @@ def _settings(args) -> dict:
     """What `train` takes in either case."""
     return dict(
         lr=args.lr, epochs=args.epochs, batch_size=args.batch_size, accumulate=args.accumulate, seed=args.seed,
-        gradient_checkpointing=checkpointing(args), output_dir=args.output, resume=not args.restart,
+        gradient_checkpointing=checkpointing(args), frozen_linears=args.frozen_linears, output_dir=args.output,
+        resume=not args.restart,
     )  # fmt: skip
 
 
@@ -122,8 +125,8 @@ def _report(result, what, args):
     first, last = sum(losses[:edge]) / edge, sum(losses[-edge:]) / edge
     print(
         f"{result.parameters} {what} trained in {len(losses)} steps, {result.seconds:.0f} s, "
-        f"peak memory {result.peak_memory / 2**30:.2f} GiB{_planned(result)}; loss {first:.3f} -> {last:.3f}; "
-        f"saved in {args.output}"
+        f"peak memory {result.peak_memory / 2**30:.2f} GiB{_planned(result)}{_converted(result)}; "
+        f"loss {first:.3f} -> {last:.3f}; saved in {args.output}"
     )
 
 
@@ -133,6 +136,15 @@ def _planned(result):
         return ""
     kept = ", ".join(f"{count} x {what}" for what, count in result.plan["layers"].items())
     return f" ({expected / 2**30:.2f} planned; layers keep {kept})"
+
+
+def _converted(result):
+    if not result.frozen_linears:
+        return ""
+    facts = result.frozen_linears
+    error = facts["gradient_error"]
+    text = "not comparable" if error is None else f"{100 * error:.2g} % from those in 16 bits"
+    return f"; {facts['layers']} linear layers in {facts['format']}, first gradients {text}"
 
 
 def _what(args):

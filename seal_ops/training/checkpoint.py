@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping
 
@@ -21,6 +22,7 @@ def save_checkpoint(
     seconds: float,
     identity: str,
     tile: int | None = None,
+    linears: dict | None = None,
 ) -> None:
     """Replaces the checkpoint in one step; a process killed meanwhile leaves the one before.
 
@@ -28,6 +30,7 @@ def save_checkpoint(
         trained: the trained parameters by name.
         identity: of everything else that decides the outcome; :func:`load_checkpoint` compares it.
         tile: tokens that MLPs and norms treat at once, which may move the last bits of a product.
+        linears: what the run has found out about its frozen linear layers in fp8.
     """
     from safetensors.torch import save_file
 
@@ -39,14 +42,15 @@ def save_checkpoint(
         for key, value in optimizer.state[parameter].items():
             tensors[f"optimizer.{key}.{name}"] = value
     header = {"identity": identity, "seconds": str(seconds), "tile": str(tile or 0)}
+    header["frozen_linears"] = json.dumps(linears or {})
     with replacing(path) as temporary:
         save_file({key: value.cpu().contiguous() for key, value in tensors.items()}, temporary, header)
 
 
 def load_checkpoint(
     path: str | os.PathLike, trained: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer, identity: str
-) -> tuple[list[float], float, int | None]:
-    """Puts values, optimiser and random state back; returns ``(losses, seconds, tile)``.
+) -> tuple[list[float], float, int | None, dict]:
+    """Puts values, optimiser and random state back; returns ``(losses, seconds, tile, linears)``.
 
     Raises:
         ValueError: the file is damaged, or of a run with another ``identity``; nothing is changed then.
@@ -76,7 +80,8 @@ def load_checkpoint(
     for device in _gpus(trained):
         if f"rng.{device}" in tensors:
             torch.cuda.set_rng_state(tensors[f"rng.{device}"], device)
-    return tensors["losses"].tolist(), float(header["seconds"]), int(header.get("tile", 0)) or None
+    linears = json.loads(header.get("frozen_linears", "{}"))
+    return tensors["losses"].tolist(), float(header["seconds"]), int(header.get("tile", 0)) or None, linears
 
 
 def _gpus(trained) -> list[torch.device]:

@@ -35,6 +35,8 @@ from . import groups
 from .checkpoint import NAME as CHECKPOINT
 from .checkpoint import load_checkpoint, save_checkpoint
 from .collator import Collator
+from .frozen_linears.conversion import FORMATS, converted_linears, convertible
+from .frozen_linears.gradient_error import probe_of, relative_error
 from .long_context import LEARNING_RATE, prepare, recipe_of, training_masks
 from .losses import summed_cross_entropy
 from .memory_plan import memory
@@ -62,6 +64,8 @@ class TrainResult:
         plan: what the layers kept for the backward pass: how many of them what, ``expected_peak`` bytes beside
             ``measured_peak`` (with ``gradient_checkpointing="auto"``; on the CPU the latter is that of the process).
             Empty where a run that was continued had no step left.
+        frozen_linears: of a run with ``frozen_linears="fp8"``: the layers and bytes that were converted,
+            ``gradient_error`` and the ``tokens`` that it was taken on; else empty.
         provenance: the trained model and versions, for people; empty without ``output_dir``.
         model: what was trained: the model that was given, or what the recipe put round it.
     """
@@ -73,6 +77,7 @@ class TrainResult:
     peak_memory: int
     settings: dict = field(default_factory=dict)
     plan: dict = field(default_factory=dict)
+    frozen_linears: dict = field(default_factory=dict)
     provenance: dict = field(default_factory=dict)
     model: object = field(default=None, repr=False, compare=False)
 
@@ -96,6 +101,7 @@ def train(
     max_grad_norm: float | None = None,
     seed: int = 0,
     gradient_checkpointing: bool | str = "auto",
+    frozen_linears: str | None = None,
     output_dir: str | os.PathLike | None = None,
     checkpoint_every: int = 10,
     resume: bool = False,
@@ -136,6 +142,9 @@ def train(
             that is free, and recomputes only what that asks for (:func:`seal_ops.plan` shows it).  False keeps
             everything; "selective" keeps the outputs of the fused attention and recomputes the rest, which costs
             little time; True recomputes each layer in the backward pass.
+        frozen_linears: "fp8" multiplies with the frozen ``nn.Linear`` weights of the decoder layers in float8_e4m3fn
+            while the run lasts; the 16-bit weights come back bit for bit.  The result says by how much the first
+            gradients differ.  None keeps 16 bits.
         output_dir: folder for the trained scales, ``training.json`` and the checkpoint.
         checkpoint_every: optimiser steps between checkpoints.
         resume: continue from the checkpoint in ``output_dir`` if there is one; on the CPU the result is bit for bit
@@ -164,6 +173,8 @@ def train(
             "seal_ops.train: gradient_checkpointing must be 'auto', False, True or 'selective', got "
             f"{gradient_checkpointing!r}"
         )
+    if frozen_linears not in (None, *FORMATS):
+        raise ValueError(f"seal_ops.train: frozen_linears must be None or 'fp8', got {shown(frozen_linears)}")
     if resume and output_dir is None:
         raise ValueError("seal_ops.train: resume needs output_dir, got None")
     if recipe is None and recipe_options is not None:
@@ -172,12 +183,17 @@ def train(
     if longer is not None and isinstance(samples, (str, os.PathLike)):
         samples = packed_texts(samples, tokenizer, longer.length, "seal_ops.train")
     samples = to_rows(samples, tokenizer, chat_template, chat_template_kwargs)
+    if frozen_linears is not None:
+        convertible(model, "seal_ops.train", frozen=longer is None)  # a recipe freezes the weights
     masks = contextlib.nullcontext()
     if longer is not None:
         model, patch = prepare(model, longer, seed)
         masks, lr = training_masks(patch), LEARNING_RATE if lr is None else lr
     rates = (lr, column_lr)
-    run = _Run(model, samples, rates, epochs, batch_size, accumulate, weight_decay, betas, max_grad_norm, seed, longer)
+    run = _Run(
+        model, samples, rates, epochs, batch_size, accumulate, weight_decay, betas, max_grad_norm, seed, longer,
+        frozen_linears,
+    )  # fmt: skip
     checkpoint = None
     if output_dir is not None:
         checkpoint = os.path.join(_writable(output_dir), CHECKPOINT)
@@ -193,7 +209,8 @@ def train(
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(os.path.join(output_dir, name))
         elif checkpoint:
-            run.losses, run.seconds, tile = load_checkpoint(checkpoint, run.trained, run.optimizer, run.identity)
+            found = load_checkpoint(checkpoint, run.trained, run.optimizer, run.identity)
+            run.losses, run.seconds, tile, run.linears = found
         if checkpoint:
             _ = run.identity  # by all processes, where they hold the weights together
         if len(run.losses) < run.steps:
@@ -209,8 +226,9 @@ def train(
                 done = len(run.losses)
                 if checkpoint and processes.main and (done % checkpoint_every == 0 or done == run.steps):
                     save_checkpoint(
-                        checkpoint, run.trained, run.optimizer, run.losses, run.seconds, run.identity, run.plan.tile
-                    )
+                        checkpoint, run.trained, run.optimizer, run.losses, run.seconds, run.identity, run.plan.tile,
+                        run.linears,
+                    )  # fmt: skip
                 update(1, f"loss {loss:.3f}")
                 if on_step is not None:
                     on_step(done, loss)
@@ -218,7 +236,9 @@ def train(
     count = sum(p.numel() for p in run.trained.values())
     origin = {} if output_dir is None else provenance(model)
     kept = {} if run.plan is None else {**run.plan.facts(), "measured_peak": peak}
-    result = TrainResult(run.losses, run.settings["lr"], count, run.seconds, peak, run.settings, kept, origin, model)
+    result = TrainResult(
+        run.losses, run.settings["lr"], count, run.seconds, peak, run.settings, kept, run.linears, origin, model
+    )
     if output_dir is not None:
         if run.scales is not None:
             run.scales.card.trained(result.settings)
@@ -249,7 +269,7 @@ class _Run:
 
     def __init__(
         self, model, samples, rates, epochs, batch_size, accumulate, weight_decay, betas, max_grad_norm, seed,
-        longer=None,
+        longer=None, frozen_linears=None,
     ):  # fmt: skip
         self.model, self.samples = model, samples
         self.processes = Processes.of_run(model, len(samples), batch_size, accumulate)
@@ -289,6 +309,13 @@ class _Run:
             self.settings |= {"columns": self.columns.columns, "column_lr": column_lr}
         if longer is not None:
             self.settings["recipe"] = asdict(longer)
+        if frozen_linears is not None:
+            self.settings["frozen_linears"] = frozen_linears
+            if self.processes.meet_in_forward:
+                raise ValueError(
+                    f"seal_ops.train: frozen_linears='{frozen_linears}' needs forward passes that a process runs "
+                    f"alone, got tensor or sequence parallelism"
+                )
         self.steps = epochs * -(-len(self.samples) // (batch_size * accumulate))
         self.optimizer = torch.optim.AdamW(
             groups.groups_at(model, lr, column_lr), betas=betas, weight_decay=weight_decay
@@ -299,13 +326,17 @@ class _Run:
         self.plan: Plan | None = None
         self._planner: Planner | None = None
         self._may_lower = False
-        self._running = contextlib.ExitStack()
+        self._running, self._converted = contextlib.ExitStack(), contextlib.ExitStack()
+        self.linears: dict = {}  # what is in fp8, and by how much the first gradients differ
 
     def __enter__(self):
         return self
 
     def __exit__(self, *error):
-        self._running.close()
+        try:
+            self._running.close()
+        finally:
+            self._converted.close()
 
     def follow(self, setting: bool | str, tile: int | None | bool) -> None:
         """Plans the steps as `train`'s ``gradient_checkpointing`` says, and runs the model so from now on.
@@ -319,15 +350,39 @@ class _Run:
         processes = self.processes
         self._planner = Planner(
             self.model, length, min(length, most * rows), rows, padded, ids, not processes.meet_in_forward,
-            processes.least,
+            processes.least, self.settings.get("frozen_linears"),
         )  # fmt: skip
         self._setting = setting
+        self._convert()
         self._may_lower = setting == "auto" and processes.count == 1  # others would go on without this one
         self._run_as(self._planner.plan(tile=tile) if setting == "auto" else self._planner.uniform(setting, tile))
         if setting == "auto" and any("measuring it failed" in note for note in self.plan.notes):
             warnings.warn(f"seal_ops.train: {'; '.join(self.plan.notes)}", stacklevel=3)
         if not self.plan.fits:
             warnings.warn(f"seal_ops.train: the step may not fit into memory\n{self.plan}", stacklevel=3)
+
+    def _convert(self) -> None:
+        """Puts the frozen linear layers into fp8 where that is asked for, and states the error of the gradients."""
+        form, before, expected = self.settings.get("frozen_linears"), self.linears, None
+        if form is None:
+            return
+        first = next(self._micro_batches(0))[0]
+        probe = probe_of(first.input_ids, first.labels)
+        if not before:
+            expected = self._gradients(probe)
+        converted = self._converted.enter_context(converted_linears(self.model, form, "seal_ops.train"))
+        if expected is not None:
+            error = relative_error(self._gradients(probe), expected)
+            before = {"gradient_error": error, "tokens": len(probe)}
+        self.linears = before | converted.facts()
+
+    def _gradients(self, row) -> list[torch.Tensor]:
+        """Of all that is trained, on one row; the random state stays."""
+        planner, leaves = self._planner, list(self.trained.values())
+        with torch.random.fork_rng(devices=self._gpus()), planner.running(planner.uniform(True)) as self._execution:
+            torch.manual_seed(self.settings["seed"])
+            found = torch.autograd.grad(self._loss([row]), leaves, allow_unused=True)
+        return [torch.zeros_like(p) if g is None else g for p, g in zip(leaves, found)]
 
     def _run_as(self, plan: Plan) -> None:
         self._running.close()

@@ -9,6 +9,7 @@ import torch
 
 from seal_ops import bench
 from seal_ops.bench import training_sizes, training_steps
+from seal_ops.training.frozen_linears import fp8_product
 
 
 def run(tmp_path, *words):
@@ -21,7 +22,7 @@ def test_suite_runs_tiny_and_writes_its_files(tmp_path, capsys):
     stored = json.loads((tmp_path / "t.json").read_text())
     rows = stored["rows"]
     assert [(r["contestant"], r["length"]) for r in rows] == [
-        (name, length) for length in (64, 128) for name in training_steps.CONTESTANTS
+        (name, length) for length in (64, 128) for name in training_steps.CONTESTANTS if name != "auto-fp8"
     ]
     assert {r["status"] for r in rows} == {"ok"}
     for row in rows:
@@ -49,6 +50,21 @@ def test_fewer_layers_and_the_first_step(tmp_path):
     assert (few["layers_run"], all_layers["layers_run"]) == (2, 4) and few["extrapolated"] != all_layers["extrapolated"]
     assert few["seconds_all_layers"] == pytest.approx(2 * few["seconds"]) and few["seconds"] > 0
     assert "*" not in (tmp_path / "t.md").read_text().partition("|")[2]
+
+
+def test_the_contestant_in_fp8_states_its_error_and_may_not_lose_a_scale(tmp_path, monkeypatch):
+    words = ["--steps", "1", "--lengths", "64", "--only", "auto,auto-fp8,selective", "--dtype", "bfloat16"]
+    assert run(tmp_path, *words) == 0
+    rows = {r["contestant"]: r for r in json.loads((tmp_path / "t.json").read_text())["rows"]}
+    assert {r["status"] for r in rows.values()} == {"ok"} and rows["auto-fp8"]["expected_peak"] > 0
+    assert 0.02 < rows["auto-fp8"]["gradient_error"] < 0.4 and rows["selective"]["gradient_error"] < 0.1
+    quantize = fp8_product.quantize_rows
+    monkeypatch.setattr(fp8_product, "quantize_rows", lambda rows, factor=None: quantize(rows))
+    assert run(tmp_path, *words) == 1
+    rows = {r["contestant"]: r for r in json.loads((tmp_path / "t.json").read_text())["rows"]}
+    assert rows["auto-fp8"]["status"].startswith("wrong") and rows["selective"]["status"] == "ok"
+    assert run(tmp_path, "--only", "auto-fp8", "--lengths", "64") == 0
+    assert "a model in torch.bfloat16" in json.loads((tmp_path / "t.json").read_text())["rows"][0]["status"]
 
 
 def test_a_wrong_contestant_is_not_timed(tmp_path, monkeypatch):
@@ -85,7 +101,7 @@ def test_operations_are_those_of_the_model():
 @pytest.mark.parametrize(
     "words, sentence",
     [
-        (["--only", "fa9"], "--only must name some of auto, selective, inputs, ia3, ia3-tuned, got fa9"),
+        (["--only", "fa9"], "--only must name some of auto, auto-fp8, selective, inputs, ia3, ia3-tuned, got fa9"),
         (["--lengths", "63"], "--lengths must name some of 64, 128, got 63"),
         (["--steps", "-1"], "--steps must be at least 0, got -1"),
         (["--layers", "5"], "--layers must be 1 to 4, the layers of tiny, got 5"),

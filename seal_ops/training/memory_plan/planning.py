@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from ...huggingface.modes import mode, prepared
+from ..frozen_linears.conversion import converted_linears
 from . import memory as memories
 from .decoder import UnknownStructure, device_of, find_decoder
 from .execution import ATTENTION, EVERYTHING, INPUT, OFFLOADED, Execution, Whole
@@ -117,7 +118,15 @@ class Plan:
     __repr__ = __str__
 
 
-def plan(model: nn.Module, length: int, batch_size: int = 1, memory: int | None = None, *, labels: int = 512) -> Plan:
+def plan(
+    model: nn.Module,
+    length: int,
+    batch_size: int = 1,
+    memory: int | None = None,
+    *,
+    labels: int = 512,
+    frozen_linears: str | None = None,
+) -> Plan:
     """What a training step of ``model`` would keep in memory, layer by layer, and what it is expected to take.
 
     The sizes are measured: short samples run through the model as it is, forward and backward, on its device.
@@ -129,20 +138,22 @@ def plan(model: nn.Module, length: int, batch_size: int = 1, memory: int | None 
         memory: bytes that the step may take beside what is in use; None for what is free on the device, less a reserve
             of 8 %.
         labels: positions of a row whose logits the loss reads.
+        frozen_linears: "fp8" for the plan of a run with it; the layers are converted for as long as that is measured.
 
     Returns:
         A :class:`Plan`, which prints as a table.
 
     Raises:
-        ValueError: a size that is not positive, or a model of which nothing is trained.
+        ValueError: a size that is not positive, a model of which nothing is trained, or one that cannot be converted.
     """
     for name, value in {"length": length, "batch_size": batch_size, "labels": labels, "memory": memory}.items():
         if value is not None and value < 1:
             raise ValueError(f"seal_ops.plan: {name} must be at least 1, got {value}")
     if not any(p.requires_grad for p in model.parameters()):
         raise ValueError("seal_ops.plan: model must have something to train, got no parameter that requires a gradient")
-    with mode(model, True):
-        return Planner(model, length, min(labels, length), batch_size).plan(memory)
+    with mode(model, True), converted_linears(model, frozen_linears, "seal_ops.plan"):
+        planner = Planner(model, length, min(labels, length), batch_size, frozen_linears=frozen_linears)
+        return planner.plan(memory)
 
 
 class Planner:
@@ -155,6 +166,7 @@ class Planner:
         ids: tokens of a sample, for the short ones that are measured; None for any.
         alone: whether this process may run the model by itself; else nothing is measured or planned.
         agree: what the processes of a run make of the bytes that each has free.
+        frozen_linears: in what the frozen linear layers multiply whenever something is measured; None for as they are.
     """
 
     def __init__(
@@ -167,7 +179,9 @@ class Planner:
         ids: Sequence[int] | None = None,
         alone: bool = True,
         agree: Callable[[int], int] = lambda free: free,
+        frozen_linears: str | None = None,
     ):
+        self.frozen_linears = frozen_linears
         self.agree = agree
         self.model, self.length, self.labels, self.batch_size = model, length, labels, batch_size
         self.device = device_of(model)
@@ -244,6 +258,8 @@ class Planner:
         dtype = next(p.dtype for p in self.model.parameters() if p.dim() > 1)
         if getattr(self.model.config, "quantization_config", None) is not None:
             return "none was measured of quantised products"
+        if self.frozen_linears is not None:
+            return f"none was measured of products in {self.frozen_linears}"
         return memories.throughput_of(self.device, dtype)
 
     def _choose(self, allowed: int, tile: int | None | bool):

@@ -1,0 +1,128 @@
+"""Products with a frozen weight in fp8: ``y = x W^T`` and, in the backward pass, ``grad_x = grad_y W``.
+
+Both operands are float8_e4m3fn.  x and grad_y get a scale for each token when they are there, W one for each output
+channel, once.  All scales are powers of two: dividing by them is exact in 16 bits, so that a value is rounded once, and
+W's scales can be moved into grad_y without an error.  The backward pass so multiplies with the very values of the
+forward pass: W is quantised once, and lies there in both layouts, because the products of fp8 read both operands along
+the dimension that is summed.
+
+grad_y is e4m3 too.  e5m2 would add range below the largest value of a row, of which a scale for each token leaves
+enough, and take one bit of the mantissa, which is all that decides the error here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib.util
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .scaling import ABOVE, EXPONENT, FORMAT, MOST, POWER
+
+STEP = 16  # what torch's scaled product wants both sizes of a weight to be multiples of
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Fp8Weight:
+    """A weight [N, K] in fp8.
+
+    Attributes:
+        values: [N, K], and ``transposed`` [K, N], the same values.
+        scale: fp32 [N, 1]: a row of the weight is its values times this.
+        ones: fp32 [1, K], the scales of the columns of ``transposed``.
+    """
+
+    values: Tensor
+    transposed: Tensor
+    scale: Tensor
+    ones: Tensor
+
+    @classmethod
+    def of(cls, weight: Tensor) -> Fp8Weight:
+        """Of a 16-bit or fp32 weight [N, K], N and K multiples of 16."""
+        values, scale = quantize_rows(weight)
+        return cls(values, values.t().contiguous(), scale, scale.new_ones(1, weight.shape[1]))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all four tensors."""
+        return sum(t.nbytes for t in (self.values, self.transposed, self.scale, self.ones))
+
+
+def quantize_rows(rows: Tensor, factor: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """``rows`` [M, C], or ``rows * factor``, as fp8 values [M, C] and an fp32 scale for each row, [M, 1].
+
+    The scale is the smallest power of two under which the row's largest value fits.  A value has then a relative error
+    of at most 2^-4, where it is not below 2^-13 of the largest; further below an absolute one.  A row with a value that
+    is not finite gets NaN for its scale.  On a GPU with Triton one kernel does it, else torch's operations: the same
+    bits.
+
+    Args:
+        rows: 16-bit or fp32.
+        factor: fp32 [C] of powers of two, one for each column; None for ones.
+    """
+    if rows.is_cuda and _kernel() is not None and rows.shape[1] <= _kernel().WIDEST:
+        return _kernel().quantize_rows(rows, factor)
+    if factor is not None:
+        rows = rows * factor.to(rows.dtype)
+    largest = torch.linalg.vector_norm(rows, torch.inf, dim=-1, keepdim=True).float()
+    exponent = ((largest.view(torch.int32) + ABOVE) >> EXPONENT).sub_(POWER).clamp_(1, MOST - 1)
+    scale = torch.where(largest.isfinite(), (exponent << EXPONENT).view(torch.float32), torch.nan)
+    inverse = ((MOST - exponent) << EXPONENT).view(torch.float32)
+    return (rows * inverse.to(rows.dtype)).to(FORMAT), scale
+
+
+@functools.cache
+def _kernel():
+    """The module with the kernel; None without Triton."""
+    if importlib.util.find_spec("triton") is None:
+        return None
+    from . import row_quantization
+
+    return row_quantization
+
+
+class _Product(torch.autograd.Function):
+    """x [M, K] with a frozen weight; nothing of x is kept."""
+
+    @staticmethod
+    def forward(ctx, x, weight: Fp8Weight, bias):
+        ctx.weight = weight
+        values, scale = quantize_rows(x)
+        # As torchao and Transformer Engine: sums of the forward pass stay in the tensor cores' registers.
+        return torch._scaled_mm(
+            values, weight.values.t(), scale_a=scale, scale_b=weight.scale.t(), bias=bias, out_dtype=x.dtype,
+            use_fast_accum=True,
+        )  # fmt: skip
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        weight = ctx.weight
+        values, scale = quantize_rows(grad, weight.scale.flatten())
+        grad_x = torch._scaled_mm(
+            values, weight.transposed.t(), scale_a=scale, scale_b=weight.ones, out_dtype=grad.dtype,
+            use_fast_accum=False,
+        )  # fmt: skip
+        return grad_x, None, None
+
+
+def fp8_linear(x: Tensor, weight: Fp8Weight, bias: Tensor | None = None) -> Tensor:
+    """``x W^T + bias`` in fp8, differentiable in ``x`` and ``bias``.
+
+    Args:
+        x: bfloat16 [..., K].
+        weight: of [N, K].
+        bias: bfloat16 [N].
+
+    Returns:
+        bfloat16 [..., N].
+    """
+    rows = x.reshape(-1, x.shape[-1])
+    inside = bias is not None and not bias.requires_grad
+    out = _Product.apply(rows, weight, bias if inside else None) if len(rows) else rows.new_zeros(0, len(weight.values))
+    out = out.view(*x.shape[:-1], len(weight.values))
+    return out if bias is None or inside else out + bias
