@@ -193,7 +193,8 @@ class Run:
 
     def training(self):
         sizes = [size for size in SIZES[self.args.shape] if size_name(size) in self.args.sizes]
-        wanted = [(m, size) for size in sizes for m in METHODS if m in self.args.methods and (size[2] or not planned(m))]
+        methods = [method for method in METHODS if method in self.args.methods]
+        wanted = [(method, size) for size in sizes for method in methods if size[2] or not planned(method)]
         costs = {key: self.cost(*key[1]) for key in wanted}
         wanted = [key for key in wanted if self.open(cell(*key), costs[key] + 30)]
         if not wanted:
@@ -396,10 +397,9 @@ def table(result: dict) -> str:
     for key, cell in cells.items():
         if key.startswith("training") and "seconds" in cell:
             plan = cell.get("plan")
-            kept = f", {plan['layers']}, groups of {plan['group']}, tiles of {plan['tile']}" if plan else ""
-            lines.append(
-                f"{key}: {cell['seconds']:.3f} s, peak {cell['peak'] / 2**30:.2f} GiB, trained {cell['trained']:,}{kept}"
-            )
+            kept = f"; {plan['layers']}, groups of {plan['group']}, tiles of {plan['tile']}" if plan else ""
+            peak = cell["peak"] / 2**30
+            lines.append(f"{key}: {cell['seconds']:.3f} s, peak {peak:.2f} GiB, trained {cell['trained']:,}{kept}")
         elif key.startswith("training"):
             lines.append(f"{key}: {cell['failed']}")
     whole: dict[str, float] = {}

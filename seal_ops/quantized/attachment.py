@@ -22,7 +22,6 @@ from . import bases, calibration, columns, quantizers, selection, start
 from .originals import Originals
 
 
-
 @dataclasses.dataclass(frozen=True)
 class ColumnsConfig:
     """What weak columns are, as saved.
