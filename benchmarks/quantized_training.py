@@ -1,6 +1,7 @@
 """Calibration, training step and memory of weak columns, QLoRA and SEAL on a 4-bit model of 8B parameters.
 
     python benchmarks/quantized_training.py --output FILE.json [--budget-s 540] [--only calibration training pieces]
+        [--methods NAME ...] [--sizes 8x2048 1x8192 1x31744 1x8192-kept]
 
 Random weights of Llama-3-8B's sizes, made on the GPU.  One process, one card, so that all rows compare.  Every cell is
 written to FILE.json as it is done, and a second run with the same file does what is left; no cell is begun that would
@@ -11,6 +12,9 @@ kept, bf16, fused AdamW, the loss on the last 512 tokens of each row; a step is 
 median of the timed steps.  ``QLoRA`` is PEFT's LoRA of rank 64 on all linear layers: its default, fp32 adapters, under
 bf16 autocast as Trainer runs it, and with bf16 adapters; its loss is PyTorch's on fp32 logits, as in transformers.
 The other rows, and ``QLoRA, the library's loss``, have the loss of ``seal_ops.train``, which keeps no fp32 logits.
+Rows ``in tiles`` run as ``seal_ops.train`` does: the library's own checkpoints, MLPs and norms in tiles, in the last
+layer only the rows that the loss reads.  Rows ``planned`` have the plan that ``gradient_checkpointing="auto"`` makes
+for a card on which 0.88 of the least peak of QLoRA, in this file at the same size, is all there is.
 """
 
 from __future__ import annotations
@@ -30,12 +34,15 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import seal_ops
 from seal_ops.experiments.quantized_study.workbench import low_rank
 from seal_ops.huggingface.logits import logits_at
-from seal_ops.huggingface.modes import prepared
+from seal_ops.huggingface.modes import mode, prepared
 from seal_ops.ops.environment import facts
 from seal_ops.quantized import bases, calibration
 from seal_ops.quantized.attachment import find_targets
 from seal_ops.quantized.quantizers import quantize_layers
 from seal_ops.training.losses import summed_cross_entropy
+from seal_ops.training.memory_plan import memory
+from seal_ops.training.memory_plan.planning import Planner
+from seal_ops.training.memory_plan.tiling import TILE
 from seal_ops.utils.files import atomic_write
 
 SHAPES = {
@@ -58,8 +65,10 @@ COLUMNS = {"8b": 128, "tiny": 16}
 METHODS = (
     "QLoRA, autocast", "QLoRA, bf16 adapters", "weak columns", "weak columns + SEAL-C", "SEAL-C",
     "weak columns in bf16", "weak columns, 8 a layer", "QLoRA, the library's loss",
+    "weak columns, in tiles", "weak columns, planned", "weak columns + SEAL-C, planned",
 )  # fmt: skip
 LABELS = 512
+PLANNED = 0.88  # of QLoRA's peak, so that the aim of 0.9 leaves something for what a plan does not foresee
 
 
 def main():
@@ -68,6 +77,9 @@ def main():
     parser.add_argument("--budget-s", type=float, default=float("inf"), help="begin no cell that would end later")
     parser.add_argument("--only", nargs="+", choices=["calibration", "training", "pieces"], default=None)
     parser.add_argument("--shape", choices=SHAPES, default="8b")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS, metavar="NAME", help="rows to train")
+    every = [size_name(size) for sizes in SIZES.values() for size in sizes]
+    parser.add_argument("--sizes", nargs="+", choices=every, default=every, help="columns to train")
     parser.add_argument("--steps", type=int, default=3, help="timed steps, after one that is not")
     args = parser.parse_args()
     run = Run(args)
@@ -180,7 +192,9 @@ class Run:
     # ------------------------------------------------------------------------------------------------ training
 
     def training(self):
-        wanted = [(method, size) for size in SIZES[self.args.shape] for method in METHODS]
+        sizes = [size for size in SIZES[self.args.shape] if size_name(size) in self.args.sizes]
+        methods = [method for method in METHODS if method in self.args.methods]
+        wanted = [(method, size) for size in sizes for method in methods if size[2] or not planned(method)]
         costs = {key: self.cost(*key[1]) for key in wanted}
         wanted = [key for key in wanted if self.open(cell(*key), costs[key] + 30)]
         if not wanted:
@@ -203,7 +217,7 @@ class Run:
     def cost(self, batch, length, recomputed) -> float:
         """Seconds that a cell takes, roughly."""
         tokens = batch * length
-        return (2 + self.args.steps) * (tokens * 1.2e-4 + batch * (length / 1000) ** 2 * 4e-3) + 6
+        return (2 + self.args.steps) * (tokens * 1.2e-4 + batch * (length / 1000) ** 2 * 2e-3) + 5
 
     @contextlib.contextmanager
     def method(self, model, method, index):
@@ -231,12 +245,12 @@ class Run:
             found = seal_ops.attach_weak_columns(model, columns, calibration=texts, dtype=dtype)
             if not few:
                 index |= {name: i.tolist() for name, i in found.indices().items()}
-        if method.endswith("SEAL-C"):
+        if "SEAL-C" in method:
             seal_ops.attach(model, "channel")
         try:
             yield model, context
         finally:
-            if method.endswith("SEAL-C"):
+            if "SEAL-C" in method:
                 seal_ops.detach(model)
             if method.startswith("weak"):
                 seal_ops.detach_weak_columns(model)
@@ -253,13 +267,13 @@ class Run:
         places = torch.arange(length - labels - 1, length - 1)
         self.fresh()
         seconds, peaks = [], []
-        with prepared(model, recomputed):
+        with self.running(model, method, size, labels) as (logits_of, plan):
             for step in range(1 + self.args.steps):
                 if step == 1 and self.device.type == "cuda":
                     torch.cuda.reset_peak_memory_stats()  # a step with the optimiser's state there from the start
                 begun = self.synchronised()
                 with context():
-                    logits = logits_at(model, places, input_ids=ids, use_cache=False)
+                    logits = logits_of(model, places, input_ids=ids, use_cache=False)
                     loss = loss_of(logits.flatten(0, 1), ids[:, -labels:].flatten()) / (batch * labels)
                 del logits  # a caller of its own has no more use for them
                 loss.backward()
@@ -271,8 +285,34 @@ class Run:
             cell(method, size),
             seconds=statistics.median(seconds[1:]), all_seconds=[round(s, 4) for s in seconds], peak=max(peaks),
             trained=sum(p.numel() for p in parameters), loss=float(loss.detach()),
-            tokens_per_second=batch * length / statistics.median(seconds[1:]),
+            tokens_per_second=batch * length / statistics.median(seconds[1:]), **plan,
         )  # fmt: skip
+
+    @contextlib.contextmanager
+    def running(self, model, method, size, labels):
+        """What gives the logits while the steps of a method run, and the facts of their plan."""
+        batch, length, recomputed = size
+        if not planned(method):
+            with prepared(model, recomputed):
+                yield logits_at, {}
+            return
+        with mode(model, True):
+            planner = Planner(model, length, labels, batch)
+            if method.endswith("in tiles"):
+                plan = planner.uniform(True, TILE)
+            else:
+                plan = planner.plan(self.allowed(size))
+            self.fresh()
+            with planner.running(plan) as execution:
+                yield execution.logits_at, {"plan": plan.facts()}
+
+    def allowed(self, size) -> int:
+        """Bytes that a planned step may take beside the model."""
+        cells = [self.result["cells"].get(cell(method, size), {}) for method in METHODS[:2]]
+        peaks = [found["peak"] for found in cells if "peak" in found]
+        if not peaks:
+            raise SystemExit(f"a planned row needs the peak of a row of QLoRA, got none at {size_name(size)}")
+        return max(1, round(PLANNED * min(peaks)) - memory.used(self.device))
 
     # -------------------------------------------------------------------------------------------------- pieces
 
@@ -330,6 +370,17 @@ def torchs_loss(logits, targets):
     return F.cross_entropy(logits.float(), targets, reduction="sum")
 
 
+def planned(method: str) -> bool:
+    """Whether the library's own execution runs a row's steps."""
+    return method.endswith(("in tiles", "planned"))
+
+
+def size_name(size: tuple[int, int, bool]) -> str:
+    """A size as ``--sizes`` names it."""
+    batch, length, recomputed = size
+    return f"{batch}x{length}" + ("" if recomputed else "-kept")
+
+
 def cell(method: str, size: tuple[int, int, bool]) -> str:
     """The name of a training cell."""
     batch, length, recomputed = size
@@ -345,9 +396,10 @@ def table(result: dict) -> str:
             lines.append(f"{key}: {cell['seconds']:.1f} s, peak {cell['peak'] / 2**30:.1f} GiB {share}")
     for key, cell in cells.items():
         if key.startswith("training") and "seconds" in cell:
-            lines.append(
-                f"{key}: {cell['seconds']:.3f} s, peak {cell['peak'] / 2**30:.2f} GiB, trained {cell['trained']:,}"
-            )
+            plan = cell.get("plan")
+            kept = f"; {plan['layers']}, groups of {plan['group']}, tiles of {plan['tile']}" if plan else ""
+            peak = cell["peak"] / 2**30
+            lines.append(f"{key}: {cell['seconds']:.3f} s, peak {peak:.2f} GiB, trained {cell['trained']:,}{kept}")
         elif key.startswith("training"):
             lines.append(f"{key}: {cell['failed']}")
     whole: dict[str, float] = {}

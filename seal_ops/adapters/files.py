@@ -28,6 +28,8 @@ SUBFOLDER = "seal_scales"
 DEFAULT_ADAPTER = "default"
 # What a linear layer with weak columns (`seal_ops.quantized`) has beside its base, in state dicts.
 DELTA, INDEX = "column_delta", "column_index"
+# Where a model has its `seal_ops.WeakColumns`, whose files lie in the folder of a checkpoint itself.
+COLUMNS = "seal_weak_columns"
 
 _shown = reprlib.Repr()
 _shown.maxstring = _shown.maxother = _shown.maxlong = 120

@@ -12,7 +12,7 @@ from torch import nn
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..utils.files import replacing_files
-from .files import SUBFOLDER
+from .files import DELTA, INDEX, SUBFOLDER
 
 _CHECKPOINT = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-\d+$")
 _SCALE = re.compile(r"(?:^|\.)seal_scales\.layers\.(\d+)\.scale$")
@@ -112,13 +112,58 @@ class SaveBoth:
         if mode is not None and _CHECKPOINT.match(os.path.basename(os.path.normpath(folder))):
             yield
             return
-        present, before = "_keys_to_ignore_on_save" in model.__dict__, getattr(model, "_keys_to_ignore_on_save", None)
         names = (name for name, _ in model.named_parameters() if _SCALE.search(name))
-        model._keys_to_ignore_on_save = {*((before if mode is None else mode.ignored_before) or ()), *names}
-        try:
+        before = getattr(model, "_keys_to_ignore_on_save", None) if mode is None else mode.ignored_before
+        with _left_out(model, {*(before or ()), *names}):
             yield
-        finally:
-            if present:
-                model._keys_to_ignore_on_save = before
-            else:
-                del model.__dict__["_keys_to_ignore_on_save"]
+
+
+class SaveLearned:
+    """Stands in for ``save_pretrained`` of a model with weak columns alone, whose checkpoints hold nothing else.
+
+    What is not called a checkpoint is saved whole, also after a run that was interrupted and never said that it is
+    over.
+    """
+
+    def __init__(self, model: nn.Module):
+        self.model, self.ignored_before = model, getattr(model, "_keys_to_ignore_on_save", None)
+
+    def install(self) -> None:
+        # transformers leaves these out of the file, and is silent where exactly they are missing in one.
+        self.model._keys_to_ignore_on_save = {n for n in self.model.state_dict() if not is_learned(n)}
+        self.model.__dict__["save_pretrained"] = self
+
+    def remove(self) -> None:
+        if self.model.__dict__.get("save_pretrained") is self:
+            del self.model.__dict__["save_pretrained"]
+            self.model._keys_to_ignore_on_save = self.ignored_before
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(type(self.model).save_pretrained.__get__(self.model))
+
+    def __call__(self, save_directory, *args, **kwargs):
+        name, whole = os.path.basename(os.path.normpath(os.fspath(save_directory))), contextlib.nullcontext()
+        if not _CHECKPOINT.match(name):
+            whole = _left_out(self.model, self.ignored_before)
+        with whole:
+            return type(self.model).save_pretrained(self.model, save_directory, *args, **kwargs)
+
+
+@contextlib.contextmanager
+def _left_out(model: nn.Module, names: set[str] | None):
+    """Inside the block transformers leaves tensors of these names out of what it saves."""
+    present, before = "_keys_to_ignore_on_save" in model.__dict__, getattr(model, "_keys_to_ignore_on_save", None)
+    model._keys_to_ignore_on_save = names
+    try:
+        yield
+    finally:
+        if present:
+            model._keys_to_ignore_on_save = before
+        else:
+            del model.__dict__["_keys_to_ignore_on_save"]
+
+
+def is_learned(name: str) -> bool:
+    """Whether a name in a state dict is that of scales or of weak columns."""
+    return name.startswith("seal_scales.") or name.rpartition(".")[2] in (DELTA, INDEX)

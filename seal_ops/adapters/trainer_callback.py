@@ -1,4 +1,4 @@
-"""The scales in the checkpoints of transformers' Trainer: saved, resumed, and the best ones brought back."""
+"""Scales and weak columns in the checkpoints of transformers' Trainer: saved, resumed, and the best brought back."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from torch import nn
 from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from .attachment import attached, load
-from .files import DELTA, INDEX, SUBFOLDER
+from .attachment import SUBMODULE, attached, load
+from .files import COLUMNS, SUBFOLDER
 from .gathering import is_main_process
-from .saving import folders_beside
+from .saving import SaveLearned, folders_beside, is_learned
 
 _STATE_FILE = "trainer_state.json"
 
@@ -28,46 +28,58 @@ class Checkpoints:
 
 
 class SealCallback(TrainerCallback):
-    """Makes a Trainer's checkpoints hold the scales, resume from them, and ``load_best_model_at_end`` restore them.
+    """Makes a Trainer's checkpoints hold what is learned, resume from it, and ``load_best_model_at_end`` restore it.
 
-    ``Trainer(model, args, callbacks=[seal_ops.SealCallback()])``, with scales attached before.  Each checkpoint gets
-    the folder ``seal_scales/<adapter>``, which `seal_ops.load(model, checkpoint)` finds, and its weights file holds the
-    scales too: that is where the Trainer looks when it resumes.  Under FSDP and DeepSpeed all processes gather, and the
-    first one writes.
+    ``Trainer(model, args, callbacks=[seal_ops.SealCallback()])``, with scales or weak columns attached before.  Each
+    checkpoint gets the folder ``seal_scales/<adapter>``, which `seal_ops.load(model, checkpoint)` finds, and the files
+    of `WeakColumns.save_pretrained`, which `seal_ops.load_weak_columns(model, checkpoint)` finds; its weights file
+    holds both too: that is where the Trainer looks when it resumes.  Under FSDP and DeepSpeed all processes gather the
+    scales, and the first one writes.
 
     Args:
         save_base_model: False for checkpoints that hold the scales (and weak columns) and the optimiser's state but not
             the frozen base model, so kilobytes for a model of any size; a Trainer resumes from them,
             ``from_pretrained`` refuses them.
         resume_from: the checkpoint that ``Trainer.train(resume_from_checkpoint=...)`` is given, needed only where it
-            lies outside ``output_dir`` and its weights file has no scales (PEFT's checkpoints, and those saved without
-            this callback).
+            lies outside ``output_dir`` and its weights file has no scales and no weak columns (PEFT's checkpoints, and
+            those saved without this callback).
 
     Raises:
-        ValueError: no scales on the Trainer's model, when its training begins.
+        ValueError: neither scales nor weak columns on the Trainer's model, when it is made.
     """
 
     def __init__(self, save_base_model: bool = True, resume_from: str | os.PathLike | None = None):
         self.save_base_model = save_base_model
         self.resume_from = None if resume_from is None else os.fspath(resume_from)
+        self._saves: SaveLearned | None = None
 
     def on_init_end(self, args, state, control, model: nn.Module | None = None, **kwargs):
-        scales, _ = self._prepare(model)
-        scales.loaded = False
+        scales = self._prepare(model)
+        if scales is not None:
+            scales.loaded = False
 
     def on_train_begin(self, args, state, control, model: nn.Module | None = None, **kwargs):
-        scales, _ = self._prepare(model)
-        if state.global_step > 0 and not scales.loaded:
-            self._load(model, self._resumed(args, state))
-        scales.loaded = False
+        scales, columns = self._prepare(model), _columns_on(model)
+        resumed = None
+        if state.global_step > 0 and scales is not None and not scales.loaded:
+            resumed = self._resumed(args, state)
+            self._load(model, resumed)
+        if state.global_step > 0 and columns is not None and _in_peft(model, columns.owner):
+            # The Trainer has looked into PEFT's file alone.
+            columns.restore(resumed or self._resumed(args, state))
+        if scales is not None:
+            scales.loaded = False
 
     def on_save(self, args, state, control, model: nn.Module | None = None, **kwargs):
-        scales, _ = attached(model, "SealCallback")
-        folder = _checkpoint(args, state.global_step)
+        folder, columns = _checkpoint(args, state.global_step), _columns_on(model)
+        scales, _ = _scales_on(model)
         # With save_on_each_node, more than one process writes. A hyperparameter search has its folders elsewhere; there
         # the model's save_pretrained has written them.
         writes = (args.should_save or is_main_process()) and os.path.isdir(folder)
-        scales.save_to(folders_beside(scales, folder), writes)
+        if scales is not None:
+            scales.save_to(folders_beside(scales, folder), writes)
+        if columns is not None and writes:
+            columns.save_pretrained(folder)
         if not self.save_base_model and args.should_save:
             # Without them nobody takes the checkpoint for a whole model; the Trainer does not need them.
             for name in ("config.json", "generation_config.json"):
@@ -75,23 +87,47 @@ class SealCallback(TrainerCallback):
                     os.unlink(os.path.join(folder, name))
 
     def on_train_end(self, args, state, control, model: nn.Module | None = None, **kwargs):
-        scales, attachment = attached(model, "SealCallback")
-        if args.load_best_model_at_end and state.best_model_checkpoint is not None:
-            self._load(model, state.best_model_checkpoint)
+        columns = _columns_on(model)
+        best = state.best_model_checkpoint if args.load_best_model_at_end else None
+        if columns is not None and best is not None:
+            columns.restore(best)
+        if self._saves is not None:
+            self._saves.remove()
+            self._saves = None
+        scales, attachment = _scales_on(model)
+        if scales is None:
+            return
+        if best is not None:
+            self._load(model, best)
         if scales.checkpoints is not None and not scales.checkpoints.base_model:
             attachment.owner._keys_to_ignore_on_save = scales.checkpoints.ignored_before
         scales.checkpoints = None
 
     def _prepare(self, model: nn.Module):
-        """Marks the scales, so that the Trainer's checkpoints have them in the place where it looks for them."""
-        scales, attachment = attached(model, "SealCallback")
-        if scales.checkpoints is None:
+        """Marks the scales, so that the Trainer's checkpoints have them in the place where it looks for them.
+
+        Returns them; None where weak columns are alone on the model.
+        """
+        scales, attachment = _scales_on(model)
+        if scales is None:
+            self._leave_base_out(_columns_on(model).owner)
+        elif scales.checkpoints is None:
             owner = attachment.owner
             scales.checkpoints = Checkpoints(self.save_base_model, getattr(owner, "_keys_to_ignore_on_save", None))
             if not self.save_base_model:
                 # transformers leaves these out of the file, and is silent where exactly they are missing in one.
-                owner._keys_to_ignore_on_save = {n for n in owner.state_dict() if not _is_learned(n)}
-        return scales, attachment
+                owner._keys_to_ignore_on_save = {n for n in owner.state_dict() if not is_learned(n)}
+        return scales
+
+    def _leave_base_out(self, owner: nn.Module) -> None:
+        if self._saves is not None:
+            return
+        of_interrupted_run = owner.__dict__.get("save_pretrained")
+        if isinstance(of_interrupted_run, SaveLearned):
+            of_interrupted_run.remove()
+        if not self.save_base_model:
+            self._saves = SaveLearned(owner)
+            self._saves.install()
 
     @staticmethod
     def _load(model: nn.Module, folder: str) -> None:
@@ -122,9 +158,21 @@ class SealCallback(TrainerCallback):
         )
 
 
-def _is_learned(name: str) -> bool:
-    """Whether a name in a state dict is that of scales or of weak columns."""
-    return name.startswith("seal_scales.") or name.rpartition(".")[2] in (DELTA, INDEX)
+def _columns_on(model: nn.Module):
+    """The `WeakColumns` on a model or on one inside it; None where there are none."""
+    return next((m.__dict__[COLUMNS] for m in model.modules() if COLUMNS in m.__dict__), None)
+
+
+def _scales_on(model: nn.Module):
+    """The scales and their attachment; None twice where weak columns are alone on the model."""
+    columns = _columns_on(model)
+    if columns is not None and SUBMODULE not in columns.owner._modules:
+        return None, None
+    return attached(model, "SealCallback")
+
+
+def _in_peft(model: nn.Module, owner: nn.Module) -> bool:
+    return model is not owner and hasattr(model, "peft_config")
 
 
 def _checkpoint(args, step: int) -> str:

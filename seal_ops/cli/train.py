@@ -19,6 +19,8 @@ from .options import (
 )
 from .quantize import attach_columns, columns_options
 
+CALIBRATION = 128  # training rows that show which columns are weak, where no file does
+
 
 def options(parser):
     model_options(parser)
@@ -39,11 +41,14 @@ def options(parser):
         help="of the recipe, like group=4096",
     )
     parser.add_argument(
-        "--text", metavar="FILE", help="a text, or .jsonl with texts, packed into rows of --length tokens"
+        "--text",
+        metavar="FILE",
+        help="instead of --task: a text, or .jsonl with texts, packed into rows of --length tokens; or .jsonl with "
+        "messages (or prompt and answer), of which the assistant's words are trained",
     )
     parser.add_argument("--output", required=True, metavar="DIR", help="folder for what is trained and the checkpoint")
     task_options(parser)
-    parser.add_argument("--length", type=positive, help="tokens a sample fills (with --task)")
+    parser.add_argument("--length", type=positive, help="tokens a sample fills (with --task), or a row (with --text)")
     parser.add_argument("--samples", type=positive, default=50, help="how many (with --task)")
     parser.add_argument("--data", metavar="FILE", help="samples written by `seal data`, instead of --task")
     parser.add_argument("--lr", type=float, help="constant learning rate (default: 1e-2 for head, 2e-2 for channel)")
@@ -67,6 +72,7 @@ def run(args):
     from .. import tasks
     from ..adapters.attachment import attach
     from ..training.loop import train
+    from ..training.texts import rows_of_file
 
     if (args.granularity is None and args.weak_columns is None) == (args.recipe is None):
         given = "neither" if args.recipe is None else "both"
@@ -74,10 +80,12 @@ def run(args):
     args.prints = join(args)
     if args.recipe is not None:
         return _run_recipe(args)
-    if args.text is not None or args.recipe_option:
-        raise ValueError("--recipe must be given with --text and --recipe-option, got none")
-    if args.data is None and args.length is None:
-        raise ValueError("--length must be given with --task (or samples with --data), got neither")
+    if args.recipe_option:
+        raise ValueError("--recipe must be given with --recipe-option, got none")
+    if args.data is not None and args.text is not None:
+        raise ValueError("--data or --text must say what is trained on, got both")
+    if args.data is None and args.text is None and args.length is None:
+        raise ValueError("--length must be given with --task (or samples with --data or --text), got neither")
     if args.weak_columns is None and (args.quantize or args.start or args.calibration):
         raise ValueError("--quantize, --start and --calibration need --weak-columns, got none")
     if args.data is not None and (args.chat_format is not None or args.chat_template_kwargs is not None):
@@ -88,10 +96,12 @@ def run(args):
     model, tokenizer = load(args)
     if args.data is not None:
         samples = tasks.read(args.data)
+    elif args.text is not None:
+        samples = rows_of_file(args.text, tokenizer, args.length, "seal_ops.train", **prompts(args))
     else:
         samples = task(args).generate(tokenizer, args.length, args.samples, args.seed, **prompts(args))
     if args.weak_columns is not None:
-        attach_columns(args, model, tokenizer, samples)
+        attach_columns(args, model, tokenizer, samples[:CALIBRATION])
     if args.granularity is not None:
         attach(model, args.granularity, backend=args.backend).card.command = args.command_line
     _report(train(model, samples, column_lr=args.column_lr, **_settings(args)), _what(args), args)

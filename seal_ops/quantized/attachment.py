@@ -14,13 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from ..adapters.attachment import SUBMODULE as SCALES
+from ..adapters.files import COLUMNS as ATTRIBUTE
 from ..adapters.files import DELTA
 from ..adapters.freezing import freeze, thaw
 from ..huggingface.wrappers import unwrapped
 from . import bases, calibration, columns, quantizers, selection, start
 from .originals import Originals
-
-ATTRIBUTE = "seal_weak_columns"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,6 +91,12 @@ class WeakColumns:
         from .saving import save
 
         save(self, save_directory)
+
+    def restore(self, save_directory) -> None:
+        """Takes the values that ``save_pretrained`` has written; they must be of the same columns of the same base."""
+        from .saving import load_weak_columns
+
+        load_weak_columns(self.owner, save_directory)
 
     def __repr__(self) -> str:
         return f"WeakColumns(layers={len(self.layers)}, columns={self.columns}, trained={self.count():,d})"

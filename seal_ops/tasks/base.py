@@ -28,6 +28,7 @@ from .reading import CLOSE, opens_reasoning, read_output
 
 IGNORE_INDEX = -100  # the label that PyTorch's cross entropy and transformers skip
 SPLITS = ("train", "test")
+_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _THINKING = "enable_thinking"  # the switch that templates of reasoning models read
 _SET_HERE = {"messages", "conversation", "chat_template", "add_generation_prompt", "tokenize"}
 
@@ -185,12 +186,17 @@ class Encoder:
     def conversation(self, messages, where: str) -> tuple[list[int], list[int]]:
         """Token ids and labels of a conversation: what the assistant says, with the token that ends its turn.
 
+        Where the template marks what is generated (``{% generation %}``), the labels are what it marks; else the
+        assistant's words are looked for in the rendered text.
+
         Args:
             messages: dicts with ``role`` and ``content``, and whatever else the template reads.
             where: how an error names the conversation.
         """
         if self.template is None:
             raise ValueError(f"{where}: messages need a chat template, {_name(self.tokenizer)} has none")
+        if _GENERATION.search(self.template):
+            return self._marked(messages, where)
         text = self.tokenizer.apply_chat_template(
             list(messages), **self.variables, chat_template=self.template, tokenize=False
         )
@@ -222,6 +228,17 @@ class Encoder:
                     last = behind
                 labels[inside[0] : last + 1] = ids[inside[0] : last + 1]
         return ids, labels
+
+    def _marked(self, messages, where: str) -> tuple[list[int], list[int]]:
+        """As transformers reads a template's own marks."""
+        if not getattr(self.tokenizer, "is_fast", False):
+            raise ValueError(f"{where}: messages need a fast tokenizer, got {type(self.tokenizer).__name__}")
+        encoded = self.tokenizer.apply_chat_template(
+            list(messages), **self.variables, chat_template=self.template, tokenize=True, return_dict=True,
+            return_assistant_tokens_mask=True,
+        )  # fmt: skip
+        ids, marks = list(encoded["input_ids"]), encoded["assistant_masks"]
+        return ids, [i if mark else IGNORE_INDEX for i, mark in zip(ids, marks, strict=True)]
 
     @property
     def thinks(self) -> bool:

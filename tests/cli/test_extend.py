@@ -120,4 +120,4 @@ def test_recipes(capsys, folder, book, tmp_path):  # noqa: F811
     code, _, err = seal(
         capsys, "train", "--model", folder, "--granularity", "head", "--text", book, "--output", tmp_path / "other"
     )
-    assert code == 1 and "--recipe must be given with --text" in err
+    assert code == 1 and "length must be given for texts" in err

@@ -1,17 +1,20 @@
 """`seal quantize`, `seal train --weak-columns`, and the study of a 4-bit model, on a tiny model."""
 
+import copy
 import json
 
 import pytest
+import safetensors.torch
 import torch
 from command_line import seal
 from families import FAMILIES, close, logits
-from retrieval_fixtures import tokenizer
+from retrieval_fixtures import CHAT, tokenizer
 from transformers import AutoModelForCausalLM
 
 import seal_ops
 from seal_ops.experiments.quantized_study import driver, plan
 from seal_ops.quantized import bases
+from seal_ops.training.texts import rows_of_file
 
 pytest.importorskip("bitsandbytes")
 
@@ -84,6 +87,51 @@ def test_train(capsys, folder, tmp_path):
     assert code == 1 and "must say what is trained, got neither" in err
     code, _, err = seal(capsys, *arguments, "--granularity", "head", "--quantize", "nf4", "--output", tmp_path / "none")
     assert code == 1 and "need --weak-columns, got none" in err
+
+
+def test_train_on_conversations(capsys, folder, tmp_path):
+    """Columns alone, columns with scales, and scales: on `messages`; a killed run goes on bit for bit."""
+    words = copy.deepcopy(tokenizer())
+    words.chat_template = CHAT
+    chatty = tmp_path / "chatty"
+    AutoModelForCausalLM.from_pretrained(folder).save_pretrained(chatty)
+    words.save_pretrained(chatty)
+    chats = tmp_path / "chats.jsonl"
+    turns = [[{"role": "user", "content": f"{n}?"}, {"role": "assistant", "content": f"{n}."}] for n in range(5)]
+    chats.write_text("".join(json.dumps({"messages": messages}) + "\n" for messages in turns))
+    arguments = ["train", "--model", chatty, "--device", "cpu", "--text", chats]
+    columns = ["--weak-columns", 4, "--quantize", "nf4", "--column-lr", 1e-3]
+    kinds = {"columns": columns, "both": [*columns, "--granularity", "head"], "scales": ["--granularity", "head"]}
+    for name, more in kinds.items():
+        code, out, err = seal(capsys, *arguments, *more, "--output", tmp_path / name)
+        assert code == 0 and "trained in 5 steps" in out, err
+    trained = safetensors.torch.load_file(tmp_path / "columns" / "weak_columns.safetensors")
+    code, out, err = seal(capsys, *arguments, *columns, "--length", 200, "--output", tmp_path / "packed")
+    assert code == 0 and "trained in 1 steps" in out, err
+    # Killed after three steps, in a process of its own, so to speak: a fresh model goes on from the checkpoint.
+    rows = rows_of_file(chats, words, None, "test")
+
+    def stop(step, _loss):
+        if step == 3:
+            raise KeyboardInterrupt
+
+    def run(**options):
+        model = AutoModelForCausalLM.from_pretrained(chatty, dtype="float32")
+        seal_ops.attach_weak_columns(model, 4, calibration=rows, quantize="nf4")
+        options = dict(column_lr=1e-3, output_dir=tmp_path / "killed", checkpoint_every=1, progress=False, **options)
+        seal_ops.train(model, rows, **options)
+
+    with pytest.raises(KeyboardInterrupt):
+        run(on_step=stop)
+    run(resume=True)
+    resumed = safetensors.torch.load_file(tmp_path / "killed" / "weak_columns.safetensors")
+    assert trained.keys() == resumed.keys() and all(torch.equal(trained[n], resumed[n]) for n in trained)
+    for more, sentence in [
+        (["--data", "x", *columns], "--data or --text must say what is trained on, got both"),
+        (["--recipe-option", "group=2", *columns], "--recipe must be given with --recipe-option, got none"),
+    ]:
+        code, _, err = seal(capsys, *arguments, *more, "--output", tmp_path / "none")
+        assert code == 1 and err == f"seal train: {sentence}\n"
 
 
 def test_study(capsys, folder, text, tmp_path):

@@ -4,6 +4,7 @@ import copy
 import math
 
 import pytest
+import safetensors.torch
 import torch
 from families import FAMILIES, logits, tokens
 from retrieval_fixtures import tokenizer
@@ -156,52 +157,98 @@ def test_text_and_chat(rows):
     assert len(result.losses) == 2 and not equal(values(model), before) and found.count() == result.parameters
 
 
+class Killed(BaseException):
+    """As a signal would: nothing after it is saved."""
+
+
+def trained_by_trainer(folder, model, rows, callback, resume=None, kill_at=None, **options):
+    """transformers' Trainer, a rate a group; the trained values afterwards."""
+    from transformers import Trainer, TrainerCallback, TrainingArguments
+
+    class Kill(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step == kill_at:
+                raise Killed
+
+    groups = seal_ops.parameter_groups(model, lr=1e-2, column_lr=1e-3) if options.pop("others", True) else None
+    optimizer = torch.optim.AdamW(groups or seal_ops.parameter_groups(model, column_lr=1e-3))
+    settings = dict(
+        output_dir=str(folder), max_steps=4, per_device_train_batch_size=1, save_steps=2, logging_steps=1,
+        lr_scheduler_type="constant", report_to=[], use_cpu=True, remove_unused_columns=False, max_grad_norm=0.3,
+    )  # fmt: skip
+    trainer = Trainer(
+        model, TrainingArguments(**{**settings, **options}), train_dataset=rows, eval_dataset=rows,
+        data_collator=seal_ops.Collator(), optimizers=(optimizer, None), callbacks=[callback, Kill()],
+    )  # fmt: skip
+    assert [g["lr"] for g in optimizer.param_groups] == ([1e-2, 1e-3] if groups else [1e-3])
+    trainer.train(resume_from_checkpoint=resume)
+    return values(model)
+
+
 @pytest.mark.parametrize("save_base_model", [True, False])
-def test_trainer(token_ids, rows, tmp_path, save_base_model):
-    """transformers' Trainer, a rate a group; a run from a checkpoint ends where the whole run does."""
-    from transformers import Trainer, TrainingArguments
+@pytest.mark.parametrize("scales", ["head", None])
+def test_trainer(token_ids, rows, tmp_path, scales, save_base_model):
+    """A run that was killed ends, from its last checkpoint, where the whole run does; what a checkpoint holds loads."""
 
-    def run(resume, steps):
-        model = columns_model(token_ids, "head")
-        optimizer = torch.optim.AdamW(seal_ops.parameter_groups(model, lr=1e-2, column_lr=1e-3))
-        arguments = TrainingArguments(
-            output_dir=str(tmp_path), max_steps=4, per_device_train_batch_size=1, save_steps=2, logging_steps=1,
-            lr_scheduler_type="constant", report_to=[], use_cpu=True, remove_unused_columns=False, max_grad_norm=0.3,
-        )  # fmt: skip
-        trainer = Trainer(
-            model, arguments, train_dataset=rows, data_collator=seal_ops.Collator(), optimizers=(optimizer, None),
-            callbacks=[seal_ops.SealCallback(save_base_model)],
-        )  # fmt: skip
-        assert [g["lr"] for g in optimizer.param_groups] == [1e-2, 1e-3]
-        trainer.train(resume_from_checkpoint=resume)
-        return model
+    def run(folder, **options):
+        model, callback = columns_model(token_ids, scales), seal_ops.SealCallback(save_base_model)
+        return trained_by_trainer(tmp_path / folder, model, rows, callback, others=scales is not None, **options)
 
-    before = values(columns_model(token_ids, "head"))
-    whole = run(None, 4)
-    resumed = run(str(tmp_path / "checkpoint-2"), 4)
-    assert equal(values(whole), values(resumed)) and not equal(values(whole), before)
-    assert all(not torch.equal(values(whole)[n], before[n]) for n in before)
+    before = values(columns_model(token_ids, scales))
+    whole = run("whole")
+    with pytest.raises(Killed):
+        run("killed", kill_at=3)
+    resumed = run("killed", resume=str(tmp_path / "killed" / "checkpoint-2"))
+    assert equal(whole, resumed) and all(not torch.equal(whole[n], before[n]) for n in before)
+    saved = safetensors.torch.load_file(tmp_path / "killed" / "checkpoint-4" / "model.safetensors")
+    assert ("model.embed_tokens.weight" in saved) == save_base_model and set(before) < set(saved)
+    assert (tmp_path / "killed" / "checkpoint-4" / "config.json").exists() == save_base_model
+    loaded = columns_model(token_ids, scales)
+    seal_ops.load_weak_columns(loaded, tmp_path / "killed" / "checkpoint-4")
+    if scales:
+        seal_ops.load(loaded, tmp_path / "killed" / "checkpoint-4")
+    assert equal(values(loaded), whole)
 
 
-def test_trl(tmp_path):
-    """TRL's SFTTrainer on a model that we have quantised."""
-    trl = pytest.importorskip("trl")
-    datasets = pytest.importorskip("datasets")
-    pytest.importorskip("bitsandbytes")
-    words = tokenizer()
-    model = LLAMA.build(vocab_size=len(words), max_position_embeddings=512)
-    texts = ["The quick brown fox jumps.", "It jumps over the lazy dog."]
-    seal_ops.attach_weak_columns(model, 4, calibration=texts, tokenizer=words, quantize="nf4")
-    before, frozen = values(model), copy.deepcopy(model.model.embed_tokens.weight)
-    arguments = trl.SFTConfig(
-        output_dir=str(tmp_path), max_steps=2, per_device_train_batch_size=1, report_to=[], use_cpu=True, bf16=False,
-        save_strategy="no",
-    )  # fmt: skip
-    optimizer = torch.optim.AdamW(seal_ops.parameter_groups(model, column_lr=1e-3))
-    trainer = trl.SFTTrainer(
-        model, arguments, train_dataset=datasets.Dataset.from_dict({"text": texts}), processing_class=words,
-        optimizers=(optimizer, None),
-    )  # fmt: skip
-    trainer.train()
-    assert all(not torch.equal(v, before[n]) for n, v in values(model).items()) and len(before) == 14
-    assert torch.equal(model.model.embed_tokens.weight, frozen)
+def test_the_best_columns_come_back_and_a_killed_run_leaves_the_model_whole(token_ids, rows, tmp_path):
+    model, callback = columns_model(token_ids), seal_ops.SealCallback(save_base_model=False)
+    ignored = model._keys_to_ignore_on_save
+    with pytest.raises(Killed):
+        trained_by_trainer(tmp_path, model, rows, callback, kill_at=1, others=False)
+    model.save_pretrained(tmp_path / "final")
+    best = dict(save_steps=1, eval_steps=1, eval_strategy="steps", load_best_model_at_end=True, save_total_limit=1)
+    best |= dict(metric_for_best_model="loss", greater_is_better=True)  # the first step counts as the best one
+    found = trained_by_trainer(
+        tmp_path, model, rows, seal_ops.SealCallback(save_base_model=False), others=False, **best
+    )
+    assert [p.name for p in tmp_path.glob("checkpoint-*")] == ["checkpoint-1"]
+    model.save_pretrained(tmp_path / "after")
+    for folder in ("final", "after"):
+        saved = safetensors.torch.load_file(tmp_path / folder / "model.safetensors")
+        assert "model.embed_tokens.weight" in saved and (tmp_path / folder / "config.json").exists()
+    assert model._keys_to_ignore_on_save == ignored and "save_pretrained" not in model.__dict__
+    fresh = columns_model(token_ids)
+    seal_ops.load_weak_columns(fresh, tmp_path / "checkpoint-1")
+    assert equal(values(fresh), found)
+
+
+def test_columns_beside_a_lora_resume_in_trainer(token_ids, rows, tmp_path):
+    """PEFT's checkpoints hold PEFT's adapter alone; the columns come back from the files beside it."""
+    peft = pytest.importorskip("peft")
+
+    def run(folder, **options):
+        model = columns_model(token_ids)
+        torch.manual_seed(1)
+        wrapped = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["lm_head"]))
+        model.seal_weak_columns.requires_grad_(True)
+        return trained_by_trainer(tmp_path / folder, wrapped, rows, seal_ops.SealCallback(), **options)
+
+    whole = run("whole")
+    with pytest.raises(Killed):
+        run("killed", kill_at=3)
+    assert equal(whole, run("killed", resume=str(tmp_path / "killed" / "checkpoint-2")))
+
+
+def test_the_callback_needs_something_to_save():
+    with pytest.raises(ValueError, match="seal_ops.SealCallback: model must have scales attached"):
+        seal_ops.SealCallback().on_init_end(None, None, None, model=LLAMA.build())

@@ -1,5 +1,7 @@
 """What can be trained on: tokens, texts, conversations, datasets; and what is refused."""
 
+import json
+
 import pytest
 import torch
 from chat_templates import TEMPLATES, chat_tokenizer
@@ -9,6 +11,7 @@ import seal_ops
 from seal_ops import tasks
 from seal_ops.training.collator import Collator
 from seal_ops.training.samples import Row, to_rows
+from seal_ops.training.texts import packed_texts, rows_of_file
 
 SAMPLES = tasks.lines(tokenizer(), length=190, samples=3)
 
@@ -59,6 +62,63 @@ def test_conversations_train_what_the_assistant_says(template):
     parts = [part for part in "".join(trained).split("\0") if part]
     assert [p.removesuffix("<|im_end|>").strip() for p in parts] == ["It is 2.", "It is 3.\nIndeed."]
     assert all(p.endswith("<|im_end|>") for p in parts) == (template != "system text")
+
+
+MARKED = (  # what the assistant says is written otherwise, so that only the marks tell where it is
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% if m['role'] == 'assistant' %}{%- generation -%}"
+    "{{ m['content'] | upper }}<|im_end|>{%- endgeneration -%}{% else %}{{ m['content'] }}<|im_end|>{% endif %}\n"
+    "{% endfor %}"
+)
+
+
+def test_a_template_that_marks_what_is_generated_decides():
+    tok = chat_tokenizer(MARKED)
+    messages = [{"role": "user", "content": "What is 2?"}, {"role": "assistant", "content": "It is 2."},
+                {"role": "user", "content": "It is 3."}, {"role": "assistant", "content": "It is 3."}]  # fmt: skip
+    (row,) = to_rows([{"messages": messages}], tok)
+    trained = "".join(tok.decode([i]) if k != -100 else "\0" for i, k in zip(row.input_ids, row.labels, strict=True))
+    assert [part for part in trained.split("\0") if part] == ["IT IS 2.<|im_end|>", "IT IS 3.<|im_end|>"]
+    assert tok.decode(row.input_ids).count("It is 3.") == 1
+    with pytest.raises(ValueError, match="must have a label behind its first token"):
+        to_rows([{"messages": messages[:1]}], tok)
+
+
+def chats(path, texts):
+    turns = [[{"role": "user", "content": q}, {"role": "assistant", "content": a}] for q, a in texts]
+    path.write_text("".join(json.dumps({"messages": m}) + "\n" for m in turns) + "\n")
+    return [to_rows([{"messages": m}], chat_tokenizer("turns"))[0] for m in turns]
+
+
+def test_a_file_of_conversations(tmp_path):
+    tok, path = chat_tokenizer("turns"), tmp_path / "chats.jsonl"
+    rows = chats(path, [("What is 2?", "It is 2."), ("What is 3?", "It is 3."), ("And 4?", "Four.")])
+    assert rows_of_file(path, tok, None, "x") == rows
+    length = len(rows[0]) + len(rows[1]) + 1
+    one, other = rows_of_file(path, tok, length, "x")
+    assert one.input_ids == rows[0].input_ids + rows[1].input_ids and other == rows[2]
+    assert one.labels == rows[0].labels + rows[1].labels, "no first token is trained"
+    with pytest.raises(ValueError, match=r"^x: line 1 of .*chats.jsonl must have at most 5 tokens \(the length\), got"):
+        rows_of_file(path, tok, 5, "x")
+    tok_without = tokenizer()
+    with pytest.raises(ValueError, match=r"^x: line 1 of .*chats.jsonl: messages need a chat template"):
+        rows_of_file(path, tok_without, None, "x")
+    answers = tmp_path / "answers.jsonl"
+    answers.write_text(json.dumps({"prompt": "What is 2?", "answer": "It is 2."}) + "\n")
+    assert rows_of_file(answers, tok, None, "x") == [Row(rows[0].input_ids[:-1], rows[0].labels[:-1])]
+    answers.write_text("[1]\n")
+    with pytest.raises(ValueError, match="must be an object with a text, got line 1"):
+        rows_of_file(answers, tok, None, "x")
+
+
+def test_a_file_of_texts_is_packed(tmp_path):
+    path = tmp_path / "texts.jsonl"
+    path.write_text('{"text": "It is 2."}\n{"text": "It is 3."}\n')
+    tok = chat_tokenizer("turns")
+    assert rows_of_file(path, tok, 6, "x") == packed_texts(path, tok, 6, "x")
+    with pytest.raises(ValueError, match="x: length must be given for texts"):
+        rows_of_file(path, tok, None, "x")
+    with pytest.raises(ValueError, match="x: a chat format must be given for conversations, got it for texts in"):
+        rows_of_file(path, tok, 6, "x", chat_template=True)
 
 
 def test_the_last_turn_of_a_conversation_is_the_label_of_a_prompt():

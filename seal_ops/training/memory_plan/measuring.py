@@ -22,7 +22,6 @@ from .tiling import candidates, run_tiled, treats_tokens_alone
 # Tokens of the shortest sample. CUDA's allocator rounds, which shorter ones would show.
 SHORT = {"cuda": 512}
 SHORT_ELSEWHERE = 64
-SMALL_TILE = 4  # tokens of a tile in the samples, where a real one would be longer than they are
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,6 +130,11 @@ class Samples:
         return max(4, min(SHORT.get(self.device.type, SHORT_ELSEWHERE), self.length // 4))
 
     @property
+    def tile(self) -> int:
+        """Tokens of a tile in the samples, where a real one would be longer than they are; few, as each takes time."""
+        return max(1, self.batch_size * self.shortest // 8)
+
+    @property
     def points(self) -> list[tuple[int, int]]:
         """Tokens and labels of the samples: few labels or many, as the real ones, so that both take the same way."""
         n = self.shortest
@@ -189,7 +193,8 @@ class Measurement:
             self._taken[tiles, plain] = [self._sample(n, k, tiles, plain) for n, k in self.samples.points]
         samples, fit = self._taken[tiles, plain], self.samples.fit
         # The samples' tiles are short: a real one takes so much more.
-        more = self._tile_bytes * (min(tile, self.samples.length) - SMALL_TILE) if tiles else 0
+        whole = self.samples.batch_size * self.samples.length
+        more = self._tile_bytes * (min(tile, whole) - self.samples.tile) if tiles else 0
         layers = []
         for found in zip(*(s.layers for s in samples)):
             values = {name: fit([getattr(cost, name) for cost in found]) for name in _GROWING}
@@ -265,7 +270,7 @@ class Measurement:
 
         changes = [(module, _with(layer, n)) for n, module in enumerate(self.decoder.layers)]
         if tiles:
-            changes += [(m, _with(run_tiled, m, SMALL_TILE)) for m in self.tiled]
+            changes += [(m, _with(run_tiled, m, self.samples.tile)) for m in self.tiled]
         positions = torch.arange(length - labels, length)
         with replaced_forwards(changes), torch.enable_grad(), contextlib.ExitStack() as meters:
             meters.callback(entry.stop)  # where the model fails
@@ -316,18 +321,24 @@ class Measurement:
         return dict(kept=saved.bytes, keeps_entry=saved.met(states), forward=most, backward=backward), result
 
     def _measure_tiles(self) -> None:
+        """By two tiles: what does not grow, like gradients and a quantised weight written out, is in the samples."""
         seen = set()
+
+        def most(module, forward, piece):
+            with Meter(self.device) as meter, torch.enable_grad():
+                out = forward(piece)
+                leaves = [piece, *(p for p in module.parameters() if p.requires_grad)]
+                torch.autograd.grad(out, leaves, torch.ones_like(out), allow_unused=True)
+                return meter.lap()
 
         def child(module, forward, states):
             kind = (type(module), tuple((n, p.shape, p.requires_grad) for n, p in module.named_parameters()))
             if kind not in seen:
                 seen.add(kind)
-                with Meter(self.device) as meter, torch.enable_grad():
-                    piece = states.detach().requires_grad_()
-                    out = forward(piece)
-                    leaves = [piece, *(p for p in module.parameters() if p.requires_grad)]
-                    torch.autograd.grad(out, leaves, torch.ones_like(out), allow_unused=True)
-                    self._tile_bytes = max(self._tile_bytes, meter.lap() / states.shape[1])
+                rows = states.flatten(0, 1)[None]
+                long, short = rows.shape[1], max(1, rows.shape[1] // 2)
+                found = [most(module, forward, rows[:, :n].detach().requires_grad_()) for n in (long, short)]
+                self._tile_bytes = max(self._tile_bytes, (found[0] - found[1]) / (long - short))
             return forward(states)
 
         with replaced_forwards([(m, _with(child, m)) for m in self.tiled]), torch.no_grad():

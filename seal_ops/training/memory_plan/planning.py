@@ -38,7 +38,7 @@ class Plan:
         keeps: for each layer "everything", "attention" (its input and the fused attention's output, log-sum-exp and
             rotated queries and keys), "input", or "offloaded" (the input, in pinned host memory).
         group: layers under one checkpoint, of whose inputs the first is kept.
-        tile: tokens that MLPs and norms treat at once; None for all.
+        tile: tokens, of all rows together, that MLPs and norms treat at once; None for all.
         cuts_last_layer: whether behind the last attention only rows that the loss reads are computed.
         memory: bytes that the step was allowed.
         used: bytes in use on the device when the plan was made.
@@ -286,7 +286,7 @@ class Planner:
 
     def _candidates(self, tile: int | None | bool) -> Iterator[tuple[str, str, int, int | None]]:
         if tile is True:
-            tiles = (None, TILE) if self.length > TILE and self.measurement.tiled else (None,)
+            tiles = (None, TILE) if self.length * self.batch_size > TILE and self.measurement.tiled else (None,)
         else:
             tiles = (tile,)
         for low, high in ((ATTENTION, EVERYTHING), (INPUT, ATTENTION)):

@@ -35,7 +35,7 @@ class _Keeper(torch.autograd.Function):
 
 
 class _Tiled(torch.autograd.Function):
-    """``function`` of [B, S, H] over tiles of S; the gradients of ``parameters`` are added up in fp32 at least."""
+    """``function`` of [1, N, H] over tiles of N; the gradients of ``parameters`` are added up in fp32 at least."""
 
     @staticmethod
     def forward(ctx, function, tile, keeper, states, *parameters):
@@ -52,7 +52,7 @@ class _Tiled(torch.autograd.Function):
         sums: list[Tensor | None] = [None] * len(wanted)
         for start in range(0, states.shape[1], ctx.tile):
             place = slice(start, start + ctx.tile)
-            piece = states[:, place].contiguous().detach().requires_grad_(grad_states is not None)
+            piece = states[:, place].detach().requires_grad_(grad_states is not None)
             with torch.enable_grad(), ctx.autocast():
                 out = ctx.function(piece)
             leaves = ([piece] if grad_states is not None else []) + wanted
@@ -79,25 +79,32 @@ def _autocast(kind: str) -> Callable:
 def _in_tiles(function: Callable, states: Tensor, tile: int) -> Tensor:
     out = None
     for start in range(0, states.shape[1], tile):
-        piece = function(states[:, start : start + tile].contiguous())
+        piece = function(states[:, start : start + tile])
         if out is None:
             out = piece.new_empty(*states.shape[:2], piece.shape[-1])
         out[:, start : start + tile] = piece
     return out
 
 
+def _flat(states: Tensor) -> Tensor:
+    """[B, S, H] as one row [1, B * S, H], of which every piece is contiguous."""
+    return states.reshape(1, -1, states.shape[-1]).contiguous()
+
+
 def run_tiled(module: nn.Module, tile: int, forward: Callable, states: Tensor) -> Tensor:
-    """``forward(states)`` of ``module``, [B, S, H], at most ``tile`` tokens at a time."""
-    if states.shape[1] <= tile:
+    """``forward(states)`` of ``module``, [B, S, H], at most ``tile`` tokens of all rows together at a time."""
+    rows = states.shape[:2]
+    if rows.numel() <= tile:
         return forward(states)
     parameters = [p for p in module.parameters() if p.requires_grad]
+    states = _flat(states)
     if not torch.is_grad_enabled() or not (states.requires_grad or parameters):
-        return _in_tiles(forward, states, tile)
+        return _in_tiles(forward, states, tile).view(*rows, -1)
     anchor = torch.empty(0, requires_grad=True)
     # The keeper's output lives as long as the graph: without it torch 2.11 frees what the keeper has saved.  It goes
     # in a tuple, so that it is no input of the graph.
     keeper = (_Keeper.apply(anchor, states),)
-    return _Tiled.apply(forward, tile, keeper, states, *parameters)
+    return _Tiled.apply(forward, tile, keeper, states, *parameters).view(*rows, -1)
 
 
 def candidates(decoder: Decoder) -> list[nn.Module]:
@@ -119,8 +126,8 @@ def treats_tokens_alone(forward: Callable, args: tuple, kwargs: dict, result) ->
     if states.dim() != 3 or result.dim() != 3 or result.shape[:2] != states.shape[:2] or states.shape[1] < 2:
         return False
     try:  # tiles that are no halves, so that what looks at neighbours or at the length shows
-        parts = _in_tiles(forward, states, max(1, states.shape[1] // 3))
+        parts = _in_tiles(forward, _flat(states), max(1, states.shape[:2].numel() // 3))
     except Exception:  # a module that wants all tokens
         return False
-    error = (parts.double() - result.double()).norm()
+    error = (parts.double().view(result.shape) - result.double()).norm()
     return bool(error <= 32 * torch.finfo(result.dtype).eps * result.double().norm())
