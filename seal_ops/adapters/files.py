@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..huggingface.layers import GRANULARITIES
 from ..utils.files import atomic_write, replacing
+from ..utils.locks import only_writer
 
 CONFIG_FILE, WEIGHTS_FILE, CARD_FILE = "adapter_config.json", "adapter_model.safetensors", "README.md"
 # The config of a save under way. It is complete before the weights are replaced and takes its place after them, so that
@@ -90,6 +91,13 @@ def write(folder: str, config: ScalesConfig, values: dict[int, Tensor], card: st
 
     ``values``: layer -> scale, on the CPU.  ``card``: the text of a README that this library may replace.
     """
+    os.makedirs(folder, exist_ok=True)
+    place = os.path.join(folder, CONFIG_FILE)
+    with only_writer(place, "seal_ops.Scales.save_pretrained", wait=True):  # two would mix their files
+        _write(folder, config, values, card)
+
+
+def _write(folder, config, values, card):
     tensors = {tensor_name(layer): value.contiguous() for layer, value in values.items()}
     pending = os.path.join(folder, PENDING_FILE)
     atomic_write(pending, json.dumps(config.to_dict(), indent=2) + "\n")

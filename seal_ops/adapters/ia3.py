@@ -8,17 +8,15 @@ shape [1, in_features].
 
 from __future__ import annotations
 
-import json
 import os
 
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..huggingface.layers import AttentionLayer
 from ..huggingface.wrappers import unwrapped
-from ..utils.files import atomic_write, replacing
+from ..utils.files import write_adapter
 from .attachment import attach_to, attached, layers_of, refuse_second
 from .files import CONFIG_FILE, WEIGHTS_FILE, read_json, read_tensors, shown
 from .hub import resolve
@@ -125,6 +123,4 @@ def export_ia3(model: nn.Module, save_directory: str | os.PathLike) -> None:
         "init_ia3_weights": True,
     }
     folder = os.fspath(save_directory)
-    with replacing(os.path.join(folder, WEIGHTS_FILE)) as temporary:
-        safetensors.torch.save_file(tensors, temporary, metadata={"format": "pt"})
-    atomic_write(os.path.join(folder, CONFIG_FILE), json.dumps(config, indent=2) + "\n")
+    write_adapter(folder, (WEIGHTS_FILE, tensors), (CONFIG_FILE, config))

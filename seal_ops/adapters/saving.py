@@ -24,14 +24,15 @@ def save_trained(model: nn.Module, scales: nn.Module | None, folder: str | os.Pa
     `seal_ops.load` finds the scales in ``folder`` either way.
     """
     if scales is None:
-        with replacing_files(folder) as temporary:  # PEFT writes in place
+        with replacing_files(folder) as temporary:  # PEFT and transformers write in place
             model.save_pretrained(temporary)
     elif all(_SCALE.search(name) for name, p in model.named_parameters() if p.requires_grad):
         scales.save_pretrained(folder)
     else:
         scales.saved_beside = True
         try:
-            model.save_pretrained(folder)
+            with replacing_files(folder) as temporary:  # PEFT and transformers write in place
+                model.save_pretrained(temporary)
         finally:
             scales.saved_beside = False
         scales.save_to(folders_beside(scales, folder))

@@ -6,6 +6,7 @@ from .options import (
     backend_option,
     extend_option,
     folder_option,
+    kept,
     list_files,
     load_model_fn,
     log,
@@ -75,4 +76,5 @@ COMMAND = Command(
     "seal compare --model models/seal-tiny --lengths 512 1024 --rates 'LoRA=[2e-4,2e-3]' --output compare",
     options,
     run,
+    kept,
 )

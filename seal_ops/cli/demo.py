@@ -4,7 +4,7 @@ import os
 from dataclasses import fields, replace
 
 from ..huggingface.loading import shipped
-from .options import Command, Numbers, chat_option, extend_option, model_options, positive
+from .options import Command, Numbers, chat_option, extend_option, kept, model_options, positive
 
 MODEL = os.path.join("models", "seal-tiny")
 
@@ -69,4 +69,5 @@ COMMAND = Command(
     "seal demo --model smollm2 --output real-results",
     options,
     run,
+    kept,
 )

@@ -7,6 +7,7 @@ from .options import (
     Numbers,
     backend_option,
     extend_option,
+    kept,
     load,
     model_options,
     plot_file,
@@ -79,10 +80,18 @@ def run(args):
         print(path)
 
 
+def _kept(args):
+    """What an interrupted evaluation leaves."""
+    if args.output is None:
+        return "no case was kept; with --output FILE the same command goes on from what is finished"
+    return kept(args) if os.path.exists(args.output) else "no case was kept yet"
+
+
 COMMAND = Command(
     "accuracy by length, with 95 % intervals",
     "seal eval --model models/seal-tiny --scales my-scales --lengths 512 1024 2048 --cases 50 \\\n"
     "  --output result.json --plot result.png",
     options,
     run,
+    _kept,
 )

@@ -10,6 +10,7 @@ from .options import (
     checkpointing_option,
     extend_option,
     folder_option,
+    kept,
     list_files,
     load,
     model_options,
@@ -108,4 +109,5 @@ COMMAND = Command(
     "seal heads --model models/seal-tiny --lengths 512 1024 --cases 10 --quadrants --output heads",
     options,
     run,
+    kept,
 )

@@ -1,13 +1,16 @@
 """The command ``seal``: parse, call the library, print.
 
 A subcommand is one entry of ``COMMANDS``: its options, a function that runs it, a sentence and an example.  Exit codes:
-0 done, 1 failed (one sentence on stderr), 2 wrong usage, 130 interrupted.
+0 done, 1 failed (one sentence on stderr), 2 wrong usage, 130 interrupted, 143 terminated (both say how to go on).
 """
 
 import argparse
+import contextlib
 import os
 import shlex
+import signal
 import sys
+import threading
 import traceback
 
 from . import (
@@ -43,10 +46,13 @@ def main(argv: list[str] | None = None) -> int:
         return int(stop.code or 0)
     args.command_line = shlex.join(["seal", *argv])
     try:
-        return COMMANDS[args.command].run(args) or 0
-    except KeyboardInterrupt:
-        print(f"\nseal {args.command}: interrupted", file=sys.stderr)
-        return 130
+        with _terminated_as_interrupted():
+            return COMMANDS[args.command].run(args) or 0
+    except KeyboardInterrupt as stop:
+        said, code = ("terminated", 143) if isinstance(stop, _Terminated) else ("interrupted", 130)
+        kept = COMMANDS[args.command].kept
+        print(f"\nseal {args.command}: {said}{f'; {kept(args)}' if kept else ''}", file=sys.stderr)
+        return code
     except BrokenPipeError:  # `seal env | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
@@ -57,6 +63,29 @@ def main(argv: list[str] | None = None) -> int:
             sentence = (str(error).strip() or type(error).__name__).splitlines()[0]
             print(f"seal {args.command}: {sentence.removeprefix(f'seal {args.command}: ')}", file=sys.stderr)
         return 1
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM, as a batch system sends it before it kills."""
+
+
+@contextlib.contextmanager
+def _terminated_as_interrupted():
+    """Inside the block SIGTERM unwinds the stack, so that locks and temporary files go; a second one ends at once."""
+
+    def stop(number, frame):
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        raise _Terminated
+
+    # Only the main thread may set handlers, and one that a host program has set is its own.
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
+        yield
+        return
+    signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _parser(argv):

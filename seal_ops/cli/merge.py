@@ -67,4 +67,5 @@ COMMAND = Command(
     "seal merge --model models/seal-tiny --scales my-scales --output merged",
     options,
     run,
+    lambda args: f"nothing was written to {args.output}",
 )

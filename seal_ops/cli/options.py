@@ -14,12 +14,13 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Command:
-    """One subcommand; ``run`` returns the exit code, None being 0."""
+    """One subcommand; ``run`` returns the exit code, None being 0, and ``kept`` what an interrupted one has left."""
 
     summary: str
     example: str
     options: Callable[[argparse.ArgumentParser], None]
     run: Callable[[argparse.Namespace], int | None]
+    kept: Callable[[argparse.Namespace], str] | None = None
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -378,6 +379,12 @@ def load_model_fn(args):
 
 def folder_option(parser, what="tables and plots"):
     parser.add_argument("--output", required=True, metavar="DIR", help=f"folder for {what}; a second run continues it")
+
+
+def kept(args) -> str:
+    """What an interrupted run leaves that is continued by the same command."""
+    again = "the same command without --restart" if getattr(args, "restart", False) else "the same command"
+    return f"what is finished lies in {args.output}; {again} goes on from there"
 
 
 def log(line):

@@ -73,4 +73,5 @@ COMMAND = Command(
     "seal quantize --model smollm2 --weak-columns 128 --calibration english.txt --output smollm2-nf4",
     options,
     run,
+    lambda args: f"nothing was written to {args.output}",
 )

@@ -9,6 +9,7 @@ from .options import (
     Numbers,
     chat_option,
     folder_option,
+    kept,
     list_files,
     log,
     model_options,
@@ -164,4 +165,5 @@ COMMAND = Command(
     "seal study --model models/seal-tiny --output study",
     options,
     run,
+    kept,
 )

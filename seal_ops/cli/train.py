@@ -1,5 +1,7 @@
 """``seal train``."""
 
+import os
+
 from .launched import join
 from .options import (
     Command,
@@ -8,6 +10,7 @@ from .options import (
     checkpointing_option,
     extend_option,
     frozen_linears_option,
+    kept,
     load,
     model_options,
     positive,
@@ -163,6 +166,16 @@ def _what(args):
     return "numbers of weak columns" + (" and scales" if args.granularity else "")
 
 
+def _kept(args):
+    """What an interrupted training leaves."""
+    from ..training.checkpoint import NAME, steps_of
+
+    steps = steps_of(os.path.join(args.output, NAME))
+    if steps is None:
+        return f"no checkpoint was written to {args.output} yet; the same command begins anew"
+    return f"step {steps} was kept; {kept(args)}"
+
+
 COMMAND = Command(
     "train scales or weak columns on a task, or adapters for a longer context",
     "seal train --model models/seal-tiny --granularity head --task lines --length 2048 --output my-scales\n\n"
@@ -170,4 +183,5 @@ COMMAND = Command(
     "seal train --model models/seal-tiny --recipe longlora --text book.txt --length 2048 --output longer",
     options,
     run,
+    _kept,
 )

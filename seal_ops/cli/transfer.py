@@ -6,6 +6,7 @@ from .options import (
     chat_option,
     extend_option,
     folder_option,
+    kept,
     list_files,
     load_model_fn,
     log,
@@ -62,4 +63,5 @@ COMMAND = Command(
     "seal transfer --model models/seal-tiny --train-tasks lines multikey passkey --length 512 --output transfer",
     options,
     run,
+    kept,
 )

@@ -17,6 +17,7 @@ from ..tasks.description import describe, prompt_options
 from ..tasks.reading import final_answer, opens_reasoning
 from ..utils.arguments import integer, path, shown
 from ..utils.files import check_file
+from ..utils.locks import only_writer
 from ..utils.memory import Pieces
 from ..utils.progress import bar
 from ..utils.runs import Growing
@@ -90,46 +91,49 @@ def evaluate(
         "max_new_tokens": max_new_tokens or task.max_new_tokens,
         "model": origin["model"]["fingerprint"],
     }
-    result = Evaluation(task.name, name, settings, provenance=origin)
-    if resume and output is not None and os.path.exists(output):
-        found = resume_run(Evaluation.load, output, settings, "seal_ops.evaluate")
-        result.records, result.seconds = found.records, found.seconds
-    options = prompt_options(chat_template, chat_template_kwargs)
-    thinks = tasks.Encoder(tokenizer, chat_template, "seal_ops.evaluate", chat_template_kwargs).thinks
+    with only_writer(output, call):
+        result = Evaluation(task.name, name, settings, provenance=origin)
+        if resume and output is not None and os.path.exists(output):
+            found = resume_run(Evaluation.load, output, settings, "seal_ops.evaluate")
+            result.records, result.seconds = found.records, found.seconds
+        options = prompt_options(chat_template, chat_template_kwargs)
+        thinks = tasks.Encoder(tokenizer, chat_template, "seal_ops.evaluate", chat_template_kwargs).thinks
 
-    growing = Growing(result, output, SAVE_EVERY)
-    started, spent = time.monotonic(), result.seconds
-    with mode(model, False), bar(len(lengths) * cases, name or task.name, progress) as update:
-        update(len(result.records))
-        for length in lengths:
-            if not (missing := growing.missing(length, cases)):
-                continue
-            samples = task.generate(tokenizer, length, cases, seed, split="test", **options)
-            if max_new_tokens is None:
-                _check_room(task, samples)
-            pieces = Pieces(batch_size or rows_at_once(model, length + settings["max_new_tokens"]), "seal_ops.evaluate")
-
-            def write(batch, samples=samples):
-                return generate(
-                    model,
-                    tokenizer,
-                    [samples[i].prompt_ids for i in batch],
-                    max_new_tokens=settings["max_new_tokens"],
-                    stop=None if thinks else task.stop,  # which may occur in the reasoning
+        growing = Growing(result, output, SAVE_EVERY)
+        started, spent = time.monotonic(), result.seconds
+        with mode(model, False), bar(len(lengths) * cases, name or task.name, progress) as update:
+            update(len(result.records))
+            for length in lengths:
+                if not (missing := growing.missing(length, cases)):
+                    continue
+                samples = task.generate(tokenizer, length, cases, seed, split="test", **options)
+                if max_new_tokens is None:
+                    _check_room(task, samples)
+                pieces = Pieces(
+                    batch_size or rows_at_once(model, length + settings["max_new_tokens"]), "seal_ops.evaluate"
                 )
 
-            together = _batches(missing, samples, pieces.size)
-            for batch, outputs in (piece for near in together for piece in pieces.run(near, write)):
-                found = []
-                for i, text in zip(batch, outputs, strict=True):
-                    opened = thinks and opens_reasoning(tokenizer.decode(samples[i].prompt_ids[-16:]))
-                    answer = final_answer(text, task.stop, opened)
-                    found.append(_record(task, samples[i], length, i, text, answer))
-                result.seconds = spent + time.monotonic() - started
-                growing.add(found)
-                here = [record["score"] for record in result.records if record["length"] == length]
-                update(len(batch), f"{length} tokens: {sum(here) / len(here):.2f}")
-    return growing.finish()
+                def write(batch, samples=samples):
+                    return generate(
+                        model,
+                        tokenizer,
+                        [samples[i].prompt_ids for i in batch],
+                        max_new_tokens=settings["max_new_tokens"],
+                        stop=None if thinks else task.stop,  # which may occur in the reasoning
+                    )
+
+                together = _batches(missing, samples, pieces.size)
+                for batch, outputs in (piece for near in together for piece in pieces.run(near, write)):
+                    found = []
+                    for i, text in zip(batch, outputs, strict=True):
+                        opened = thinks and opens_reasoning(tokenizer.decode(samples[i].prompt_ids[-16:]))
+                        answer = final_answer(text, task.stop, opened)
+                        found.append(_record(task, samples[i], length, i, text, answer))
+                    result.seconds = spent + time.monotonic() - started
+                    growing.add(found)
+                    here = [record["score"] for record in result.records if record["length"] == length]
+                    update(len(batch), f"{length} tokens: {sum(here) / len(here):.2f}")
+        return growing.finish()
 
 
 def _lengths(lengths):

@@ -24,7 +24,7 @@ from ..tasks.description import describe, prompt_options
 from ..training.loop import RESULT, train
 from ..training.recipe import GRANULARITIES, LEARNING_RATES
 from ..utils.files import atomic_write, write_csv
-from .runs import read_json_file, reserve
+from .runs import read_json_file, reserved
 
 METHODS = tuple(LEARNING_RATES)
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -151,39 +151,40 @@ def compare(
         "samples": samples, "rates": {name: _rates(rates[name]) for name in methods}, "rank": rank, "alpha": alpha,
         "target_modules": list(target_modules), "seed": seed, "model": origin["model"]["fingerprint"],
     }  # fmt: skip
-    reserve(output, settings, "seal_ops.compare")
-    form = {"rank": rank, "alpha": alpha, "target_modules": list(target_modules), "backend": backend}
+    with reserved(output, settings, "seal_ops.compare"):
+        form = {"rank": rank, "alpha": alpha, "target_modules": list(target_modules), "backend": backend}
 
-    def measure(model, tokenizer, name):
-        result = evaluate(
-            model, tokenizer, task, lengths, cases, seed=seed, name=name, output=os.path.join(output, f"{name}.json"),
-            resume=True, progress=progress, **prompts,
-        )  # fmt: skip
-        log(result.line())
-        return result
+        def measure(model, tokenizer, name):
+            path = os.path.join(output, f"{name}.json")
+            result = evaluate(
+                model, tokenizer, task, lengths, cases, seed=seed, name=name, output=path, resume=True,
+                progress=progress, **prompts,
+            )  # fmt: skip
+            log(result.line())
+            return result
 
-    @functools.cache
-    def draw():
-        return task.generate(tokenizer, train_length, samples, seed, progress=progress, **prompts)
+        @functools.cache
+        def draw():
+            return task.generate(tokenizer, train_length, samples, seed, progress=progress, **prompts)
 
-    evaluations, training = {BASE: measure(model, tokenizer, BASE)}, {}
-    for method in methods:
-        tried = {}
-        for lr in settings["rates"][method]:
-            folder = os.path.join(output, "adapters", f"{method}-{lr:g}")
-            model, tokenizer, training[method] = trained(
-                load_model_fn, method, folder, draw, lr=lr, seed=seed, progress=progress, **form
-            )
-            if len(settings["rates"][method]) > 1:
-                drawing = {**prompts, "progress": progress}
-                tried[lr] = _validation_loss(model, tokenizer, task, train_length, seed, drawing, folder)
-        if tried:
-            best = min(tried, key=tried.get)
-            folder = os.path.join(output, "adapters", f"{method}-{best:g}")
-            model, tokenizer, training[method] = adapted(load_model_fn, method, folder, **form)
-            training[method]["tried"] = {f"{lr:g}": loss for lr, loss in tried.items()}
-        evaluations[method] = measure(model, tokenizer, method)
-    return Comparison(settings, evaluations, training, origin)
+        evaluations, training = {BASE: measure(model, tokenizer, BASE)}, {}
+        for method in methods:
+            tried = {}
+            for lr in settings["rates"][method]:
+                folder = os.path.join(output, "adapters", f"{method}-{lr:g}")
+                model, tokenizer, training[method] = trained(
+                    load_model_fn, method, folder, draw, lr=lr, seed=seed, progress=progress, **form
+                )
+                if len(settings["rates"][method]) > 1:
+                    drawing = {**prompts, "progress": progress}
+                    tried[lr] = _validation_loss(model, tokenizer, task, train_length, seed, drawing, folder)
+            if tried:
+                best = min(tried, key=tried.get)
+                folder = os.path.join(output, "adapters", f"{method}-{best:g}")
+                model, tokenizer, training[method] = adapted(load_model_fn, method, folder, **form)
+                training[method]["tried"] = {f"{lr:g}": loss for lr, loss in tried.items()}
+            evaluations[method] = measure(model, tokenizer, method)
+        return Comparison(settings, evaluations, training, origin)
 
 
 def trained(load_model_fn, method, folder, draw, *, lr, seed=0, progress=None, **form):

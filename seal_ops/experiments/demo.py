@@ -31,8 +31,9 @@ from ..report.html import NAME as REPORT
 from ..tasks.description import describe, prompt_options
 from ..training.recipe import LEARNING_RATES, NAMES
 from ..utils.files import atomic_write, replacing_folder
+from ..utils.locks import only_writer
 from .comparison import trained
-from .runs import SETTINGS, require_shipped, reserve
+from .runs import SETTINGS, require_shipped, reserved
 
 RESULTS = "results.json"
 PLOTS = ("accuracy.png", "scales.png")
@@ -113,21 +114,22 @@ def run(settings: Settings, output: str, *, progress: bool | None = None, log=pr
     prompts = settings.chat_template, settings.chat_template_kwargs
     described = {task: describe(tasks.get(task), tokenizer, *prompts) for task in settings.tasks}
     claimed = {**asdict(settings), "task": described, "fingerprint": origin["model"]["fingerprint"]}
-    reserve(output, json.loads(json.dumps(claimed)), "seal demo", " (give another --output, or --restart)")
-    count = sum(p.numel() for p in model.parameters())
-    log(
-        f"{settings.model}: {count / 1e6:.1f}M parameters, {model.dtype}".replace("torch.", "") + f", on {model.device}"
-    )
-    if settings.model in PACKAGES:
-        known = PACKAGES[settings.model]
-        log(f"   {known.title}; {known.license}")
-    if not all(os.path.exists(os.path.join(folder, RESULTS)) for folder in folders.values()):
-        log(f"   about {_duration(_estimate(model, settings))} for all of it here, as busy as the machine is")
-    del model
-    return {
-        task: _run_task(settings, task, folder, load_model_fn, origin, progress=progress, log=log)
-        for task, folder in folders.items()
-    }
+    with reserved(output, json.loads(json.dumps(claimed)), "seal demo", " (give another --output, or --restart)"):
+        count = sum(p.numel() for p in model.parameters())
+        log(
+            f"{settings.model}: {count / 1e6:.1f}M parameters, {model.dtype}".replace("torch.", "")
+            + f", on {model.device}"
+        )
+        if settings.model in PACKAGES:
+            known = PACKAGES[settings.model]
+            log(f"   {known.title}; {known.license}")
+        if not all(os.path.exists(os.path.join(folder, RESULTS)) for folder in folders.values()):
+            log(f"   about {_duration(_estimate(model, settings))} for all of it here, as busy as the machine is")
+        del model
+        return {
+            task: _run_task(settings, task, folder, load_model_fn, origin, progress=progress, log=log)
+            for task, folder in folders.items()
+        }
 
 
 def _folders(settings, output):
@@ -241,7 +243,12 @@ def table(results: dict):
 
 
 def forget(output: str) -> None:
-    """Removes what an earlier demo left in ``output``, and nothing else."""
+    """Removes what an earlier demo left in ``output``, and nothing else; RuntimeError where one is at work there."""
+    with only_writer(output, "seal demo"):
+        _forget(output)
+
+
+def _forget(output):
     names = [SETTINGS, RESULTS, *PLOTS, REPORT, "base.json"]
     for granularity in NAMES:
         names += [f"{granularity}.json", f"merged-{granularity}.json", granularity, f"merged-{granularity}"]

@@ -28,7 +28,8 @@ from ..evaluation.statistics import spearman
 from ..huggingface.modes import mode, prepared
 from ..huggingface.origin import provenance
 from ..tasks.description import describe, prompt_options
-from ..utils.files import atomic_write, write_csv
+from ..utils.files import atomic_write, check_file, write_csv
+from ..utils.locks import only_writer
 from ..utils.memory import Pieces
 from ..utils.progress import bar
 from ..utils.runs import Growing, load_result
@@ -208,8 +209,9 @@ def measure_head_importance(
     task = tasks.get(task)
     lengths = sorted({lengths} if isinstance(lengths, int) else set(lengths))
     _check(lengths, cases, granularity, methods, limit, batch_size)
+    call, output = "seal_ops.measure_head_importance", None if output is None else check_file(output)
     origin, prompts = provenance(model), prompt_options(chat_template, chat_template_kwargs)
-    with with_scales(model, granularity, backend) as scales, mode(model, False):
+    with only_writer(output, call), with_scales(model, granularity, backend) as scales, mode(model, False):
         units = _units(scales, granularity)
         ablated = list(range(len(units)))
         if limit is not None and limit < len(units):
@@ -229,7 +231,7 @@ def measure_head_importance(
         }
         result = HeadImportance(settings, units, ablated, [], {method: 0.0 for method in methods}, origin)
         if resume and output is not None and os.path.exists(output):
-            found = resume_run(HeadImportance.load, output, settings, "seal_ops.measure_head_importance")
+            found = resume_run(HeadImportance.load, output, settings, call)
             result.records, result.seconds = found.records, found.seconds
         growing, per_case = Growing(result, output, SAVE_EVERY), len(ablated) + ("gradient" in methods)
         with bar(len(lengths) * cases * per_case, f"importance of {len(units)} {granularity}s", progress) as update:
@@ -237,7 +239,7 @@ def measure_head_importance(
             for length in lengths:
                 if not (missing := growing.missing(length, cases)):
                     continue
-                pieces = Pieces(batch_size or max(1, BATCH_TOKENS // length), "seal_ops.measure_head_importance")
+                pieces = Pieces(batch_size or max(1, BATCH_TOKENS // length), call)
                 samples = task.generate(tokenizer, length, cases, seed, **prompts)
                 for index, sample in ((index, samples[index]) for index in missing):
                     record = {"length": length, "index": index, "answer_tokens": len(sample.answer_ids)}

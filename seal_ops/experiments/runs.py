@@ -1,16 +1,32 @@
 """What all runs over many steps share: a folder that belongs to one run, and its files."""
 
+import contextlib
 import json
 import os
 
-from ..utils.files import atomic_write
+from ..utils.files import atomic_write, check_folder
+from ..utils.locks import only_writer
 from ..utils.runs import differing
 
 SETTINGS = "settings.json"
 
 
-def reserve(output, settings: dict, call: str, hint: str = "") -> None:
-    """Makes the folder ``output`` the one of these settings; ``ValueError`` where it holds a run with others."""
+@contextlib.contextmanager
+def reserved(output, settings: dict, call: str, hint: str = ""):
+    """Inside the block the folder ``output`` is this run's alone.
+
+    Raises:
+        ValueError: it holds a run with other settings.
+        RuntimeError: another process works in it.
+        OSError: it cannot be written.
+    """
+    check_folder(output, call, "output")
+    with only_writer(output, call):
+        _claim(output, settings, call, hint)
+        yield
+
+
+def _claim(output, settings, call, hint):
     path = os.path.join(output, SETTINGS)
     if not os.path.exists(path):
         atomic_write(path, json.dumps(settings, indent=1) + "\n")

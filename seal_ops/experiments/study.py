@@ -22,7 +22,7 @@ from ..utils.files import atomic_write
 from .comparison import METHODS, compare
 from .head_importance import HeadImportance, measure_head_importance
 from .quadrants import check_noise, group_by_sign, quadrant_experiment
-from .runs import read_json_file, require_shipped, reserve
+from .runs import read_json_file, require_shipped, reserved
 from .transfer_matrix import transfer
 
 
@@ -85,74 +85,80 @@ def run(settings: Settings, output: str, *, progress: bool | None = None, log: C
         "fingerprint": origin["model"]["fingerprint"],
     }
     del model  # every stage loads its own
-    reserve(output, claimed, "seal study")
-    common = {"seed": settings.seed, "progress": progress, **prompts}
+    with reserved(output, claimed, "seal study"):
+        common = {"seed": settings.seed, "progress": progress, **prompts}
 
-    def load_model_fn():
-        return load_model(settings.model, device=settings.device, dtype=settings.dtype, call="seal study")
+        def load_model_fn():
+            return load_model(settings.model, device=settings.device, dtype=settings.dtype, call="seal study")
 
-    seconds, started = {}, time.monotonic()
+        seconds, started = {}, time.monotonic()
 
-    def lap(name):
-        nonlocal started
-        seconds[name] = round(time.monotonic() - started, 1)
-        started = time.monotonic()
+        def lap(name):
+            nonlocal started
+            seconds[name] = round(time.monotonic() - started, 1)
+            started = time.monotonic()
 
-    log(f"1. {', '.join(settings.methods)} on {settings.task}, {settings.cases} cases a length")
-    comparison = compare(
-        load_model_fn, settings.task, settings.lengths, settings.cases, output=os.path.join(output, "compare"),
-        samples=settings.samples, methods=settings.methods, rates=settings.rates, log=log, **common,
-    )  # fmt: skip
-    write_comparison(comparison, output)
-    lap("comparison")
-
-    names = ", ".join(settings.transfer_tasks)
-    log(f"\n2. {settings.transfer_method} trained on each of {names} and measured on each")
-    rates = settings.rates.get(settings.transfer_method)
-    chosen = (
-        comparison.training.get(settings.transfer_method, {}).get("lr") if isinstance(rates, (list, tuple)) else rates
-    )
-    found = transfer(
-        load_model_fn, settings.transfer_tasks, settings.transfer_tasks, settings.transfer_length, settings.cases,
-        output=os.path.join(output, "transfer"), method=settings.transfer_method, lr=chosen, samples=settings.samples,
-        log=log, **common,
-    )  # fmt: skip
-    write_transfer(found, output)
-    lap("transfer")
-
-    log(
-        f"\n3. Head importance at {', '.join(map(str, settings.heads_lengths))} tokens, {settings.heads_cases} cases each"  # noqa: E501
-    )
-    model, tokenizer = load_model_fn()
-    for factor, name in ((0.0, "heads"), (settings.factor, "heads-step")):
-        measured = measure_head_importance(
-            model, tokenizer, settings.task, settings.heads_lengths, settings.heads_cases, factor=factor,
-            output=os.path.join(output, f"{name}.json"), resume=True, **common,
+        log(f"1. {', '.join(settings.methods)} on {settings.task}, {settings.cases} cases a length")
+        comparison = compare(
+            load_model_fn, settings.task, settings.lengths, settings.cases, output=os.path.join(output, "compare"),
+            samples=settings.samples, methods=settings.methods, rates=settings.rates, log=log, **common,
         )  # fmt: skip
-        write_head_importance(measured, output, name)
-        log(describe_agreement(measured))
-        if factor == 0.0:
-            experiment = quadrant_experiment(
-                model, tokenizer, measured, settings.task, settings.heads_lengths, settings.cases, measure="logprob",
-                noise=settings.quadrant_noise, output=os.path.join(output, "quadrants"), resume=True, **common,
-            )  # fmt: skip
-            groups = group_by_sign(measured, "logprob", settings.quadrant_noise)
-            write_quadrants(experiment, groups, measured.units, output, "logprob", settings.quadrant_noise)
-            for evaluation in experiment.values():
-                log(f"   {evaluation.line()}")
-    lap("heads")
+        write_comparison(comparison, output)
+        lap("comparison")
 
-    results = {
-        "kind": "seal_ops.study", "settings": json.loads(json.dumps(asdict(settings))), "provenance": origin,
-        "seconds": seconds, "agreement": {"removal": _agreement(output, "heads"), "step": _agreement(output, "heads-step")},  # noqa: E501
-    }  # fmt: skip
-    path = os.path.join(output, "study.json")
-    if os.path.exists(path):  # a run that found everything done must not overwrite how long it took
-        earlier = read_json_file(path).get("seconds", {})
-        results["seconds"] = {**seconds, **earlier}  # this file is written last, so an earlier one timed whole stages
-    atomic_write(path, json.dumps(results, indent=1) + "\n")
-    write_report(output, title=f"SEAL on {settings.model}")
-    return results
+        names = ", ".join(settings.transfer_tasks)
+        log(f"\n2. {settings.transfer_method} trained on each of {names} and measured on each")
+        rates = settings.rates.get(settings.transfer_method)
+        chosen = (
+            comparison.training.get(settings.transfer_method, {}).get("lr")
+            if isinstance(rates, (list, tuple))
+            else rates
+        )
+        found = transfer(
+            load_model_fn, settings.transfer_tasks, settings.transfer_tasks, settings.transfer_length, settings.cases,
+            output=os.path.join(output, "transfer"), method=settings.transfer_method, lr=chosen,
+            samples=settings.samples, log=log, **common,
+        )  # fmt: skip
+        write_transfer(found, output)
+        lap("transfer")
+
+        log(
+            f"\n3. Head importance at {', '.join(map(str, settings.heads_lengths))} tokens, {settings.heads_cases} cases each"  # noqa: E501
+        )
+        model, tokenizer = load_model_fn()
+        for factor, name in ((0.0, "heads"), (settings.factor, "heads-step")):
+            measured = measure_head_importance(
+                model, tokenizer, settings.task, settings.heads_lengths, settings.heads_cases, factor=factor,
+                output=os.path.join(output, f"{name}.json"), resume=True, **common,
+            )  # fmt: skip
+            write_head_importance(measured, output, name)
+            log(describe_agreement(measured))
+            if factor == 0.0:
+                experiment = quadrant_experiment(
+                    model, tokenizer, measured, settings.task, settings.heads_lengths, settings.cases,
+                    measure="logprob", noise=settings.quadrant_noise, output=os.path.join(output, "quadrants"),
+                    resume=True, **common,
+                )  # fmt: skip
+                groups = group_by_sign(measured, "logprob", settings.quadrant_noise)
+                write_quadrants(experiment, groups, measured.units, output, "logprob", settings.quadrant_noise)
+                for evaluation in experiment.values():
+                    log(f"   {evaluation.line()}")
+        lap("heads")
+
+        results = {
+            "kind": "seal_ops.study", "settings": json.loads(json.dumps(asdict(settings))), "provenance": origin,
+            "seconds": seconds, "agreement": {"removal": _agreement(output, "heads"), "step": _agreement(output, "heads-step")},  # noqa: E501
+        }  # fmt: skip
+        path = os.path.join(output, "study.json")
+        if os.path.exists(path):  # a run that found everything done must not overwrite how long it took
+            earlier = read_json_file(path).get("seconds", {})
+            results["seconds"] = {
+                **seconds,
+                **earlier,
+            }  # this file is written last, so an earlier one timed whole stages
+        atomic_write(path, json.dumps(results, indent=1) + "\n")
+        write_report(output, title=f"SEAL on {settings.model}")
+        return results
 
 
 def _agreement(output, name):

@@ -15,7 +15,7 @@ from ..training.recipe import LEARNING_RATES
 from ..utils.files import atomic_write, write_csv
 from .comparison import BASE, METHODS
 from .comparison import trained as trained_model
-from .runs import reserve
+from .runs import reserved
 
 
 @dataclass
@@ -99,25 +99,26 @@ def transfer(
         **describe_prompts(tokenizer, **prompts), "length": length, "cases": cases, "method": method, "lr": lr,
         "samples": samples, "seed": seed, "model": origin["model"]["fingerprint"],
     }  # fmt: skip
-    reserve(output, settings, "seal_ops.transfer")
-    result = Transfer(settings, provenance=origin)
-    for source in [None, *trained]:
-        name = BASE if source is None else source.name
-        if source is not None:
-            model, tokenizer, result.training[name] = trained_model(
-                load_model_fn, method, os.path.join(output, "adapters", name),
-                lambda source=source, tokenizer=tokenizer: source.generate(
-                    tokenizer, length, samples, seed, progress=progress, **prompts
-                ),
-                lr=lr, seed=seed, progress=progress, backend=backend,
-            )  # fmt: skip
-        result.evaluations[name] = {
-            target.name: evaluate(
-                model, tokenizer, target, length, cases, seed=seed, name=f"{name}, measured on {target.name}",
-                output=os.path.join(output, f"{name}-on-{target.name}.json"), resume=True, progress=progress, **prompts,
-            )
-            for target in measured
-        }  # fmt: skip
-        cells = ", ".join(f"{n}: {e.overall.accuracy:.2f}" for n, e in result.evaluations[name].items())
-        log(f"{'untrained' if source is None else 'trained on ' + name}: {cells}")
-    return result
+    with reserved(output, settings, "seal_ops.transfer"):
+        result = Transfer(settings, provenance=origin)
+        for source in [None, *trained]:
+            name = BASE if source is None else source.name
+            if source is not None:
+                model, tokenizer, result.training[name] = trained_model(
+                    load_model_fn, method, os.path.join(output, "adapters", name),
+                    lambda source=source, tokenizer=tokenizer: source.generate(
+                        tokenizer, length, samples, seed, progress=progress, **prompts
+                    ),
+                    lr=lr, seed=seed, progress=progress, backend=backend,
+                )  # fmt: skip
+            result.evaluations[name] = {
+                target.name: evaluate(
+                    model, tokenizer, target, length, cases, seed=seed, name=f"{name}, measured on {target.name}",
+                    output=os.path.join(output, f"{name}-on-{target.name}.json"), resume=True,
+                    progress=progress, **prompts,
+                )
+                for target in measured
+            }  # fmt: skip
+            cells = ", ".join(f"{n}: {e.overall.accuracy:.2f}" for n, e in result.evaluations[name].items())
+            log(f"{'untrained' if source is None else 'trained on ' + name}: {cells}")
+        return result

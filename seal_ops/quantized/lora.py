@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections import Counter
 
-import safetensors.torch
 import torch
 from torch import nn
 
 from ..adapters.files import CONFIG_FILE, WEIGHTS_FILE
-from ..utils.files import atomic_write, replacing
+from ..utils.files import write_adapter
 from . import bases
 from .attachment import attached
 
@@ -63,6 +61,4 @@ def export_lora(model: nn.Module, save_directory: str | os.PathLike) -> None:
         "modules_to_save": None,
     }
     folder = os.fspath(save_directory)
-    with replacing(os.path.join(folder, WEIGHTS_FILE)) as temporary:
-        safetensors.torch.save_file(tensors, temporary, metadata={"format": "pt"})
-    atomic_write(os.path.join(folder, CONFIG_FILE), json.dumps(config, indent=2) + "\n")
+    write_adapter(folder, (WEIGHTS_FILE, tensors), (CONFIG_FILE, config))

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import os
 
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 
 from ..adapters.files import read_json, read_tensors, shown
 from ..adapters.freezing import freeze
 from ..huggingface.wrappers import unwrapped
-from ..utils.files import atomic_write, replacing
+from ..utils.files import write_adapter
 from . import bases, quantizers, selection
 from .attachment import ATTRIBUTE, ColumnsConfig, WeakColumns, bring_up_to_date, origin_of, put_columns_on
 
@@ -37,9 +35,7 @@ def save(columns: WeakColumns, save_directory: str | os.PathLike) -> None:
         "number": config.number, "share": config.share, "start": config.start, "quantize": config.quantize,
         "model_type": config.model_type, "base_model_name_or_path": config.base_model_name_or_path,
     }  # fmt: skip
-    with replacing(os.path.join(folder, WEIGHTS_FILE)) as temporary:
-        safetensors.torch.save_file(tensors, temporary, metadata={"format": "pt"})
-    atomic_write(os.path.join(folder, CONFIG_FILE), json.dumps(content, indent=2) + "\n")
+    write_adapter(folder, (WEIGHTS_FILE, tensors), (CONFIG_FILE, content))
 
 
 @torch.no_grad()

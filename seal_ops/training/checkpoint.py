@@ -47,6 +47,17 @@ def save_checkpoint(
         save_file({key: value.cpu().contiguous() for key, value in tensors.items()}, temporary, header)
 
 
+def steps_of(path: str | os.PathLike) -> int | None:
+    """The steps that a checkpoint holds; None where there is no checkpoint that can be read."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            return file.get_slice("losses").get_shape()[0]
+    except (OSError, SafetensorError):
+        return None
+
+
 def load_checkpoint(
     path: str | os.PathLike, trained: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer, identity: str
 ) -> tuple[list[float], float, int | None, dict]:

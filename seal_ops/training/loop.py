@@ -29,7 +29,8 @@ from ..huggingface.origin import provenance
 from ..huggingface.wrappers import check_module
 from ..tasks.base import IGNORE_INDEX
 from ..utils.arguments import integer, number, path, shown
-from ..utils.files import atomic_write
+from ..utils.files import atomic_write, check_folder
+from ..utils.locks import only_writer
 from ..utils.progress import bar
 from . import groups
 from .checkpoint import NAME as CHECKPOINT
@@ -196,57 +197,73 @@ def train(
     )  # fmt: skip
     checkpoint = None
     if output_dir is not None:
-        checkpoint = os.path.join(_writable(output_dir), CHECKPOINT)
+        folder = path("seal_ops.train", "output_dir", output_dir)
+        checkpoint = os.path.join(check_folder(folder, "seal_ops.train", "output_dir"), CHECKPOINT)
 
-    cuda, tile = run.device.type == "cuda", True
-    with torch.random.fork_rng(devices=[run.device] if cuda else []), masks, mode(model, True), run:
-        torch.manual_seed(seed)
-        processes = run.processes
-        processes.begin(run.trained, run.settings, run.samples)
-        if checkpoint and not processes.agree(resume and os.path.exists(checkpoint)):
-            # Of an earlier run: nothing in the folder may pass for this one's.
-            for name in (RESULT, CHECKPOINT) if processes.main else ():
-                with contextlib.suppress(FileNotFoundError):
-                    os.unlink(os.path.join(output_dir, name))
-        elif checkpoint:
-            found = load_checkpoint(checkpoint, run.trained, run.optimizer, run.identity)
-            run.losses, run.seconds, tile, run.linears = found
-        if checkpoint:
-            _ = run.identity  # by all processes, where they hold the weights together
-        if len(run.losses) < run.steps:
-            run.follow(gradient_checkpointing, tile)
-        if cuda:
-            torch.cuda.reset_peak_memory_stats(run.device)
-        earlier, started = run.seconds, time.monotonic()
-        with bar(run.steps, f"training {run.describe()}", progress if processes.main else False) as update:
-            update(len(run.losses))
-            while len(run.losses) < run.steps:
-                loss = run.step()
-                run.seconds = earlier + time.monotonic() - started
-                done = len(run.losses)
-                if checkpoint and processes.main and (done % checkpoint_every == 0 or done == run.steps):
-                    save_checkpoint(
-                        checkpoint, run.trained, run.optimizer, run.losses, run.seconds, run.identity, run.plan.tile,
-                        run.linears,
-                    )  # fmt: skip
-                update(1, f"loss {loss:.3f}")
-                if on_step is not None:
-                    on_step(done, loss)
-    peak = torch.cuda.max_memory_allocated(run.device) if cuda else _largest_size()
-    count = sum(p.numel() for p in run.trained.values())
-    origin = {} if output_dir is None else provenance(model)
-    kept = {} if run.plan is None else {**run.plan.facts(), "measured_peak": peak}
-    result = TrainResult(
-        run.losses, run.settings["lr"], count, run.seconds, peak, run.settings, kept, run.linears, origin, model
-    )
-    if output_dir is not None:
-        if run.scales is not None:
-            run.scales.card.trained(result.settings)
-        if processes.main:
-            _save(model, run.scales, run.columns, output_dir)
-            atomic_write(os.path.join(output_dir, RESULT), json.dumps(_facts(result), indent=1) + "\n")
-        processes.wait()
-    return result
+    with _alone(run.processes, output_dir):
+        cuda, tile = run.device.type == "cuda", True
+        with torch.random.fork_rng(devices=[run.device] if cuda else []), masks, mode(model, True), run:
+            torch.manual_seed(seed)
+            processes = run.processes
+            processes.begin(run.trained, run.settings, run.samples)
+            if checkpoint and not processes.agree(resume and os.path.exists(checkpoint)):
+                # Of an earlier run: nothing in the folder may pass for this one's.
+                for name in (RESULT, CHECKPOINT) if processes.main else ():
+                    with contextlib.suppress(FileNotFoundError):
+                        os.unlink(os.path.join(output_dir, name))
+            elif checkpoint:
+                found = load_checkpoint(checkpoint, run.trained, run.optimizer, run.identity)
+                run.losses, run.seconds, tile, run.linears = found
+            if checkpoint:
+                _ = run.identity  # by all processes, where they hold the weights together
+            if len(run.losses) < run.steps:
+                run.follow(gradient_checkpointing, tile)
+            if cuda:
+                torch.cuda.reset_peak_memory_stats(run.device)
+            earlier, started = run.seconds, time.monotonic()
+            with bar(run.steps, f"training {run.describe()}", progress if processes.main else False) as update:
+                update(len(run.losses))
+                while len(run.losses) < run.steps:
+                    loss = run.step()
+                    run.seconds = earlier + time.monotonic() - started
+                    done = len(run.losses)
+                    if checkpoint and processes.main and (done % checkpoint_every == 0 or done == run.steps):
+                        save_checkpoint(
+                            checkpoint, run.trained, run.optimizer, run.losses, run.seconds, run.identity, run.plan.tile,
+                            run.linears,
+                        )  # fmt: skip
+                    update(1, f"loss {loss:.3f}")
+                    if on_step is not None:
+                        on_step(done, loss)
+        peak = torch.cuda.max_memory_allocated(run.device) if cuda else _largest_size()
+        count = sum(p.numel() for p in run.trained.values())
+        origin = {} if output_dir is None else provenance(model)
+        kept = {} if run.plan is None else {**run.plan.facts(), "measured_peak": peak}
+        result = TrainResult(
+            run.losses, run.settings["lr"], count, run.seconds, peak, run.settings, kept, run.linears, origin, model
+        )
+        if output_dir is not None:
+            if run.scales is not None:
+                run.scales.card.trained(result.settings)
+            if processes.main:
+                _save(model, run.scales, run.columns, output_dir)
+                atomic_write(os.path.join(output_dir, RESULT), json.dumps(_facts(result), indent=1) + "\n")
+            processes.wait()
+        return result
+
+
+@contextlib.contextmanager
+def _alone(processes: Processes, folder):
+    """Inside the block no other run writes to ``folder``; RuntimeError, in all processes, where one does."""
+    with contextlib.ExitStack() as held:
+        refused = None
+        try:
+            held.enter_context(only_writer(folder if processes.main else None, "seal_ops.train"))
+        except RuntimeError as error:
+            refused = str(error)
+        if (refused := processes.agree(refused)) is not None:
+            raise RuntimeError(refused)
+        yield
 
 
 def _save(model, scales, columns, folder):
@@ -535,19 +552,6 @@ def _check_gradients(trained):
                 f"seal_ops.train: every trained parameter needs a finite gradient at the first step, got {got} for {name}"  # noqa: E501
                 + (" (with gradient checkpointing, use_reentrant must be False)" if parameter.grad is None else "")
             )
-
-
-def _writable(folder):
-    folder = path("seal_ops.train", "output_dir", folder)
-    try:
-        os.makedirs(folder, exist_ok=True)
-        if not os.access(folder, os.W_OK):
-            raise PermissionError(13, "no permission to write")
-    except OSError as error:
-        raise OSError(
-            f"seal_ops.train: output_dir must be a writable folder, got {folder} ({error.strerror})"
-        ) from None
-    return folder
 
 
 def _largest_size():

@@ -7,6 +7,7 @@ import pathlib
 import pytest
 import torch
 from command_line import TINY, folder, seal  # noqa: F401
+from full_disc import resource, room_for
 from retrieval_fixtures import one_thread  # noqa: F401
 
 from seal_ops.experiments.pretrained_study import drawings, sections
@@ -43,6 +44,18 @@ def test_jobs_of_a_process_that_is_gone_are_taken_over(tmp_path):
     (tmp_path / "claims" / "a").write_text("999999999")
     assert queue.claim(9).name == "a"
     assert (tmp_path / "claims" / "a").read_text() == str(os.getpid())
+
+
+@pytest.mark.skipif(resource is None, reason="this system has no limit on the size of files")
+def test_a_claim_that_could_not_be_written_does_not_stay(tmp_path):
+    queue = Queue(str(tmp_path), numbered("a"))
+    with room_for(0), pytest.raises(OSError, match=r"seal study: output must have room for claims, got .*\(File too"):
+        queue.claim(9)
+    assert os.listdir(tmp_path / "claims") == []
+    (tmp_path / "claims" / "a").touch()
+    assert queue.claim(9) is None, "its owner may be writing it"
+    os.utime(tmp_path / "claims" / "a", (0, 0))
+    assert queue.claim(9).name == "a", "its owner was killed before it wrote"
 
 
 def test_jobs_wait_for_their_needs_and_fit_in_the_budget(tmp_path):

@@ -119,7 +119,7 @@ def test_resume_after_kill_is_bit_for_bit(tmp_path, request):
         [sys.executable, "-c", script], env=environment(), cwd=tmp_path, capture_output=True, text=True
     )
     assert killed.returncode == -signal.SIGKILL, killed.stderr
-    assert [p.name for p in (tmp_path / "run").iterdir()] == [CHECKPOINT]
+    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == [".seal.lock", CHECKPOINT]
 
     lm, steps = with_scales("channel"), []
     result = train(

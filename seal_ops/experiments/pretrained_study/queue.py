@@ -13,6 +13,8 @@ from dataclasses import dataclass
 
 from ...utils.files import atomic_write
 
+WRITTEN = 60  # seconds after which a claim without an owner is not being written any more
+
 
 @dataclass(frozen=True)
 class Job:
@@ -59,8 +61,13 @@ class Queue:
                 handle = os.open(claim, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
             except FileExistsError:
                 continue
-            with os.fdopen(handle, "w") as file:
-                file.write(str(os.getpid()))
+            try:
+                with os.fdopen(handle, "w") as file:
+                    file.write(str(os.getpid()))
+            except OSError as error:  # a full disc: a claim without an owner would stay
+                os.unlink(claim)
+                text = f"seal study: output must have room for claims, got {self.folder} ({error.strerror})"
+                raise OSError(text) from None
             if not self.finished(job.name):
                 return job
         return None
@@ -81,8 +88,8 @@ class Queue:
         try:
             with open(claim, encoding="utf-8") as file:
                 owner = file.read()
-            if not owner:
-                return False  # being written
+            if not owner:  # being written, or its writer was killed in between
+                return time.time() - os.stat(claim).st_mtime > WRITTEN
             os.kill(int(owner), 0)
         except FileNotFoundError:
             return False
