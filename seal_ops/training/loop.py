@@ -229,8 +229,8 @@ def train(
                     done = len(run.losses)
                     if checkpoint and processes.main and (done % checkpoint_every == 0 or done == run.steps):
                         save_checkpoint(
-                            checkpoint, run.trained, run.optimizer, run.losses, run.seconds, run.identity, run.plan.tile,
-                            run.linears,
+                            checkpoint, run.trained, run.optimizer, run.losses, run.seconds, run.identity,
+                            run.plan.tile, run.linears,
                         )  # fmt: skip
                     update(1, f"loss {loss:.3f}")
                     if on_step is not None:
