@@ -95,7 +95,7 @@ gpus=${CUDA_VISIBLE_DEVICES:-$(nvidia-smi --query-gpu=index --format=csv,noheade
 gpus=${gpus:-0}
 gpu_count=$(awk -F, '{print NF}' <<<"$gpus")
 cores=$(nproc)
-few=$((cores < 6 * gpu_count ? cores : 6 * gpu_count)) many=$((cores > 10 ? cores * 3 / 4 : 8))
+few=$((cores < 14 * gpu_count ? cores : 14 * gpu_count)) many=$((cores > 10 ? cores * 3 / 4 : 8))
 shared=(tests/gpu/test_gpu_paths.py tests/gpu/test_gpu_grid.py tests/ops tests/gpu/test_gpu_rope.py tests/gpu/test_gpu_runtime.py tests/gpu)
 rm -f "$work"/*.status
 sanitizer memcheck 1 forward decode backward rope paths masks grid &
