@@ -94,7 +94,7 @@ sanitizer() {  # tool, the GPU's number among those given, parts of sanitize.py
 gpus=${CUDA_VISIBLE_DEVICES:-$(nvidia-smi --query-gpu=index --format=csv,noheader 2>/dev/null | paste -sd, -)}
 gpus=${gpus:-0}
 gpu_count=$(awk -F, '{print NF}' <<<"$gpus")
-cores=$(nproc)
+cores=$(env -u OMP_NUM_THREADS nproc) # which it would print
 few=$((cores < 14 * gpu_count ? cores : 14 * gpu_count)) many=$((cores > 10 ? cores * 3 / 4 : 8))
 shared=(tests/gpu/test_gpu_paths.py tests/gpu/test_gpu_grid.py tests/ops tests/gpu/test_gpu_rope.py tests/gpu/test_gpu_runtime.py tests/gpu)
 rm -f "$work"/*.status
