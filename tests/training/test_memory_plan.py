@@ -108,6 +108,36 @@ def test_cut_last_layer_and_tiles_give_the_plain_gradients(family):
                 torch.testing.assert_close(other, one, rtol=1e-5, atol=1e-6 * one.abs().max().item())
 
 
+def test_tiles_let_go_of_each_layers_input_in_the_backward_pass():
+    """Not only when the whole graph is gone, which a loss that is still there keeps alive."""
+    lm = scaled(num_hidden_layers=6)
+    planner = planner_of(lm)
+    with mode(lm, True), run_as(planner, (INPUT,) * 6, tile=8) as run, LiveBytes() as live:
+        loss = run.logits_at(lm, torch.tensor(POSITIONS), **batch()).square().sum()
+        kept = live.live
+        loss.backward()
+        gradients_alone = sum(p.grad.nbytes for p in lm.parameters() if p.grad is not None)
+        states = batch()["input_ids"].numel() * lm.config.hidden_size * 4
+        assert kept > 5 * states and live.live < gradients_alone + states
+        with pytest.raises(RuntimeError, match="second time"):
+            loss.backward()
+
+
+def test_tiles_go_over_all_rows():
+    """Short rows of a large batch are as many tokens as one long row."""
+    lm = scaled()
+    shapes, planner = [], planner_of(lm, length=21, rows=4)
+    hook = lm.model.layers[0].mlp.register_forward_pre_hook(lambda _m, x: shapes.append(tuple(x[0].shape[:2])))
+    with mode(lm, True), run_as(planner, (INPUT,) * 2, tile=64) as run:
+        found = gradients(lm, run.logits_at, input_ids=tokens(4, 21), use_cache=False)
+        hook.remove()
+    assert shapes[0] == (4, 21), "hooks lie outside"
+    with mode(lm, True):
+        plain = gradients(lm, logits_at, input_ids=tokens(4, 21), use_cache=False)
+    for one, other in zip(plain, found):
+        torch.testing.assert_close(other, one, rtol=1e-5, atol=1e-6 * one.abs().max().item())
+
+
 def test_cut_last_layer_and_tiles_with_adapters_of_another_library():
     peft = pytest.importorskip("peft")
     targets = ["q_proj", "v_proj", "o_proj", "gate_proj", "down_proj"]
