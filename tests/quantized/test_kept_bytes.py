@@ -156,13 +156,13 @@ def test_the_peak_of_a_step():
     assert ours - narrow >= 6 * trained
 
 
-def peak_of_a_tiled_step(model, labels, tile, rows=1):
-    """The same as the library runs it: its own checkpoints, MLPs and norms in tiles, the last layer cut."""
+def peak_of_a_planned_step(model, labels, setting, tile=None, rows=1):
+    """The same as the library runs it, with its own checkpoints and tiles and the last layer cut; and as it is told."""
     ids = LONG_IDS.view(rows, -1)
     places = torch.arange(ids.shape[1] - labels, ids.shape[1])
     with mode(model, True):
         planner = Planner(model, ids.shape[1], labels, rows)
-        plan = planner.uniform(True, tile)
+        plan = planner.uniform(setting, tile)
         assert planner.reason is None and planner.measurement.tiled and plan.cuts_last_layer
         costs = planner.measurement.costs(tile)
         told = expected(costs, plan.keeps, 1, planner.trained).peak + planner.trained  # and the values
@@ -186,9 +186,12 @@ def test_the_peak_of_a_step_in_tiles():
     whole = peak_of_a_step(model, in_pieces, 4)
     theirs = peak_of_a_step(qlora(autocast_adapter_dtype=False).to(torch.bfloat16), cross_entropy, 4)
     for rows, over in ((1, 1.06), (8, 1.2)):
-        tiled, told = peak_of_a_tiled_step(model, 4, LONG // 8, rows)
+        tiled, told = peak_of_a_planned_step(model, 4, True, LONG // 8, rows)
         assert tiled <= 0.9 * theirs and tiled < 0.8 * whole
         assert tiled * 0.99 <= told <= tiled * over
+    for setting in (False, True):
+        found, told = peak_of_a_planned_step(model, 4, setting)
+        assert found * 0.99 <= told <= found * 1.06, setting
 
 
 def test_a_frozen_linear_layer_keeps_nothing():

@@ -457,6 +457,19 @@ def test_every_setting_gives_the_same_bits_and_a_run_may_change_its_plan(tmp_pat
     assert result.plan["layers"] == {EVERYTHING: 2}
 
 
+def test_a_run_is_planned_for_the_memory_that_it_is_given():
+    plain = loop.train(trainable(), SAMPLES)
+    with pytest.warns(UserWarning, match="may not fit"):
+        little = loop.train(trainable(), SAMPLES, memory=10**4)
+    assert plain.plan["layers"] == {EVERYTHING: 2} != little.plan["layers"] and little.losses == plain.losses
+    for wrong, sentence in [
+        (dict(memory=0), "memory must be"),
+        (dict(memory=10, gradient_checkpointing=True), "memory needs gradient_checkpointing='auto', got True"),
+    ]:
+        with pytest.raises(ValueError, match=f"seal_ops.train: {sentence}"):
+            loop.train(trainable(), SAMPLES, **wrong)
+
+
 def test_a_resumed_run_keeps_its_tiles(tmp_path, monkeypatch):
     from seal_ops.training.memory_plan import planning
 
