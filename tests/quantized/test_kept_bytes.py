@@ -179,7 +179,7 @@ def peak_of_a_planned_step(model, labels, setting, tile=None, rows=1):
 
 @pytest.mark.usefixtures("bitsandbytes")
 def test_the_peak_of_a_step_in_tiles():
-    """Less than 0.9 of QLoRA's with bf16 adapters, whose trained numbers take half the bytes; and as planned.
+    """Less than half of QLoRA's with bf16 adapters, whose trained numbers take half the bytes; and as planned.
 
     One long row, and rows that are no longer than a tile each."""
     model = with_columns()
@@ -187,7 +187,7 @@ def test_the_peak_of_a_step_in_tiles():
     theirs = peak_of_a_step(qlora(autocast_adapter_dtype=False).to(torch.bfloat16), cross_entropy, 4)
     for rows, over in ((1, 1.06), (8, 1.2)):
         tiled, told = peak_of_a_planned_step(model, 4, True, LONG // 8, rows)
-        assert tiled <= 0.9 * theirs and tiled < 0.8 * whole
+        assert tiled <= 0.5 * theirs and tiled < 0.5 * whole
         assert tiled * 0.99 <= told <= tiled * over
     for setting in (False, True):
         found, told = peak_of_a_planned_step(model, 4, setting)

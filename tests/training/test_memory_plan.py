@@ -277,6 +277,8 @@ def test_a_growth_goes_through_its_points():
         assert fit(10_000, 500) == pytest.approx(a + b * 10_000 + c * 10_000**2 + d * 500, rel=1e-9)
     rounded = Growth.through(points, [1024 * -(-3000 * n // 1024) for n, k in points])
     assert rounded(1_000_000, 16) == pytest.approx(3e9, rel=0.01), "the allocator's rounding is no square"
+    bent = [max(500 + 2 * n, 9 * n) for n, _ in points]  # a weight that is written out decides in the shortest sample
+    assert Growth.through(points, bent, straight=True)(10_000, 16) == 90_000 < Growth.through(points, bent)(10_000, 16)
 
 
 def test_speeds_are_those_of_the_committed_results():
