@@ -14,6 +14,7 @@ from .options import (
     load,
     model_options,
     positive,
+    positive_number,
     prompts,
     restart_option,
     setting,
