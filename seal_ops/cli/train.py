@@ -14,6 +14,7 @@ from .options import (
     load,
     model_options,
     positive,
+    positive_number,
     prompts,
     restart_option,
     setting,
@@ -66,6 +67,10 @@ def options(parser):
     )  # fmt: skip
     parser.add_argument("--seed", type=int, default=0, help="samples and their order")
     checkpointing_option(parser)
+    parser.add_argument(
+        "--memory", type=positive_number, metavar="GIB",
+        help="GiB that a step may take beside the model (default: what is free)",
+    )  # fmt: skip
     frozen_linears_option(parser)
     restart_option(parser)
     backend_option(parser)
@@ -125,7 +130,8 @@ def _settings(args) -> dict:
     """What `train` takes in either case."""
     return dict(
         lr=args.lr, epochs=args.epochs, batch_size=args.batch_size, accumulate=args.accumulate, seed=args.seed,
-        gradient_checkpointing=checkpointing(args), frozen_linears=args.frozen_linears, output_dir=args.output,
+        gradient_checkpointing=checkpointing(args), memory=None if args.memory is None else round(args.memory * 2**30),
+        frozen_linears=args.frozen_linears, output_dir=args.output,
         resume=not args.restart,
     )  # fmt: skip
 

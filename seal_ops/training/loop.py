@@ -40,7 +40,7 @@ from .frozen_linears.conversion import FORMATS, converted_linears, convertible
 from .frozen_linears.gradient_error import probe_of, relative_error
 from .long_context import LEARNING_RATE, prepare, recipe_of, training_masks
 from .losses import summed_cross_entropy
-from .memory_plan import memory
+from .memory_plan import memory as memories
 from .memory_plan.planning import SETTINGS, Plan, Planner
 from .processes import Processes
 from .recipe import COLUMNS_CLIP, NAMES
@@ -102,6 +102,7 @@ def train(
     max_grad_norm: float | None = None,
     seed: int = 0,
     gradient_checkpointing: bool | str = "auto",
+    memory: int | None = None,
     frozen_linears: str | None = None,
     output_dir: str | os.PathLike | None = None,
     checkpoint_every: int = 10,
@@ -143,6 +144,8 @@ def train(
             that is free, and recomputes only what that asks for (:func:`seal_ops.plan` shows it).  False keeps
             everything; "selective" keeps the outputs of the fused attention and recomputes the rest, which costs
             little time; True recomputes each layer in the backward pass.
+        memory: for "auto": bytes that a step may take beside what is in use, as of :func:`seal_ops.plan`; None for what
+            is free on the device, less a reserve.
         frozen_linears: "fp8" multiplies with the frozen ``nn.Linear`` weights of the decoder layers in float8_e4m3fn
             while the run lasts; the 16-bit weights come back bit for bit.  The result says by how much the first
             gradients differ.  None keeps 16 bits.
@@ -176,6 +179,12 @@ def train(
         )
     if frozen_linears not in (None, *FORMATS):
         raise ValueError(f"seal_ops.train: frozen_linears must be None or 'fp8', got {shown(frozen_linears)}")
+    if memory is not None:
+        memory = integer("seal_ops.train", "memory", memory, 1)
+        if gradient_checkpointing != "auto":
+            raise ValueError(
+                f"seal_ops.train: memory needs gradient_checkpointing='auto', got {gradient_checkpointing!r}"
+            )
     if resume and output_dir is None:
         raise ValueError("seal_ops.train: resume needs output_dir, got None")
     if recipe is None and recipe_options is not None:
@@ -217,7 +226,7 @@ def train(
             if checkpoint:
                 _ = run.identity  # by all processes, where they hold the weights together
             if len(run.losses) < run.steps:
-                run.follow(gradient_checkpointing, tile)
+                run.follow(gradient_checkpointing, tile, memory)
             if cuda:
                 torch.cuda.reset_peak_memory_stats(run.device)
             earlier, started = run.seconds, time.monotonic()
@@ -355,10 +364,11 @@ class _Run:
         finally:
             self._converted.close()
 
-    def follow(self, setting: bool | str, tile: int | None | bool) -> None:
+    def follow(self, setting: bool | str, tile: int | None | bool, allowed: int | None = None) -> None:
         """Plans the steps as `train`'s ``gradient_checkpointing`` says, and runs the model so from now on.
 
-        ``tile``: of the run that this one continues, whose bits it decides; True for none.
+        ``tile``: of the run that this one continues, whose bits it decides; True for none.  ``allowed``: bytes of a
+        step; None for what is free.
         """
         length, rows = self.settings["tokens"], min(self.settings["batch_size"], len(self.samples))
         most = max(sum(label != IGNORE_INDEX for label in sample.labels[1:]) for sample in self.samples)
@@ -372,7 +382,8 @@ class _Run:
         self._setting = setting
         self._convert()
         self._may_lower = setting == "auto" and processes.count == 1  # others would go on without this one
-        self._run_as(self._planner.plan(tile=tile) if setting == "auto" else self._planner.uniform(setting, tile))
+        planner = self._planner
+        self._run_as(planner.plan(allowed, tile) if setting == "auto" else planner.uniform(setting, tile))
         if setting == "auto" and any("measuring it failed" in note for note in self.plan.notes):
             warnings.warn(f"seal_ops.train: {'; '.join(self.plan.notes)}", stacklevel=3)
         if not self.plan.fits:
@@ -464,7 +475,7 @@ class _Run:
         self.optimizer.zero_grad(set_to_none=True)
         self._running.close()  # the samples of another plan are to meet the model itself
         gc.collect()
-        memory.give_back(self.device)
+        memories.give_back(self.device)
         before = self.plan
         step = f"a step of {before.batch_size} x {before.length} tokens does not fit into memory"
         found = self._planner.lower(before) if self._may_lower else None

@@ -165,10 +165,13 @@ NOT_RUN = {
     "--output tuned": COLUMNS,
     "seal train --model smollm2 --weak-columns 128 --quantize nf4 --granularity channel --task multikey --length 4000 "
     "--output both": COLUMNS,
+    "seal train --model smollm2 --weak-columns 128 --quantize nf4 --text chats.jsonl --output chatty": COLUMNS,
     "seal eval --model smollm2 --weak-columns both --scales both --task multikey --lengths 2000 4000 "
     "--output both.json": COLUMNS,
     "seal merge --model smollm2 --weak-columns both --scales both --output plain": COLUMNS,
     "python benchmarks/quantized_training.py --output qeft_8b.json": GPU,
+    "python benchmarks/quantized_training.py --output qeft_8b.json --only training --steps 2 --sizes 8x2048 1x8192 "
+    '1x31744 --methods "QLoRA, autocast" "QLoRA, bf16 adapters" "weak columns, planned"': GPU,
     "python benchmarks/serving_speed.py": "times a GPU; tests/bench/test_serving_speed.py runs it small",
     "seal study --preset smollm2-4bit --text english.txt --output study": COLUMNS,
     "seal study --preset smollm2-4bit --output study --summary": COLUMNS,

@@ -247,6 +247,11 @@ def test_columns_beside_a_lora_resume_in_trainer(token_ids, rows, tmp_path):
     with pytest.raises(Killed):
         run("killed", kill_at=3)
     assert equal(whole, run("killed", resume=str(tmp_path / "killed" / "checkpoint-2")))
+    best = dict(save_steps=1, eval_steps=1, eval_strategy="steps", load_best_model_at_end=True)
+    found = run("best", metric_for_best_model="loss", greater_is_better=True, max_steps=2, **best)
+    saved = safetensors.torch.load_file(tmp_path / "best" / "checkpoint-1" / "weak_columns.safetensors")
+    deltas = {n.removeprefix("base_model.model."): v for n, v in found.items() if n.endswith("column_delta")}
+    assert deltas and all(torch.equal(v, saved[n.replace("column_delta", "delta")]) for n, v in deltas.items())
 
 
 def test_the_callback_needs_something_to_save():

@@ -108,6 +108,36 @@ def test_cut_last_layer_and_tiles_give_the_plain_gradients(family):
                 torch.testing.assert_close(other, one, rtol=1e-5, atol=1e-6 * one.abs().max().item())
 
 
+def test_tiles_let_go_of_each_layers_input_in_the_backward_pass():
+    """Not only when the whole graph is gone, which a loss that is still there keeps alive."""
+    lm = scaled(num_hidden_layers=6)
+    planner = planner_of(lm)
+    with mode(lm, True), run_as(planner, (INPUT,) * 6, tile=8) as run, LiveBytes() as live:
+        loss = run.logits_at(lm, torch.tensor(POSITIONS), **batch()).square().sum()
+        kept = live.live
+        loss.backward()
+        gradients_alone = sum(p.grad.nbytes for p in lm.parameters() if p.grad is not None)
+        states = batch()["input_ids"].numel() * lm.config.hidden_size * 4
+        assert kept > 5 * states and live.live < gradients_alone + states
+        with pytest.raises(RuntimeError, match="second time"):
+            loss.backward()
+
+
+def test_tiles_go_over_all_rows():
+    """Short rows of a large batch are as many tokens as one long row."""
+    lm = scaled()
+    shapes, planner = [], planner_of(lm, length=21, rows=4)
+    hook = lm.model.layers[0].mlp.register_forward_pre_hook(lambda _m, x: shapes.append(tuple(x[0].shape[:2])))
+    with mode(lm, True), run_as(planner, (INPUT,) * 2, tile=64) as run:
+        found = gradients(lm, run.logits_at, input_ids=tokens(4, 21), use_cache=False)
+        hook.remove()
+    assert shapes[0] == (4, 21), "hooks lie outside"
+    with mode(lm, True):
+        plain = gradients(lm, logits_at, input_ids=tokens(4, 21), use_cache=False)
+    for one, other in zip(plain, found):
+        torch.testing.assert_close(other, one, rtol=1e-5, atol=1e-6 * one.abs().max().item())
+
+
 def test_cut_last_layer_and_tiles_with_adapters_of_another_library():
     peft = pytest.importorskip("peft")
     targets = ["q_proj", "v_proj", "o_proj", "gate_proj", "down_proj"]
@@ -247,6 +277,8 @@ def test_a_growth_goes_through_its_points():
         assert fit(10_000, 500) == pytest.approx(a + b * 10_000 + c * 10_000**2 + d * 500, rel=1e-9)
     rounded = Growth.through(points, [1024 * -(-3000 * n // 1024) for n, k in points])
     assert rounded(1_000_000, 16) == pytest.approx(3e9, rel=0.01), "the allocator's rounding is no square"
+    bent = [max(500 + 2 * n, 9 * n) for n, _ in points]  # a weight that is written out decides in the shortest sample
+    assert Growth.through(points, bent, straight=True)(10_000, 16) == 90_000 < Growth.through(points, bent)(10_000, 16)
 
 
 def test_speeds_are_those_of_the_committed_results():
@@ -425,6 +457,19 @@ def test_every_setting_gives_the_same_bits_and_a_run_may_change_its_plan(tmp_pat
     result = loop.train(lm, SAMPLES, output_dir=tmp_path, resume=True)
     assert result.losses == plain.losses and all(map(torch.equal, values(lm), values(whole)))
     assert result.plan["layers"] == {EVERYTHING: 2}
+
+
+def test_a_run_is_planned_for_the_memory_that_it_is_given():
+    plain = loop.train(trainable(), SAMPLES)
+    with pytest.warns(UserWarning, match="may not fit"):
+        little = loop.train(trainable(), SAMPLES, memory=10**4)
+    assert plain.plan["layers"] == {EVERYTHING: 2} != little.plan["layers"] and little.losses == plain.losses
+    for wrong, sentence in [
+        (dict(memory=0), "memory must be"),
+        (dict(memory=10, gradient_checkpointing=True), "memory needs gradient_checkpointing='auto', got True"),
+    ]:
+        with pytest.raises(ValueError, match=f"seal_ops.train: {sentence}"):
+            loop.train(trainable(), SAMPLES, **wrong)
 
 
 def test_a_resumed_run_keeps_its_tiles(tmp_path, monkeypatch):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 
 import torch
@@ -12,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from ...huggingface.logits import logits_at
 from ...huggingface.modes import prepared
+from ...quantized import bases
 from ..losses import summed_cross_entropy
 from .decoder import Decoder, UnknownStructure, Watch, device_of, replaced_forwards
 from .execution import EVERYTHING, Execution, at_rows
@@ -38,16 +40,17 @@ class Growth:
         return max(0, round(value))
 
     @classmethod
-    def through(cls, points: Sequence[tuple[int, int]], values: Sequence[float]) -> Growth:
+    def through(cls, points: Sequence[tuple[int, int]], values: Sequence[float], straight: bool = False) -> Growth:
         """Through four points ``(n, k)``: the first two differ in k alone, the others are at twice and four times n.
 
         A bend below a hundredth of the value is the allocator's rounding; it would be gigabytes at a million tokens.
+        ``straight``: any bend is that of a maximum of straight lines, of which the last one goes on.
         """
         n = points[0][0]
         label = (values[1] - values[0]) / (points[1][1] - points[0][1])
         one, _, two, four = (value - label * k for value, (_, k) in zip(values, points))
         square = ((four - two) / (2 * n) - (two - one) / n) / (3 * n)
-        if abs(square) * (4 * n) ** 2 < 0.01 * abs(four):
+        if straight or abs(square) * (4 * n) ** 2 < 0.01 * abs(four):
             square = 0.0
         linear = (four - two) / (2 * n) - square * 6 * n
         return cls(four - 4 * n * linear - square * (4 * n) ** 2, linear, square, label)
@@ -125,9 +128,10 @@ class Samples:
     def device(self) -> torch.device:
         return device_of(self.model)
 
-    @property
+    @functools.cached_property
     def shortest(self) -> int:
-        return max(4, min(SHORT.get(self.device.type, SHORT_ELSEWHERE), self.length // 4))
+        least = SHORT.get(self.device.type, SHORT_ELSEWHERE)
+        return max(4, min(max(least, -(-_tokens_of_a_weight(self.model) // self.batch_size)), self.length // 4))
 
     @property
     def tile(self) -> int:
@@ -157,9 +161,9 @@ class Samples:
             inputs["attention_mask"][-1, length - length // 8 - 1 :] = 0
         return inputs
 
-    def fit(self, values: Sequence[float]) -> int:
-        """What a quantity is at the real length and labels, from its values in the samples."""
-        return Growth.through(self.points, values)(self.length, self.labels)
+    def fit(self, values: Sequence[float], straight: bool = False) -> int:
+        """What a quantity is at the real length and labels, from its values in the samples; ``straight``: no square."""
+        return Growth.through(self.points, values, straight)(self.length, self.labels)
 
 
 class Measurement:
@@ -197,12 +201,17 @@ class Measurement:
         more = self._tile_bytes * (min(tile, whole) - self.samples.tile) if tiles else 0
         layers = []
         for found in zip(*(s.layers for s in samples)):
-            values = {name: fit([getattr(cost, name) for cost in found]) for name in _GROWING}
+            # What is kept is a sum: where it has no square, the bends of what is a maximum are none.
+            straight = found[0].differentiates and not self._bends([cost.kept for cost in found])
+            values = {name: fit([getattr(cost, name) for cost in found], straight) for name in _GROWING}
             for name in ("free", "forward", "backward"):
                 values[name] += more
             layers.append(dataclasses.replace(found[0], **values))
         whole = {name: fit([getattr(s, name) for s in samples]) for name in ("before", "head", "head_operations")}
         return Costs(tuple(layers), **whole)
+
+    def _bends(self, values: Sequence[float]) -> bool:
+        return Growth.through(self.samples.points, values).square != 0
 
     # ------------------------------------------------------------------------------------------------- structure
 
@@ -382,6 +391,18 @@ class WholeMeasurement:
             leaves = [p for p in model.parameters() if p.requires_grad]
             torch.autograd.grad(loss, leaves, allow_unused=True)
             return meter.lap()
+
+
+def _tokens_of_a_weight(model: nn.Module) -> int:
+    """Tokens with which a layer's outputs outweigh by far one weight in few bits that is written out.
+
+    With fewer, that weight decides where the peak lies, and longer rows have it elsewhere.
+    """
+    sizes = [bases.sizes(m) for m in model.modules() if bases.is_packed(m)]
+    if not sizes:
+        return 0
+    layers = max(1, getattr(model.config.get_text_config(), "num_hidden_layers", 1))
+    return 4 * layers * max(columns * rows for columns, rows in sizes) // sum(rows for _, rows in sizes)
 
 
 def _loss(logits: Tensor) -> Tensor:

@@ -46,7 +46,11 @@ class _Tiled(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
+        if ctx.keeper is None:
+            raise RuntimeError("seal_ops: a step that runs in tiles can be differentiated once only, got a second time")
         (states,) = ctx.keeper[0].grad_fn.saved_tensors
+        # The engine does not come by the keeper, which would hold the layer's input until the whole graph is gone.
+        ctx.keeper = None
         wanted = [p for p, want in zip(ctx.parameters, ctx.needs_input_grad[4:]) if want]
         grad_states = torch.empty_like(states) if ctx.needs_input_grad[3] else None
         sums: list[Tensor | None] = [None] * len(wanted)
