@@ -18,7 +18,7 @@ from seal_ops import tasks
 from seal_ops.bench import training_steps
 from seal_ops.bench.training_sizes import Size
 from seal_ops.huggingface.modes import mode
-from seal_ops.training.frozen_linears import conversion
+from seal_ops.training.frozen_linears import conversion, fp8_product
 from seal_ops.training.frozen_linears.conversion import converted_linears
 from seal_ops.training.frozen_linears.fp8_product import Fp8Weight, fp8_linear, quantize_rows
 from seal_ops.training.frozen_linears.gradient_error import PROBE, probe_of, relative_error
@@ -58,8 +58,12 @@ def values(lm):
 
 @pytest.mark.parametrize("rows", [1, 17, 65])
 @pytest.mark.parametrize("bias", [False, True])
-def test_products_are_those_of_the_rounded_factors(rows, bias):
-    """The backward pass multiplies with the very weight of the forward pass, only its gradient rounded."""
+@pytest.mark.parametrize("row_scales", [True, False])
+def test_products_are_those_of_the_rounded_factors(rows, bias, row_scales, monkeypatch):
+    """The backward pass multiplies with the very weight of the forward pass, only its gradient rounded. Also where
+    torch's product takes one scale for a tensor."""
+    if not row_scales:
+        monkeypatch.setattr(fp8_product, "_row_scales_on_cpu", lambda: False)
     torch.manual_seed(rows)
     weight = (torch.randn(48, 80) * torch.logspace(-3, 0, 48)[:, None]).bfloat16()
     x = torch.randn(1, rows, 80).bfloat16().requires_grad_()
@@ -121,7 +125,7 @@ def test_the_kernel_gives_the_same_bits(columns, dtype):
         (values, scale), (found, by) = quantize_rows(*given), kernel.quantize_rows(*given)
         assert torch.equal(scale.nan_to_num(-1), by.nan_to_num(-1)) and by[3:5].isnan().all()
         finite = [0, 1, 2, *range(5, 12)]
-        assert torch.equal(values[finite].view(torch.uint8), found[finite].view(torch.uint8))
+        assert torch.equal(values.view(torch.uint8)[finite], found.view(torch.uint8)[finite])
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
@@ -445,6 +449,10 @@ def test_devices_and_names_are_refused(monkeypatch):
     assert conversion.no_fp8(gpu) == "NVIDIA A100 of 8.0"
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 9))
     assert conversion.no_fp8(gpu) is None and "another kind" in conversion.no_fp8(torch.device("mps"))
+    monkeypatch.setattr(conversion.memory, "free_host", lambda: 30 * 2**30)
+    assert conversion._no_room(13 * 2**30) is None
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert "52.00 GiB of the host's memory for the 16-bit weights of 4 processes" in conversion._no_room(13 * 2**30)[0]
     monkeypatch.setattr(conversion, "no_fp8", lambda device: "NVIDIA A100 of 8.0")
     with pytest.raises(ValueError, match="needs a GPU of compute capability 8.9 or later, or a CPU, got NVIDIA A100"):
         train(trainable(), SAMPLES, frozen_linears="fp8")
