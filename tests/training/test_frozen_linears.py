@@ -27,6 +27,7 @@ from seal_ops.training.memory_plan.execution import ATTENTION, EVERYTHING, INPUT
 from seal_ops.training.memory_plan.live_bytes import LiveBytes, Saved
 from seal_ops.training.memory_plan.planning import Planner
 from seal_ops.training.memory_plan.simulation import expected
+from seal_ops.training.processes import Processes
 
 SAMPLES = tasks.lines(tokenizer(), length=190, samples=4)
 BF16 = 2**-8  # of a rounding to bf16
@@ -421,6 +422,27 @@ def quantised():
     return lm
 
 
+def sharded():
+    lm = trainable()
+    lm.lm_head.weight.full_tensor = lambda: None
+    return lm
+
+
+def of_another_kind():
+    class Linear8(nn.Linear):
+        pass
+
+    lm = trainable()
+    lm.model.layers[1].self_attn.o_proj.__class__ = Linear8
+    return lm
+
+
+def offloaded():
+    lm = trainable()
+    lm.model.norm.weight = nn.Parameter(torch.empty(32, device="meta"), requires_grad=False)
+    return lm
+
+
 def elsewhere():
     lm = trainable()
     lm.model.layers[0].mlp.up_proj.forward = lambda x: x
@@ -435,6 +457,9 @@ def elsewhere():
         (odd, "needs sizes that are multiples of 16, got 100 x 64 of Linear mlp.gate_proj in decoder layer 0"),
         (no_linears, "needs decoder layers with nn.Linear layers, got a GPT2LMHeadModel with none"),
         (quantised, "needs 16-bit weights, got a quantised model"),
+        (sharded, "needs whole weights, got a model whose weights are sharded over processes"),
+        (of_another_kind, "needs plain nn.Linear layers, got Linear8 self_attn.o_proj in decoder layer 1"),
+        (offloaded, "needs weights in place, got a model that is offloaded"),
         (elsewhere, "needs layers that run their own forward, got another library's on Linear mlp.up_proj"),
         (lambda: torch.compile(trainable()), "needs a model whose decoder layers are known, .* because it is compiled"),
     ],
@@ -443,6 +468,12 @@ def test_what_cannot_be_converted_is_refused(make, sentence, tmp_path):
     with pytest.raises(ValueError, match="seal_ops.train: frozen_linears='fp8' " + sentence):
         train(make(), SAMPLES, frozen_linears="fp8", output_dir=tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_passes_that_wait_for_others_are_refused(monkeypatch):
+    monkeypatch.setattr(Processes, "meet_in_forward", True)
+    with pytest.raises(ValueError, match="frozen_linears='fp8' needs forward passes that a process runs alone, got"):
+        train(trainable(), SAMPLES, frozen_linears="fp8")
 
 
 def test_devices_and_names_are_refused(monkeypatch):
