@@ -139,6 +139,22 @@ def test_plan_prints_what_layers_keep(capsys, folder):  # noqa: F811
     assert code == 2 and "must be a number above 0, got -1" in err
 
 
+def test_frozen_linears_in_fp8(capsys, folder, tmp_path):  # noqa: F811
+    line = ["--model", folder, *TINY, "--granularity", "head", "--length", 190, "--frozen-linears", "fp8", "--dtype"]
+    train = ["train", *line, "bfloat16", "--samples", 2, "--output", tmp_path]
+    code, out, err = seal(capsys, *train)
+    assert code == 0 and re.search(
+        r"; 14 linear layers in fp8, first gradients [\d.]+ % from those in 16 bits;", out
+    ), err
+    code, out, err = seal(capsys, "plan", *line, "bfloat16")
+    assert code == 0 and "none was measured of products in fp8" in out, err
+    code, _, err = seal(capsys, "plan", *line, "float32")
+    assert code == 1 and err.startswith(
+        "seal plan: seal_ops.plan: frozen_linears='fp8' needs a model in torch.bfloat16"
+    )
+    assert err.count("\n") == 1
+
+
 @pytest.mark.parametrize("words", [["300", "600"], ["300,600"], ["300", "600,"], ["300,", "600"]])
 def test_lengths_in_either_spelling(capsys, words):
     line = ["eval", "--model", "m", "--lengths", *words]

@@ -18,7 +18,7 @@ from seal_ops import tasks
 from seal_ops.bench import training_steps
 from seal_ops.bench.training_sizes import Size
 from seal_ops.huggingface.modes import mode
-from seal_ops.training.frozen_linears import conversion
+from seal_ops.training.frozen_linears import conversion, fp8_product
 from seal_ops.training.frozen_linears.conversion import converted_linears
 from seal_ops.training.frozen_linears.fp8_product import Fp8Weight, fp8_linear, quantize_rows
 from seal_ops.training.frozen_linears.gradient_error import PROBE, probe_of, relative_error
@@ -27,6 +27,7 @@ from seal_ops.training.memory_plan.execution import ATTENTION, EVERYTHING, INPUT
 from seal_ops.training.memory_plan.live_bytes import LiveBytes, Saved
 from seal_ops.training.memory_plan.planning import Planner
 from seal_ops.training.memory_plan.simulation import expected
+from seal_ops.training.processes import Processes
 
 SAMPLES = tasks.lines(tokenizer(), length=190, samples=4)
 BF16 = 2**-8  # of a rounding to bf16
@@ -58,8 +59,12 @@ def values(lm):
 
 @pytest.mark.parametrize("rows", [1, 17, 65])
 @pytest.mark.parametrize("bias", [False, True])
-def test_products_are_those_of_the_rounded_factors(rows, bias):
-    """The backward pass multiplies with the very weight of the forward pass, only its gradient rounded."""
+@pytest.mark.parametrize("row_scales", [True, False])
+def test_products_are_those_of_the_rounded_factors(rows, bias, row_scales, monkeypatch):
+    """The backward pass multiplies with the very weight of the forward pass, only its gradient rounded. Also where
+    torch's product takes one scale for a tensor."""
+    if not row_scales:
+        monkeypatch.setattr(fp8_product, "_row_scales_on_cpu", lambda: False)
     torch.manual_seed(rows)
     weight = (torch.randn(48, 80) * torch.logspace(-3, 0, 48)[:, None]).bfloat16()
     x = torch.randn(1, rows, 80).bfloat16().requires_grad_()
@@ -96,7 +101,7 @@ def test_a_row_fits_and_a_value_is_rounded_once(dtype):
     rows[3], rows[4, 1:] = 0, 0
     read, scale = quantize_rows(rows)
     assert scale.shape == (300, 1) and torch.equal(scale, scale.log2().round().exp2())
-    assert torch.equal(read[0].float(), torch.full((64,), 448.0)) and scale[0] == 1
+    assert torch.equal(read[0].float(), torch.full((64,), 448.0)) and scale[0] == 1 and scale[2] == 2
     largest = read.float().abs().amax(1)
     assert (largest[rows.abs().amax(1) > 0] > 223).all() and (largest <= 448).all() and not read[3].float().any()
     wanted = rows.double()
@@ -121,7 +126,7 @@ def test_the_kernel_gives_the_same_bits(columns, dtype):
         (values, scale), (found, by) = quantize_rows(*given), kernel.quantize_rows(*given)
         assert torch.equal(scale.nan_to_num(-1), by.nan_to_num(-1)) and by[3:5].isnan().all()
         finite = [0, 1, 2, *range(5, 12)]
-        assert torch.equal(values[finite].view(torch.uint8), found[finite].view(torch.uint8))
+        assert torch.equal(values.view(torch.uint8)[finite], found.view(torch.uint8)[finite])
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
@@ -233,8 +238,9 @@ def test_nothing_of_a_product_is_kept():
 # ------------------------------------------------------------------------------------------------------------- training
 
 
-def test_a_run_states_its_error_and_gives_the_weights_back(tmp_path):
-    lm = trainable()
+def test_a_run_states_its_error_and_gives_the_weights_back(tmp_path, monkeypatch):
+    lm, planned, plan = trainable(), [], Planner.plan
+    monkeypatch.setattr(Planner, "plan", lambda self, *a, **k: planned.append(up_is_meta(lm)) or plan(self, *a, **k))
     before = {name: (p, p.detach().clone()) for name, p in lm.named_parameters() if not p.requires_grad}
     first = gradients_of_first_step(lm)
     with converted_linears(lm, "fp8", "test"):
@@ -242,9 +248,9 @@ def test_a_run_states_its_error_and_gives_the_weights_back(tmp_path):
     seen = []
     result = train(
         lm, SAMPLES, frozen_linears="fp8", output_dir=tmp_path,
-        on_step=lambda *_: seen.append(lm.model.layers[0].mlp.up_proj.weight.is_meta),
+        on_step=lambda *_: seen.append(up_is_meta(lm)),
     )  # fmt: skip
-    assert seen == [True] * 4
+    assert seen == [True] * 4 and planned == [True], "what is planned is the model in fp8"
     found = dict(lm.named_parameters())
     assert all(found[name] is p and torch.equal(p, value) for name, (p, value) in before.items())
     stored = json.loads((tmp_path / "training.json").read_text())
@@ -257,6 +263,10 @@ def test_a_run_states_its_error_and_gives_the_weights_back(tmp_path):
     plain = train(trainable(), SAMPLES, gradient_checkpointing=False)
     assert plain.frozen_linears == {} and "frozen_linears" not in plain.settings and plain.losses != result.losses
     assert plain.losses == pytest.approx(result.losses, rel=0.1)
+
+
+def up_is_meta(lm):
+    return lm.model.layers[0].mlp.up_proj.weight.is_meta
 
 
 def order():
@@ -412,6 +422,27 @@ def quantised():
     return lm
 
 
+def sharded():
+    lm = trainable()
+    lm.lm_head.weight.full_tensor = lambda: None
+    return lm
+
+
+def of_another_kind():
+    class Linear8(nn.Linear):
+        pass
+
+    lm = trainable()
+    lm.model.layers[1].self_attn.o_proj.__class__ = Linear8
+    return lm
+
+
+def offloaded():
+    lm = trainable()
+    lm.model.norm.weight = nn.Parameter(torch.empty(32, device="meta"), requires_grad=False)
+    return lm
+
+
 def elsewhere():
     lm = trainable()
     lm.model.layers[0].mlp.up_proj.forward = lambda x: x
@@ -426,6 +457,9 @@ def elsewhere():
         (odd, "needs sizes that are multiples of 16, got 100 x 64 of Linear mlp.gate_proj in decoder layer 0"),
         (no_linears, "needs decoder layers with nn.Linear layers, got a GPT2LMHeadModel with none"),
         (quantised, "needs 16-bit weights, got a quantised model"),
+        (sharded, "needs whole weights, got a model whose weights are sharded over processes"),
+        (of_another_kind, "needs plain nn.Linear layers, got Linear8 self_attn.o_proj in decoder layer 1"),
+        (offloaded, "needs weights in place, got a model that is offloaded"),
         (elsewhere, "needs layers that run their own forward, got another library's on Linear mlp.up_proj"),
         (lambda: torch.compile(trainable()), "needs a model whose decoder layers are known, .* because it is compiled"),
     ],
@@ -434,6 +468,12 @@ def test_what_cannot_be_converted_is_refused(make, sentence, tmp_path):
     with pytest.raises(ValueError, match="seal_ops.train: frozen_linears='fp8' " + sentence):
         train(make(), SAMPLES, frozen_linears="fp8", output_dir=tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_passes_that_wait_for_others_are_refused(monkeypatch):
+    monkeypatch.setattr(Processes, "meet_in_forward", True)
+    with pytest.raises(ValueError, match="frozen_linears='fp8' needs forward passes that a process runs alone, got"):
+        train(trainable(), SAMPLES, frozen_linears="fp8")
 
 
 def test_devices_and_names_are_refused(monkeypatch):
@@ -445,6 +485,10 @@ def test_devices_and_names_are_refused(monkeypatch):
     assert conversion.no_fp8(gpu) == "NVIDIA A100 of 8.0"
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 9))
     assert conversion.no_fp8(gpu) is None and "another kind" in conversion.no_fp8(torch.device("mps"))
+    monkeypatch.setattr(conversion.memory, "free_host", lambda: 30 * 2**30)
+    assert conversion._no_room(13 * 2**30) is None
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert "52.00 GiB of the host's memory for the 16-bit weights of 4 processes" in conversion._no_room(13 * 2**30)[0]
     monkeypatch.setattr(conversion, "no_fp8", lambda device: "NVIDIA A100 of 8.0")
     with pytest.raises(ValueError, match="needs a GPU of compute capability 8.9 or later, or a CPU, got NVIDIA A100"):
         train(trainable(), SAMPLES, frozen_linears="fp8")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import gc
+import os
 from collections.abc import Iterator
 
 import torch
@@ -207,13 +208,20 @@ def convertible(model: nn.Module, call: str, frozen: bool = True) -> list[nn.Lin
             found.append(module)
     if not found:
         refuse("decoder layers with nn.Linear layers", f"a {type(owner).__name__} with none")
-    if device.type == "cuda":
-        size, free = sum({id(m.weight): m.weight.nbytes for m in found}.values()), memory.free_host()
-        if size > free * (1 - memory.RESERVE):
-            refuse(
-                f"{size / 2**30:.2f} GiB of the host's memory for the 16-bit weights", f"{free / 2**30:.2f} GiB free"
-            )
+    reason = _no_room(sum({id(m.weight): m.weight.nbytes for m in found}.values())) if device.type == "cuda" else None
+    if reason is not None:
+        refuse(*reason)
     return found
+
+
+def _no_room(size: int) -> tuple[str, str] | None:
+    """What the host's memory must hold, and what it can, where it cannot: ``size`` bytes of each process on it."""
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
+    free = memory.free_host()
+    if processes * size <= free * (1 - memory.RESERVE):
+        return None
+    needed = f"{processes * size / 2**30:.2f} GiB of the host's memory for the 16-bit weights"
+    return needed + (f" of {processes} processes" if processes > 1 else ""), f"{free / 2**30:.2f} GiB free"
 
 
 def no_fp8(device: torch.device) -> str | None:

@@ -85,6 +85,26 @@ def _kernel():
     return row_quantization
 
 
+def _scaled_mm(a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, bias, dtype: torch.dtype, fast: bool) -> Tensor:
+    """``(a * scale_a) (b * scale_b) + bias``; a [M, C], scale_a [M, 1], b [C, N], scale_b [1, N]."""
+    if a.is_cuda or _row_scales_on_cpu():
+        return torch._scaled_mm(a, b, scale_a=scale_a, scale_b=scale_b, bias=bias, out_dtype=dtype, use_fast_accum=fast)
+    one = scale_b.new_ones(())
+    out = torch._scaled_mm(a, b, scale_a=one, scale_b=one, out_dtype=torch.float32).mul_(scale_a).mul_(scale_b)
+    return (out if bias is None else out.add_(bias)).to(dtype)
+
+
+@functools.cache
+def _row_scales_on_cpu() -> bool:
+    """Whether this torch takes a scale for each row on a CPU; some know one for a tensor there."""
+    try:
+        values, ones = torch.ones(STEP, STEP).to(FORMAT), torch.ones(STEP)
+        torch._scaled_mm(values, values.t(), scale_a=ones[:, None], scale_b=ones[None], out_dtype=torch.float32)
+    except RuntimeError:
+        return False
+    return True
+
+
 class _Product(torch.autograd.Function):
     """x [M, K] with a frozen weight; nothing of x is kept."""
 
@@ -93,21 +113,14 @@ class _Product(torch.autograd.Function):
         ctx.weight = weight
         values, scale = quantize_rows(x)
         # As torchao and Transformer Engine: sums of the forward pass stay in the tensor cores' registers.
-        return torch._scaled_mm(
-            values, weight.values.t(), scale_a=scale, scale_b=weight.scale.t(), bias=bias, out_dtype=x.dtype,
-            use_fast_accum=True,
-        )  # fmt: skip
+        return _scaled_mm(values, weight.values.t(), scale, weight.scale.t(), bias, x.dtype, fast=True)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
         weight = ctx.weight
         values, scale = quantize_rows(grad, weight.scale.flatten())
-        grad_x = torch._scaled_mm(
-            values, weight.transposed.t(), scale_a=scale, scale_b=weight.ones, out_dtype=grad.dtype,
-            use_fast_accum=False,
-        )  # fmt: skip
-        return grad_x, None, None
+        return _scaled_mm(values, weight.transposed.t(), scale, weight.ones, None, grad.dtype, fast=False), None, None
 
 
 def fp8_linear(x: Tensor, weight: Fp8Weight, bias: Tensor | None = None) -> Tensor:
