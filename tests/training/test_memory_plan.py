@@ -20,6 +20,7 @@ from seal_ops.training.memory_plan import memory
 from seal_ops.training.memory_plan.execution import ATTENTION, EVERYTHING, INPUT, OFFLOADED
 from seal_ops.training.memory_plan.live_bytes import LiveBytes, Saved
 from seal_ops.training.memory_plan.measuring import Growth
+from seal_ops.training.memory_plan.operations import operations_of
 from seal_ops.training.memory_plan.planning import Planner
 from seal_ops.training.memory_plan.simulation import expected, seconds
 
@@ -522,3 +523,24 @@ def test_a_step_that_runs_out_of_memory_goes_on_with_less_and_says_so(monkeypatc
     with pytest.warns(UserWarning), pytest.raises(torch.OutOfMemoryError, match="; try a smaller batch_size") as caught:
         loop.train(trainable(), SAMPLES)
     assert "\n" not in str(caught.value)
+
+
+def test_operations_of_pytorchs_attention_with_few_heads_of_keys():
+    """transformers hands them to SDPA as they are on a GPU, where torch's own formula raises."""
+    q, k, v = (torch.empty(2, heads, n, 16, device="meta") for heads, n in ((8, 5), (2, 7), (2, 7)))
+    op = torch.ops.aten._scaled_dot_product_flash_attention
+    assert operations_of(op.default, (q, k, v), {}, None) == (0, 4 * 2 * 8 * 5 * 7 * 16)
+    assert operations_of(torch.ops.aten.mm.default, (q[0, 0], k[0, 0].T), {}, q.new_empty(5, 7)) == (2 * 5 * 7 * 16, 0)
+
+
+def test_what_the_allocator_adds_is_no_growth(monkeypatch):
+    """A MiB more in one of the samples was 46 GiB at 131,072 tokens, on an H200."""
+    stats = {"requested_bytes.all.current": 70, "requested_bytes.all.peak": 100}
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: None)
+    monkeypatch.setattr(torch.cuda, "memory_stats", lambda *_: stats)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda *_: 512)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda *_: 1024)
+    device = torch.device("cuda")
+    assert (memory.requested(device), memory.requested(device, peak=True)) == (70, 100)
+    stats.clear()  # another allocator
+    assert (memory.requested(device), memory.requested(device, peak=True)) == (512, 1024)

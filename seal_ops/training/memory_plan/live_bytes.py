@@ -73,12 +73,12 @@ class Meter:
         self._counter.__enter__()
         self._on = True
         memory.begin_peak(self.device)
-        self._before = memory.used(self.device) if self._allocator else 0
+        self._before = memory.requested(self.device) if self._allocator else 0
 
     def lap(self) -> int:
         """Most bytes since the start or the last lap."""
         if self._allocator:
-            peak = memory.peak(self.device) - self._before
+            peak = memory.requested(self.device, peak=True) - self._before
             memory.begin_peak(self.device)
             return peak
         peak, self._counter.peak = self._counter.peak, self._counter.live
@@ -86,7 +86,7 @@ class Meter:
 
     def now(self) -> int:
         """Bytes at present."""
-        return memory.used(self.device) - self._before if self._allocator else self._counter.live
+        return memory.requested(self.device) - self._before if self._allocator else self._counter.live
 
     @property
     def counted(self) -> LiveBytes:

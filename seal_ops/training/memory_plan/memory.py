@@ -56,16 +56,22 @@ def used(device: torch.device) -> int:
 
 
 def begin_peak(device: torch.device) -> None:
-    """From now on `peak` counts anew; nothing on a CPU."""
+    """From now on `requested` counts its peak anew; nothing on a CPU."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
 
 
-def peak(device: torch.device) -> int:
-    """Most bytes in use on a GPU since `begin_peak`."""
+def requested(device: torch.device, peak: bool = False) -> int:
+    """Bytes that were asked of CUDA's allocator, now or at most since `begin_peak`: without what it adds to a block.
+
+    That is up to a MiB a block and depends on what was freed before, which short samples would take for growth.
+    """
     torch.cuda.synchronize(device)
-    return torch.cuda.max_memory_allocated(device)
+    stats = torch.cuda.memory_stats(device)
+    if stats.get("requested_bytes.all.current", 0) == 0:  # another allocator, which does not count them
+        return torch.cuda.max_memory_allocated(device) if peak else torch.cuda.memory_allocated(device)
+    return stats[f"requested_bytes.all.{'peak' if peak else 'current'}"]
 
 
 def give_back(device: torch.device) -> None:
