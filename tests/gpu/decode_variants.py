@@ -192,6 +192,7 @@ def main() -> int:
                 share = 1e-3 * least / t.median
                 cell = f"{batch}x{keys // K}k: {1e3 * t.median:7.1f} ({share:4.0%}, {t.median / peer:4.2f})"
                 rows.setdefault(call, []).append(cell)
+                print(f"  {call:38s} {cell}", flush=True)  # at once: a run that is cut has not been for nothing
         print(
             f"\n{name}: {sq} quer{'y' if sq == 1 else 'ies'}, {heads}/{kv_heads} heads of {head_dim}; batch x keys: "
             "microseconds (share of the bytes' time, times the best SDPA's)"
