@@ -58,6 +58,9 @@ def test_the_contestant_in_fp8_states_its_error_and_may_not_lose_a_scale(tmp_pat
     rows = {r["contestant"]: r for r in json.loads((tmp_path / "t.json").read_text())["rows"]}
     assert {r["status"] for r in rows.values()} == {"ok"} and rows["auto-fp8"]["expected_peak"] > 0
     assert 0.02 < rows["auto-fp8"]["gradient_error"] < 0.4 and rows["selective"]["gradient_error"] < 0.1
+    monkeypatch.setattr(training_steps.Gate, "state", lambda self, gradients: setattr(self, "worst", 0.9))
+    assert run(tmp_path, *words) == 0, "an error over all layers is stated"
+    monkeypatch.undo()
     quantize = fp8_product.quantize_rows
     monkeypatch.setattr(fp8_product, "quantize_rows", lambda rows, factor=None: quantize(rows))
     assert run(tmp_path, *words) == 1

@@ -23,6 +23,9 @@ from torch.autograd.function import once_differentiable
 from .scaling import ABOVE, EXPONENT, FORMAT, MOST, POWER
 
 STEP = 16  # what torch's scaled product wants both sizes of a weight to be multiples of
+# Rows of a product on a GPU below which it runs in 16 bits: for 1 and 17 rows, cuBLAS has refused a weight [4096, 14336]
+# (torch 2.11, CUDA 13.0, H200).  The last layer has as few where only rows with labels are computed.
+FEW = 128
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -87,11 +90,20 @@ def _kernel():
 
 def _scaled_mm(a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, bias, dtype: torch.dtype, fast: bool) -> Tensor:
     """``(a * scale_a) (b * scale_b) + bias``; a [M, C], scale_a [M, 1], b [C, N], scale_b [1, N]."""
-    if a.is_cuda or _row_scales_on_cpu():
+    if not (len(a) >= FEW if a.is_cuda else _row_scales_on_cpu()):
+        return _unpacked_mm(a, b, scale_a, scale_b, bias, dtype)
+    try:
         return torch._scaled_mm(a, b, scale_a=scale_a, scale_b=scale_b, bias=bias, out_dtype=dtype, use_fast_accum=fast)
-    one = scale_b.new_ones(())
-    out = torch._scaled_mm(a, b, scale_a=one, scale_b=one, out_dtype=torch.float32).mul_(scale_a).mul_(scale_b)
-    return (out if bias is None else out.add_(bias)).to(dtype)
+    except RuntimeError as error:
+        if "CUBLAS_STATUS_NOT_SUPPORTED" not in str(error):
+            raise
+    return _unpacked_mm(a, b, scale_a, scale_b, bias, dtype)
+
+
+def _unpacked_mm(a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, bias, dtype: torch.dtype) -> Tensor:
+    """The same product in 16 bits, which hold every fp8 value; scales that are powers of two round nothing."""
+    out = torch.mm(a.to(dtype), b.to(dtype)).mul_(scale_a).mul_(scale_b)
+    return out if bias is None else out.add_(bias)
 
 
 @functools.cache
