@@ -56,5 +56,5 @@ def test_chosen_rows(script, tmp_path, monkeypatch):
     (cell,) = json.loads(output.read_text())["cells"].values()
     assert cell["plan"]["layers"] == {"input": 2} and cell["plan"]["tile"] == script.TILE
     monkeypatch.setattr(sys, "argv", [*arguments, *chosen[:-1], "weak columns, planned"])
-    with pytest.raises(SystemExit, match="needs the peak of a row of QLoRA, got none at 2x64"):
+    with pytest.raises(SystemExit, match="needs the peak of QLoRA, autocast, got none at 2x64"):
         script.main()

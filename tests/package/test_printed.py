@@ -171,7 +171,8 @@ NOT_RUN = {
     "seal merge --model smollm2 --weak-columns both --scales both --output plain": COLUMNS,
     "python benchmarks/quantized_training.py --output qeft_8b.json": GPU,
     "python benchmarks/quantized_training.py --output qeft_8b.json --only training --steps 2 --sizes 8x2048 1x8192 "
-    '1x31744 --methods "QLoRA, autocast" "QLoRA, bf16 adapters" "weak columns, planned"': GPU,
+    '1x31744 --methods "QLoRA, autocast" "QLoRA, bf16 adapters" "weak columns, planned" '
+    '"weak columns in bf16, planned"': GPU,
     "python benchmarks/serving_speed.py": "times a GPU; tests/bench/test_serving_speed.py runs it small",
     "seal study --preset smollm2-4bit --text english.txt --output study": COLUMNS,
     "seal study --preset smollm2-4bit --output study --summary": COLUMNS,

@@ -156,25 +156,28 @@ def test_the_peak_of_a_step():
     assert ours - narrow >= 6 * trained
 
 
-def peak_of_a_planned_step(model, labels, setting, tile=None, rows=1):
-    """The same as the library runs it, with its own checkpoints and tiles and the last layer cut; and as it is told."""
+def planned_and_found(model, labels, rows, plans, tells=True):
+    """Most bytes of steps as the library runs them, with its own checkpoints and tiles and the last layer cut: (found,
+    expected) for each ``(setting, tile)``; without ``tells`` nothing is expected."""
     ids = LONG_IDS.view(rows, -1)
     places = torch.arange(ids.shape[1] - labels, ids.shape[1])
+    parameters = [p for p in model.parameters() if p.requires_grad]
     with mode(model, True):
         planner = Planner(model, ids.shape[1], labels, rows)
-        plan = planner.uniform(setting, tile)
-        assert planner.reason is None and planner.measurement.tiled and plan.cuts_last_layer
-        costs = planner.measurement.costs(tile)
-        told = expected(costs, plan.keeps, 1, planner.trained).peak + planner.trained  # and the values
-        with planner.running(plan) as execution, LiveBytes() as live:
-            logits = execution.logits_at(model, places, input_ids=ids, use_cache=False)
-            loss = in_pieces(logits.flatten(0, 1), ids[:, -labels:].flatten())
-            del logits
-            loss.backward()
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    for p in parameters:
-        p.grad = None
-    return live.peak + 3 * sum(p.nbytes for p in parameters), told
+        assert planner.reason is None and planner.measurement.tiled
+        for setting, tile in plans:
+            plan = planner.uniform(setting, tile)
+            assert plan.cuts_last_layer
+            costs = planner.measurement.costs(tile) if tells else None
+            with planner.running(plan) as execution, LiveBytes() as live:
+                logits = execution.logits_at(model, places, input_ids=ids, use_cache=False)
+                loss = in_pieces(logits.flatten(0, 1), ids[:, -labels:].flatten())
+                del logits
+                loss.backward()
+            for p in parameters:
+                p.grad = None
+            told = expected(costs, plan.keeps, 1, planner.trained).peak + planner.trained if tells else None
+            yield live.peak + 3 * planner.trained, told  # both with the values and the moments
 
 
 @pytest.mark.usefixtures("bitsandbytes")
@@ -185,13 +188,13 @@ def test_the_peak_of_a_step_in_tiles():
     model = with_columns()
     whole = peak_of_a_step(model, in_pieces, 4)
     theirs = peak_of_a_step(qlora(autocast_adapter_dtype=False).to(torch.bfloat16), cross_entropy, 4)
-    for rows, over in ((1, 1.06), (8, 1.2)):
-        tiled, told = peak_of_a_planned_step(model, 4, True, LONG // 8, rows)
-        assert tiled <= 0.5 * theirs and tiled < 0.5 * whole
-        assert tiled * 0.99 <= told <= tiled * over
-    for setting in (False, True):
-        found, told = peak_of_a_planned_step(model, 4, setting)
-        assert found * 0.99 <= told <= found * 1.06, setting
+    tile = (True, LONG // 8)
+    tiled, *others = planned_and_found(model, 4, 1, [tile, (False, None), (True, None)])
+    (short,) = planned_and_found(model, 4, 8, [tile], tells=False)
+    for found, _ in (tiled, short):
+        assert found <= 0.5 * theirs and found < 0.5 * whole
+    for found, told in (tiled, *others):
+        assert found * 0.99 <= told <= found * 1.06
 
 
 def test_a_frozen_linear_layer_keeps_nothing():
