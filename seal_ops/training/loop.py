@@ -292,6 +292,7 @@ class _Run:
         self.processes = Processes.of_run(model, len(samples), batch_size, accumulate)
         self.scales = getattr(model, "seal_scales", None)
         self.trained = _trained(model, self.scales)
+        _check_adapter(model, self.trained)
         self.device = next(iter(self.trained.values())).device
         # The first weights may be on the disk, as accelerate leaves them.
         self.input_device = next(p.device for p in model.parameters() if not p.is_meta)
@@ -542,6 +543,16 @@ def _trained(model, scales) -> dict[str, torch.nn.Parameter]:
                     f"got {scale.dtype} in layer {layer}"
                 )
     return trained
+
+
+def _check_adapter(model, trained):
+    config = getattr(model, "active_peft_config", None)
+    kind = getattr(config, "peft_type", None)
+    if getattr(kind, "value", kind) == "ADALORA" and any("lora_" in name for name in trained):
+        raise ValueError(
+            "seal_ops.train: model must have an adapter of fixed rank to train, got PEFT's AdaLoRA, which has to "
+            "choose its ranks after each step and adds a term to the loss; freeze it, or train it in a loop of your own"
+        )
 
 
 def _check_gradients(trained):
