@@ -37,6 +37,7 @@ def merge(model: nn.Module) -> nn.Module:
         )
     attention_layers = {attn.index: attn for attn in attachment.patch.layers}
     learned = scales.values()
+    scales.check_finite("merge", learned)
     work = [
         (
             attention_layers[layer],
