@@ -30,11 +30,10 @@ from ..huggingface.wrappers import check_module
 from ..tasks.base import IGNORE_INDEX
 from ..utils.arguments import integer, number, path, shown
 from ..utils.files import atomic_write, check_folder
-from ..utils.locks import only_writer
 from ..utils.progress import bar
 from . import groups
 from .checkpoint import NAME as CHECKPOINT
-from .checkpoint import load_checkpoint, save_checkpoint
+from .checkpoint import load_checkpoint, random_state, save_checkpoint
 from .collator import Collator
 from .frozen_linears.conversion import FORMATS, converted_linears, convertible
 from .frozen_linears.gradient_error import probe_of, relative_error
@@ -200,7 +199,7 @@ def train(
         folder = path("seal_ops.train", "output_dir", output_dir)
         checkpoint = os.path.join(check_folder(folder, "seal_ops.train", "output_dir"), CHECKPOINT)
 
-    with _alone(run.processes, output_dir):
+    with run.processes.alone_in(output_dir, "seal_ops.train"):
         cuda, tile = run.device.type == "cuda", True
         with torch.random.fork_rng(devices=[run.device] if cuda else []), masks, mode(model, True), run:
             torch.manual_seed(seed)
@@ -212,8 +211,7 @@ def train(
                     with contextlib.suppress(FileNotFoundError):
                         os.unlink(os.path.join(output_dir, name))
             elif checkpoint:
-                found = load_checkpoint(checkpoint, run.trained, run.optimizer, run.identity)
-                run.losses, run.seconds, tile, run.linears = found
+                tile = run.go_on(checkpoint)
             if checkpoint:
                 _ = run.identity  # by all processes, where they hold the weights together
             if len(run.losses) < run.steps:
@@ -227,11 +225,8 @@ def train(
                     loss = run.step()
                     run.seconds = earlier + time.monotonic() - started
                     done = len(run.losses)
-                    if checkpoint and processes.main and (done % checkpoint_every == 0 or done == run.steps):
-                        save_checkpoint(
-                            checkpoint, run.trained, run.optimizer, run.losses, run.seconds, run.identity,
-                            run.plan.tile, run.linears,
-                        )  # fmt: skip
+                    if checkpoint and (done % checkpoint_every == 0 or done == run.steps):
+                        run.keep(checkpoint)
                     update(1, f"loss {loss:.3f}")
                     if on_step is not None:
                         on_step(done, loss)
@@ -250,20 +245,6 @@ def train(
                 atomic_write(os.path.join(output_dir, RESULT), json.dumps(_facts(result), indent=1) + "\n")
             processes.wait()
         return result
-
-
-@contextlib.contextmanager
-def _alone(processes: Processes, folder):
-    """Inside the block no other run writes to ``folder``; RuntimeError, in all processes, where one does."""
-    with contextlib.ExitStack() as held:
-        refused = None
-        try:
-            held.enter_context(only_writer(folder if processes.main else None, "seal_ops.train"))
-        except RuntimeError as error:
-            refused = str(error)
-        if (refused := processes.agree(refused)) is not None:
-            raise RuntimeError(refused)
-        yield
 
 
 def _save(model, scales, columns, folder):
@@ -405,6 +386,29 @@ class _Run:
     def _run_as(self, plan: Plan) -> None:
         self._running.close()
         self.plan, self._execution = plan, self._running.enter_context(self._planner.running(plan))
+
+    def keep(self, checkpoint: str) -> None:
+        """Writes the checkpoint; all processes must call this, and the first writes."""
+        random = self.processes.all(random_state(self.trained))
+        if self.processes.main:
+            save_checkpoint(
+                checkpoint, self.trained, self.optimizer, self.losses, self.seconds, self.identity, self.plan.tile,
+                self.linears, random,
+            )  # fmt: skip
+
+    def go_on(self, checkpoint: str) -> int | None:
+        """Takes the state over from a checkpoint; returns its tile."""
+        processes = self.processes
+        found = load_checkpoint(checkpoint, self.trained, self.optimizer, self.identity, processes.rank)
+        self.losses, self.seconds, tile, self.linears, count = found
+        if count not in (None, processes.count) and processes.main:
+            warnings.warn(
+                f"seal_ops.train: {checkpoint} was written by {count} process{'es' if count > 1 else ''} and goes on "
+                f"with {processes.count}: gradients are summed in another order, so the last bits may differ, and "
+                f"dropout draws other numbers",
+                stacklevel=3,
+            )
+        return tile
 
     def describe(self):
         kind = "weak columns" if self.columns is not None else "adapter"
