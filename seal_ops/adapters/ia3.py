@@ -101,6 +101,7 @@ def export_ia3(model: nn.Module, save_directory: str | os.PathLike) -> None:
     attention_layers = attachment.patch.layers
     _check_direct("export_ia3", attention_layers)
     learned, tensors = scales.values(), {}
+    scales.check_finite("ia3.export_ia3", learned)
     for attn in attention_layers:
         scale = learned.get(attn.index, torch.ones(attn.num_heads))
         scale = scale.reshape(attn.num_heads, -1).expand(-1, attn.head_dim)

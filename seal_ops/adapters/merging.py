@@ -29,8 +29,15 @@ def merge(model: nn.Module) -> nn.Module:
             weight that would overflow.
     """
     scales, attachment = attached(model, "merge")
+    if any(type(m).__module__.startswith("peft.tuners.adaption_prompt") for m in attachment.owner.modules()):
+        refuse(
+            "model",
+            "have projections that attention alone reads",
+            "PEFT's AdaptionPrompt, whose own attention goes through them too; keep the scales attached instead",
+        )
     attention_layers = {attn.index: attn for attn in attachment.patch.layers}
     learned = scales.values()
+    scales.check_finite("merge", learned)
     work = [
         (
             attention_layers[layer],

@@ -162,6 +162,16 @@ class Scales(nn.Module):
                 )
         return found
 
+    def check_finite(self, call: str, values: Mapping[int, Tensor] | None = None) -> None:
+        """Checks that every scale (of ``values``, or the active adapter's) is a number, for ``call``.
+
+        Raises:
+            ValueError: a scale is NaN or infinite.
+        """
+        for layer, value in self.items() if values is None else values.items():
+            if not bool(torch.isfinite(value.detach()).all()):
+                raise ValueError(f"seal_ops.{call}: every scale must be finite, got NaN or infinity in layer {layer}")
+
     @torch.no_grad()
     def set_values(self, config: ScalesConfig, values: Mapping[int, Tensor], attention_layers=None) -> None:
         """Takes over a config and values; parameters stay the same objects where the shapes allow it."""
@@ -258,7 +268,7 @@ class Scales(nn.Module):
             is_main_process: whether this process writes; None for the first of a distributed run.
 
         Raises:
-            ValueError: an unknown name, or no path.
+            ValueError: an unknown name, no path, or a scale that is not finite; the folder is left as it was.
             OSError: the folder cannot be written; the message names it.
         """
         names = self.adapter_names if selected_adapters is None else selected_adapters
@@ -276,6 +286,7 @@ class Scales(nn.Module):
         for name, folder in folders.items():
             active = name == self.active_adapter
             config, tensors = (self.config, values) if active else self.inactive[name]
+            self.check_finite("Scales.save_pretrained", tensors)  # `load` would refuse the file
             try:
                 card = model_card.text(config, self.cards.get(name))
                 files.write(folder, config, dict(tensors), card if model_card.replaceable(folder) else None)

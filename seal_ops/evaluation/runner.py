@@ -71,7 +71,8 @@ def evaluate(
         An :class:`Evaluation`; ``.accuracy[length]`` is a :class:`Cell`.
 
     Raises:
-        ValueError: a length is too short, the tokenizer lacks a token, or ``output`` holds another run's cases.
+        ValueError: a scale is not finite, a length is too short, the tokenizer lacks a token, or ``output`` holds
+            another run's cases.
     """
     check_module(model, "evaluate")
     task = tasks.get(task)
@@ -81,6 +82,8 @@ def evaluate(
     batch_size = None if batch_size is None else integer(call, "batch_size", batch_size, 1)
     max_new_tokens = None if max_new_tokens is None else integer(call, "max_new_tokens", max_new_tokens, 1)
     output = None if output is None else check_file(path(call, "output", output))
+    if (scales := getattr(model, "seal_scales", None)) is not None:
+        scales.check_finite("evaluate")
     warn_beyond_window(model, lengths[-1], "seal_ops.evaluate")
     origin = provenance(model)
     settings = {

@@ -176,7 +176,13 @@ def find_attention_layers(model: nn.Module) -> list[AttentionLayer]:
         raise ValueError("seal_ops.attach: model must have its weights loaded, found parameters on the meta device")
     failure = _observe(model, candidates, names)
     if failure is not None and not any(layer.num_heads for layer in candidates):
-        raise fail(f"failed on two tokens ({type(failure).__name__}: {failure})") from failure
+        reads = getattr(model, "main_input_name", "input_ids")
+        if reads != "input_ids":
+            raise ValueError(
+                f"seal_ops.attach: model must be a language model, which runs on tokens (input_ids) alone, "
+                f"{type(model).__name__} reads {reads}"
+            ) from failure
+        raise fail(f"failed on two tokens, without any other input ({type(failure).__name__}: {failure})") from failure
     layers = [layer for layer in candidates if layer.num_heads]
     if not layers:
         raise fail("did not do so on two tokens")

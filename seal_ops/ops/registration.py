@@ -14,6 +14,7 @@ from torch import Tensor
 
 from . import autograd, checks
 from .dispatch import MERGE_OPS, OPS, TAKE_TERMS, TERMS, choose, extension
+from .flops import register_flops
 
 
 def schemas() -> list[str]:
@@ -117,3 +118,5 @@ def _register(op: str) -> None:
 for _op in OPS:
     if _op not in MERGE_OPS:
         _register(_op)
+
+register_flops()

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..utils.files import replacing
 
@@ -23,6 +23,7 @@ def save_checkpoint(
     identity: str,
     tile: int | None = None,
     linears: dict | None = None,
+    random: Sequence[Mapping[str, Tensor]] | None = None,
 ) -> None:
     """Replaces the checkpoint in one step; a process killed meanwhile leaves the one before.
 
@@ -31,20 +32,33 @@ def save_checkpoint(
         identity: of everything else that decides the outcome; :func:`load_checkpoint` compares it.
         tile: tokens that MLPs and norms treat at once, which may move the last bits of a product.
         linears: what the run has found out about its frozen linear layers in fp8.
+        random: :func:`random_state` of each process of the run, in their order; None for this one's alone.
     """
     from safetensors.torch import save_file
 
-    tensors = {"losses": torch.tensor(losses, dtype=torch.float64), "rng.cpu": torch.get_rng_state()}
-    for device in _gpus(trained):
-        tensors[f"rng.{device}"] = torch.cuda.get_rng_state(device)
+    random = [random_state(trained)] if random is None else random
+    tensors = {"losses": torch.tensor(losses, dtype=torch.float64)}
+    for rank, state in enumerate(random):
+        tensors |= {f"{_random(rank)}{device}": value for device, value in state.items()}
     for name, parameter in trained.items():
         tensors[f"value.{name}"] = parameter.detach()
         for key, value in optimizer.state[parameter].items():
             tensors[f"optimizer.{key}.{name}"] = value
-    header = {"identity": identity, "seconds": str(seconds), "tile": str(tile or 0)}
+    header = {"identity": identity, "seconds": str(seconds), "tile": str(tile or 0), "processes": str(len(random))}
     header["frozen_linears"] = json.dumps(linears or {})
     with replacing(path) as temporary:
         save_file({key: value.cpu().contiguous() for key, value in tensors.items()}, temporary, header)
+
+
+def random_state(trained: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+    """The random state of this process: device -> state, of the CPU and of the GPUs that hold ``trained``."""
+    found = {"cpu": torch.get_rng_state()}
+    return found | {str(device): torch.cuda.get_rng_state(device) for device in _gpus(trained)}
+
+
+def _random(rank: int) -> str:
+    """What the names of a process' random state begin with; that of the first as in a run of one process."""
+    return f"rng.{rank}." if rank else "rng."
 
 
 def steps_of(path: str | os.PathLike) -> int | None:
@@ -59,9 +73,16 @@ def steps_of(path: str | os.PathLike) -> int | None:
 
 
 def load_checkpoint(
-    path: str | os.PathLike, trained: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer, identity: str
-) -> tuple[list[float], float, int | None, dict]:
-    """Puts values, optimiser and random state back; returns ``(losses, seconds, tile, linears)``.
+    path: str | os.PathLike,
+    trained: Mapping[str, nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    identity: str,
+    rank: int = 0,
+) -> tuple[list[float], float, int | None, dict, int | None]:
+    """Puts values, optimiser and the random state of process ``rank`` back.
+
+    Returns:
+        ``(losses, seconds, tile, linears, processes)``; ``processes``: how many wrote it, None in an older file.
 
     Raises:
         ValueError: the file is damaged, or of a run with another ``identity``; nothing is changed then.
@@ -87,12 +108,15 @@ def load_checkpoint(
                 # AdamW counts its steps on the CPU.
                 state = optimizer.state[trained[owner]]
                 state[field] = value if field == "step" else value.to(trained[owner].device)
-    torch.set_rng_state(tensors["rng.cpu"])
+    mine = _random(rank if f"{_random(rank)}cpu" in tensors else 0)  # the run may have had fewer processes
+    torch.set_rng_state(tensors[f"{mine}cpu"])
     for device in _gpus(trained):
-        if f"rng.{device}" in tensors:
-            torch.cuda.set_rng_state(tensors[f"rng.{device}"], device)
+        if f"{mine}{device}" in tensors:
+            torch.cuda.set_rng_state(tensors[f"{mine}{device}"], device)
     linears = json.loads(header.get("frozen_linears", "{}"))
-    return tensors["losses"].tolist(), float(header["seconds"]), int(header.get("tile", 0)) or None, linears
+    processes = int(header["processes"]) if "processes" in header else None
+    losses, tile = tensors["losses"].tolist(), int(header.get("tile", 0)) or None
+    return losses, float(header["seconds"]), tile, linears, processes
 
 
 def _gpus(trained) -> list[torch.device]:

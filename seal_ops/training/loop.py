@@ -30,11 +30,10 @@ from ..huggingface.wrappers import check_module
 from ..tasks.base import IGNORE_INDEX
 from ..utils.arguments import integer, number, path, shown
 from ..utils.files import atomic_write, check_folder
-from ..utils.locks import only_writer
 from ..utils.progress import bar
 from . import groups
 from .checkpoint import NAME as CHECKPOINT
-from .checkpoint import load_checkpoint, save_checkpoint
+from .checkpoint import load_checkpoint, random_state, save_checkpoint
 from .collator import Collator
 from .frozen_linears.conversion import FORMATS, converted_linears, convertible
 from .frozen_linears.gradient_error import probe_of, relative_error
@@ -209,7 +208,7 @@ def train(
         folder = path("seal_ops.train", "output_dir", output_dir)
         checkpoint = os.path.join(check_folder(folder, "seal_ops.train", "output_dir"), CHECKPOINT)
 
-    with _alone(run.processes, output_dir):
+    with run.processes.alone_in(output_dir, "seal_ops.train"):
         cuda, tile = run.device.type == "cuda", True
         with torch.random.fork_rng(devices=[run.device] if cuda else []), masks, mode(model, True), run:
             torch.manual_seed(seed)
@@ -221,8 +220,7 @@ def train(
                     with contextlib.suppress(FileNotFoundError):
                         os.unlink(os.path.join(output_dir, name))
             elif checkpoint:
-                found = load_checkpoint(checkpoint, run.trained, run.optimizer, run.identity)
-                run.losses, run.seconds, tile, run.linears = found
+                tile = run.go_on(checkpoint)
             if checkpoint:
                 _ = run.identity  # by all processes, where they hold the weights together
             if len(run.losses) < run.steps:
@@ -236,11 +234,8 @@ def train(
                     loss = run.step()
                     run.seconds = earlier + time.monotonic() - started
                     done = len(run.losses)
-                    if checkpoint and processes.main and (done % checkpoint_every == 0 or done == run.steps):
-                        save_checkpoint(
-                            checkpoint, run.trained, run.optimizer, run.losses, run.seconds, run.identity,
-                            run.plan.tile, run.linears,
-                        )  # fmt: skip
+                    if checkpoint and (done % checkpoint_every == 0 or done == run.steps):
+                        run.keep(checkpoint)
                     update(1, f"loss {loss:.3f}")
                     if on_step is not None:
                         on_step(done, loss)
@@ -259,20 +254,6 @@ def train(
                 atomic_write(os.path.join(output_dir, RESULT), json.dumps(_facts(result), indent=1) + "\n")
             processes.wait()
         return result
-
-
-@contextlib.contextmanager
-def _alone(processes: Processes, folder):
-    """Inside the block no other run writes to ``folder``; RuntimeError, in all processes, where one does."""
-    with contextlib.ExitStack() as held:
-        refused = None
-        try:
-            held.enter_context(only_writer(folder if processes.main else None, "seal_ops.train"))
-        except RuntimeError as error:
-            refused = str(error)
-        if (refused := processes.agree(refused)) is not None:
-            raise RuntimeError(refused)
-        yield
 
 
 def _save(model, scales, columns, folder):
@@ -301,6 +282,7 @@ class _Run:
         self.processes = Processes.of_run(model, len(samples), batch_size, accumulate)
         self.scales = getattr(model, "seal_scales", None)
         self.trained = _trained(model, self.scales)
+        _check_adapter(model, self.trained)
         self.device = next(iter(self.trained.values())).device
         # The first weights may be on the disk, as accelerate leaves them.
         self.input_device = next(p.device for p in model.parameters() if not p.is_meta)
@@ -415,6 +397,29 @@ class _Run:
     def _run_as(self, plan: Plan) -> None:
         self._running.close()
         self.plan, self._execution = plan, self._running.enter_context(self._planner.running(plan))
+
+    def keep(self, checkpoint: str) -> None:
+        """Writes the checkpoint; all processes must call this, and the first writes."""
+        random = self.processes.all(random_state(self.trained))
+        if self.processes.main:
+            save_checkpoint(
+                checkpoint, self.trained, self.optimizer, self.losses, self.seconds, self.identity, self.plan.tile,
+                self.linears, random,
+            )  # fmt: skip
+
+    def go_on(self, checkpoint: str) -> int | None:
+        """Takes the state over from a checkpoint; returns its tile."""
+        processes = self.processes
+        found = load_checkpoint(checkpoint, self.trained, self.optimizer, self.identity, processes.rank)
+        self.losses, self.seconds, tile, self.linears, count = found
+        if count not in (None, processes.count) and processes.main:
+            warnings.warn(
+                f"seal_ops.train: {checkpoint} was written by {count} process{'es' if count > 1 else ''} and goes on "
+                f"with {processes.count}: gradients are summed in another order, so the last bits may differ, and "
+                f"dropout draws other numbers",
+                stacklevel=3,
+            )
+        return tile
 
     def describe(self):
         kind = "weak columns" if self.columns is not None else "adapter"
@@ -553,6 +558,16 @@ def _trained(model, scales) -> dict[str, torch.nn.Parameter]:
                     f"got {scale.dtype} in layer {layer}"
                 )
     return trained
+
+
+def _check_adapter(model, trained):
+    config = getattr(model, "active_peft_config", None)
+    kind = getattr(config, "peft_type", None)
+    if getattr(kind, "value", kind) == "ADALORA" and any("lora_" in name for name in trained):
+        raise ValueError(
+            "seal_ops.train: model must have an adapter of fixed rank to train, got PEFT's AdaLoRA, which has to "
+            "choose its ranks after each step and adds a term to the loss; freeze it, or train it in a loop of your own"
+        )
 
 
 def _check_gradients(trained):

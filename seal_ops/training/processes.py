@@ -7,10 +7,11 @@ DeepSpeed's sequence parallelism the processes of a group run the same forward p
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 
 from ..huggingface.model_parallel import tensor, ulysses
 from ..huggingface.wrappers import PARALLEL, unwrapped
+from ..utils.locks import only_writer
 
 
 @dataclass(frozen=True)
@@ -149,14 +151,37 @@ class Processes:
         """The smallest value that any process has."""
         if self.count == 1:
             return value
+        return min(self.all(value))
+
+    def all(self, value) -> list:
+        """What every process has, in their order."""
+        if self.count == 1:
+            return [value]
         found = [None] * self.count
         dist.all_gather_object(found, value)
-        return min(found)
+        return found
 
     def wait(self) -> None:
         """Until all processes are here."""
         if self.count > 1:
             dist.barrier()
+
+    @contextlib.contextmanager
+    def alone_in(self, folder: str | os.PathLike | None, call: str) -> Iterator[None]:
+        """Inside the block no other run writes to ``folder``; None for no folder.
+
+        Raises:
+            RuntimeError: another run writes there; raised in all processes.
+        """
+        with contextlib.ExitStack() as held:
+            refused = None
+            try:
+                held.enter_context(only_writer(folder if self.main else None, call))
+            except RuntimeError as error:
+                refused = str(error)
+            if (refused := self.agree(refused)) is not None:
+                raise RuntimeError(refused)
+            yield
 
     def add_up(self, trained: Mapping[str, nn.Parameter], total: Tensor) -> None:
         """Sums the gradients and ``total`` over the processes, in place; one without a forward pass adds nothing."""

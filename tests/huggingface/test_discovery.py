@@ -286,3 +286,62 @@ def test_weights_that_zero_3_has_divided_are_refused():
     next(model.parameters()).ds_id = 0
     with pytest.raises(ValueError, match="must get its scales before DeepSpeed's ZeRO-3 divides its weights"):
         seal_ops.attach(model)
+
+
+SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+NO_DECODERS = {
+    "ViTModel": (
+        lambda t: t.ViTModel(t.ViTConfig(**SMALL, image_size=16, patch_size=8)),
+        "a language model, which runs on tokens (input_ids) alone, ViTModel reads pixel_values",
+    ),
+    "WhisperForConditionalGeneration": (
+        lambda t: t.WhisperForConditionalGeneration(
+            t.WhisperConfig(
+                d_model=32,
+                encoder_layers=1,
+                decoder_layers=1,
+                encoder_attention_heads=4,
+                decoder_attention_heads=4,
+                encoder_ffn_dim=64,
+                decoder_ffn_dim=64,
+                vocab_size=60,
+                max_source_positions=50,
+                pad_token_id=0,
+                bos_token_id=1,
+                eos_token_id=2,
+                decoder_start_token_id=1,
+                begin_suppress_tokens=None,
+            )  # fmt: skip
+        ),
+        "which runs on tokens (input_ids) alone, WhisperForConditionalGeneration reads input_features",
+    ),
+    "CLIPModel": (
+        lambda t: t.CLIPModel(
+            t.CLIPConfig(
+                text_config={**SMALL, "vocab_size": 60, "bos_token_id": 1, "eos_token_id": 2},
+                vision_config={**SMALL, "image_size": 16, "patch_size": 8},
+            )
+        ),
+        "CLIPModel failed on two tokens, without any other input (",
+    ),
+    "T5ForConditionalGeneration": (
+        lambda t: t.T5ForConditionalGeneration(
+            t.T5Config(d_model=32, d_kv=8, d_ff=64, num_layers=1, num_heads=4, vocab_size=60)
+        ),
+        "attention without a position bias, T5Attention passes position_bias",
+    ),
+    "MambaForCausalLM": (
+        lambda t: t.MambaForCausalLM(t.MambaConfig(hidden_size=32, num_hidden_layers=1, vocab_size=60, state_size=8)),
+        "call attention through transformers' attention registry, MambaForCausalLM has no module that takes part in it",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", NO_DECODERS)
+def test_what_is_no_decoder_of_ours_is_told_why(name):
+    make, reason = NO_DECODERS[name]
+    model = make(transformers)
+    with pytest.raises(ValueError) as caught:
+        seal_ops.attach(model)
+    assert str(caught.value).startswith("seal_ops.attach: model must ") and reason in str(caught.value)
+    assert len(str(caught.value).splitlines()) == 1 and not hasattr(model, "seal_scales")

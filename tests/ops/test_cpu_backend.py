@@ -126,19 +126,42 @@ def test_a_query_that_sees_nothing_stays_out_of_the_gradients_of_large_scores():
     assert not out[:, ::10].any() and all(torch.isfinite(g).all() for g in grads)
 
 
-@pytest.mark.parametrize("mask", [None, masks.full(), masks.window(5), masks.streaming(4, 32)], ids=str)
-@pytest.mark.parametrize("where", ["q", "infinite q", "keys", "all keys"])
-def test_what_is_no_number_stays_none(where, mask):
-    """ATen answers 0 for a row of scores that are all NaN; attention that hides a NaN hides a model that broke."""
+MASKS = [None, masks.full(), masks.window(5), masks.streaming(4, 32), masks.chunks(16)]
+
+
+def wrong_numbers(where):
+    """q, k and v, some of whose numbers are none."""
     g = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(2, 70, heads, 16, generator=g) for heads in (4, 2, 2))
     q[:, 0] = 0  # one score of 0: a log-sum-exp of 0 that is right
     if where.endswith("q"):
         q[0, 60, 1] = math.nan if where == "q" else math.inf
+    elif where == "one value":
+        v[0, 33, 1] = math.nan
     else:
-        k[0, : 20 if where == "keys" else None, 1] = math.nan
+        found = {"keys": slice(20), "all keys": slice(None)}.get(where, slice(33, 34))
+        k[0, found, 1] = math.inf if where == "infinite key" else math.nan
+    return q, k, v
+
+
+@pytest.mark.parametrize("mask", MASKS, ids=str)
+@pytest.mark.parametrize("where", ["q", "infinite q", "keys", "one key", "infinite key", "all keys", "one value"])
+def test_what_is_no_number_stays_none_and_reaches_who_sees_it_alone(where, mask):
+    """ATen answers 0 for a row of scores that are all NaN, and hides a pair by adding -inf, which leaves NaN."""
+    q, k, v = wrong_numbers(where)
     got = seal_ops.attention(q, k, v, mask=mask, backend="cpu", return_lse=True)
     expected = seal_ops.attention(q, k, v, mask=mask, backend="reference", return_lse=True)
     for a, b in zip(got, expected):
-        assert b.isnan().any() and a.isnan()[b.isnan()].all()
+        assert b.isnan().any() or (where == "one value" and b is expected[1])
+        torch.testing.assert_close(a, b, equal_nan=True, rtol=1e-4, atol=1e-5)
         assert not a[1].isnan().any()  # the other row of the batch
+
+
+@pytest.mark.parametrize("mask", MASKS, ids=str)
+@pytest.mark.parametrize("where", ["one key", "one value"])
+def test_triton_lets_what_is_no_number_reach_no_more_queries_than_the_oracle(where, mask):
+    q, k, v = wrong_numbers(where)
+    got, expected = (seal_ops.attention(q, k, v, mask=mask, backend=name) for name in ("triton", "reference"))
+    assert got.isnan().any() and not (got.isnan() & ~expected.isnan()).any()
+    if where == "one key":  # a value of a tile that is left out does not reach the output by 0 times NaN, either
+        assert torch.equal(got.isnan(), expected.isnan())

@@ -488,7 +488,7 @@ def test_a_resumed_run_keeps_its_tiles(tmp_path, monkeypatch):
         assert file.metadata()["tile"] == "64"
     lm = trainable()
     run = loop._Run(lm, SAMPLES[:2], (None, None), 1, 1, 1, 0.0, (0.9, 0.999), None, 0)
-    _, _, tile, _ = loop.load_checkpoint(tmp_path / "two" / loop.CHECKPOINT, run.trained, run.optimizer, run.identity)
+    _, _, tile, *_ = loop.load_checkpoint(tmp_path / "two" / loop.CHECKPOINT, run.trained, run.optimizer, run.identity)
     with mode(lm, True), run:
         run.follow("auto", tile)
         assert run.plan.tile == 64 and run.plan.fits

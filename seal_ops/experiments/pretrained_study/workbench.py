@@ -3,6 +3,7 @@
 import contextlib
 import multiprocessing
 import os
+import signal
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 
@@ -63,6 +64,7 @@ class Samples:
 def _start_worker(model):
     global _tokenizer
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all; the parent says so and ends the workers
     torch.set_num_threads(1)
     _tokenizer = load_tokenizer(model, "seal study")
 

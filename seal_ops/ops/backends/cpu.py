@@ -171,10 +171,14 @@ class _Batch:
             return out, lse
         for piece, arguments in self._calls(q):
             rows, kept = q[:, :, piece.queries], piece.of(k)
-            found, found_lse = _flash(rows, kept, piece.of(v), 0.0, **arguments)
-            lost = self._not_numbers(piece, rows, kept, found_lse)
-            if lost is not None:
-                found, found_lse = found.masked_fill(lost[..., None], math.nan), found_lse.masked_fill(lost, math.nan)
+            if arguments["attn_mask"] is not None and not bool(kept.isfinite().all()):
+                found, found_lse = _as_written(rows, kept, piece.of(v), self.sigma, piece.pairs(self.seen, self.first))
+            else:
+                found, found_lse = _flash(rows, kept, piece.of(v), 0.0, **arguments)
+                lost = self._not_numbers(piece, rows, kept, found_lse)
+                if lost is not None:
+                    found = found.masked_fill(lost[..., None], math.nan)
+                    found_lse = found_lse.masked_fill(lost, math.nan)
             out[:, :, piece.queries], lse[:, :, piece.queries] = found, found_lse
         if self.dead is not None:
             out[:, :, self.dead], lse[:, :, self.dead] = 0.0, -math.inf
@@ -228,6 +232,18 @@ class _Batch:
                 for keys, part in zip(piece.keys, parts):
                     into[:, :, keys] += part
         return tuple(t[..., :head_dim] for t in (grad_q if self.sign > 0 else grad_q * self.sign, grad_k, grad_v))
+
+
+def _as_written(q: Tensor, k: Tensor, v: Tensor, sigma: float, pairs: Tensor) -> tuple[Tensor, Tensor]:
+    """Output and lse by the formula itself, of q [B, H, queries, D] and `pairs` bool [queries, keys].
+
+    For keys that are no numbers: ATen hides a pair by adding -inf to its score, which leaves NaN what it is.
+    """
+    dtype, group = _statistics(q), q.shape[1] // k.shape[1]
+    k, v = (t.to(dtype).repeat_interleave(group, 1) for t in (k, v))
+    scores = (q.to(dtype) @ k.mT * sigma).masked_fill_(~pairs, -math.inf)
+    lse = scores.logsumexp(-1)
+    return ((scores - lse.masked_fill(lse == -math.inf, 0.0)[..., None]).exp_() @ v).to(q.dtype), lse
 
 
 def _statistics(q: Tensor) -> torch.dtype:
