@@ -84,8 +84,8 @@ def test_products_are_those_of_the_rounded_factors(shape, tokens):
     read, scale = quantize_rows(g[0], fp8.scale.flatten())
     errors.append(relative(grad[0], read.double() * scale.double() @ values))
     print(f"{shape}, {tokens} tokens: errors {errors[0]:.1e}, with a bias {errors[1]:.1e}, gradient {errors[2]:.1e}")
-    # A rounding to bf16, and in the forward pass the sums that the tensor cores keep (14 bits); few rows run in 16 bits,
-    # where parts of a sum are rounded to bf16.
+    # A rounding to bf16, and in the forward pass the sums that the tensor cores keep (14 bits). Few rows run in 16
+    # bits, where parts of a sum are rounded to bf16.
     assert errors[0] < 1e-2 and errors[1] < 1e-2 and errors[2] < (2**-7 if tokens < fp8_product.FEW else 2**-8)
 
 

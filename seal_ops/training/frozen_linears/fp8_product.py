@@ -23,8 +23,8 @@ from torch.autograd.function import once_differentiable
 from .scaling import ABOVE, EXPONENT, FORMAT, MOST, POWER
 
 STEP = 16  # what torch's scaled product wants both sizes of a weight to be multiples of
-# Rows of a product on a GPU below which it runs in 16 bits: for 1 and 17 rows, cuBLAS has refused a weight [4096, 14336]
-# (torch 2.11, CUDA 13.0, H200).  The last layer has as few where only rows with labels are computed.
+# Rows of a product on a GPU below which it runs in 16 bits: with 1 and 17 rows cuBLAS has refused a weight of
+# [4096, 14336] (torch 2.11, CUDA 13.0, H200).  The last layer has as few where only rows with labels are computed.
 FEW = 128
 
 
