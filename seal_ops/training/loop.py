@@ -36,7 +36,7 @@ from .checkpoint import NAME as CHECKPOINT
 from .checkpoint import load_checkpoint, random_state, save_checkpoint
 from .collator import Collator
 from .frozen_linears.conversion import FORMATS, converted_linears, convertible
-from .frozen_linears.gradient_error import probe_of, relative_error
+from .frozen_linears.gradient_error import LARGE_ERROR, probe_of, relative_error
 from .long_context import LEARNING_RATE, prepare, recipe_of, training_masks
 from .losses import summed_cross_entropy
 from .memory_plan import memory as memories
@@ -384,6 +384,12 @@ class _Run:
         if expected is not None:
             error = relative_error(self._gradients(probe), expected)
             before = {"gradient_error": error, "tokens": len(probe)}
+            if error is not None and not error <= LARGE_ERROR:
+                warnings.warn(
+                    f"seal_ops.train: in {form} the first gradients are {100 * error:.0f} % from those in 16 bits; "
+                    f"such scales are worth a comparison with a run in 16 bits",
+                    stacklevel=4,
+                )
         self.linears = before | converted.facts()
 
     def _gradients(self, row) -> list[torch.Tensor]:

@@ -4,6 +4,7 @@ import contextlib
 import json
 import pathlib
 import re
+import warnings
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from seal_ops import tasks
 from seal_ops.bench import training_steps
 from seal_ops.bench.training_sizes import Size
 from seal_ops.huggingface.modes import mode
+from seal_ops.training import loop
 from seal_ops.training.frozen_linears import conversion, fp8_product
 from seal_ops.training.frozen_linears.conversion import converted_linears
 from seal_ops.training.frozen_linears.fp8_product import Fp8Weight, fp8_linear, quantize_rows
@@ -286,6 +288,15 @@ def test_a_run_states_its_error_and_gives_the_weights_back(tmp_path, monkeypatch
 
 def up_is_meta(lm):
     return lm.model.layers[0].mlp.up_proj.weight.is_meta
+
+
+@pytest.mark.parametrize("error, warns", [(0.87, True), (float("nan"), True), (0.5, False), (None, False)])
+def test_a_large_error_is_said_at_once(monkeypatch, error, warns):
+    monkeypatch.setattr(loop, "relative_error", lambda found, expected: error)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        train(trainable(), SAMPLES[:1], gradient_checkpointing=False, frozen_linears="fp8")
+    assert any("from those in 16 bits" in str(one.message) for one in said) == warns
 
 
 def order():

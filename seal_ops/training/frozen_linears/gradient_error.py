@@ -9,6 +9,7 @@ from torch import Tensor
 from ..samples import Row
 
 PROBE = 4096  # tokens of the sample whose gradients are compared, at most
+LARGE_ERROR = 0.5  # above it noise is more than half of a gradient, and a run says so: a choice, not a measurement
 
 
 def probe_of(input_ids: Sequence[int], labels: Sequence[int]) -> Row:
