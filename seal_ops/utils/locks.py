@@ -56,8 +56,9 @@ def _locked(path, wait):
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
             if os.path.exists(path) and os.path.samestat(os.fstat(handle), os.stat(path)):
-                os.ftruncate(handle, 0)
-                os.pwrite(handle, f"process {os.getpid()} on {platform.node()}".encode(), 0)
+                with contextlib.suppress(OSError):  # a full disc: it is locked all the same
+                    os.ftruncate(handle, 0)
+                    os.pwrite(handle, f"process {os.getpid()} on {platform.node()}".encode(), 0)
                 return handle
         except OSError as error:
             os.close(handle)

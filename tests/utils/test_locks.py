@@ -9,6 +9,7 @@ import threading
 import time
 
 import pytest
+from full_disc import resource, room_for
 from installed import environment
 
 from seal_ops.utils import locks
@@ -79,6 +80,17 @@ def test_many_writers_that_remove_the_lock_file_never_overlap(tmp_path):
     for writer in writers:
         writer.join(120)
     assert (tmp_path / "count").read_text() == "400"
+
+
+@pytest.mark.skipif(resource is None, reason="this system has no limit on the size of files")
+def test_a_full_disc_locks_all_the_same(tmp_path):
+    with room_for(0), only_writer(tmp_path, "seal_ops.x"):
+        with (
+            pytest.raises(RuntimeError, match="got another process at work there"),
+            only_writer(tmp_path, "seal_ops.x"),
+        ):
+            pass
+    assert os.listdir(tmp_path) == []
 
 
 def test_a_system_without_locks_lets_all_write(tmp_path, monkeypatch):
