@@ -1,4 +1,4 @@
-"""docs/context_extension.md says what the files of results/smollm2-context-cpu say: the table of perplexities."""
+"""docs/context_extension.md says what the files of results/smollm2-context and -cpu say: the tables of perplexities."""
 
 import json
 import pathlib
@@ -59,3 +59,29 @@ def test_what_the_page_says_of_the_plain_model_holds():
         for length in (2048, 8192):
             plain, extended = found["none", length][0], found[method, length][0]
             assert abs(plain - extended) <= 1e-4 * plain, (method, length)
+
+
+def test_the_table_of_a_gpu_says_what_was_measured():
+    found = {}
+    for path in (ROOT / "results/smollm2-context").glob("perplexity-*-*.json"):
+        content = json.loads(path.read_text())
+        name = f"`{content['method']}`, for {content['reach']:,}" if content["method"] != "none" else "plain"
+        found[name] = {int(n): f"{value['perplexity']:.2f}" for n, value in content["perplexity"].items()}
+    lengths = sorted({n for cells in found.values() for n in cells})
+    head = ("perplexity on an H200", *(f"{n:,}" for n in lengths))
+    said = tables_of(PAGE)[head]
+    assert {row[0] for row in said} == set(found) and len(said) == 14
+    for name, *cells in said:
+        assert cells == [found[name].get(n, "") for n in lengths], name
+
+
+def test_what_the_page_says_of_retrieval_holds():
+    def score(method, task, length):
+        content = json.loads((ROOT / f"results/smollm2-context/retrieval-{method}-0.json").read_text())
+        scores = content["measured"][task]["scores"][str(length)]
+        return sum(scores) / len(scores)
+
+    assert [score(f"{m}-16384", "multikey", 16384) for m in ("ntk", "yarn")] == [0.15, 0.20]
+    assert [score(f"{m}-16384", "passkey", 16384) for m in ("ntk", "yarn")] == [0.15, 0.15]
+    assert score("none-32768", "multikey", 16384) == score("none-32768", "passkey", 16384) == 0.0
+    assert not any(score("linear-32768", t, n) for t in ("multikey", "passkey") for n in (2048, 8192, 32768))
