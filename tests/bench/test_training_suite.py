@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import dataclasses
 import json
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 
 from seal_ops import bench
 from seal_ops.bench import training_sizes, training_steps
-from seal_ops.training.frozen_linears import fp8_product
+from seal_ops.training.frozen_linears import conversion, fp8_product
 
 
 def run(tmp_path, *words):
@@ -52,7 +53,7 @@ def test_fewer_layers_and_the_first_step(tmp_path):
     assert "*" not in (tmp_path / "t.md").read_text().partition("|")[2]
 
 
-def test_the_contestant_in_fp8_states_its_error_and_may_not_lose_a_scale(tmp_path, monkeypatch):
+def test_the_contestant_in_fp8_states_its_error_and_may_not_take_another_weight(tmp_path, monkeypatch):
     words = ["--steps", "1", "--lengths", "64", "--only", "auto,auto-fp8,selective", "--dtype", "bfloat16"]
     assert run(tmp_path, *words) == 0
     rows = {r["contestant"]: r for r in json.loads((tmp_path / "t.json").read_text())["rows"]}
@@ -61,8 +62,15 @@ def test_the_contestant_in_fp8_states_its_error_and_may_not_lose_a_scale(tmp_pat
     monkeypatch.setattr(training_steps.Gate, "state", lambda self, gradients: setattr(self, "worst", 0.9))
     assert run(tmp_path, *words) == 0, "an error over all layers is stated"
     monkeypatch.undo()
-    quantize = fp8_product.quantize_rows
-    monkeypatch.setattr(fp8_product, "quantize_rows", lambda rows, factor=None: quantize(rows))
+    of = fp8_product.Fp8Weight.of
+
+    def mixed_up(weight):  # its backward pass multiplies with the columns of the others
+        found = of(weight)
+        return dataclasses.replace(
+            found, transposed=found.transposed.view(torch.uint8).flip(0).view(found.values.dtype)
+        )
+
+    monkeypatch.setattr(conversion.Fp8Weight, "of", mixed_up)
     assert run(tmp_path, *words) == 1
     rows = {r["contestant"]: r for r in json.loads((tmp_path / "t.json").read_text())["rows"]}
     assert rows["auto-fp8"]["status"].startswith("wrong") and rows["selective"]["status"] == "ok"
