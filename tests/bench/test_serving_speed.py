@@ -4,16 +4,18 @@ import importlib.util
 import json
 import pathlib
 
+import pytest
+
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 
-def test_rows_and_file(tmp_path, capsys):
+def test_rows_and_file(tmp_path, capsys, monkeypatch):
     spec = importlib.util.spec_from_file_location("serving_speed", ROOT / "benchmarks/serving_speed.py")
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
     output = tmp_path / "serving.json"
     words = (
-        f"--model {ROOT}/models/seal-tiny --lengths 24 --batch 3 --adapters 2 --tokens 3 --rounds 1 --output {output}"
+        f"--model {ROOT}/models/seal-tiny --lengths 24 --batch 3 --adapters 2 --tokens 9 --rounds 1 --output {output}"
     )
     rows = script.main(words.split())
     content = json.loads(output.read_text())
@@ -22,4 +24,7 @@ def test_rows_and_file(tmp_path, capsys):
     for row in rows:
         assert set(row["milliseconds a token"]) == {"untouched", "one", "mixed"}
         assert min(row["milliseconds a token"].values()) > 0 and row["mixed / one, time"] > 0
+    monkeypatch.setattr(script, "seconds_of", lambda model, ids, cache, new, options: 1.0)  # noise alone
+    with pytest.raises(SystemExit, match="9 tokens took no longer than one, 5 times"):
+        script.seconds_a_token(None, None, "dynamic", 9, {})
     assert script.ratio({"a": [2.0, 3.0, 9.0], "b": [1.0, 1.0, 1.0]}, "a", "b") == 3.0
