@@ -55,7 +55,7 @@ def _locked(path, wait):
         handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-            if os.path.exists(path) and os.path.samestat(os.fstat(handle), os.stat(path)):
+            if _is_at(handle, path):
                 with contextlib.suppress(OSError):  # a full disc: it is locked all the same
                     os.ftruncate(handle, 0)
                     os.pwrite(handle, f"process {os.getpid()} on {platform.node()}".encode(), 0)
@@ -68,6 +68,14 @@ def _locked(path, wait):
                 return None
             raise
         os.close(handle)  # the one who had it has removed it
+
+
+def _is_at(handle, path):
+    """Whether an open file is the one of that name; one that was waited for may be gone, or another in its place."""
+    try:
+        return os.path.samestat(os.fstat(handle), os.stat(path))
+    except FileNotFoundError:
+        return False
 
 
 def _holder(path):

@@ -28,6 +28,14 @@ def train(folder, tmp_path):  # noqa: F811
 
 
 @pytest.fixture(autouse=True)
+def interruptible():
+    """A shell starts what it runs in the background with Ctrl-C ignored, and Python leaves that so."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.fixture(autouse=True)
 def often(monkeypatch):
     """Whatever is kept now and then is kept every time."""
     monkeypatch.setattr(runner, "SAVE_EVERY", 0.0)

@@ -82,6 +82,20 @@ def test_many_writers_that_remove_the_lock_file_never_overlap(tmp_path):
     assert (tmp_path / "count").read_text() == "400"
 
 
+def test_a_lock_file_that_goes_while_it_is_looked_at_is_asked_for_again(tmp_path, monkeypatch):
+    real, gone = os.path.samestat, []
+
+    def samestat(one, other):
+        if not gone:
+            gone.append(1)
+            raise FileNotFoundError
+        return real(one, other)
+
+    monkeypatch.setattr(os.path, "samestat", samestat)
+    with only_writer(tmp_path, "seal_ops.x"):
+        assert gone and os.listdir(tmp_path) == [".seal.lock"]
+
+
 @pytest.mark.skipif(resource is None, reason="this system has no limit on the size of files")
 def test_a_full_disc_locks_all_the_same(tmp_path):
     with room_for(0), only_writer(tmp_path, "seal_ops.x"):
