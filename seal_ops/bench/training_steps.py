@@ -375,17 +375,7 @@ def _cell(row: dict | None) -> str:
     return f"{row['seconds_all_layers']:.3g}{star}{peak}, {row['utilisation']:.2f}"
 
 
-def plot(stored: dict, path: str) -> bool:
-    """Seconds a step by length, a line a contestant, as PNG; False where nothing was timed."""
-    rows = [r for r in stored["rows"] if r["status"] == "ok"]
-    if not rows:
-        return False
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axis = plt.subplots(figsize=(8, 5), layout="constrained")
+def _lines(axis, rows: list[dict]) -> None:
     for (name, (label, _)), marker in zip(CONTESTANTS.items(), "oDs^xv"):
         mine = {r["length"]: r["seconds_all_layers"] for r in _by_layers(rows) if r["contestant"] == name}
         if mine:
@@ -397,6 +387,29 @@ def plot(stored: dict, path: str) -> bool:
         )
     axis.set(xscale="log", yscale="log", xlabel="tokens", ylabel="seconds a step")
     axis.legend(fontsize=7, frameon=False)
+
+
+def plot(stored: dict, path: str) -> bool:
+    """Seconds a step by length, a line a contestant (bars for one length), as PNG; False where nothing was timed."""
+    rows = [r for r in stored["rows"] if r["status"] == "ok"]
+    if not rows:
+        return False
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    lengths = sorted({r["length"] for r in rows})
+    figure, axis = plt.subplots(figsize=(8, 5 if len(lengths) > 1 else 3), layout="constrained")
+    if len(lengths) > 1:
+        _lines(axis, rows)
+    else:
+        mine = {r["label"]: r["seconds_all_layers"] for r in _by_layers(rows)}
+        labels = [label for label, _ in CONTESTANTS.values() if label in mine][::-1]
+        bars = axis.barh(labels, [mine[label] for label in labels], color="tab:blue", height=0.6)
+        axis.bar_label(bars, fmt="%.3g", padding=3)
+        axis.set(xlabel=f"seconds a step, {length_name(lengths[0])} tokens")
+        axis.margins(x=0.1)
     axis.set_title(f"{stored['environment']['gpu']}, torch {stored['environment']['torch']}", fontsize=9, loc="left")
     with replacing(path) as temporary:
         figure.savefig(temporary, format="png", dpi=120)
