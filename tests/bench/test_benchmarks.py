@@ -2,13 +2,13 @@
 
 import csv
 import dataclasses
-import importlib.util
 import json
 import pathlib
 import types
 
 import pytest
 import torch
+from benchmark_scripts import load_script
 
 import seal_ops
 from seal_ops import bench, masks
@@ -343,9 +343,7 @@ def test_host_time_of_a_call_with_and_without_gradients():
 
 def test_decoding_speed_keeps_its_rows(monkeypatch, tmp_path, capsys):
     """The benchmark's file: rows with their environment, continued, and refused for other settings."""
-    spec = importlib.util.spec_from_file_location("decoding_speed", ROOT / "benchmarks/decoding_speed.py")
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
+    script = load_script("decoding_speed")
     output = tmp_path / "decoding.json"
     seen = []
     measured_row = script.measured_row

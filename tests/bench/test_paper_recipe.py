@@ -1,16 +1,12 @@
 """The paper's recipe from end to end, tiny."""
 
-import importlib.util
 import json
-import pathlib
 
-ROOT = pathlib.Path(__file__).resolve().parents[2]
+from benchmark_scripts import load_script
 
 
 def test_the_recipe_runs_tiny(tmp_path, capsys):
-    spec = importlib.util.spec_from_file_location("paper_recipe", ROOT / "benchmarks/paper_recipe.py")
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
+    script = load_script("paper_recipe")
     output = tmp_path / "recipe.json"
     found = script.main(f"--sizes tiny --samples 3 --length 200 --output {output}".split())
     assert found["steps"] == 3 and found["plan"]["expected_peak"] > 0

@@ -1,21 +1,15 @@
 """benchmarks/quantized_training.py on a tiny shape: every cell that the page names runs from end to end."""
 
-import importlib.util
 import json
-import pathlib
 import sys
 
 import pytest
-
-ROOT = pathlib.Path(__file__).parents[2]
+from benchmark_scripts import load_script
 
 
 @pytest.fixture
 def script():
-    spec = importlib.util.spec_from_file_location("quantized_training", ROOT / "benchmarks/quantized_training.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("quantized_training")
 
 
 def test_every_cell(script, tmp_path, monkeypatch, capsys):

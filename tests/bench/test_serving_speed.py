@@ -1,18 +1,16 @@
 """The benchmark of serving: its rows and its file, on the shipped model."""
 
-import importlib.util
 import json
 import pathlib
 
 import pytest
+from benchmark_scripts import load_script
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 
 def test_rows_and_file(tmp_path, capsys, monkeypatch):
-    spec = importlib.util.spec_from_file_location("serving_speed", ROOT / "benchmarks/serving_speed.py")
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
+    script = load_script("serving_speed")
     output = tmp_path / "serving.json"
     words = (
         f"--model {ROOT}/models/seal-tiny --lengths 24 --batch 3 --adapters 2 --tokens 9 --rounds 1 --output {output}"

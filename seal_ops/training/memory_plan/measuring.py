@@ -21,7 +21,7 @@ from .last_rows import LastRows, cut_last_layer
 from .live_bytes import Meter, Saved
 from .tiling import candidates, run_tiled, treats_tokens_alone
 
-# Tokens of the shortest sample. CUDA's allocator rounds, which shorter ones would show.
+# Tokens of the shortest sample. An allocator that tells rounded sizes alone would show that in shorter ones.
 SHORT = {"cuda": 512}
 SHORT_ELSEWHERE = 64
 
@@ -43,7 +43,7 @@ class Growth:
     def through(cls, points: Sequence[tuple[int, int]], values: Sequence[float], straight: bool = False) -> Growth:
         """Through four points ``(n, k)``: the first two differ in k alone, the others are at twice and four times n.
 
-        A bend below a hundredth of the value is the allocator's rounding; it would be gigabytes at a million tokens.
+        A bend below a hundredth of the value is rounding of an allocator's; it would be gigabytes at a million tokens.
         ``straight``: any bend is that of a maximum of straight lines, of which the last one goes on.
         """
         n = points[0][0]
