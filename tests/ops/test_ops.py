@@ -137,6 +137,21 @@ def test_opcheck(backend, device, case):
     )
 
 
+def test_gradients_that_are_not_there_share_no_memory(backend, device):
+    """Outputs of an op may not alias each other: what is wanted of no input comes as an empty tensor of its own."""
+    case = Case(3, 2, scale=None)
+    inputs = make(case, half(backend, device), device)
+    q, k, v = (inputs[n] for n in "qkv")
+    out, lse = seal.attention(q, k, v, backend=backend)
+    for needs in ([True] * 7, [False] * 7):
+        opcheck(
+            seal.attention_backward.default,
+            [gradients_of(case, inputs)[0], None, q, k, v, out, lse],
+            dict(needs=needs, backend=backend),
+            test_utils=("test_schema", "test_faketensor"),
+        )
+
+
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 @pytest.mark.parametrize(
     "case",

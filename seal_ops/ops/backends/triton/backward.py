@@ -578,6 +578,6 @@ def attention_backward(
                 if cos is not None and (need["q"] or need["k"]):
                     angles = (cos, sin, positions, positions_k, interleaved)
                     rotate_in_place(found["q"], found["k"], geometry.len_q, geometry.len_k, *angles)
-    absent, no_sum = q.new_empty(0), q.new_empty(0, dtype=torch.float32)
-    nothing = lambda name: no_sum if name in ("scale", "offset", "sink") else absent
+    sums = ("scale", "offset", "sink")  # an empty tensor each: outputs of an op may not alias each other
+    nothing = lambda name: q.new_empty(0, dtype=torch.float32 if name in sums else q.dtype)
     return tuple(found[name] if need[name] else nothing(name) for name in inputs)
