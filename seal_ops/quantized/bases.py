@@ -121,6 +121,12 @@ def weight_of(module: nn.Module, dtype: torch.dtype | None = None) -> Tensor:
     return weight
 
 
+def computes_in(owner: nn.Module) -> torch.dtype:
+    """What a model computes in whose linear layers say nothing of it: for ``weight_of`` of packed GGUF."""
+    others = (p.dtype for name, p in owner.named_parameters() if p.is_floating_point() and not name.endswith(DELTA))
+    return next(others, torch.get_default_dtype())
+
+
 def is_readable(module: nn.Module) -> bool:
     """Whether a base's weight can be written out, and its product is with that weight."""
     if is_nf4(module):

@@ -193,7 +193,7 @@ def _group_scales(module: nn.Module) -> Tensor:
 
 def _write_out(owner, layer: AttentionLayer, projection: nn.Module, factor: Tensor) -> None:
     """``o_proj`` in 16 bits with the factor, and with its weak columns, if it has any, still on it."""
-    weight = bases.weight_of(projection)
+    weight = bases.weight_of(projection, bases.computes_in(owner))
     kind = torch.promote_types(weight.dtype, torch.float32)
     made = linear_like((weight.to(kind) * factor.to(weight.device, kind)).to(weight.dtype), projection)
     quantizers.replace(owner, layer.projection_name, made)

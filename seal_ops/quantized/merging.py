@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..adapters.files import DELTA
 from . import bases, quantizers
 from .attachment import attached, bring_up_to_date, detach_weak_columns
 
@@ -35,11 +34,8 @@ def merge_weak_columns(model: nn.Module, dtype: torch.dtype | None = None) -> nn
                 f"seal_ops.merge_weak_columns: model must be made of linear layers and embeddings, got experts that "
                 f"stay in GGUF blocks ({name}); load the file with GgufConfig(dequantize=True) instead"
             )
-    usual = _dtype_of(owner)
-    merged = {
-        name: _checked(module, name, dtype or (usual if bases.is_gguf(module) else None))
-        for name, module in found.layers.items()
-    }
+    usual = bases.computes_in(owner)
+    merged = {name: _merged(module, name, usual, dtype) for name, module in found.layers.items()}
     detach_weak_columns(model)
     for name, weight in merged.items():
         module = owner.get_submodule(name)
@@ -60,26 +56,18 @@ def merge_weak_columns(model: nn.Module, dtype: torch.dtype | None = None) -> nn
     return model
 
 
-def _dtype_of(owner: nn.Module) -> torch.dtype:
-    """What a model computes in, whose linear layers say nothing of it."""
-    others = (p.dtype for name, p in owner.named_parameters() if p.is_floating_point() and not name.endswith(DELTA))
-    return next(others, torch.get_default_dtype())
-
-
-def merged_weight(module: nn.Module) -> Tensor:
-    """fp32 (fp64) weight [out, in] of a layer with its weak columns."""
-    weight = bases.weight_of(module)
-    weight = weight.to(torch.promote_types(weight.dtype, torch.float32), copy=True)
-    return weight.index_add_(1, module.column_index, module.column_delta.detach().to(weight.dtype))
-
-
-def _checked(module: nn.Module, name: str, dtype: torch.dtype | None) -> Tensor:
-    weight = merged_weight(module).to(dtype or bases.weight_of(module).dtype)
-    if not bool(torch.isfinite(weight).all()):
+def _merged(module: nn.Module, name: str, usual: torch.dtype, dtype: torch.dtype | None) -> Tensor:
+    """The weight [out, in] of a layer with its weak columns.  Blocks of GGUF are read in ``usual``, as the layer reads
+    them: a block's factor is rounded then before it multiplies."""
+    weight = bases.weight_of(module, usual)
+    both = weight.to(torch.promote_types(weight.dtype, torch.float32), copy=True)
+    both.index_add_(1, module.column_index, module.column_delta.detach().to(both.dtype))
+    both = both.to(dtype or weight.dtype)
+    if not bool(torch.isfinite(both).all()):
         raise ValueError(
-            f"seal_ops.merge_weak_columns: {name} must stay finite in {weight.dtype}, got columns that overflow it"
+            f"seal_ops.merge_weak_columns: {name} must stay finite in {both.dtype}, got columns that overflow it"
         )
-    return weight
+    return both
 
 
 def linear_like(weight: Tensor, like: nn.Module) -> nn.Linear:
