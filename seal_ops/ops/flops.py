@@ -87,13 +87,15 @@ def _register() -> None:
 
 
 def _shapes(q, k, v, cu_seqlens, cu_seqlens_k, max_seqlen, max_seqlen_k):
-    """Yields the shapes [B, H, S, D] of q, k and v, one sequence after the other where they are packed."""
+    """Yields the shapes [B, H, S, D] of q, k and v, one sequence after the other where they are packed. Keys get the
+    heads of the queries, which is what is counted: the formula of torch 2.11 refuses others."""
+    heads = q.shape[-2]
     if cu_seqlens is None:
-        yield tuple((t.shape[0], t.shape[2], t.shape[1], t.shape[3]) for t in (q, k, v))
+        yield tuple((t.shape[0], heads, t.shape[1], t.shape[3]) for t in (q, k, v))
         return
     keys = _lengths(cu_seqlens if cu_seqlens_k is None else cu_seqlens_k, max_seqlen_k or max_seqlen or k.shape[0])
     for sq, sk in zip(_lengths(cu_seqlens, max_seqlen or q.shape[0]), keys, strict=True):
-        yield (1, q.shape[1], sq, q.shape[2]), (1, k.shape[1], sk, k.shape[2]), (1, v.shape[1], sk, v.shape[2])
+        yield (1, heads, sq, q.shape[2]), (1, heads, sk, k.shape[2]), (1, heads, sk, v.shape[2])
 
 
 def _lengths(cu_seqlens: Tensor, longest: int) -> list[int]:

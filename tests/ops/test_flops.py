@@ -29,7 +29,9 @@ def inputs(*shape, kv_heads=2):
 
 
 def sdpa(q, k, v):
-    """What PyTorch says of its own attention (on a GPU; the op of its CPU has no formula), forward and backward."""
+    """What PyTorch says of its own attention (on a GPU; the op of its CPU has no formula), forward and backward. Torch
+    2.11 says it of as many heads of keys as of queries only."""
+    k, v = (t.repeat_interleave(q.shape[2] // t.shape[2], 2) for t in (k, v))
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     return (
         flop_registry[aten._scaled_dot_product_flash_attention](q, k, v, 0.0, True),
@@ -57,12 +59,13 @@ def test_rope_attention_counts_the_same(backend, device):
 
 
 def test_packed_sequences_count_each_by_itself_as_flash_attention_does():
-    q, k, v = inputs(20, 4, 16, kv_heads=4)
+    q, k, v = inputs(20, 4, 16)
+    whole_k, whole_v = (t.repeat_interleave(2, 1) for t in (k, v))  # as torch 2.11 counts
     starts = torch.tensor([0, 5, 20], dtype=torch.int32)
     run = lambda: seal_ops.attention(q, k, v, cu_seqlens=starts, max_seqlen=15).sum().backward()
     assert counted(run) == 7 * (4 * (5 * 5 + 15 * 15) * 16 * 2)
     assert flop_registry[torch.ops.seal.attention](q, k, v, None, None, starts) == (
-        flop_registry[aten._flash_attention_forward](q, k, v, starts, starts, 15, 15, 0.0, True, False)
+        flop_registry[aten._flash_attention_forward](q, whole_k, whole_v, starts, starts, 15, 15, 0.0, True, False)
     )
     with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True) as fake:  # lengths that nobody knows
         made = [fake.from_tensor(t.detach()) for t in (q, k, v, starts)]
