@@ -1,6 +1,5 @@
 // The decode kernels behind a C interface, driven by decode_kit.py through ctypes: any number of splits, and beside the table's
-// configurations those of the macro KIT_VARIANTS, a row of V(head_dim, keys, stages, row tiles, key warps, blocks an SM
-// [, whether the L2 cache drops the keys first, bytes that a miss of it fetches]).
+// configurations those of the macro KIT_VARIANTS, a row of V(head_dim, keys, stages, row tiles, key warps, blocks an SM).
 #include "cuda/sm90/attention_decode.cu"
 #include "cuda/sm90/attention_decode_masked.cu"
 

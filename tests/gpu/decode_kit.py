@@ -16,9 +16,8 @@ from torch import Tensor
 from seal_ops.ops import factors
 
 HERE = pathlib.Path(__file__).parent
-Variant = tuple[
-    int | bool, ...
-]  # the template arguments of DecodeConfig after type and masking (csrc/cuda/sm90/decode_kernel.cuh)
+# The template arguments of DecodeConfig after type and masking (csrc/cuda/sm90/decode_kernel.cuh).
+Variant = tuple[int, ...]
 
 
 @functools.cache
@@ -26,9 +25,7 @@ def build(variants: tuple[Variant, ...] = ()) -> ctypes.CDLL:
     """About 20 seconds, and half a second a variant."""
     library = pathlib.Path(tempfile.mkdtemp()) / "decode_kit.so"
     header = library.with_suffix(".h")  # nvcc would take the commas of a -D for its own
-    header.write_text(
-        "#define KIT_VARIANTS " + " ".join(f"V({', '.join(str(n).lower() for n in v)})" for v in variants) + "\n"
-    )
+    header.write_text("#define KIT_VARIANTS " + " ".join(f"V({', '.join(map(str, v))})" for v in variants) + "\n")
     subprocess.run(
         [
             "nvcc",

@@ -14,8 +14,7 @@
 
 namespace seal::sm90 {
 
-template <class T_, Masking kMasking_, int kHeadDim_, int kBlockN_, int kStages_, int kRowTiles_, int kKeyWarps_, int kBlocksPerSM_,
-          bool kEvictFirst_ = false, int kPromotion_ = 128>
+template <class T_, Masking kMasking_, int kHeadDim_, int kBlockN_, int kStages_, int kRowTiles_, int kKeyWarps_, int kBlocksPerSM_>
 struct DecodeConfig {
   using T = T_;
   static constexpr Masking kMasking = kMasking_;
@@ -25,8 +24,6 @@ struct DecodeConfig {
   static constexpr int kRowTiles = kRowTiles_;    // of 16 rows
   static constexpr int kKeyWarps = kKeyWarps_;    // warps that share the keys of a block, for each row tile
   static constexpr int kBlocksPerSM = kBlocksPerSM_;
-  static constexpr bool kEvictFirst = kEvictFirst_;  // keys and values leave the L2 cache first
-  static constexpr int kPromotion = kPromotion_;     // bytes that a miss of the L2 cache fetches
   static constexpr int kRows = 16 * kRowTiles, kWarps = kRowTiles * kKeyWarps, kThreads = 32 * kWarps;
   static constexpr int kWarpKeys = kBlockN / kKeyWarps;
   static constexpr int kTileBytes = tile_bytes(kBlockN, kHeadDim);
@@ -174,11 +171,10 @@ class DecodeTile {
 
   SEAL_DEVICE void load(const Keys& keys, int block) {
     const RowCoordinates at(a_.sequences.packed(), kBlockN, keys.first_key(block), sequence_.length_k, sequence_.first_k);
-    const uint64_t policy = Config::kEvictFirst ? policy_evict_first() : policy_evict_normal();
     const auto fill = [&](uint8_t* to, const CUtensorMap* map, uint64_t* full, uint64_t* empty) {
       barrier_wait(empty, load_ring_.phase ^ 1);
       barrier_expect_bytes(full, present_ * kBlockN * kSlabRowBytes);
-      tma_load_tile<kBlockN, kHeadDim>(to, map, full, kv_head_, at, policy, present_);
+      tma_load_tile<kBlockN, kHeadDim>(to, map, full, kv_head_, at, NoPolicy{}, present_);
     };
     fill(shared_.k[load_ring_.stage], &maps_.k, &shared_.k_full[load_ring_.stage], &shared_.k_empty[load_ring_.stage]);
     fill(shared_.v[load_ring_.stage], &maps_.v, &shared_.v_full[load_ring_.stage], &shared_.v_empty[load_ring_.stage]);

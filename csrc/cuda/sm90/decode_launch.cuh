@@ -64,12 +64,11 @@ cudaError_t launch_decode(const AttentionForwardParams& p, const AttentionDecode
   constexpr int kSharedBytes = sizeof(DecodeShared<Config>);
   static_assert(Config::kBlocksPerSM * (kSharedBytes + 1024) <= 228 * 1024, "shared memory of a multiprocessor on sm_90: 228 KB, 1 KB a thread block");
   const bool packed = p.cu_seqlens_q != nullptr;
-  constexpr auto promotion = Config::kPromotion == 128 ? CU_TENSOR_MAP_L2_PROMOTION_L2_128B : CU_TENSOR_MAP_L2_PROMOTION_L2_256B;
   DecodeMaps maps;
   const auto make = [&](CUtensorMap* map, const AttentionTensor& t) {
     TileSource source = {t.data, t.batch, t.rows, t.heads, p.head_dim, t.batch_stride, t.row_stride, t.head_stride};
     if (source.rows == 0) source = {p.q.data, 1, 1, 1, p.head_dim, 0, 0, 0};  // no keys: never loaded, yet a map is required
-    return tma_ready(source) ? make_tile_map(map, source, p.half, packed, Config::kBlockN, promotion) : cudaErrorInvalidValue;
+    return tma_ready(source) ? make_tile_map(map, source, p.half, packed, Config::kBlockN, CU_TENSOR_MAP_L2_PROMOTION_L2_128B) : cudaErrorInvalidValue;
   };
   cudaError_t status = make(&maps.k, p.k);
   if (status == cudaSuccess) status = make(&maps.v, p.v);

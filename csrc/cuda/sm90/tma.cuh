@@ -58,11 +58,6 @@ SEAL_DEVICE uint64_t policy_evict_last() {
   asm volatile("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(policy));
   return policy;
 }
-SEAL_DEVICE uint64_t policy_evict_normal() {
-  uint64_t policy;
-  asm volatile("createpolicy.fractional.L2::evict_normal.b64 %0, 1.0;" : "=l"(policy));
-  return policy;
-}
 
 // One slab into shared memory; completes on `barrier`, which counts box_rows * 128 bytes. From one thread.
 SEAL_DEVICE void tma_load(void* shared, const CUtensorMap* map, uint64_t* barrier, int column, int head, RowCoordinates at,
@@ -74,10 +69,21 @@ SEAL_DEVICE void tma_load(void* shared, const CUtensorMap* map, uint64_t* barrie
       : "memory");
 }
 
+// The same where L2 is told nothing, which is not what a policy of evict_normal says: where bytes decide, that took a sixth
+// longer on an H200, and evict_first 2 to 5 % (docs/kernel_notes_decode.md).
+struct NoPolicy {};
+SEAL_DEVICE void tma_load(void* shared, const CUtensorMap* map, uint64_t* barrier, int column, int head, RowCoordinates at, NoPolicy) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6}], [%2];" ::"r"(
+          smem_address(shared)),
+      "l"(map), "r"(smem_address(barrier)), "r"(column), "r"(at.row), "r"(head), "r"(at.batch)
+      : "memory");
+}
+
 // A whole tile of kRows x kHeadDim, slab by slab: its first `present` slabs. Those beyond the tensor's last column, boxes without
 // a column, are not loaded; zero_absent_slabs fills them.
-template <int kRows, int kHeadDim>
-SEAL_DEVICE void tma_load_tile(void* shared, const CUtensorMap* map, uint64_t* barrier, int head, RowCoordinates at, uint64_t policy,
+template <int kRows, int kHeadDim, class Policy>
+SEAL_DEVICE void tma_load_tile(void* shared, const CUtensorMap* map, uint64_t* barrier, int head, RowCoordinates at, Policy policy,
                                int present = slabs(kHeadDim)) {
 #pragma unroll
   for (int slab = 0; slab < slabs(kHeadDim); ++slab) {

@@ -27,10 +27,11 @@ struct RowCoordinates {
 
 inline uint64_t policy_evict_first() { return 0; }
 inline uint64_t policy_evict_last() { return 0; }
-inline uint64_t policy_evict_normal() { return 0; }
 
-template <int kRows, int kHeadDim>
-void tma_load_tile(void* shared, const CUtensorMap* map, uint64_t* barrier, int head, RowCoordinates at, uint64_t, int present) {
+struct NoPolicy {};
+
+template <int kRows, int kHeadDim, class Policy>
+void tma_load_tile(void* shared, const CUtensorMap* map, uint64_t* barrier, int head, RowCoordinates at, Policy, int present) {
   for (int slab = 0; slab < present; ++slab) {
     auto* const to = static_cast<uint8_t*>(shared) + slab * kRows * kSlabRowBytes;
     if (smem_address(to) % 1024 != 0) emulator::fail("a tile at an address that is no multiple of 1024");
