@@ -24,6 +24,7 @@ from .tiling import candidates, run_tiled, treats_tokens_alone
 # Tokens of the shortest sample. An allocator that tells rounded sizes alone would show that in shorter ones.
 SHORT = {"cuda": 512}
 SHORT_ELSEWHERE = 64
+MOST_TILES = 32  # of a sample: each takes its time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,9 +134,15 @@ class Samples:
         least = SHORT.get(self.device.type, SHORT_ELSEWHERE)
         return max(4, min(max(least, -(-_tokens_of_a_weight(self.model) // self.batch_size)), self.length // 4))
 
-    @property
-    def tile(self) -> int:
-        """Tokens of a tile in the samples, where a real one would be longer than they are; few, as each takes time."""
+    def alike(self, tile: int) -> bool:
+        """Whether tiles of ``tile`` tokens are cut so that the samples are, too: into as many tiles as a real row."""
+        return tile * MOST_TILES >= self.batch_size * self.length
+
+    def tile_of(self, tile: int, length: int) -> int:
+        """Tokens of a tile in a sample of ``length`` tokens a row, as many times shorter than one of ``tile`` tokens as
+        the row is than a real one.  Where that would be too many tiles, few tokens in every sample."""
+        if self.alike(tile):
+            return max(1, -(-length * min(tile, self.batch_size * self.length) // self.length))
         return max(1, self.batch_size * self.shortest // 8)
 
     @property
@@ -181,7 +188,7 @@ class Measurement:
         self.rows: LastRows | None = None
         self.rows_reason: str | None = None
         self.tiled: tuple[nn.Module, ...] = ()
-        self._taken: dict[tuple[bool, bool], list[_Sample]] = {}
+        self._taken: dict[tuple[int | None, bool], list[_Sample]] = {}
         self._tile_bytes = 0.0  # of a tile, for each of its tokens
         self._look()
 
@@ -190,15 +197,17 @@ class Measurement:
 
         ``plain``: only those of layers that keep everything, which takes half the time.
         """
-        tiles = tile is not None
-        if tiles and not self._tile_bytes:
+        alike = tile is None or self.samples.alike(tile)
+        if not alike and not self._tile_bytes:
             self._measure_tiles()
-        if (tiles, plain) not in self._taken:
-            self._taken[tiles, plain] = [self._sample(n, k, tiles, plain) for n, k in self.samples.points]
-        samples, fit = self._taken[tiles, plain], self.samples.fit
-        # The samples' tiles are short: a real one takes so much more.
-        whole = self.samples.batch_size * self.samples.length
-        more = self._tile_bytes * (min(tile, whole) - self.samples.tile) if tiles else 0
+        if not self._taken:
+            # The first products of a process make the libraries' workspaces, in the backward pass's thread its own.
+            self._sample(*self.samples.points[0], None, False)
+        if (tile, plain) not in self._taken:
+            self._taken[tile, plain] = [self._sample(n, k, tile, plain) for n, k in self.samples.points]
+        samples, fit = self._taken[tile, plain], self.samples.fit
+        # Where the samples' tiles are short, a real one takes so much more, at most.
+        more = 0 if alike else self._tile_bytes * (tile - self.samples.tile_of(tile, self.samples.shortest))
         layers = []
         for found in zip(*(s.layers for s in samples)):
             # What is kept is a sum: where it has no square, the bends of what is a maximum are none.
@@ -248,7 +257,7 @@ class Measurement:
 
     # --------------------------------------------------------------------------------------------------- samples
 
-    def _sample(self, length: int, labels: int, tiles: bool, plain: bool) -> _Sample:
+    def _sample(self, length: int, labels: int, tile: int | None, plain: bool) -> _Sample:
         found, known, trains = _Sample(), {}, self.decoder.trains
         final = len(trains) - 1
         execution = Execution(self.decoder, (EVERYTHING,) * len(trains), rows=self.rows)
@@ -278,8 +287,8 @@ class Measurement:
             return result
 
         changes = [(module, _with(layer, n)) for n, module in enumerate(self.decoder.layers)]
-        if tiles:
-            changes += [(m, _with(run_tiled, m, self.samples.tile)) for m in self.tiled]
+        if tile is not None:
+            changes += [(m, _with(run_tiled, m, self.samples.tile_of(tile, length))) for m in self.tiled]
         positions = torch.arange(length - labels, length)
         with replaced_forwards(changes), torch.enable_grad(), contextlib.ExitStack() as meters:
             meters.callback(entry.stop)  # where the model fails
