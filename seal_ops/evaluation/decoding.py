@@ -16,7 +16,8 @@ import torch
 from ..huggingface.logits import learns_prompt, prompt_cache
 from . import static_decoding
 
-BATCH_TOKENS = (8_192, 16_384)  # prompt tokens in a batch without a cache of fixed size on a GPU: on a CPU, on a GPU
+BATCH_TOKENS = (8_192, 16_384)  # prompt tokens in a batch without a cache of fixed size: on a CPU, on a GPU at least
+SHARE = 0.25  # of the GPU's free memory, for the cache that grows and for reading the prompts
 
 
 @torch.inference_mode()
@@ -49,9 +50,27 @@ def generate(
 def rows_at_once(model, length: int) -> int:
     """How many prompts of ``length`` tokens, outputs included, :func:`generate` should be given at once."""
     base = _without_peft(model)
-    if model.device.type == "cuda" and static_decoding.supports(base) and not learns_prompt(model):
+    if model.device.type != "cuda":
+        return max(1, BATCH_TOKENS[0] // length)
+    if static_decoding.supports(base) and not learns_prompt(model):
         return static_decoding.rows_that_fit(base, length)
-    return max(1, BATCH_TOKENS[model.device.type == "cuda"] // length)
+    return max(1, BATCH_TOKENS[1] // length, _rows_that_fit(base, length))
+
+
+def _rows_that_fit(model, length: int) -> int:
+    """Rows whose cache, and what their longest layer takes to read them, are a :data:`SHARE` of the GPU's free memory;
+    0 for a model whose sizes have other names."""
+    config = getattr(model, "config", None)
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    names = ("num_hidden_layers", "num_attention_heads", "hidden_size", "intermediate_size")
+    layers, heads, hidden, inner = (getattr(config, name, None) for name in names)
+    if not all(isinstance(size, int) and size > 0 for size in (layers, heads, hidden, inner)):
+        return 0
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    head_dim = getattr(config, "head_dim", None) or hidden // heads
+    # A layer: its states, queries, keys, values and their copies, about twelve of them, and four of the MLP's.
+    token = (2 * layers * kv_heads * head_dim + 12 * hidden + 4 * inner) * model.dtype.itemsize
+    return min(static_decoding.MOST_ROWS, int(SHARE * static_decoding.free_memory(model.device)) // (token * length))
 
 
 class _Outputs:

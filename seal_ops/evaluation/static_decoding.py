@@ -58,9 +58,13 @@ def rows_that_fit(model, length: int) -> int:
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     row = 2 * config.num_hidden_layers * heads * head_dim * model.dtype.itemsize * _rounded(length)
-    free, _ = torch.cuda.mem_get_info(model.device)
-    free += torch.cuda.memory_reserved(model.device) - torch.cuda.memory_allocated(model.device)
-    return max(1, min(MOST_ROWS, int(CACHE_SHARE * free) // row))
+    return max(1, min(MOST_ROWS, int(CACHE_SHARE * free_memory(model.device)) // row))
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes of a GPU that nobody uses, what PyTorch holds and does not use among them."""
+    free, _ = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 
 def _rounded(length):

@@ -130,11 +130,24 @@ def test_evaluation_takes_as_many_at_once_as_fit(monkeypatch):
 
 
 def test_rows_on_a_gpu_are_what_its_memory_holds(monkeypatch):
-    lm = types.SimpleNamespace(device=torch.device("cuda"))
+    config = types.SimpleNamespace(
+        num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, hidden_size=64, intermediate_size=100
+    )
+    lm = types.SimpleNamespace(device=torch.device("cuda"), dtype=torch.bfloat16, config=config)
     monkeypatch.setattr(static_decoding, "supports", lambda model: True)
     monkeypatch.setattr(static_decoding, "rows_that_fit", lambda model, length: 10_000 // length)
     monkeypatch.setattr(decoding, "learns_prompt", lambda model: False)
     monkeypatch.setattr(decoding, "_without_peft", lambda model: model)
     assert decoding.rows_at_once(lm, 100) == 100
     monkeypatch.setattr(static_decoding, "supports", lambda model: False)
-    assert decoding.rows_at_once(lm, 100) == decoding.BATCH_TOKENS[1] // 100
+    free, token = 0, 2 * (2 * 3 * 2 * 16 + 12 * 64 + 4 * 100)
+    monkeypatch.setattr(static_decoding, "free_memory", lambda device: free)
+    least = decoding.BATCH_TOKENS[1] // 100
+    assert decoding.rows_at_once(lm, 100) == least
+    free = round((least + 7.5) * 100 * token / decoding.SHARE)
+    assert decoding.rows_at_once(lm, 100) == least + 7
+    assert decoding.rows_at_once(lm, 10**7) == 1
+    free = 10**12
+    assert decoding.rows_at_once(lm, 100) == static_decoding.MOST_ROWS
+    config.intermediate_size = None  # as a model of another kind calls it
+    assert decoding.rows_at_once(lm, 100) == least
