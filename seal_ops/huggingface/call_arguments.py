@@ -1,8 +1,8 @@
 """What the model behind the masks was called with: what transformers does not tell the maker of a mask.
 
 A hook on the module that makes the masks sees the call.  Two things are lost without it.  With a cache, transformers
-does not look for packed rows in the positions.  While torch.compile traces the whole model, or a CUDA graph is recorded, it
-cannot look into tensors and takes every call without a mask for packed rows, although what the caller gave is known
+does not look for packed rows in the positions.  While torch.compile traces the whole model, or a CUDA graph records it,
+it cannot look into tensors and takes every call without a mask for packed rows, although what the caller gave is known
 without looking.
 """
 

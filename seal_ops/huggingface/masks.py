@@ -170,7 +170,8 @@ def attention_mask(
     keys = q_offset + q_length - kv_offset  # filled; a static cache is longer
     if not q_length <= keys <= kv_length:
         return dense()
-    if window is not None and not torch.compiler.is_exporting() and window >= keys:  # which would bound exported lengths
+    # Not in an export, whose lengths a comparison would bound.
+    if window is not None and not torch.compiler.is_exporting() and window >= keys:
         window = None
     if attention_mask is not None:
         if attention_mask.shape[1] < kv_offset + keys:

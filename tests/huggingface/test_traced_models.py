@@ -8,7 +8,6 @@ from torch import nn
 
 import seal_ops
 
-
 pytestmark = pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.torch.jit.trace:DeprecationWarning")
 
 
