@@ -47,7 +47,7 @@ def test_weak_columns_read_the_product(token_ids):
 
 
 def test_weak_columns_do_not_quantise_them_again(token_ids):
-    with pytest.raises(ValueError, match="quantize needs layers in 16 or more bits, got Linear with PackedTensor weight"):
+    with pytest.raises(ValueError, match="needs layers in 16 or more bits, got Linear with PackedTensor weight"):
         seal_ops.attach_weak_columns(packed_model(), 4, calibration=token_ids, quantize="nf4")
 
 
