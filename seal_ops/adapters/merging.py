@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..huggingface.layers import AttentionLayer
+from ..huggingface.projection import holds_numbers, in_words
 from .attachment import attached, detach
 
 
@@ -103,16 +104,8 @@ def check_projection(attn: AttentionLayer, projection: nn.Module | None, granula
         )
     weight = getattr(projection, "weight", None)
     # An exact type: quantised layers are subclasses or wrappers with weights of another meaning.
-    if (
-        type(projection) not in (nn.Linear, Conv1D)
-        or not isinstance(weight, Tensor)
-        or (not weight.is_floating_point() or weight.element_size() < 2)
-    ):
-        refuse(
-            name,
-            "be a plain torch.nn.Linear in 16 or more bits",
-            f"{type(projection).__name__} with {getattr(weight, 'dtype', 'no')} weight; {unmerged}",
-        )
+    if type(projection) not in (nn.Linear, Conv1D) or not holds_numbers(weight):
+        refuse(name, "be a plain torch.nn.Linear in 16 or more bits", f"{in_words(projection)}; {unmerged}")
     if "weight" not in projection._parameters:
         refuse(
             name,

@@ -137,6 +137,11 @@ def _attend(
             return decoding.attend(mask.ranges, q, key, value, scale, scaling, backend, softcap), None
         mask = CallMask(False, None, mask.keys, dense=as_tensor(mask, q))
     k, v = k[:, : mask.keys], v[:, : mask.keys]
+    if program is not None and torch.jit.is_tracing():
+        raise UnsupportedAttention(
+            f"seal_ops: an extended model must not be traced by torch.jit.trace, which would keep what its example's "
+            f"length asks for at every other, got {type(module).__name__}; use torch.compile"
+        )
     if program is not None and program.serves(q.shape[1], k.shape[1]):
         if dropout:
             raise UnsupportedAttention(

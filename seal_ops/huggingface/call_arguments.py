@@ -1,8 +1,9 @@
 """What the model behind the masks was called with: what transformers does not tell the maker of a mask.
 
 A hook on the module that makes the masks sees the call.  Two things are lost without it.  With a cache, transformers
-does not look for packed rows in the positions.  While torch.compile traces the whole model, it cannot look into tensors
-and takes every call without a mask for packed rows, although what the caller gave is known without looking.
+does not look for packed rows in the positions.  While torch.compile traces the whole model, or a CUDA graph records it,
+it cannot look into tensors and takes every call without a mask for packed rows, although what the caller gave is known
+without looking.
 """
 
 from __future__ import annotations
@@ -16,6 +17,13 @@ from transformers import PreTrainedModel
 
 from .documents import begins_by_position, boundaries
 from .model_parallel import ulysses
+
+
+def is_recorded() -> bool:
+    """Whether torch.compile or torch.export traces the call, or a CUDA graph takes it down: no value can be read."""
+    if torch.compiler.is_compiling():
+        return True
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
 class _TracedCall:
@@ -40,7 +48,7 @@ def traced_call(config) -> _TracedCall | None:
 
 def _look(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
     """The forward pre-hook: the call with what it did not say."""
-    tracing = torch.compiler.is_compiling()
+    tracing = is_recorded()
     if tracing:
         _TRACED.config = None
     if len(args) > 1 or kwargs.get("attention_mask") is not None:
@@ -58,7 +66,8 @@ def _look(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | 
     if cache is not None and int(cache.get_seq_length()) > 0:
         return None
     begins = begins_by_position(positions, _given(args, kwargs).shape[0])
-    if not bool(begins[:, 1:].any()):
+    # What torch.jit.trace is shown need not hold for its later calls: there boundaries are given in any case.
+    if not torch.jit.is_tracing() and not bool(begins[:, 1:].any()):
         return None
     found = boundaries(begins)
     return args, {**kwargs, "cu_seq_lens_q": found, "cu_seq_lens_k": found}
@@ -80,7 +89,7 @@ def _note(module: nn.Module, args: tuple, kwargs: dict, positions: Tensor | None
 
 def _forget(module: nn.Module, args: tuple, output) -> None:
     """The forward hook."""
-    if torch.compiler.is_compiling():
+    if is_recorded():
         _TRACED.config = _TRACED.position_ids = None
 
 

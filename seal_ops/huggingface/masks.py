@@ -7,8 +7,9 @@ tokens, the B + 1 sequence boundaries and the window (0: none); the documents of
 documents + 1] of their boundaries and the window; the one query of a step of decoding, where its keys are not simply
 all, as the int32 rows of `decoding.key_ranges`; anything else as the boolean mask of torch's SDPA.
 
-While a whole model is traced by torch.compile, sizes may not depend on the padding: a padded batch is then the row of
-all B * S tokens, in every batch row the real ones first, and the 2 B + 1 boundaries between real tokens and padding.
+While a whole model is traced by torch.compile, or recorded as a CUDA graph, sizes may not depend on the padding: a
+padded batch is then the row of all B * S tokens, in every batch row the real ones first, and the 2 B + 1 boundaries
+between real tokens and padding.  torch.jit.trace keeps the sizes of its example, so all of its masks are boolean.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from transformers.masking_utils import (
 
 from ..ops.visibility import Visibility
 from . import decoding
-from .call_arguments import traced_call
+from .call_arguments import is_recorded, traced_call
 from .documents import begins_by_number, begins_by_position, boundaries, noticed_documents, same_document
 from .model_parallel import ulysses
 
@@ -131,7 +132,9 @@ def attention_mask(
     if ulysses.is_on(NAME):
         ulysses.check_mask(mask_function, attention_mask, local_size, config)
         return None  # DeepSpeed would drop it
-    compiling = torch.compiler.is_compiling()
+    if torch.jit.is_tracing():  # a value that is read, or a size that is compared, would hold for all later calls
+        return dense()
+    compiling = is_recorded()
     traced = traced_call(config) if compiling else None
     if traced is not None and traced.unpadded:
         attention_mask = None
@@ -167,7 +170,8 @@ def attention_mask(
     keys = q_offset + q_length - kv_offset  # filled; a static cache is longer
     if not q_length <= keys <= kv_length:
         return dense()
-    if window is not None and window >= keys:
+    # Not in an export, whose lengths a comparison would bound.
+    if window is not None and not torch.compiler.is_exporting() and window >= keys:
         window = None
     if attention_mask is not None:
         if attention_mask.shape[1] < kv_offset + keys:

@@ -31,6 +31,23 @@ def is_linear(module: nn.Module) -> bool:
     )
 
 
+def holds_numbers(weight: Tensor | None) -> bool:
+    """Whether a weight is a tensor of PyTorch's own, in 16 or more bits.
+
+    torchao keeps packed values in tensors of its own classes, which give the dtype that they stand for.
+    """
+    if not isinstance(weight, Tensor) or not weight.is_floating_point() or weight.element_size() < 2:
+        return False
+    return type(weight.data) is Tensor or hasattr(weight, "full_tensor")  # the second is a sharded one
+
+
+def in_words(module: nn.Module) -> str:
+    """A layer's class and what its weight is, for messages."""
+    weight = getattr(module, "weight", None)
+    own = type(weight.data) if isinstance(weight, Tensor) else Tensor
+    return f"{type(module).__name__} with {getattr(weight, 'dtype', 'no') if own is Tensor else own.__name__} weight"
+
+
 def attention_output(query: Tensor, head_dim: int, run: str | None) -> Tensor:
     """A known output [B, S, Hq, D] for query [B, Hq, S, Dq]; its values show a permutation, a gate or a norm."""
     batch, heads, length, _ = query.shape

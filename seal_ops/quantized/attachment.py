@@ -17,6 +17,7 @@ from ..adapters.attachment import SUBMODULE as SCALES
 from ..adapters.files import COLUMNS as ATTRIBUTE
 from ..adapters.files import DELTA
 from ..adapters.freezing import freeze, thaw
+from ..huggingface.projection import in_words
 from ..huggingface.wrappers import unwrapped
 from . import bases, calibration, columns, quantizers, selection, start
 from .originals import Originals
@@ -205,7 +206,7 @@ def attach_weak_columns(
         bases.check(module, name, call)
         if quantize is not None and not bases.is_plain(module):
             raise ValueError(
-                f"seal_ops.{call}: quantize needs layers in 16 or more bits, got {type(module).__name__} for {name}"
+                f"seal_ops.{call}: quantize needs layers in 16 or more bits, got {in_words(module)} for {name}"
             )
     bases.warn_of_gptq(targets.values(), call)
     sizes = {name: bases.sizes(module)[0] for name, module in targets.items()}

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..adapters.files import DELTA
-from ..huggingface.projection import is_linear
+from ..huggingface.projection import holds_numbers, is_linear
 
 UNPACKS = "columns_unpack"  # attribute of a GPTQ layer: what `unpacks` has found
 _PIECE = 256  # columns asked for at once of a layer whose weight only its product shows
@@ -47,7 +47,7 @@ def is_plain(module: nn.Module) -> bool:
     """A torch Linear that holds its weight in 16 or more bits."""
     weight = module._parameters.get("weight")
     base = getattr(type(module), "_columns_base", type(module))
-    return base is nn.Linear and weight is not None and weight.is_floating_point() and weight.element_size() > 1
+    return base is nn.Linear and holds_numbers(weight)
 
 
 def is_gptq(module: nn.Module) -> bool:

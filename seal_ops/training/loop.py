@@ -472,7 +472,7 @@ class _Run:
             if not loss.requires_grad:
                 raise RuntimeError(
                     "seal_ops.train: the loss must depend on what is trained, got one that does not; inside "
-                    "seal_ops.disabled a model computes without its scales"
+                    "seal_ops.disabled a model computes without its scales, and some quantised layers pass no gradient"
                 )
             loss.backward()
             total += loss.detach().to(self.device)

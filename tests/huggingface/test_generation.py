@@ -8,8 +8,8 @@ import types
 import pytest
 import torch
 from families import FAMILIES, randomise, tokens
+from no_wait import NoWait
 from torch._dynamo import lookup_backend
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import CompileConfig, GenerationConfig, StaticCache
 
 import seal_ops
@@ -240,17 +240,6 @@ def test_compiled_decoding_is_one_graph(way, monkeypatch):
         assert stats["unique_graphs"] == 2, names
     assert any("seal" in target and "attention" in target for target in targets) == (way == "fused"), targets
     torch._dynamo.reset()
-
-
-class NoWait(TorchDispatchMode):
-    """Fails where a value of a tensor is asked for, which on a GPU waits for all that was launched."""
-
-    WAITS = ("_local_scalar_dense", "nonzero", "is_nonzero", "equal", "item", "masked_select", "unique")
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func.name().split("::")[1].split(".")[0]
-        assert name not in self.WAITS, f"{func.name()} waits for the device"
-        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("rows", [False, True])

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
+from ...huggingface.projection import holds_numbers
 from ...huggingface.wrappers import unwrapped
 from ..memory_plan import memory
 from ..memory_plan.decoder import UnknownStructure, find_decoder, offloaded
@@ -197,6 +198,8 @@ def convertible(model: nn.Module, call: str, frozen: bool = True) -> list[nn.Lin
                 refuse("plain nn.Linear layers", where)
             if frozen and module.weight.requires_grad:
                 refuse("frozen weights", f"a trained one of {where}")
+            if not holds_numbers(module.weight):
+                refuse("16-bit weights", f"{type(module.weight.data).__name__} in {where}")
             if module.weight.dtype != torch.bfloat16:
                 refuse("a model in torch.bfloat16", f"{module.weight.dtype} in {where}")
             if module.in_features % STEP or module.out_features % STEP:
