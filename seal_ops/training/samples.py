@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from ..tasks.base import IGNORE_INDEX, Encoder, Sample
+from ..tasks.encoding import Encoder
+from ..tasks.sample import IGNORE_INDEX, Sample
 from ..utils.arguments import shown
 
 FORMS = "a Sample, or a dict with input_ids (and labels), prompt and answer, messages, or text"
