@@ -21,8 +21,9 @@ from ..evaluation.runner import evaluate
 from ..evaluation.statistics import holm, paired
 from ..huggingface.origin import provenance
 from ..tasks.description import describe, prompt_options
-from ..training.loop import RESULT, train
+from ..training.loop import train
 from ..training.recipe import GRANULARITIES, LEARNING_RATES
+from ..training.run_folder import RESULT
 from ..utils.files import atomic_write, write_csv
 from .runs import read_json_file, reserved
 

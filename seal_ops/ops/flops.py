@@ -7,12 +7,16 @@ sequences count each by itself; where their lengths are not known (fake tensors)
 
 from __future__ import annotations
 
+import functools
 import importlib.abc
 import importlib.util
 import sys
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
+
+from .autograd import bind
 
 _COUNTER = "torch.utils.flop_counter"
 
@@ -45,45 +49,21 @@ class _WhenImported(importlib.abc.MetaPathFinder):
 
 
 def _register() -> None:
-    from torch.utils.flop_counter import (
-        flop_registry,
-        register_flop_formula,
-        sdpa_backward_flop_count,
-        sdpa_flop_count,
-    )
+    from torch.utils.flop_counter import flop_registry, register_flop_formula, sdpa_backward_flop_count, sdpa_flop_count
 
-    seal = torch.ops.seal
-    if seal.attention in flop_registry:
-        return
+    forward = lambda shapes: sdpa_flop_count(*shapes)
+    backward = lambda shapes: sdpa_backward_flop_count(shapes[0], *shapes)
+    for name, count in (("attention", forward), ("rope_attention", forward), ("attention_backward", backward)):
+        op = getattr(torch.ops.seal, name)
+        if op not in flop_registry:
+            register_flop_formula(op, get_raw=True)(functools.partial(_flops, name, count))
 
-    def forward(q, k, v, cu_seqlens, cu_seqlens_k, max_seqlen, max_seqlen_k):
-        return sum(
-            sdpa_flop_count(*shapes) for shapes in _shapes(q, k, v, cu_seqlens, cu_seqlens_k, max_seqlen, max_seqlen_k)
-        )
 
-    @register_flop_formula(seal.attention, get_raw=True)
-    def attention(
-        q, k, v, scale=None, offset=None, cu_seqlens=None, cu_seqlens_k=None, *, max_seqlen=None, max_seqlen_k=None,
-        **others,
-    ) -> int:  # fmt: skip
-        return forward(q, k, v, cu_seqlens, cu_seqlens_k, max_seqlen, max_seqlen_k)
-
-    @register_flop_formula(seal.rope_attention, get_raw=True)
-    def rope_attention(
-        q, k, v, cos, sin, positions=None, positions_k=None, scale=None, offset=None, cu_seqlens=None,
-        cu_seqlens_k=None, *, max_seqlen=None, max_seqlen_k=None, **others,
-    ) -> int:  # fmt: skip
-        return forward(q, k, v, cu_seqlens, cu_seqlens_k, max_seqlen, max_seqlen_k)
-
-    @register_flop_formula(seal.attention_backward, get_raw=True)
-    def attention_backward(
-        grad_out, grad_lse, q, k, v, out, lse, scale=None, offset=None, cos=None, sin=None, positions=None,
-        positions_k=None, cu_seqlens=None, cu_seqlens_k=None, *, max_seqlen=None, max_seqlen_k=None, **others,
-    ) -> int:  # fmt: skip
-        return sum(
-            sdpa_backward_flop_count(shapes[0], *shapes)
-            for shapes in _shapes(q, k, v, cu_seqlens, cu_seqlens_k, max_seqlen, max_seqlen_k)
-        )
+def _flops(op: str, count: Callable[[tuple], int], *args, **kwargs) -> int:
+    """``count`` of the shapes of each sequence of a call, whose arguments are those of the op's schema."""
+    a = bind(op, args, kwargs)
+    names = ("q", "k", "v", "cu_seqlens", "cu_seqlens_k", "max_seqlen", "max_seqlen_k")
+    return sum(map(count, _shapes(*(a[name] for name in names))))
 
 
 def _shapes(q, k, v, cu_seqlens, cu_seqlens_k, max_seqlen, max_seqlen_k):

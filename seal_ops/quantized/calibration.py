@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..huggingface.modes import mode
-from ..tasks.base import Encoder
+from ..tasks.encoding import Encoder
 
 
 def to_token_ids(samples: Iterable, tokenizer, call: str, window: int) -> list[list[int]]:

@@ -10,13 +10,15 @@ import inspect
 import io
 
 from ..utils.files import atomic_write, read_text
-from .base import IGNORE_INDEX, Encoder, Sample, Task
+from .base import Task
 from .document_qa import DocumentQA
+from .encoding import Encoder
 from .key_threads import KeyThreads
 from .line_retrieval import LineRetrieval
 from .magic_numbers import MagicNumbers
 from .needle_in_haystack import Needle
 from .passkey_retrieval import Passkey
+from .sample import IGNORE_INDEX, Sample
 from .variable_tracking import Variables
 from .word_extraction import CommonWords
 

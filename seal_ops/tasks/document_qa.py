@@ -14,7 +14,8 @@ import string
 from collections import Counter
 
 from ..utils.files import read_text
-from .base import Sample, Task
+from .base import Task
+from .sample import Sample
 
 PROMPT = (
     "Answer the question based on the given text. Only give me the answer and do not output any other words.\n\n"

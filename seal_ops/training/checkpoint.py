@@ -5,55 +5,73 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
 from ..utils.files import replacing
+from .random_state import get_random_state, gpus_of, set_random_state
 
 NAME = "checkpoint.safetensors"
+
+
+@dataclass
+class Progress:
+    """How far a run has come, beside the values that it trains.
+
+    Attributes:
+        losses: of every optimiser step.
+        seconds: of all steps.
+        tile: tokens that MLPs and norms treat at once (None: all), which may move the last bits of a product; True
+            while no run has decided it.
+        linears: what the run has found out about its frozen linear layers in fp8.
+        processes: how many wrote the checkpoint; None for no checkpoint, or one that does not say.
+    """
+
+    losses: list[float] = field(default_factory=list)
+    seconds: float = 0.0
+    tile: int | None | bool = True
+    linears: dict = field(default_factory=dict)
+    processes: int | None = None
 
 
 def save_checkpoint(
     path: str | os.PathLike,
     trained: Mapping[str, nn.Parameter],
     optimizer: torch.optim.Optimizer,
-    losses: list[float],
-    seconds: float,
+    progress: Progress,
     identity: str,
-    tile: int | None = None,
-    linears: dict | None = None,
     random: Sequence[Mapping[str, Tensor]] | None = None,
 ) -> None:
     """Replaces the checkpoint in one step; a process killed meanwhile leaves the one before.
 
     Args:
         trained: the trained parameters by name.
+        optimizer: of them.
+        progress: how far the run is; ``processes`` is told by ``random``.
         identity: of everything else that decides the outcome; :func:`load_checkpoint` compares it.
-        tile: tokens that MLPs and norms treat at once, which may move the last bits of a product.
-        linears: what the run has found out about its frozen linear layers in fp8.
-        random: :func:`random_state` of each process of the run, in their order; None for this one's alone.
+        random: the state of each process of the run, in their order; None for this one's alone.
     """
     from safetensors.torch import save_file
 
-    random = [random_state(trained)] if random is None else random
-    tensors = {"losses": torch.tensor(losses, dtype=torch.float64)}
+    random = [get_random_state(gpus_of(trained.values()))] if random is None else random
+    tensors = {"losses": torch.tensor(progress.losses, dtype=torch.float64)}
     for rank, state in enumerate(random):
         tensors |= {f"{_random(rank)}{device}": value for device, value in state.items()}
     for name, parameter in trained.items():
         tensors[f"value.{name}"] = parameter.detach()
         for key, value in optimizer.state[parameter].items():
             tensors[f"optimizer.{key}.{name}"] = value
-    header = {"identity": identity, "seconds": str(seconds), "tile": str(tile or 0), "processes": str(len(random))}
-    header["frozen_linears"] = json.dumps(linears or {})
+    header = {
+        "identity": identity,
+        "seconds": str(progress.seconds),
+        "tile": str(0 if progress.tile is True else progress.tile or 0),
+        "processes": str(len(random)),
+        "frozen_linears": json.dumps(progress.linears),
+    }
     with replacing(path) as temporary:
         save_file({key: value.cpu().contiguous() for key, value in tensors.items()}, temporary, header)
-
-
-def random_state(trained: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
-    """The random state of this process: device -> state, of the CPU and of the GPUs that hold ``trained``."""
-    found = {"cpu": torch.get_rng_state()}
-    return found | {str(device): torch.cuda.get_rng_state(device) for device in _gpus(trained)}
 
 
 def _random(rank: int) -> str:
@@ -78,11 +96,8 @@ def load_checkpoint(
     optimizer: torch.optim.Optimizer,
     identity: str,
     rank: int = 0,
-) -> tuple[list[float], float, int | None, dict, int | None]:
-    """Puts values, optimiser and the random state of process ``rank`` back.
-
-    Returns:
-        ``(losses, seconds, tile, linears, processes)``; ``processes``: how many wrote it, None in an older file.
+) -> Progress:
+    """Puts values, optimiser and the random state of process ``rank`` back, and says how far the run was.
 
     Raises:
         ValueError: the file is damaged, or of a run with another ``identity``; nothing is changed then.
@@ -109,15 +124,12 @@ def load_checkpoint(
                 state = optimizer.state[trained[owner]]
                 state[field] = value if field == "step" else value.to(trained[owner].device)
     mine = _random(rank if f"{_random(rank)}cpu" in tensors else 0)  # the run may have had fewer processes
-    torch.set_rng_state(tensors[f"{mine}cpu"])
-    for device in _gpus(trained):
-        if f"{mine}{device}" in tensors:
-            torch.cuda.set_rng_state(tensors[f"{mine}{device}"], device)
-    linears = json.loads(header.get("frozen_linears", "{}"))
-    processes = int(header["processes"]) if "processes" in header else None
-    losses, tile = tensors["losses"].tolist(), int(header.get("tile", 0)) or None
-    return losses, float(header["seconds"]), tile, linears, processes
-
-
-def _gpus(trained) -> list[torch.device]:
-    return sorted({p.device for p in trained.values() if p.device.type == "cuda"}, key=str)
+    state = {device: tensors.get(f"{mine}{device}") for device in ("cpu", *map(str, gpus_of(trained.values())))}
+    set_random_state({device: value for device, value in state.items() if value is not None})
+    return Progress(
+        losses=tensors["losses"].tolist(),
+        seconds=float(header["seconds"]),
+        tile=int(header.get("tile", 0)) or None,
+        linears=json.loads(header.get("frozen_linears", "{}")),
+        processes=int(header["processes"]) if "processes" in header else None,
+    )

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import torch
 
-from ..tasks.base import IGNORE_INDEX
+from ..tasks.sample import IGNORE_INDEX
 from ..utils.arguments import integer
 from .samples import to_rows
 

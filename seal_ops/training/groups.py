@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import nn
 
 from ..adapters.files import DELTA
@@ -13,6 +14,39 @@ from .recipe import LEARNING_RATES, NAMES, columns_rate
 def is_column(name: str) -> bool:
     """Whether a parameter of this name is the trained difference of weak columns."""
     return name.rpartition(".")[2] == DELTA
+
+
+def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that `train` trains, by name: those that require gradients.
+
+    Raises:
+        ValueError: nothing or everything requires gradients, a scale is frozen or not in fp32, or an adapter needs more
+            than such a loop.
+    """
+    scales = getattr(model, "seal_scales", None)
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if scales is None and (not trained or len(trained) == sum(1 for _ in model.parameters())):
+        state = "every parameter trainable" if trained else "no trainable parameter"
+        raise ValueError(
+            f"seal_ops.train: model must have scales attached (seal_ops.attach(model, 'head') or 'channel') or weak "
+            f"columns (seal_ops.attach_weak_columns), got a {type(model).__name__} without scales and with {state}"
+        )
+    if scales is not None:
+        for layer, scale in scales.items():
+            if not scale.requires_grad:
+                raise ValueError(f"seal_ops.train: every scale must require gradients, got layer {layer}'s frozen")
+            if scale.dtype not in (torch.float32, torch.float64):
+                raise ValueError(
+                    f"seal_ops.train: scales must be torch.float32 (near 1 a 16-bit step is larger than the optimiser's), "  # noqa: E501
+                    f"got {scale.dtype} in layer {layer}"
+                )
+    kind = getattr(getattr(model, "active_peft_config", None), "peft_type", None)
+    if getattr(kind, "value", kind) == "ADALORA" and any("lora_" in name for name in trained):
+        raise ValueError(
+            "seal_ops.train: model must have an adapter of fixed rank to train, got PEFT's AdaLoRA, which has to "
+            "choose its ranks after each step and adds a term to the loss; freeze it, or train it in a loop of your own"
+        )
+    return trained
 
 
 def rates(model: nn.Module, lr: float | None, column_lr: float | None, call: str) -> tuple[float | None, float | None]:

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..tasks.base import IGNORE_INDEX
+from ..tasks.sample import IGNORE_INDEX
 
 _PIECE = 2**24  # fp32 numbers that are written out at once
 

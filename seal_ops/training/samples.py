@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from ..tasks.base import IGNORE_INDEX, Encoder, Sample
+from ..tasks.encoding import Encoder
+from ..tasks.sample import IGNORE_INDEX, Sample
 from ..utils.arguments import shown
 
 FORMS = "a Sample, or a dict with input_ids (and labels), prompt and answer, messages, or text"
@@ -20,6 +21,11 @@ class Row:
 
     def __len__(self) -> int:
         return len(self.input_ids)
+
+
+def label_count(row: Sample | Row) -> int:
+    """How many tokens of a row are trained; its first token has nothing before it to be predicted from."""
+    return sum(label != IGNORE_INDEX for label in row.labels[1:])
 
 
 def to_rows(
@@ -61,7 +67,7 @@ def to_rows(
                 raise ValueError(f"{where} is text and needs the argument tokenizer, got None")
             encoder = encoder or Encoder(tokenizer, chat_template, call, chat_template_kwargs)
             row = _text(item, encoder, where)
-        if not any(label != IGNORE_INDEX for label in row.labels[1:]):
+        if not label_count(row):
             raise ValueError(f"{where} must have a label behind its first token, got none in {len(row)} tokens")
         rows.append(row)
     if not rows:

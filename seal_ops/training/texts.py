@@ -7,7 +7,7 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
 
-from ..tasks.base import IGNORE_INDEX
+from ..tasks.sample import IGNORE_INDEX
 from ..utils.files import read_text
 from .samples import Row, to_rows
 

@@ -1,4 +1,15 @@
-"""One writer at a time: a lock on an output that ends with its process, however that ends."""
+"""One writer at a time: a lock on an output that ends with its process, however that ends.
+
+Why not `filelock` (4.3.1 was tried), which torch and huggingface_hub bring along:
+
+* Its lock file stays in the folder on Unix, where it would be uploaded with the scales.  Removing it lets two holders
+  in under 3.20.3 and before, and huggingface_hub allows 3.10.
+* It does not say who holds a lock.
+* Where a file system answers ENOLCK, ENOTSUP or EINVAL, as network folders do, it raises, and no run could write there.
+  Where one answers ENOSYS, it takes the file's existence for the lock, and any file that was left behind is one.
+
+What it has and this has not: locks on Windows.
+"""
 
 import contextlib
 import errno
@@ -65,6 +76,8 @@ def _locked(path, wait):
             if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
                 return False
             if error.errno in _UNSUPPORTED:
+                with contextlib.suppress(OSError):
+                    os.unlink(path)
                 return None
             raise
         os.close(handle)  # the one who had it has removed it

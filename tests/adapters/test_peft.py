@@ -170,7 +170,7 @@ def test_prompt_tuning(peft):
 
 @pytest.mark.parametrize("order", ["attach first", "LoRA first"])
 def test_a_run_that_trains_both_saves_both(peft, order, tmp_path):
-    from seal_ops.tasks.base import Sample
+    from seal_ops.tasks.sample import Sample
 
     model = LLAMA.build()
     if order == "attach first":

@@ -11,7 +11,8 @@ from retrieval_fixtures import one_thread  # noqa: F401
 
 from seal_ops.cli.main import COMMANDS
 from seal_ops.evaluation import runner
-from seal_ops.training import loop
+from seal_ops.training import loop, run_folder
+from seal_ops.training.memory_plan.planned_model import PlannedModel
 from seal_ops.utils.locks import only_writer
 from seal_ops.utils.runs import Growing
 
@@ -77,7 +78,7 @@ def content(folder):
 def test_a_stopped_training_says_how_to_go_on_and_goes_on(capsys, train, tmp_path, monkeypatch, number, code, word):
     assert seal(capsys, *train, tmp_path / "whole")[0] == 0
     with monkeypatch.context() as patch:
-        stopping(patch, loop, "save_checkpoint", 2, lambda: os.kill(os.getpid(), number))
+        stopping(patch, run_folder, "save_checkpoint", 2, lambda: os.kill(os.getpid(), number))
         found, _, err = seal(capsys, *train, tmp_path / "cut")
     assert found == code and err.splitlines()[-1] == (
         f"seal train: {word}; step 2 was kept; what is finished lies in {tmp_path / 'cut'}; "
@@ -90,7 +91,7 @@ def test_a_stopped_training_says_how_to_go_on_and_goes_on(capsys, train, tmp_pat
 
 
 def test_a_training_stopped_before_a_checkpoint_says_so(capsys, train, tmp_path, monkeypatch):
-    stopping(monkeypatch, loop._Run, "follow", 1, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    stopping(monkeypatch, PlannedModel, "follow", 1, lambda: os.kill(os.getpid(), signal.SIGTERM))
     code, _, err = seal(capsys, *train, tmp_path / "a")
     assert code == 143 and err.endswith(
         f"terminated; no checkpoint was written to {tmp_path / 'a'} yet; the same command begins anew\n"
@@ -137,7 +138,9 @@ def test_a_full_disc_stops_a_training_which_goes_on_from_the_checkpoint_before(c
     assert seal(capsys, *train, tmp_path / "whole")[0] == 0
     with monkeypatch.context() as patch:
         limits = []
-        stopping(patch, loop, "save_checkpoint", 2, lambda: limits.append(room_for(2000)) or limits[0].__enter__())
+        stopping(
+            patch, run_folder, "save_checkpoint", 2, lambda: limits.append(room_for(2000)) or limits[0].__enter__()
+        )
         code, _, err = seal(capsys, *train, tmp_path / "cut")
         limits[0].__exit__(None, None, None)
     checkpoint = str(tmp_path / "cut" / "checkpoint.safetensors")
@@ -189,7 +192,7 @@ def test_two_writers_of_one_output(capsys, folder, train, tmp_path):  # noqa: F8
 
 
 def test_folders_that_cannot_be_written_are_told_before_the_work(capsys, folder, train, tmp_path, monkeypatch):  # noqa: F811
-    monkeypatch.setattr(loop, "_Run", None)  # what works is not reached
+    monkeypatch.setattr(loop, "OptimizerStep", None)  # what works is not reached
     (tmp_path / "file").write_text("")
     place, model = tmp_path / "file" / "out", ["--model", folder, *TINY]
     for command, *more in (

@@ -67,6 +67,9 @@ def test_packed_sequences_count_each_by_itself_as_flash_attention_does():
     assert flop_registry[torch.ops.seal.attention](q, k, v, None, None, starts) == (
         flop_registry[aten._flash_attention_forward](q, whole_k, whole_v, starts, starts, 15, 15, 0.0, True, False)
     )
+    longer, keys = (torch.randn(24, 2, 16, requires_grad=True) for _ in "kv"), starts + torch.tensor([0, 2, 4])
+    run = lambda: seal_ops.attention(q, *longer, cu_seqlens=starts, cu_seqlens_k=keys.int(), causal=False)
+    assert counted(lambda: run().sum().backward()) == 7 * (4 * (5 * 7 + 15 * 17) * 16 * 2)
     with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True) as fake:  # lengths that nobody knows
         made = [fake.from_tensor(t.detach()) for t in (q, k, v, starts)]
         got = counted(lambda: torch.ops.seal.attention(*made[:3], None, None, made[3], max_seqlen=15))

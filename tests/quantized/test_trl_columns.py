@@ -11,7 +11,7 @@ from families import FAMILIES
 from transformers import TrainerCallback
 
 import seal_ops
-from seal_ops.tasks.base import IGNORE_INDEX
+from seal_ops.tasks.sample import IGNORE_INDEX
 
 trl = pytest.importorskip("trl", reason="SFTTrainer comes from the package trl")
 datasets = pytest.importorskip("datasets")

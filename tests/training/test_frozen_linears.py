@@ -19,12 +19,12 @@ from seal_ops import tasks
 from seal_ops.bench import training_steps
 from seal_ops.bench.training_sizes import Size
 from seal_ops.huggingface.modes import mode
-from seal_ops.training import loop
-from seal_ops.training.frozen_linears import conversion, fp8_product
+from seal_ops.training.checkpoint import NAME as CHECKPOINT
+from seal_ops.training.frozen_linears import conversion, fp8_product, gradient_error
 from seal_ops.training.frozen_linears.conversion import converted_linears
 from seal_ops.training.frozen_linears.fp8_product import Fp8Weight, fp8_linear, quantize_rows
 from seal_ops.training.frozen_linears.gradient_error import PROBE, probe_of, relative_error
-from seal_ops.training.loop import CHECKPOINT, train
+from seal_ops.training.loop import train
 from seal_ops.training.memory_plan.execution import ATTENTION, EVERYTHING, INPUT
 from seal_ops.training.memory_plan.live_bytes import LiveBytes, Saved
 from seal_ops.training.memory_plan.planning import Planner
@@ -295,7 +295,7 @@ def up_is_meta(lm):
 
 @pytest.mark.parametrize("error, warns", [(0.87, True), (float("nan"), True), (0.5, False), (None, False)])
 def test_a_large_error_is_said_at_once(monkeypatch, error, warns):
-    monkeypatch.setattr(loop, "relative_error", lambda found, expected: error)
+    monkeypatch.setattr(gradient_error, "relative_error", lambda found, expected: error)
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         train(trainable(), SAMPLES[:1], gradient_checkpointing=False, frozen_linears="fp8")

@@ -126,6 +126,16 @@ def test_a_saved_run_is_read_by_peft(tmp_path):
     assert close(logits(peft.PeftModel.from_pretrained(plain, tmp_path), ids), expected)
 
 
+def test_a_wrong_argument_leaves_the_model_as_it_was():
+    model = build()
+    before = list(model.state_dict())
+    for wrong in (dict(epochs=0), dict(lr="1e-2"), dict(betas=1), dict(seed=2**80), dict(output_dir=""), "samples"):
+        given, options = ([{"input_ids": [1, 2, 10**6]}], {}) if wrong == "samples" else (samples(), wrong)
+        with pytest.raises(ValueError, match="seal_ops.train: "):
+            seal_ops.train(model, given, recipe="longlora", recipe_options=dict(length=LENGTH), **options)
+        assert list(model.state_dict()) == before and "_seal_extension" not in model.__dict__, wrong
+
+
 def test_runs_repeat_and_go_on(tmp_path):
     options = dict(recipe="sinklora", recipe_options=dict(length=LENGTH), lr=1e-2, epochs=2, progress=False)
     once = seal_ops.train(build(), samples(), **options).losses

@@ -16,13 +16,17 @@ from seal_ops import tasks
 from seal_ops.huggingface.logits import logits_at
 from seal_ops.huggingface.modes import mode
 from seal_ops.training import loop
+from seal_ops.training.checkpoint import NAME as CHECKPOINT
+from seal_ops.training.checkpoint import load_checkpoint
 from seal_ops.training.memory_plan import memory
 from seal_ops.training.memory_plan.execution import ATTENTION, EVERYTHING, INPUT, OFFLOADED
 from seal_ops.training.memory_plan.live_bytes import LiveBytes, Saved
 from seal_ops.training.memory_plan.measuring import Growth
 from seal_ops.training.memory_plan.operations import operations_of
+from seal_ops.training.memory_plan.planned_model import PlannedModel
 from seal_ops.training.memory_plan.planning import Planner
 from seal_ops.training.memory_plan.simulation import expected, seconds
+from seal_ops.training.step import OptimizerStep
 
 ROOT = pathlib.Path(__file__).parents[2]
 SAMPLES = tasks.lines(tokenizer(), length=190, samples=4)
@@ -515,39 +519,44 @@ def test_a_resumed_run_keeps_its_tiles(tmp_path, monkeypatch):
     # The header alone decides; a run with a step left to go is made of the finished one.
     from safetensors import safe_open
 
-    with safe_open(tmp_path / "two" / loop.CHECKPOINT, "pt") as file:
+    with safe_open(tmp_path / "two" / CHECKPOINT, "pt") as file:
         assert file.metadata()["tile"] == "64"
+        identity = file.metadata()["identity"]
     lm = trainable()
-    run = loop._Run(lm, SAMPLES[:2], (None, None), 1, 1, 1, 0.0, (0.9, 0.999), None, 0)
-    _, _, tile, *_ = loop.load_checkpoint(tmp_path / "two" / loop.CHECKPOINT, run.trained, run.optimizer, run.identity)
-    with mode(lm, True), run:
-        run.follow("auto", tile)
-        assert run.plan.tile == 64 and run.plan.fits
-        run.follow(False, tile)
-        assert run.plan.tile == 64
+    trained = {name: p for name, p in lm.named_parameters() if p.requires_grad}
+    optimizer = torch.optim.AdamW(trained.values())
+    tile = load_checkpoint(tmp_path / "two" / CHECKPOINT, trained, optimizer, identity).tile
+    with mode(lm, True), PlannedModel(lm, SAMPLES[:2]) as planned:
+        planned.follow("auto", tile)
+        assert planned.plan.tile == 64 and planned.plan.fits
+        planned.follow(False, tile)
+        assert planned.plan.tile == 64
 
 
 def test_a_step_that_runs_out_of_memory_goes_on_with_less_and_says_so(monkeypatch):
     whole, lm = trainable(), trainable()
     plain = loop.train(whole, SAMPLES)
-    accumulated, calls = loop._Run._accumulated, []
+    accumulated, calls = OptimizerStep._accumulated, []
 
     def fail(self, *args):
-        calls.append(self.plan.keeps)
+        calls.append(self.planned.plan.keeps)
         if len(calls) == 2:
             accumulated(self, *args)  # gradients are there when it happens
             torch.rand(3)
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nmore")
         return accumulated(self, *args)
 
-    monkeypatch.setattr(loop._Run, "_accumulated", fail)
-    with pytest.warns(UserWarning, match=r"does not fit into memory with 2 x everything; going on with .*attention"):
+    monkeypatch.setattr(OptimizerStep, "_accumulated", fail)
+    with pytest.warns(
+        UserWarning, match=r"does not fit into memory with 2 x everything; going on with .*attention"
+    ) as said:
         result = loop.train(lm, SAMPLES)
+    assert said[0].filename == __file__
     assert result.losses == plain.losses and all(map(torch.equal, values(lm), values(whole)))
     assert calls[1] == (EVERYTHING,) * 2 != calls[2] and len(calls) == len(SAMPLES) + 1
     calls.clear()
     monkeypatch.setattr(
-        loop._Run, "_accumulated", lambda self, *args: (_ for _ in ()).throw(torch.OutOfMemoryError("no memory"))
+        OptimizerStep, "_accumulated", lambda self, *args: (_ for _ in ()).throw(torch.OutOfMemoryError("no memory"))
     )
     with pytest.raises(torch.OutOfMemoryError, match="with 2 x input; try gradient_checkpointing='auto', a smaller"):
         loop.train(trainable(), SAMPLES, gradient_checkpointing=True)

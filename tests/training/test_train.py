@@ -13,8 +13,9 @@ from retrieval_fixtures import model, one_thread, tokenizer  # noqa: F401
 
 import seal_ops
 from seal_ops import tasks
+from seal_ops.training.checkpoint import NAME as CHECKPOINT
 from seal_ops.training.collator import Collator
-from seal_ops.training.loop import CHECKPOINT, train
+from seal_ops.training.loop import train
 
 SAMPLES = tasks.lines(tokenizer(), length=190, samples=6)
 

@@ -1,5 +1,6 @@
 """One writer at a time, in threads and processes, and none left behind by a killed one."""
 
+import errno
 import multiprocessing
 import os
 import signal
@@ -105,6 +106,22 @@ def test_a_full_disc_locks_all_the_same(tmp_path):
         ):
             pass
     assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("answer", ["ENOLCK", "ENOTSUP", "ENOSYS", "EINVAL", "EIO"])
+def test_a_file_system_without_locks_lets_all_write_and_keeps_no_file(tmp_path, monkeypatch, answer):
+    code = getattr(errno, answer)
+
+    def flock(handle, how):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(locks.fcntl, "flock", flock)
+    if answer == "EIO":  # a fault of the disc is one
+        with pytest.raises(OSError, match=os.strerror(code)), only_writer(tmp_path, "seal_ops.x"):
+            pass
+        return
+    with only_writer(tmp_path, "seal_ops.x"), only_writer(tmp_path, "seal_ops.x"):
+        assert os.listdir(tmp_path) == []
 
 
 def test_a_system_without_locks_lets_all_write(tmp_path, monkeypatch):

@@ -13,7 +13,8 @@ from ... import tasks
 from ...adapters.attachment import attach, detach, load
 from ...evaluation.runner import evaluate
 from ...huggingface.loading import load_model, load_tokenizer
-from ...tasks.base import Sample, Task
+from ...tasks.base import Task
+from ...tasks.sample import Sample
 from ...tasks.wordings import Reworded
 from ...training.loop import train
 from ...training.recipe import GRANULARITIES

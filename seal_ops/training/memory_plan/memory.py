@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import sys
 
 import torch
 
@@ -56,10 +57,22 @@ def used(device: torch.device) -> int:
 
 
 def begin_peak(device: torch.device) -> None:
-    """From now on `requested` counts its peak anew; nothing on a CPU."""
+    """From now on `peak` and `requested` count the peak anew; nothing on a CPU."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
+
+
+def peak(device: torch.device) -> int:
+    """Bytes in use at most: on a GPU since `begin_peak`, on the CPU since the process began (0: not known)."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    size = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return size if sys.platform == "darwin" else size * 1024
 
 
 def requested(device: torch.device, peak: bool = False) -> int:
