@@ -2,8 +2,10 @@
 
 import contextlib
 import dataclasses
+import gc
 import json
 import pathlib
+import weakref
 
 import pytest
 import torch
@@ -220,6 +222,37 @@ def test_what_a_library_makes_at_its_first_product_is_no_cost_of_a_length():
         return planner_of(lm, 256, 40).measurement.costs(None)
 
     assert told([]) == told([torch.empty(1)]), "with the workspace to be made, and with one that is there"
+
+
+def test_what_lies_in_reference_cycles_is_freed_before_the_samples_and_not_within():
+    """A GPU's allocator counts for the whole process: an old model that goes in the middle of a sample would show."""
+    lm = scaled("llama", num_hidden_layers=2, max_position_embeddings=512)
+    with mode(lm, True):
+        planner, collections, alive = Planner(lm, 128, 20, 2), [], []
+
+        class Old:
+            pass
+
+        hook = lm.model.layers[0].register_forward_pre_hook(lambda *_: alive.append(gone() is not None))
+        threshold = gc.get_threshold()
+        gc.disable()  # so that nobody else collects before
+        try:
+            old = Old()
+            old.itself, gone = old, weakref.ref(old)
+            del old
+            planner.measurement.costs(None)
+            assert len(alive) >= 5 and not any(alive) and not gc.isenabled()
+            gc.enable()
+            gc.set_threshold(1, 1, 1)
+            gc.callbacks.append(lambda phase, _: collections.append(len(alive)))
+            before = len(alive)
+            planner.measurement.costs(32)
+            gc.callbacks.pop()
+        finally:
+            gc.enable()
+            gc.set_threshold(*threshold)
+            hook.remove()
+    assert len(alive) > before and not [count for count in collections if before < count < len(alive)]
 
 
 def test_the_bytes_that_layers_keep_are_those_that_autograd_saves():

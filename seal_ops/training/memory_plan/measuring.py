@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import gc
 from collections.abc import Callable, Sequence
 
 import torch
@@ -199,12 +200,14 @@ class Measurement:
         """
         alike = tile is None or self.samples.alike(tile)
         if not alike and not self._tile_bytes:
-            self._measure_tiles()
-        if not self._taken:
-            # The first products of a process make the libraries' workspaces, in the backward pass's thread its own.
-            self._sample(*self.samples.points[0], None, False)
+            with _no_garbage():
+                self._measure_tiles()
         if (tile, plain) not in self._taken:
-            self._taken[tile, plain] = [self._sample(n, k, tile, plain) for n, k in self.samples.points]
+            with _no_garbage():
+                if not self._taken:
+                    # A process's first products make the libraries' workspaces, in the backward pass's thread its own.
+                    self._sample(*self.samples.points[0], None, False)
+                self._taken[tile, plain] = [self._sample(n, k, tile, plain) for n, k in self.samples.points]
         samples, fit = self._taken[tile, plain], self.samples.fit
         # Where the samples' tiles are short, a real one takes so much more, at most.
         more = 0 if alike else self._tile_bytes * (tile - self.samples.tile_of(tile, self.samples.shortest))
@@ -427,6 +430,20 @@ class _Sample:
     before: int = 0
     head: int = 0
     head_operations: int = 0
+
+
+@contextlib.contextmanager
+def _no_garbage():
+    """What an earlier model left in reference cycles is freed before, not in the middle of a sample, whose bytes would
+    be fewer by it: what a GPU's allocator counts is of the whole process."""
+    enabled = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def _with(function: Callable, *given) -> Callable:
