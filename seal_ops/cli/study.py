@@ -4,19 +4,9 @@ import os
 from dataclasses import fields
 
 from ..huggingface.loading import shipped
-from .options import (
-    Command,
-    Numbers,
-    chat_option,
-    folder_option,
-    kept,
-    list_files,
-    log,
-    model_options,
-    noise_option,
-    positive,
-    setting,
-)
+from .command import Command, kept, list_files, log
+from .option_types import Numbers, positive, setting
+from .options import chat_option, folder_option, model_options, noise_option
 
 
 def options(parser):
