@@ -122,7 +122,7 @@ def _preset(args):
     if args.preset != "smollm2":
         return {"smollm2-4bit": _quantized, "smollm2-context": _context}[args.preset](args)
     from ..experiments.pretrained_study.driver import STUDY
-    from ..experiments.pretrained_study.sections import Plan
+    from ..experiments.pretrained_study.plan import Plan
     from ..experiments.pretrained_study.summary import write_summary
     from ..huggingface.model_packages import resolve
     from ..report.html import write_report

@@ -3,7 +3,7 @@
 from dataclasses import asdict
 
 from .folder import Study
-from .sections import Plan, check, jobs
+from .plan import Plan, check, jobs
 from .workbench import Workbench
 
 FREE = ("sections", "text")  # may change when a study is continued

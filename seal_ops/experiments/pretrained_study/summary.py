@@ -10,7 +10,7 @@ from ...evaluation.statistics import holm, paired, spearman, wilson
 from ...utils.files import atomic_write, write_csv
 from ..runs import read_json_file
 from . import drawings
-from .sections import LOW_RANK, RATE, SCALED
+from .sections.shared import LOW_RANK, RATE, SCALED
 
 METHODS = ("base", *SCALED, *LOW_RANK)
 SUMMARY, TABLES = "summary.json", "tables.md"
