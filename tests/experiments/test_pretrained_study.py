@@ -12,8 +12,8 @@ from retrieval_fixtures import one_thread  # noqa: F401
 
 from seal_ops.experiments.pretrained_study import drawings
 from seal_ops.experiments.pretrained_study.plan import Plan, check, jobs
-from seal_ops.experiments.pretrained_study.queue import Job, Queue, work
 from seal_ops.experiments.pretrained_study.summary import write_summary
+from seal_ops.experiments.study_jobs.queue import Job, Queue, work
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 

@@ -2,7 +2,7 @@
 
 from dataclasses import asdict
 
-from .folder import Study
+from ..study_jobs.folder import Study
 from .plan import Plan, check, jobs
 from .workbench import Workbench
 

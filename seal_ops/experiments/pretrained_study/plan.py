@@ -3,9 +3,9 @@
 import os
 from dataclasses import dataclass, field, replace
 
-from .queue import Job
+from ..study_jobs.drawn_samples import named
+from ..study_jobs.queue import Job
 from .sections import adapters, beyond, curve, elsewhere, heads, length, main, plain_format, quantised, transfer
-from .workbench import named
 
 # As a plan names them; `_rank` says in which order their jobs run.
 SECTIONS = {

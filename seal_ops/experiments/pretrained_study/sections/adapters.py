@@ -1,7 +1,7 @@
 """LoRA and DoRA on the same samples and cases as the main table."""
 
-from ..queue import Job
-from ..workbench import VALIDATION
+from ...comparison import VALIDATION
+from ...study_jobs.queue import Job
 from .shared import LOW_RANK, drawn_tests, summary_line
 
 

@@ -1,7 +1,7 @@
 """Contexts longer than the model's."""
 
 from ....huggingface.context_extension.extending import extended
-from ..queue import Job
+from ...study_jobs.queue import Job
 from .shared import drawn_tests, summary_line
 
 

@@ -1,7 +1,7 @@
 """Accuracy by the number of training samples and by the learning rate."""
 
-from ..queue import Job
-from ..workbench import VALIDATION
+from ...comparison import VALIDATION
+from ...study_jobs.queue import Job
 from .shared import SCALED, drawn_tests, rate_name, summary_line
 
 

@@ -5,7 +5,7 @@ import os
 from ....adapters.attachment import load
 from ....adapters.merging import merge
 from ....evaluation.language_modeling import perplexity
-from ..queue import Job
+from ...study_jobs.queue import Job
 from .shared import SCALED, drawn_tests, rate_name, summary_line
 
 

@@ -4,8 +4,8 @@ from ....tasks.base import Task
 from ...head_importance import measure_head_importance
 from ...quadrants import group_by_sign, quadrant_experiment
 from ...retrieval_heads import needle_span, retrieval_scores
-from ..queue import Job
-from ..workbench import Drawn
+from ...study_jobs.drawn_samples import Drawn
+from ...study_jobs.queue import Job
 from .shared import drawn_tests, method_line
 
 

@@ -1,6 +1,6 @@
 """Trained short and measured long."""
 
-from ..queue import Job
+from ...study_jobs.queue import Job
 from .shared import SCALED, drawn_tests, summary_line
 
 

@@ -1,7 +1,7 @@
 """Accuracy by length of the base, SEAL-H and SEAL-C on every task, for every draw of samples."""
 
-from ..queue import Job
-from ..workbench import VALIDATION
+from ...comparison import VALIDATION
+from ...study_jobs.queue import Job
 from .shared import SCALED, drawn_tests, summary_line
 
 

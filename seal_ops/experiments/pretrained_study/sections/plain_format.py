@@ -1,7 +1,7 @@
 """The base on prompts without the chat template: what is then read as lost ability."""
 
 from ....evaluation.runner import evaluate
-from ..queue import Job
+from ...study_jobs.queue import Job
 from .shared import summary_line
 
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from ..queue import Job
+from ...study_jobs.queue import Job
 from .shared import drawn_tests, summary_line
 
 

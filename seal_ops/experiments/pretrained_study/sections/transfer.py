@@ -1,8 +1,8 @@
 """Scales of one task on all tasks and on other wordings."""
 
 from ....tasks import wordings
-from ..queue import Job
-from ..workbench import REWORDED
+from ...study_jobs.drawn_samples import REWORDED
+from ...study_jobs.queue import Job
 from .shared import drawn_tests, summary_line
 
 
