@@ -1,6 +1,6 @@
 """``seal bench``."""
 
-from .options import Command
+from .command import Command
 
 
 def options(parser):

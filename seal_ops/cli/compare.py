@@ -1,20 +1,15 @@
 """``seal compare``."""
 
+from .command import Command, kept, list_files, log
+from .option_types import Numbers, positive, setting
 from .options import (
-    Command,
-    Numbers,
     backend_option,
     extend_option,
     folder_option,
-    kept,
-    list_files,
     load_model_fn,
-    log,
     method_options,
     model_options,
-    positive,
     prompts,
-    setting,
     task,
     task_options,
 )

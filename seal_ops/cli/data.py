@@ -1,6 +1,8 @@
 """``seal data``."""
 
-from .options import Command, positive, prompts, task, task_options
+from .command import Command
+from .option_types import positive
+from .options import prompts, task, task_options
 
 
 def options(parser):

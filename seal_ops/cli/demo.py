@@ -4,7 +4,9 @@ import os
 from dataclasses import fields, replace
 
 from ..huggingface.loading import shipped
-from .options import Command, Numbers, chat_option, extend_option, kept, model_options, positive
+from .command import Command, kept
+from .option_types import Numbers, positive
+from .options import chat_option, extend_option, model_options
 
 MODEL = os.path.join("models", "seal-tiny")
 

@@ -1,6 +1,7 @@
 """``seal env``."""
 
-from .options import Command, model_options
+from .command import Command
+from .options import model_options
 
 
 def options(parser):

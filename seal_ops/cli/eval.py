@@ -2,21 +2,9 @@
 
 import os
 
-from .options import (
-    Command,
-    Numbers,
-    backend_option,
-    extend_option,
-    kept,
-    load,
-    model_options,
-    plot_file,
-    positive,
-    prompts,
-    restart_option,
-    task,
-    task_options,
-)
+from .command import Command, kept
+from .option_types import Numbers, plot_file, positive
+from .options import backend_option, extend_option, load, model_options, prompts, restart_option, task, task_options
 
 
 def options(parser):

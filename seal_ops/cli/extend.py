@@ -2,7 +2,9 @@
 
 import json
 
-from .options import Command, Numbers, extension, load, model_options, positive
+from .command import Command, log
+from .option_types import Numbers, extension, positive
+from .options import load, model_options
 
 
 def options(parser):
@@ -24,7 +26,6 @@ def run(args):
     from ..experiments.extension_comparison import BASE, compare_extensions, suggested
     from ..huggingface.context_window import trained_length
     from ..utils.files import atomic_write, check_file, read_text
-    from .options import log
 
     if args.text is not None and not args.lengths:
         raise ValueError("--lengths must be given with --text, got none")

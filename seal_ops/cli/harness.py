@@ -1,6 +1,8 @@
 """``seal harness``."""
 
-from .options import Command, Numbers, backend_option, extend_option, load, model_options, positive
+from .command import Command
+from .option_types import Numbers, positive
+from .options import backend_option, extend_option, load, model_options
 
 
 def options(parser):

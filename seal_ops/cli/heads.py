@@ -2,20 +2,17 @@
 
 import os
 
+from .command import Command, kept, list_files
+from .option_types import Numbers, positive
 from .options import (
-    Command,
-    Numbers,
     backend_option,
     checkpointing,
     checkpointing_option,
     extend_option,
     folder_option,
-    kept,
-    list_files,
     load,
     model_options,
     noise_option,
-    positive,
     prompts,
     task,
     task_options,

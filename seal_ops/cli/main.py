@@ -32,7 +32,8 @@ from . import (
     train,
     transfer,
 )
-from .options import Help, config_option, configure, configured
+from .command import Help
+from .config_file import config_option, configure, configured
 
 # transformers and matplotlib are imported by the subcommands that need them.
 

@@ -1,6 +1,7 @@
 """``seal merge``."""
 
-from .options import Command, load, model_options
+from .command import Command
+from .options import load, model_options
 
 
 def options(parser):

@@ -1,15 +1,8 @@
 """``seal plan``."""
 
-from .options import (
-    Command,
-    backend_option,
-    extend_option,
-    frozen_linears_option,
-    load,
-    model_options,
-    positive,
-    positive_number,
-)
+from .command import Command
+from .option_types import positive, positive_number
+from .options import backend_option, extend_option, frozen_linears_option, load, model_options
 
 
 def options(parser):

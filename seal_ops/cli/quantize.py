@@ -1,6 +1,8 @@
 """``seal quantize``."""
 
-from .options import Command, load, model_options, positive, prompts, task, task_options
+from .command import Command
+from .option_types import positive
+from .options import load, model_options, prompts, task, task_options
 
 
 def options(parser):

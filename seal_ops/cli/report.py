@@ -1,6 +1,6 @@
 """``seal report``."""
 
-from .options import Command
+from .command import Command
 
 
 def options(parser):

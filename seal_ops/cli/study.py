@@ -4,19 +4,9 @@ import os
 from dataclasses import fields
 
 from ..huggingface.loading import shipped
-from .options import (
-    Command,
-    Numbers,
-    chat_option,
-    folder_option,
-    kept,
-    list_files,
-    log,
-    model_options,
-    noise_option,
-    positive,
-    setting,
-)
+from .command import Command, kept, list_files, log
+from .option_types import Numbers, positive, setting
+from .options import chat_option, folder_option, model_options, noise_option
 
 
 def options(parser):
@@ -132,7 +122,7 @@ def _preset(args):
     if args.preset != "smollm2":
         return {"smollm2-4bit": _quantized, "smollm2-context": _context}[args.preset](args)
     from ..experiments.pretrained_study.driver import STUDY
-    from ..experiments.pretrained_study.sections import Plan
+    from ..experiments.pretrained_study.plan import Plan
     from ..experiments.pretrained_study.summary import write_summary
     from ..huggingface.model_packages import resolve
     from ..report.html import write_report

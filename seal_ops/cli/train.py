@@ -2,22 +2,19 @@
 
 import os
 
+from .command import Command, kept
 from .launched import join
+from .option_types import positive, positive_number, setting
 from .options import (
-    Command,
     backend_option,
     checkpointing,
     checkpointing_option,
     extend_option,
     frozen_linears_option,
-    kept,
     load,
     model_options,
-    positive,
-    positive_number,
     prompts,
     restart_option,
-    setting,
     task,
     task_options,
 )

@@ -1,19 +1,16 @@
 """``seal transfer``."""
 
+from .command import Command, kept, list_files, log
+from .option_types import positive
 from .options import (
-    Command,
     backend_option,
     chat_option,
     extend_option,
     folder_option,
-    kept,
-    list_files,
     load_model_fn,
-    log,
     method_options,
     model_options,
     named_task,
-    positive,
     prompts,
 )
 

@@ -15,7 +15,7 @@ from retrieval_fixtures import model, one_thread, tokenizer  # noqa: F401
 
 from seal_ops import tasks
 from seal_ops.cli import main as cli
-from seal_ops.cli.options import Command
+from seal_ops.cli.command import Command
 from seal_ops.evaluation.results import Evaluation
 from seal_ops.experiments import comparison, demo
 

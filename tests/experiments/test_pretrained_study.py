@@ -10,10 +10,10 @@ from command_line import TINY, folder, seal  # noqa: F401
 from full_disc import resource, room_for
 from retrieval_fixtures import one_thread  # noqa: F401
 
-from seal_ops.experiments.pretrained_study import drawings, sections
-from seal_ops.experiments.pretrained_study.queue import Job, Queue, work
-from seal_ops.experiments.pretrained_study.sections import Plan, jobs
+from seal_ops.experiments.pretrained_study import drawings
+from seal_ops.experiments.pretrained_study.plan import Plan, check, jobs
 from seal_ops.experiments.pretrained_study.summary import write_summary
+from seal_ops.experiments.study_jobs.queue import Job, Queue, work
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
@@ -91,7 +91,7 @@ def test_every_job_comes_behind_what_it_needs():
     for job in jobs(plan):
         assert all(names.index(need) < names.index(job.name) for need in job.needs), job.name
     with pytest.raises(ValueError, match="sections must be among main, .*, got 'mian'"):
-        sections.check(Plan(sections=("mian",)))
+        check(Plan(sections=("mian",)))
 
 
 def test_study_and_summary(capsys, folder, tmp_path):  # noqa: F811

@@ -23,10 +23,10 @@ from seal_ops.training.checkpoint import load_checkpoint
 from seal_ops.training.memory_plan import memory
 from seal_ops.training.memory_plan.execution import ATTENTION, EVERYTHING, INPUT, OFFLOADED
 from seal_ops.training.memory_plan.live_bytes import LiveBytes, Saved
-from seal_ops.training.memory_plan.measuring import Growth
 from seal_ops.training.memory_plan.operations import operations_of
 from seal_ops.training.memory_plan.planned_model import PlannedModel
 from seal_ops.training.memory_plan.planning import Planner
+from seal_ops.training.memory_plan.short_samples import Growth
 from seal_ops.training.memory_plan.simulation import expected, seconds
 from seal_ops.training.step import OptimizerStep
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import asdict
 
-from ..pretrained_study.folder import Study
+from ..study_jobs.folder import Study
 from .plan import Plan, check, jobs
 from .workbench import Workbench
 

@@ -9,8 +9,8 @@ from ...huggingface.context_extension.methods import METHODS
 from ...training.long_context import FULL_ATTENTION, RECIPES
 from ..comparison import VALIDATION
 from ..extension_comparison import BASE, suggested
-from ..pretrained_study.queue import Job
-from ..pretrained_study.workbench import named
+from ..study_jobs.drawn_samples import named
+from ..study_jobs.queue import Job
 
 SCALES = "SEAL-C"
 SECTIONS = ("perplexity", "retrieval", "scaled", "tuned")

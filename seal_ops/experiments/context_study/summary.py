@@ -9,9 +9,9 @@ from ...report import plots
 from ...training.long_context import FULL_ATTENTION
 from ...utils.files import atomic_write, write_csv
 from ..extension_comparison import BASE
-from ..pretrained_study.folder import PLAN
 from ..pretrained_study.summary import cell
 from ..runs import read_json_file
+from ..study_jobs.folder import PLAN
 from .plan import SCALES, Plan, jobs
 
 SUMMARY, TABLES = "summary.json", "tables.md"

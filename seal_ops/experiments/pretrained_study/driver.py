@@ -2,8 +2,8 @@
 
 from dataclasses import asdict
 
-from .folder import Study
-from .sections import Plan, check, jobs
+from ..study_jobs.folder import Study
+from .plan import Plan, check, jobs
 from .workbench import Workbench
 
 FREE = ("sections", "text")  # may change when a study is continued

@@ -6,8 +6,8 @@ import os
 from dataclasses import asdict
 
 from ...utils.files import atomic_write, write_csv
-from ..pretrained_study.folder import PLAN, Study
 from ..runs import read_json_file
+from ..study_jobs.folder import PLAN, Study
 from .plan import Plan, check, jobs
 from .workbench import Workbench
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from ...training.recipe import columns_rate
 from ..comparison import VALIDATION
-from ..pretrained_study.queue import Job
-from ..pretrained_study.workbench import named
+from ..study_jobs.drawn_samples import named
+from ..study_jobs.queue import Job
 from .workbench import RETRIEVAL, TEXT
 
 UNTRAINED = ("16 bits", "NF4", "columns")

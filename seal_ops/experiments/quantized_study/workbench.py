@@ -19,8 +19,8 @@ from ...quantized.attachment import attach_weak_columns, find_targets
 from ...quantized.quantizers import quantize_layers
 from ...training.loop import train
 from ..comparison import VALIDATION, validation_loss
-from ..pretrained_study.workbench import Drawn, Samples
 from ..runs import read_json_file
+from ..study_jobs.drawn_samples import Drawn, Samples
 
 TEXT, RETRIEVAL = "text", "retrieval"
 LORA_RANK, LORA_ALPHA = 64, 16  # QLoRA's (arXiv 2305.14314)

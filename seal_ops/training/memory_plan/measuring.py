@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import gc
 from collections.abc import Callable, Sequence
 
@@ -14,164 +13,16 @@ from torch.utils._pytree import tree_leaves
 
 from ...huggingface.logits import logits_at
 from ...huggingface.modes import prepared
-from ...quantized import bases
 from ..losses import summed_cross_entropy
-from .decoder import Decoder, UnknownStructure, Watch, device_of, replaced_forwards
+from .costs import Costs, LayerCost
+from .decoder import Decoder, UnknownStructure, Watch, replaced_forwards
 from .execution import EVERYTHING, Execution, at_rows
 from .last_rows import LastRows, cut_last_layer
 from .live_bytes import Meter, Saved
+from .short_samples import Growth, ShortSamples
 from .tiling import candidates, run_tiled, treats_tokens_alone
 
-# Tokens of the shortest sample. An allocator that tells rounded sizes alone would show that in shorter ones.
-SHORT = {"cuda": 512}
-SHORT_ELSEWHERE = 64
-MOST_TILES = 32  # of a sample: each takes its time
-
-
-@dataclasses.dataclass(frozen=True)
-class Growth:
-    """A quantity by tokens ``n`` of a row and rows with labels ``k``: ``constant + linear n + square n² + label k``."""
-
-    constant: float = 0.0
-    linear: float = 0.0
-    square: float = 0.0
-    label: float = 0.0
-
-    def __call__(self, length: int, labels: int) -> int:
-        value = self.constant + self.linear * length + self.square * length**2 + self.label * labels
-        return max(0, round(value))
-
-    @classmethod
-    def through(cls, points: Sequence[tuple[int, int]], values: Sequence[float], straight: bool = False) -> Growth:
-        """Through four points ``(n, k)``: the first two differ in k alone, the others are at twice and four times n.
-
-        A bend below a hundredth of the value is rounding of an allocator's; it would be gigabytes at a million tokens.
-        ``straight``: any bend is that of a maximum of straight lines, of which the last one goes on.
-        """
-        n = points[0][0]
-        label = (values[1] - values[0]) / (points[1][1] - points[0][1])
-        one, _, two, four = (value - label * k for value, (_, k) in zip(values, points))
-        square = ((four - two) / (2 * n) - (two - one) / n) / (3 * n)
-        if straight or abs(square) * (4 * n) ** 2 < 0.01 * abs(four):
-            square = 0.0
-        linear = (four - two) / (2 * n) - square * 6 * n
-        return cls(four - 4 * n * linear - square * (4 * n) ** 2, linear, square, label)
-
-
-@dataclasses.dataclass(frozen=True)
-class LayerCost:
-    """Of one decoder layer: bytes, its input left out unless said, and operations.
-
-    Attributes:
-        differentiates: whether anything in it or before it asks for a gradient.
-        keeps_entry: whether the graph of a plain call keeps the states that the layer was called with.
-        entry, result: those states (0 for the first layer, whose are the embeddings), and the states that it returns.
-        kept: what else the graph of a plain call keeps.
-        attention: what the fused attention returns.
-        free: most at once in a call without a graph, with the result.
-        forward: most at once in a call with a graph, with the result.
-        backward: most at once in the backward pass, with what the graph keeps, without the gradient of the result.
-        linear_operations, attention_operations: of a forward call.
-    """
-
-    differentiates: bool
-    keeps_entry: bool
-    entry: float
-    result: float
-    kept: float
-    attention: float
-    free: float
-    forward: float
-    backward: float
-    linear_operations: float
-    attention_operations: float
-
-
 _GROWING = [f.name for f in dataclasses.fields(LayerCost)][2:]
-
-
-@dataclasses.dataclass(frozen=True)
-class Costs:
-    """Of a whole model, at one length.
-
-    Attributes:
-        layers: one for each layer.
-        before: bytes that live when the first layer is called: embeddings, rotary tables, masks.
-        head: most bytes from the last layer's result, left out, to its gradient.
-        head_operations: of the forward part of that.
-    """
-
-    layers: tuple[LayerCost, ...]
-    before: float
-    head: float
-    head_operations: float
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Samples:
-    """The short samples of a measurement.
-
-    Attributes:
-        model: in training mode, inside whatever a training run puts on it.
-        length, labels: tokens of the longest row that will be trained on, and its rows whose logits the loss reads.
-        batch_size: rows of a sample.
-        padded: whether rows differ in length.
-        ids: tokens to take; None for any.
-    """
-
-    model: nn.Module
-    length: int
-    labels: int
-    batch_size: int = 1
-    padded: bool = False
-    ids: Sequence[int] | None = None
-
-    @property
-    def device(self) -> torch.device:
-        return device_of(self.model)
-
-    @functools.cached_property
-    def shortest(self) -> int:
-        least = SHORT.get(self.device.type, SHORT_ELSEWHERE)
-        return max(4, min(max(least, -(-_tokens_of_a_weight(self.model) // self.batch_size)), self.length // 4))
-
-    def alike(self, tile: int) -> bool:
-        """Whether tiles of ``tile`` tokens are cut so that the samples are, too: into as many tiles as a real row."""
-        return tile * MOST_TILES >= self.batch_size * self.length
-
-    def tile_of(self, tile: int, length: int) -> int:
-        """Tokens of a tile in a sample of ``length`` tokens a row, as many times shorter than one of ``tile`` tokens as
-        the row is than a real one.  Where that would be too many tiles, few tokens in every sample."""
-        if self.alike(tile):
-            return max(1, -(-length * min(tile, self.batch_size * self.length) // self.length))
-        return max(1, self.batch_size * self.shortest // 8)
-
-    @property
-    def points(self) -> list[tuple[int, int]]:
-        """Tokens and labels of the samples: few labels or many, as the real ones, so that both take the same way."""
-        n = self.shortest
-        lengths, more = (n, n, 2 * n, 4 * n), max(1, n // 8)
-        if 2 * self.labels <= self.length:
-            return [(m, max(1, n // 4) + (more if i == 1 else 0)) for i, m in enumerate(lengths)]
-        return [(m, m - (0 if i == 1 else more)) for i, m in enumerate(lengths)]
-
-    def inputs(self, length: int) -> dict:
-        """Of a sample: ``input_ids`` [B, S], and where rows differ in length a mask."""
-        count = self.batch_size * length
-        if self.ids is None:
-            vocabulary = self.model.get_input_embeddings().weight.shape[0]
-            ids = torch.arange(count, device=self.device) % vocabulary
-        else:
-            ids = torch.tensor(self.ids[:count], device=self.device).repeat(-(-count // len(self.ids)))[:count]
-        inputs = {"input_ids": ids.view(self.batch_size, length), "use_cache": False}
-        if self.padded:
-            inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
-            inputs["attention_mask"][-1, length - length // 8 - 1 :] = 0
-        return inputs
-
-    def fit(self, values: Sequence[float], straight: bool = False) -> int:
-        """What a quantity is at the real length and labels, from its values in the samples; ``straight``: no square."""
-        return Growth.through(self.points, values, straight)(self.length, self.labels)
 
 
 class Measurement:
@@ -183,7 +34,7 @@ class Measurement:
     ``rows``: the last layer where it can be cut, else ``rows_reason`` says why not.  ``tiled``: what can run in tiles.
     """
 
-    def __init__(self, samples: Samples, decoder: Decoder):
+    def __init__(self, samples: ShortSamples, decoder: Decoder):
         self.samples, self.decoder = samples, decoder
         self.model, self.device = samples.model, samples.device
         self.rows: LastRows | None = None
@@ -387,7 +238,7 @@ class Measurement:
 class WholeMeasurement:
     """Measures steps of a model whose layers are not known."""
 
-    def __init__(self, samples: Samples):
+    def __init__(self, samples: ShortSamples):
         self.samples = samples
 
     def peak(self, setting: bool | str) -> int:
@@ -403,18 +254,6 @@ class WholeMeasurement:
             leaves = [p for p in model.parameters() if p.requires_grad]
             torch.autograd.grad(loss, leaves, allow_unused=True)
             return meter.lap()
-
-
-def _tokens_of_a_weight(model: nn.Module) -> int:
-    """Tokens with which a layer's outputs outweigh by far one weight in few bits that is written out.
-
-    With fewer, that weight decides where the peak lies, and longer rows have it elsewhere.
-    """
-    sizes = [bases.sizes(m) for m in model.modules() if bases.is_packed(m)]
-    if not sizes:
-        return 0
-    layers = max(1, getattr(model.config.get_text_config(), "num_hidden_layers", 1))
-    return 4 * layers * max(columns * rows for columns, rows in sizes) // sum(rows for _, rows in sizes)
 
 
 def _loss(logits: Tensor) -> Tensor:

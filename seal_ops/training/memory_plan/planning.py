@@ -16,7 +16,8 @@ from ..frozen_linears.conversion import converted_linears
 from . import memory as memories
 from .decoder import UnknownStructure, device_of, find_decoder
 from .execution import ATTENTION, EVERYTHING, INPUT, OFFLOADED, Execution, Whole
-from .measuring import Measurement, Samples, WholeMeasurement
+from .measuring import Measurement, WholeMeasurement
+from .short_samples import ShortSamples
 from .simulation import expected, seconds
 from .tiling import TILE
 
@@ -190,7 +191,7 @@ class Planner:
         self.reason: str | None = None  # why the layers are not planned one by one
         devices = {p.device for p in model.parameters() if not p.is_meta}
         self.plans = alone and len(devices) <= 1
-        self._samples = Samples(model, length, labels, batch_size, padded, ids)
+        self._samples = ShortSamples(model, length, labels, batch_size, padded, ids)
         try:
             if not alone:
                 raise UnknownStructure("its forward pass waits for other processes")

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 
+from .costs import Costs, LayerCost
 from .execution import ATTENTION, EVERYTHING, OFFLOADED
-from .measuring import Costs, LayerCost
 from .memory import Throughput
 
 

@@ -1,0 +1,73 @@
+"""The learned scale of one layer, as a module: fp32 whatever the model is cast to."""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+from torch import Tensor, nn
+
+
+class LayerScale(nn.Module):
+    """The scale of one layer, fp32, ``[Hq]`` or ``[Hq, D]``."""
+
+    def __init__(self, shape: tuple[int, ...], device=None):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(shape, dtype=torch.float32, device=device))
+        self.per_row: Tensor | None = None  # [B, Hq, 1 or D], in the place of `scale`; see `Scales.rows`
+        self.copied = False  # whether a batch may hold every row several times, as `generate` makes it
+        self.may_be_frozen = False
+        self.left_alone = False  # by the state dict that is being loaded
+
+    def forward(self, learned: bool = False, batch: int | None = None) -> Tensor:
+        """What attention multiplies by: the scale, or one a row inside `Scales.rows`; ``learned``: always the scale.
+
+        ``batch``: the number of rows that are asked for.  Raises ValueError where the scales are for another number.
+
+        A call, so that the hooks of offloading and of sharding bring the parameter here first.
+        """
+        if self.per_row is not None and not learned:
+            return self.per_row if batch is None else self._for_rows(batch)
+        if self.scale.dtype not in (torch.float32, torch.float64):  # `_apply` does not see these casts
+            raise ValueError(
+                f"seal_ops: scales must stay torch.float32, got {self.scale.dtype}; leave the mixed precision of "
+                f"DeepSpeed or FSDP out and load the model in 16 bits instead, which leaves the scales as they are"
+            )
+        if (
+            self.training
+            and not self.scale.requires_grad
+            and not self.may_be_frozen
+            and torch.is_grad_enabled()
+            and not torch.compiler.is_compiling()
+        ):
+            warnings.warn(
+                "seal_ops: the model is trained while its scales are frozen; peft.get_peft_model freezes all "
+                "that is not its own. Call scales.requires_grad_(True) to train them too, or "
+                "scales.requires_grad_(False) to say that they are to stay",
+                stacklevel=2,
+            )
+        return self.scale
+
+    def _for_rows(self, batch: int) -> Tensor:
+        rows = self.per_row.shape[0]
+        if batch == rows:
+            return self.per_row
+        if self.copied and batch % rows == 0:  # beams of a row lie side by side
+            return self.per_row.repeat_interleave(batch // rows, 0)
+        raise ValueError(f"seal_ops.Scales: the batch must have {rows} rows, one for each given scale, got {batch}")
+
+    def _apply(self, fn, recurse=True):
+        # `model.to(torch.bfloat16)` reaches here too. Near 1 bf16 moves in steps of 2^-7, larger than an optimiser's.
+        before = self.scale.detach()
+        super()._apply(fn, recurse)
+        if self.scale.dtype != before.dtype and self.scale.device.type != "meta":
+            self.scale.data = before.to(self.scale.device)
+        return self
+
+    def _load_from_state_dict(self, *args):
+        # The base model's weights leave the scales as they are, also in a strict load; `Scales` warns then.
+        if not self.left_alone:
+            super()._load_from_state_dict(*args)
+
+    def extra_repr(self) -> str:
+        return ", ".join(map(str, self.scale.shape))

@@ -1,0 +1,28 @@
+"""What the sections have alike: the methods, the cases of a test, and the line that sums up a job."""
+
+from ....training.recipe import GRANULARITIES
+
+SCALED = tuple(GRANULARITIES)
+LOW_RANK = ("LoRA", "DoRA")
+RATE = "rate-"  # begins the names of the rate curve's scales
+
+
+def drawn_tests(plan, task, lengths, cases, seed=0):
+    """What a job draws to test on, as `Job.samples` tells it."""
+    return tuple((task, length, cases, seed, "test") for length in lengths)
+
+
+def method_line(method, measured):
+    """The accuracies of one method, by length."""
+    cells = ", ".join(f"{n} {sum(s) / len(s):.2f}" for n, s in measured["scores"].items())
+    return f"{method}: {cells}"
+
+
+def summary_line(measured):
+    """The accuracies of all methods of a job."""
+    return "; ".join(method_line(name, found) for name, found in measured.items())
+
+
+def rate_name(task, method, lr):
+    """Of the scales that the rate curve trains at ``lr``."""
+    return f"{RATE}{task}-{method}-{lr:g}"
