@@ -255,6 +255,21 @@ def test_what_lies_in_reference_cycles_is_freed_before_the_samples_and_not_withi
     assert len(alive) > before and not [count for count in collections if before < count < len(alive)]
 
 
+@pytest.mark.parametrize("tile", [None, 32])
+def test_a_plan_leaves_no_tensor_behind(tile):
+    lm = scaled("llama", num_hidden_layers=3, max_position_embeddings=512)
+    with LiveBytes() as live, mode(lm, True):
+        planner = Planner(lm, 128, 20, 2)
+        assert planner.measurement.rows is not None
+        planner.measurement.costs(tile)
+        with run_as(planner, (INPUT,) * 3, tile=tile) as run:
+            found = gradients(lm, run.logits_at, torch.arange(108, 128), input_ids=tokens(2, 128), use_cache=False)
+        lm.zero_grad(set_to_none=True)
+        del planner, run, found
+        gc.collect()
+        assert live.peak > 0 and live.live == 0
+
+
 def test_the_bytes_that_layers_keep_are_those_that_autograd_saves():
     lm = scaled("llama", num_hidden_layers=4, max_position_embeddings=512)
     planner = planner_of(lm, 256, 16)

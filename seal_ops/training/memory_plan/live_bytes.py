@@ -124,7 +124,9 @@ class Saved:
         if storage._cdata not in self._met:
             self._met.add(storage._cdata)
             self.bytes += 0 if storage._cdata in self._given else storage.nbytes()
-        return tensor
+        # An operation that saves its own result would hold itself through it, and for ever where nothing runs it
+        # backward, as what the cut last layer computes of its rows before attention.
+        return tensor.detach()
 
     def __enter__(self) -> Saved:
         self._hooks.__enter__()
