@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import itertools
 import os
 import sys
@@ -40,6 +41,15 @@ class Scales(nn.Module):
         self.saved_beside = False  # while `saving.SaveBoth` saves the model that the scales are on
         self.loaded = False  # whether a state dict with scales has been loaded
         self._set_layers(config, devices or {})
+
+    def __deepcopy__(self, memo: dict) -> Scales:
+        """Copied with the model they are on, they are on the copy; copied alone, as averages are, they are on none."""
+        copied = memo[id(self)] = type(self).__new__(type(self))
+        state = dict(self.__dict__)
+        if self.attachment is not None and id(self.attachment.owner) not in memo:
+            state["attachment"] = None  # which would bring a copy of the whole model along
+        copied.__dict__.update(copy.deepcopy(state, memo))
+        return copied
 
     # -- parameters --------------------------------------------------------------------------------------------------
     def _set_layers(self, config: ScalesConfig, devices: Mapping) -> None:

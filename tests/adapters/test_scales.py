@@ -30,6 +30,44 @@ def test_only_trainable_parameters():
     assert set(trainable) < set(model.state_dict())
 
 
+def test_a_copy_of_the_scales_alone_leaves_the_model_where_it_is(tmp_path, monkeypatch):
+    model = LLAMA.build()
+    scales = seal_ops.attach(model, "channel")
+    with monkeypatch.context() as patched:
+        patched.setattr(
+            type(model), "__deepcopy__", lambda self, memo: pytest.fail("the model is copied"), raising=False
+        )
+        average = torch.optim.swa_utils.AveragedModel(scales)
+        randomise(scales)
+        average.update_parameters(scales)
+        average.update_parameters(scales)
+    kept = average.module
+    assert kept.attachment is None and scales.attachment is not None
+    for (_, mean), (_, last) in zip(kept.items(), scales.items()):
+        assert torch.equal(mean, last)  # the first update copies
+    kept.save_pretrained(tmp_path)
+    randomise(scales, seed=9)
+    seal_ops.load(model, tmp_path)
+    assert all(torch.equal(a, b) for a, b in zip(kept.parameters(), scales.parameters()))
+
+
+@pytest.mark.parametrize("order", [("model", "scales"), ("scales", "model")])
+def test_scales_copied_with_their_model_are_on_its_copy(order):
+    model = LLAMA.build()
+    scales = seal_ops.attach(model, "head")
+    randomise(scales)
+    both = {"model": model, "scales": scales}
+    twins = copy.deepcopy({name: both[name] for name in order})
+    assert twins["scales"] is twins["model"].seal_scales and twins["scales"].attachment.owner is twins["model"]
+    with torch.no_grad():
+        for p in twins["scales"].parameters():
+            p.mul_(2)
+    assert not close(logits(twins["model"], tokens()), logits(model, tokens()))
+    seal_ops.detach(twins["model"])
+    assert scales.attachment.owner is model
+    assert close(logits(twins["model"], tokens()), logits(LLAMA.build(), tokens()))
+
+
 def test_layers_that_are_not_named_have_no_scale():
     model = LLAMA.build(num_hidden_layers=3)
     scales = seal_ops.attach(model, "head", layers=[2, 0])
