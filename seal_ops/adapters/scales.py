@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from ..huggingface.modes import recomputed_inside
 from ..utils.arguments import path
 from . import files, model_card
 from .files import DEFAULT_ADAPTER, ScalesConfig
@@ -190,7 +191,8 @@ class Scales(nn.Module):
         try:
             for holder, tensor in prepared.items():
                 holder.per_row = tensor
-            yield self
+            with self._recomputed_inside("Scales.rows"):
+                yield self
         finally:
             for holder, tensor in previous.items():
                 holder.per_row = tensor
@@ -362,10 +364,16 @@ class Scales(nn.Module):
                 wide = any(attn.index in values and values[attn.index].dim() == 2 for values in scale_of.values())
                 holder.per_row = _one_a_row(scales, attn, wide, holder.scale.device)
                 attn.scaling = holder
-            yield self
+            with self._recomputed_inside("Scales.adapters_per_row"):
+                yield self
         finally:
             for attn, scaling, holder, rows in before:
                 attn.scaling, holder.per_row = scaling, rows
+
+    def _recomputed_inside(self, block: str):
+        if self.attachment is None:
+            return contextlib.nullcontext()
+        return recomputed_inside(self.attachment.owner, block)
 
     def _spare_holder(self, attn, scales) -> LayerScale:
         """For a layer that the active adapter leaves alone; kept, since compiled code is tied to the object."""

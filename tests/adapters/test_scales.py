@@ -312,6 +312,46 @@ def test_deepcopied_scales_of_a_detached_model():
     assert twin.config == scales.config and twin.attachment is None
 
 
+# -- gradient checkpointing --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("block", ["rows", "adapters_per_row", "disabled"])
+def test_checkpointed_layers_are_recomputed_in_their_block_or_not_at_all(block, reentrant):
+    """A backward pass behind the block would take other scales, in silence where checkpointing is reentrant."""
+    model, ids = LLAMA.build().train(), tokens()
+    scales = seal_ops.attach(model, "head")
+    randomise(scales)
+    embeds = model.get_input_embeddings()(ids).detach().requires_grad_()
+    inside = {
+        "rows": lambda: scales.rows(torch.full((2, len(ids), 4), 0.5)),
+        "adapters_per_row": lambda: scales.adapters_per_row(["base"] * len(ids)),
+        "disabled": lambda: seal_ops.disabled(model),
+    }[block]
+
+    def gradient(backward_inside):
+        embeds.grad = None
+        with inside():
+            loss = model(inputs_embeds=embeds, labels=ids, use_cache=False).loss
+            if backward_inside:
+                loss.backward()
+        if not backward_inside:
+            loss.backward()
+        return embeds.grad
+
+    expected = gradient(False)
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    assert close(gradient(True), expected)
+    with pytest.raises(RuntimeError, match="must be recomputed inside the block that it ran in, got a backward pass"):
+        gradient(False)
+    with torch.no_grad(), inside():  # as for a reference, between a forward pass and its own backward pass
+        model(inputs_embeds=embeds, use_cache=False)
+    loss = model(inputs_embeds=embeds, labels=ids, use_cache=False).loss
+    with torch.no_grad(), inside():
+        model(inputs_embeds=embeds, use_cache=False)
+    loss.backward()
+
+
 # -- what is no model, no folder, no row ------------------------------------------------------------------------------
 
 
