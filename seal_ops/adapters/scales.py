@@ -312,7 +312,7 @@ class Scales(nn.Module):
         check_new_name(adapter_name, "Scales.add_adapter", self)
         layers = self.config.layers if layers is None else layers
         config = new_config(self, granularity or self.config.granularity, layers)
-        self.inactive[adapter_name] = config, {layer: torch.ones(shape) for layer, shape in config.shapes().items()}
+        self.inactive[adapter_name] = config, _ones(config.shapes())
 
     def load_adapter(self, name_or_path: str | os.PathLike, adapter_name: str, **options) -> None:
         """Adds a saved adapter under a new name, which `set_adapter` activates; ``options`` as in `seal_ops.load`."""
@@ -423,8 +423,12 @@ class Scales(nn.Module):
 def _one_a_row(scales: Sequence[Tensor | None], attn, wide: bool, device) -> Tensor:
     """fp32 [B, Hq, 1] or, where it is to be wide, [B, Hq, D] of the scales of B rows; ones where there is none."""
     shape = (attn.num_heads, attn.head_dim if wide else 1)
-    ones = torch.ones(shape, device=device)
+    ones = torch.ones(shape, dtype=torch.float32, device=device)
     return torch.stack([ones if s is None else s.to(device).reshape(attn.num_heads, -1).expand(shape) for s in scales])
+
+
+def _ones(shapes: Mapping[int, tuple[int, ...]]) -> dict[int, Tensor]:
+    return {layer: torch.ones(shape, dtype=torch.float32, device="cpu") for layer, shape in shapes.items()}
 
 
 _BASE = ("base", "__base__")  # the second is PEFT's word

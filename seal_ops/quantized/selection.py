@@ -37,7 +37,7 @@ def checked_index(values, name: str, size: int, call: str) -> Tensor:
     if len(set(found)) != len(found):
         twice = next(i for i in found if found.count(i) > 1)
         raise ValueError(f"seal_ops.{call}: columns of {name} must be different, got {twice} twice")
-    return torch.tensor(sorted(found), dtype=torch.int64)
+    return torch.tensor(sorted(found), dtype=torch.int64, device="cpu")
 
 
 def choose(sensitivity: Mapping[str, Tensor], columns: int, share: str, stream: set[str]) -> dict[str, Tensor]:
