@@ -62,7 +62,7 @@ class Visibility(typing.NamedTuple):
 
     def count(self, sq: int, sk: int, heads: int) -> float:
         """How many pairs a head sees, the mean over the heads."""
-        total, positions = 0.0, torch.arange(sk - sq, sk, device="cpu")
+        total, positions = 0.0, torch.arange(sk - sq, sk)
         for part, own in self.by_heads(heads):
             low, high = own.limits(positions)
             low, high = low.clamp_(min=0), high.clamp_(max=sk - 1)

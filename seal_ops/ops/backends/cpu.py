@@ -41,10 +41,8 @@ class _Piece(typing.NamedTuple):
 
     def pairs(self, seen: Visibility, first: int) -> Tensor:
         """Which of its pairs count, bool [queries, keys]; `first`: position of query 0."""
-        positions = torch.arange(self.queries.start, self.queries.stop, device="cpu") + first
-        return seen.pairs(
-            positions, torch.cat([torch.arange(keys.start, keys.stop, device="cpu") for keys in self.keys])
-        )
+        positions = torch.arange(self.queries.start, self.queries.stop) + first
+        return seen.pairs(positions, torch.cat([torch.arange(keys.start, keys.stop) for keys in self.keys]))
 
     def bias(self, seen: Visibility, first: int, dtype: torch.dtype) -> Tensor | None:
         """What ATen adds to the scores, [queries, keys]. A query that sees nothing sees everything here, as ATen has no
@@ -53,7 +51,7 @@ class _Piece(typing.NamedTuple):
             return None
         pairs = self.pairs(seen, first)
         hidden = ~pairs & pairs.any(1, keepdim=True)
-        return torch.zeros(hidden.shape, dtype=dtype, device="cpu").masked_fill_(hidden, -math.inf)
+        return torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, -math.inf)
 
     def looks_like(self, other: _Piece | None, seen: Visibility, first: int) -> bool:
         """Whether another piece has the same bias: it does where only the distance counts, and that is the same. Sinks
@@ -77,7 +75,7 @@ def _pieces(sq: int, sk: int, seen: Visibility) -> typing.Iterator[_Piece]:
     sees: time goes by the pairs that count, and memory by chunk times keys. Queries that see nothing at the beginning
     and at the end are in no piece.
     """
-    positions = torch.arange(sk - sq, sk, device="cpu")
+    positions = torch.arange(sk - sq, sk)
     low, high = seen.limits(positions)
     low, high = low.clamp_(min=0), high.clamp_(max=sk - 1)
     sinks = positions.clamp(-1, min(seen.sinks, sk) - 1) + 1  # so many of them every query sees
@@ -142,12 +140,12 @@ class _Batch:
         sq, sk = q.shape[1], k.shape[1]
         if self.listed:
             self.pieces = list(_listed_pieces(sq, sk, seen, part.visited, part.size))
-            self.dead = torch.ones(sq, dtype=torch.bool, device="cpu")
+            self.dead = torch.ones(sq, dtype=torch.bool)
             for piece in self.pieces:
                 self.dead[piece.queries] = ~piece.pairs(seen, self.first).any(1)
             return
         self.pieces = list(_pieces(sq, sk, seen))
-        positions = torch.arange(sq, device="cpu") + self.first
+        positions = torch.arange(sq) + self.first
         low, high = seen.limits(positions)
         alive = low.clamp(min=0) <= high.clamp(max=sk - 1)
         if seen.sinks and sk:
@@ -167,8 +165,8 @@ class _Batch:
     def forward(self, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
         """Unscaled output [B, H, S, D] and lse [B, H, S], computed in `dtype`; 0 and -inf where a query sees no key."""
         q, k, v = (t if dtype is None else t.to(dtype) for t in (self.q, self.k, self.v))
-        out = torch.zeros(q.shape, dtype=q.dtype, device="cpu")
-        lse = torch.full(q.shape[:3], -math.inf, dtype=_statistics(q), device="cpu")
+        out = torch.zeros(q.shape, dtype=q.dtype)
+        lse = torch.full(q.shape[:3], -math.inf, dtype=_statistics(q))
         if q.numel() == 0:
             return out, lse
         for piece, arguments in self._calls(q):
@@ -341,8 +339,8 @@ def attention(
     """Forward of docs/ops.md on the CPU; fp16, bf16, fp32, fp64."""
     sigma = 1.0 / math.sqrt(q.shape[-1]) if softmax_scale is None else softmax_scale
     seen = Visibility.of(causal, window, mask)
-    out = torch.empty(q.shape, dtype=q.dtype, device="cpu")
-    lse = torch.empty((*q.shape[:-3], q.shape[-2], q.shape[-3]), dtype=_statistics(q), device="cpu")
+    out = torch.empty(q.shape, dtype=q.dtype)
+    lse = torch.empty((*q.shape[:-3], q.shape[-2], q.shape[-3]), dtype=_statistics(q))
     for part in _parts(q, k, cu_seqlens, cu_seqlens_k, seen, blocks, block_size):
         o, l = _Batch(part.of_q(q), part.of_k(k), part.of_k(v), sigma, part).forward()
         s, t = _rows(scale, part, q), _rows(offset, part, q)
@@ -390,9 +388,9 @@ def attention_backward(
     count = q.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
     statistics = _statistics(q)
     summed = statistics if blocks is not None else q.dtype  # heads that share a key/value head are separate parts then
-    dq, dk, dv = (torch.zeros(t.shape, dtype=summed, device="cpu") for t in (q, k, v))
-    dscale = torch.zeros(count, heads, head_dim, dtype=statistics, device="cpu")
-    doffset = torch.zeros(count, heads, head_dim, dtype=statistics, device="cpu")
+    dq, dk, dv = (torch.zeros(t.shape, dtype=summed) for t in (q, k, v))
+    dscale = torch.zeros(count, heads, head_dim, dtype=statistics)
+    doffset = torch.zeros(count, heads, head_dim, dtype=statistics)
     for part in parts:
         batch = _Batch(part.of_q(q), part.of_k(k), part.of_k(v), sigma, part)
         g = part.of_q(grad_out).transpose(1, 2)
