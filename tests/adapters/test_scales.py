@@ -12,6 +12,7 @@ from torch import nn
 
 import seal_ops
 from seal_ops.adapters.ia3 import export_ia3, import_ia3
+from seal_ops.huggingface.context_extension.extending import extended
 
 LLAMA = FAMILIES["llama"]
 
@@ -316,7 +317,7 @@ def test_deepcopied_scales_of_a_detached_model():
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
-@pytest.mark.parametrize("block", ["rows", "adapters_per_row", "disabled"])
+@pytest.mark.parametrize("block", ["rows", "adapters_per_row", "disabled", "extended"])
 def test_checkpointed_layers_are_recomputed_in_their_block_or_not_at_all(block, reentrant):
     """A backward pass behind the block would take other scales, in silence where checkpointing is reentrant."""
     model, ids = LLAMA.build().train(), tokens()
@@ -327,6 +328,7 @@ def test_checkpointed_layers_are_recomputed_in_their_block_or_not_at_all(block, 
         "rows": lambda: scales.rows(torch.full((2, len(ids), 4), 0.5)),
         "adapters_per_row": lambda: scales.adapters_per_row(["base"] * len(ids)),
         "disabled": lambda: seal_ops.disabled(model),
+        "extended": lambda: extended(model, "self_extend", trained=16, window=8, group=2),
     }[block]
 
     def gradient(backward_inside):
