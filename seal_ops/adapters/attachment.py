@@ -17,6 +17,7 @@ from torch import nn
 from ..huggingface.discovery import find_attention_layers
 from ..huggingface.layers import GRANULARITIES, AttentionLayer
 from ..huggingface.model_parallel import ulysses
+from ..huggingface.modes import recomputed_inside
 from ..huggingface.patch import SCALES, Patch, patch_on
 from ..huggingface.wrappers import check_module, unwrapped
 from ..ops.dispatch import choose
@@ -245,7 +246,8 @@ def disabled(model: nn.Module):
     patch, was_on = attachment.patch, attachment.patch.serves(SCALES)
     patch.remove(SCALES)
     try:
-        yield model
+        with recomputed_inside(attachment.owner, "disabled"):
+            yield model
     finally:
         # Not where the block detached or merged the model.
         if was_on and scales.attachment is attachment:

@@ -103,7 +103,7 @@ def export_ia3(model: nn.Module, save_directory: str | os.PathLike) -> None:
     learned, tensors = scales.values(), {}
     scales.check_finite("ia3.export_ia3", learned)
     for attn in attention_layers:
-        scale = learned.get(attn.index, torch.ones(attn.num_heads))
+        scale = learned.get(attn.index, torch.ones(attn.num_heads, device="cpu"))
         scale = scale.reshape(attn.num_heads, -1).expand(-1, attn.head_dim)
         tensors[_key(attn)] = scale.reshape(1, -1).contiguous()
     # PEFT matches names by their ending; where that would also hit other modules, each is named in full.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import inspect
 import os
 import re
@@ -53,6 +54,13 @@ class SaveBoth:
 
     def __init__(self, model: nn.Module, scales: nn.Module):
         self.model, self.scales = model, scales
+
+    def __deepcopy__(self, memo: dict) -> SaveBoth:
+        copied = memo[id(self)] = SaveBoth(copy.deepcopy(self.model, memo), copy.deepcopy(self.scales, memo))
+        if "attachment" in copied.scales.__dict__ and copied.scales.attachment is None:
+            # They were copied before the model that they are on.
+            copied.scales.attachment = copy.deepcopy(self.scales.attachment, memo)
+        return copied
 
     def install(self) -> None:
         self.model.__dict__["save_pretrained"] = self

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import itertools
 import os
 import sys
@@ -12,6 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from ..huggingface.modes import recomputed_inside
 from ..utils.arguments import path
 from . import files, model_card
 from .files import DEFAULT_ADAPTER, ScalesConfig
@@ -40,6 +42,15 @@ class Scales(nn.Module):
         self.saved_beside = False  # while `saving.SaveBoth` saves the model that the scales are on
         self.loaded = False  # whether a state dict with scales has been loaded
         self._set_layers(config, devices or {})
+
+    def __deepcopy__(self, memo: dict) -> Scales:
+        """Copied with the model they are on, they are on the copy; copied alone, as averages are, they are on none."""
+        copied = memo[id(self)] = type(self).__new__(type(self))
+        state = dict(self.__dict__)
+        if self.attachment is not None and id(self.attachment.owner) not in memo:
+            state["attachment"] = None  # which would bring a copy of the whole model along
+        copied.__dict__.update(copy.deepcopy(state, memo))
+        return copied
 
     # -- parameters --------------------------------------------------------------------------------------------------
     def _set_layers(self, config: ScalesConfig, devices: Mapping) -> None:
@@ -180,7 +191,8 @@ class Scales(nn.Module):
         try:
             for holder, tensor in prepared.items():
                 holder.per_row = tensor
-            yield self
+            with self._recomputed_inside("Scales.rows"):
+                yield self
         finally:
             for holder, tensor in previous.items():
                 holder.per_row = tensor
@@ -300,7 +312,7 @@ class Scales(nn.Module):
         check_new_name(adapter_name, "Scales.add_adapter", self)
         layers = self.config.layers if layers is None else layers
         config = new_config(self, granularity or self.config.granularity, layers)
-        self.inactive[adapter_name] = config, {layer: torch.ones(shape) for layer, shape in config.shapes().items()}
+        self.inactive[adapter_name] = config, _ones(config.shapes())
 
     def load_adapter(self, name_or_path: str | os.PathLike, adapter_name: str, **options) -> None:
         """Adds a saved adapter under a new name, which `set_adapter` activates; ``options`` as in `seal_ops.load`."""
@@ -352,10 +364,16 @@ class Scales(nn.Module):
                 wide = any(attn.index in values and values[attn.index].dim() == 2 for values in scale_of.values())
                 holder.per_row = _one_a_row(scales, attn, wide, holder.scale.device)
                 attn.scaling = holder
-            yield self
+            with self._recomputed_inside("Scales.adapters_per_row"):
+                yield self
         finally:
             for attn, scaling, holder, rows in before:
                 attn.scaling, holder.per_row = scaling, rows
+
+    def _recomputed_inside(self, block: str):
+        if self.attachment is None:
+            return contextlib.nullcontext()
+        return recomputed_inside(self.attachment.owner, block)
 
     def _spare_holder(self, attn, scales) -> LayerScale:
         """For a layer that the active adapter leaves alone; kept, since compiled code is tied to the object."""
@@ -405,8 +423,12 @@ class Scales(nn.Module):
 def _one_a_row(scales: Sequence[Tensor | None], attn, wide: bool, device) -> Tensor:
     """fp32 [B, Hq, 1] or, where it is to be wide, [B, Hq, D] of the scales of B rows; ones where there is none."""
     shape = (attn.num_heads, attn.head_dim if wide else 1)
-    ones = torch.ones(shape, device=device)
+    ones = torch.ones(shape, dtype=torch.float32, device=device)
     return torch.stack([ones if s is None else s.to(device).reshape(attn.num_heads, -1).expand(shape) for s in scales])
+
+
+def _ones(shapes: Mapping[int, tuple[int, ...]]) -> dict[int, Tensor]:
+    return {layer: torch.ones(shape, dtype=torch.float32, device="cpu") for layer, shape in shapes.items()}
 
 
 _BASE = ("base", "__base__")  # the second is PEFT's word

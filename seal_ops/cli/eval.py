@@ -4,7 +4,17 @@ import os
 
 from .command import Command, kept
 from .option_types import Numbers, plot_file, positive
-from .options import backend_option, extend_option, load, model_options, prompts, restart_option, task, task_options
+from .options import (
+    backend_option,
+    check_backend,
+    extend_option,
+    load,
+    model_options,
+    prompts,
+    restart_option,
+    task,
+    task_options,
+)
 
 
 def options(parser):
@@ -39,6 +49,7 @@ def run(args):
     for written in filter(None, (args.csv, args.plot)):
         check_file(written)
     others = [Evaluation.load(path) for path in args.compare]
+    check_backend(args, "--scales", args.scales is not None)
     model, tokenizer = load(args)
     if args.weak_columns is not None:
         load_weak_columns(model, args.weak_columns)

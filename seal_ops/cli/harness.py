@@ -2,7 +2,7 @@
 
 from .command import Command
 from .option_types import Numbers, positive
-from .options import backend_option, extend_option, load, model_options
+from .options import backend_option, check_backend, extend_option, load, model_options
 
 
 def options(parser):
@@ -35,6 +35,7 @@ def run(args):
     harness.require()
     if args.output:
         check_file(args.output)
+    check_backend(args, "--scales", args.scales is not None)
     model, tokenizer = load(args)
     if args.scales is not None:
         attachment.load(model, args.scales, backend=args.backend)

@@ -87,6 +87,12 @@ def backend_option(parser):
     )
 
 
+def check_backend(args, needs: str, given: bool) -> None:
+    """ValueError where ``--backend`` would choose nothing: attention runs as ops where there are scales."""
+    if args.backend is not None and not given:
+        raise ValueError(f"--backend must be given with {needs}, whose attention it chooses, got {args.backend} alone")
+
+
 # `train`'s argument by the option's value; a configuration file's `false` is None.
 _CHECKPOINTING = {"off": False, None: False, "on": True}
 

@@ -7,6 +7,7 @@ from .launched import join
 from .option_types import positive, positive_number, setting
 from .options import (
     backend_option,
+    check_backend,
     checkpointing,
     checkpointing_option,
     extend_option,
@@ -82,6 +83,7 @@ def run(args):
     if (args.granularity is None and args.weak_columns is None) == (args.recipe is None):
         given = "neither" if args.recipe is None else "both"
         raise ValueError(f"--granularity (or --weak-columns) or --recipe must say what is trained, got {given}")
+    check_backend(args, "--granularity", args.granularity is not None)
     args.prints = join(args)
     if args.recipe is not None:
         return _run_recipe(args)
@@ -117,6 +119,10 @@ def _run_recipe(args):
 
     if args.text is None or args.length is None:
         raise ValueError("--text and --length must be given with --recipe, got one of them or neither")
+    if args.data is not None or args.column_lr is not None:
+        raise ValueError(
+            f"--recipe must say what is trained on what, got {'--data' if args.data is not None else '--column-lr'} too"
+        )
     model, tokenizer = load(args)
     options = {**dict(args.recipe_option), "length": args.length}
     found = train(model, args.text, recipe=args.recipe, recipe_options=options, tokenizer=tokenizer, **_settings(args))

@@ -119,12 +119,13 @@ def _probe(model: nn.Module, layers: list[AttentionLayer], rotation: str | None)
     watch = _Watch()
     for layer in layers:
         layer.probe, layer.num_heads, layer.rotation = _Probe(layer, watch), 0, None
-    patch = Patch(model, layers)
-    patch.install("probe")
-    for layer in layers:
-        layer.rotation = rotation if getattr(type(layer.module), "_seal_fused", False) else None
-    hooks = [m.register_forward_pre_hook(watch.reads, with_kwargs=True) for m in model.modules() if is_linear(m)]
+    patch, hooks = Patch(model, layers), []
     try:
+        patch.install("probe")
+        for layer in layers:
+            layer.rotation = rotation if getattr(type(layer.module), "_seal_fused", False) else None
+        linear = [m for m in model.modules() if is_linear(m)]
+        hooks += [m.register_forward_pre_hook(watch.reads, with_kwargs=True) for m in linear]
         run_two_tokens(model)
     finally:
         patch.remove("probe")

@@ -71,7 +71,7 @@ def _parameters_on_meta():
 @contextlib.contextmanager
 def _stand_ins(model: nn.Module, at_once: int):
     """Inside, what is called has stand-ins in the place of its parameters on the meta device."""
-    block = torch.randn(_BLOCK, generator=torch.Generator().manual_seed(0)) * 0.05
+    block = torch.randn(_BLOCK, generator=torch.Generator().manual_seed(0), device="cpu") * 0.05
     hooks = []
 
     def fill(modules, module, args):
@@ -113,7 +113,7 @@ def _parts(module: nn.Module, at_once: int) -> Iterator[tuple[nn.Module, list[nn
 
 def _filled(parameter: Tensor, block: Tensor) -> Tensor:
     """A tensor like ``parameter``, filled with the random numbers of ``block`` again and again."""
-    made = torch.empty(parameter.numel(), dtype=parameter.dtype)
+    made = torch.empty(parameter.numel(), dtype=parameter.dtype, device="cpu")
     whole = parameter.numel() // _BLOCK * _BLOCK
     made[:whole].view(-1, _BLOCK).copy_(block.expand(whole // _BLOCK, _BLOCK))
     made[whole:].copy_(block[: parameter.numel() - whole])

@@ -218,5 +218,5 @@ def _mixed(words: Tensor) -> Tensor:
 def _places(device) -> Tensor:
     """One random number a place of a block, the same everywhere."""
     generator = torch.Generator().manual_seed(2501_15225)
-    high, low = (torch.randint(0, 2**32, (BLOCK,), generator=generator) for _ in range(2))
+    high, low = (torch.randint(0, 2**32, (BLOCK,), generator=generator, device="cpu") for _ in range(2))
     return (high << 32 | low).to(device)

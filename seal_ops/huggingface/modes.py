@@ -30,6 +30,42 @@ def run_two_tokens(model: nn.Module) -> None:
         model(input_ids=torch.tensor([[0, 1]], device=device), use_cache=False)
 
 
+_CHECKPOINTS = "_gradient_checkpointing_func"  # of transformers' modules, where checkpointing is on
+
+
+@contextlib.contextmanager
+def recomputed_inside(model: nn.Module, block: str):
+    """Inside, checkpointed layers run with what a block lays on the model, and after it they are not recomputed.
+
+    The backward pass would take what is on the model then: reentrant checkpointing in silence, the other kind with a
+    comparison of shapes.  Raises RuntimeError in the name of ``block`` in a backward pass that comes too late.
+    """
+    over = []
+
+    def checkpoint(original, function, *args, **kwargs):
+        def run(*args, **kwargs):
+            if over:
+                raise RuntimeError(
+                    f"seal_ops.{block}: a layer under gradient checkpointing must be recomputed inside the block that "
+                    f"it ran in, got a backward pass after the block's end; call backward inside it"
+                )
+            return function(*args, **kwargs)
+
+        return original(run, *args, **kwargs)
+
+    found = [(m, m.__dict__[_CHECKPOINTS]) for m in model.modules() if _CHECKPOINTS in m.__dict__]
+    ours = [functools.partial(checkpoint, original) for _, original in found]
+    for (module, _), function in zip(found, ours):
+        setattr(module, _CHECKPOINTS, function)
+    try:
+        yield
+    finally:
+        over.append(True)
+        for (module, original), function in zip(found, ours):
+            if module.__dict__.get(_CHECKPOINTS) is function:
+                setattr(module, _CHECKPOINTS, original)
+
+
 def attention_ops() -> list:
     """The ops whose results selective checkpointing keeps: output, log-sum-exp and rotated q and k."""
     return [torch.ops.seal.attention.default, torch.ops.seal.rope_attention.default]

@@ -58,8 +58,9 @@ def attention_output(query: Tensor, head_dim: int, run: str | None) -> Tensor:
 
 def _factor(run: str, heads: int, head_dim: int) -> Tensor:
     """[Hq, D] or [Hq, 1] of powers of two, neighbours unequal in both directions."""
-    index = torch.arange(heads)[:, None] * 3 + torch.arange(head_dim if run == "channel" else 1)
-    return torch.tensor(_FACTORS)[index % len(_FACTORS)]
+    width = head_dim if run == "channel" else 1
+    index = torch.arange(heads, device="cpu")[:, None] * 3 + torch.arange(width, device="cpu")
+    return torch.tensor(_FACTORS, dtype=torch.float32, device="cpu")[index % len(_FACTORS)]
 
 
 @dataclasses.dataclass

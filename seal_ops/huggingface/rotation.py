@@ -46,10 +46,10 @@ def _is_half_split(function, device: str = "cpu") -> bool | None:
     None where it cannot be called so.
     """
     generator = torch.Generator().manual_seed(0)
-    q, k = (torch.randn(1, heads, 3, 8, generator=generator).to(device) for heads in (2, 1))
+    q, k = (torch.randn(1, heads, 3, 8, generator=generator, device="cpu").to(device) for heads in (2, 1))
     matches = []
     for rotary_dim in (8, 4):
-        angle = torch.randn(1, 3, rotary_dim // 2, generator=generator).to(device)
+        angle = torch.randn(1, 3, rotary_dim // 2, generator=generator, device="cpu").to(device)
         cos, sin = (torch.cat([t, t], -1) for t in (angle.cos(), angle.sin()))
         try:
             got = function(q.clone(), k.clone(), cos, sin, **_layout(function))

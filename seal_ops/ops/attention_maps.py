@@ -85,7 +85,7 @@ def _reach(parts, first: int, last: int, sk: int, multiple: int) -> slice:
     """The keys that queries at the positions `first` to `last` may see, from a multiple of `multiple` on."""
     ends, begins = [0], [sk]
     for _, own in parts:
-        low, high = own.limits(torch.tensor([first, last]))
+        low, high = own.limits(torch.tensor([first, last], device="cpu"))
         begins.append(0 if own.sinks else int(low[0]))
         ends.append(max(int(high[1]) + 1, min(own.sinks, last + 1)))
     begin, end = max(0, min(begins)), min(sk, max(ends))

@@ -72,7 +72,7 @@ def rope_frequencies(
                 f"{rotary_dim} and {parameters['factor']:g}"
             )
         base = base * parameters["factor"] ** (rotary_dim / (rotary_dim - 2))
-    fraction = torch.arange(0, rotary_dim, 2, dtype=torch.float64) / rotary_dim
+    fraction = torch.arange(0, rotary_dim, 2, dtype=torch.float64, device="cpu") / rotary_dim
     frequencies = base**-fraction
     if rope_type == "power":
         frequencies = frequencies * (1 - fraction) ** parameters["k"]
@@ -131,6 +131,6 @@ def rope_tables(
         else:
             length = integer("rope_tables", "length", length, 0)
     attention_factor = number("rope_tables", "attention_factor", attention_factor)
-    positions = torch.arange(length) if isinstance(length, int) else length
+    positions = torch.arange(length, device=frequencies.device) if isinstance(length, int) else length
     angle = torch.outer(positions.double(), frequencies.double().to(positions.device))
     return tuple((f(angle) * attention_factor).float().to(device or positions.device) for f in (torch.cos, torch.sin))

@@ -201,6 +201,8 @@ def attach_weak_columns(
     _check_choices(share, start, dtype, call)
     quantizers.check_method(quantize, call)
     given = columns if isinstance(columns, Mapping) else None
+    if given is not None and not given:
+        raise ValueError(f"seal_ops.{call}: columns must name at least one layer, got {dict(given)!r}")
     targets = find_targets(owner, list(given) if given is not None else target_modules, call)
     for name, module in targets.items():
         bases.check(module, name, call)

@@ -125,7 +125,7 @@ def _batches(pieces: list[list[int]], batch_tokens: int):
     for length, rows in by_length.items():
         size = max(1, batch_tokens // length)
         for start in range(0, len(rows), size):
-            yield torch.tensor(rows[start : start + size])
+            yield torch.tensor(rows[start : start + size], device="cpu")
 
 
 class _Reader:

@@ -37,8 +37,8 @@ def export_lora(model: nn.Module, save_directory: str | os.PathLike) -> None:
     for name, module in found.layers.items():
         index, delta = module.column_index.cpu(), module.column_delta.detach().cpu()
         columns, _ = bases.sizes(module)
-        one_hot = torch.zeros(len(index), columns, dtype=torch.bfloat16)
-        one_hot[torch.arange(len(index)), index] = 1
+        one_hot = torch.zeros(len(index), columns, dtype=torch.bfloat16, device="cpu")
+        one_hot[torch.arange(len(index), device="cpu"), index] = 1
         tensors[f"{_PREFIX}{name}.lora_A.weight"] = one_hot
         tensors[f"{_PREFIX}{name}.lora_B.weight"] = delta.contiguous()
         ranks[name] = len(index)

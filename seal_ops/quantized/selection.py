@@ -13,7 +13,7 @@ SHARES = ("layer", "global")
 def check_number(columns, sizes: Mapping[str, int], call: str) -> None:
     """ValueError, one sentence, where ``columns`` is no number of columns that every layer has to spare."""
     if type(columns) is not int or columns < 1:
-        raise ValueError(f"seal_ops.{call}: columns must be at least 1, got {columns!r}")
+        raise ValueError(f"seal_ops.{call}: columns must be an integer of at least 1, got {columns!r}")
     name = min(sizes, key=sizes.get)
     if columns >= sizes[name]:
         raise ValueError(
@@ -37,7 +37,7 @@ def checked_index(values, name: str, size: int, call: str) -> Tensor:
     if len(set(found)) != len(found):
         twice = next(i for i in found if found.count(i) > 1)
         raise ValueError(f"seal_ops.{call}: columns of {name} must be different, got {twice} twice")
-    return torch.tensor(sorted(found), dtype=torch.int64)
+    return torch.tensor(sorted(found), dtype=torch.int64, device="cpu")
 
 
 def choose(sensitivity: Mapping[str, Tensor], columns: int, share: str, stream: set[str]) -> dict[str, Tensor]:

@@ -56,7 +56,7 @@ def save_checkpoint(
     from safetensors.torch import save_file
 
     random = [get_random_state(gpus_of(trained.values()))] if random is None else random
-    tensors = {"losses": torch.tensor(progress.losses, dtype=torch.float64)}
+    tensors = {"losses": torch.tensor(progress.losses, dtype=torch.float64, device="cpu")}
     for rank, state in enumerate(random):
         tensors |= {f"{_random(rank)}{device}": value for device, value in state.items()}
     for name, parameter in trained.items():

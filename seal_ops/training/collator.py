@@ -39,7 +39,7 @@ class Collator:
         width = max(map(len, rows))
 
         def stack(values, fill):
-            return torch.tensor([row + [fill] * (width - len(row)) for row in values])
+            return torch.tensor([row + [fill] * (width - len(row)) for row in values], device="cpu")
 
         labels = stack([row.labels for row in rows], IGNORE_INDEX)
         batch = {

@@ -102,7 +102,7 @@ class Processes:
         length = ids.shape[1] // self.parts
         first = self.part * length
         mine = (keep >= first) & (keep < first + length)
-        positions = torch.arange(first, first + length).expand(ids.shape[0], -1)
+        positions = torch.arange(first, first + length, device=ids.device).expand(ids.shape[0], -1)
         return {
             "input_ids": ids[:, first : first + length],
             "position_ids": positions,

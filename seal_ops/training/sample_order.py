@@ -31,6 +31,6 @@ class SampleOrder:
         """The samples of each forward pass of a step, counted from 0."""
         epoch, place = divmod(step, self.steps_per_epoch)
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
-        order = torch.randperm(len(self.samples), generator=generator).tolist()
+        order = torch.randperm(len(self.samples), generator=generator, device="cpu").tolist()
         chosen = [self.samples[i] for i in order[place * self.step_size : (place + 1) * self.step_size]]
         return [chosen[start : start + self.batch_size] for start in range(0, len(chosen), self.batch_size)]

@@ -12,6 +12,7 @@ from torch import nn
 
 import seal_ops
 from seal_ops.adapters.ia3 import export_ia3, import_ia3
+from seal_ops.huggingface.context_extension.extending import extended
 
 LLAMA = FAMILIES["llama"]
 
@@ -28,6 +29,44 @@ def test_only_trainable_parameters():
     assert [id(p) for p in trainable.values()] == [id(p) for p in scales.parameters()]
     assert all(torch.equal(p, torch.ones(4, 16)) for p in scales.parameters())
     assert set(trainable) < set(model.state_dict())
+
+
+def test_a_copy_of_the_scales_alone_leaves_the_model_where_it_is(tmp_path, monkeypatch):
+    model = LLAMA.build()
+    scales = seal_ops.attach(model, "channel")
+    with monkeypatch.context() as patched:
+        patched.setattr(
+            type(model), "__deepcopy__", lambda self, memo: pytest.fail("the model is copied"), raising=False
+        )
+        average = torch.optim.swa_utils.AveragedModel(scales)
+        randomise(scales)
+        average.update_parameters(scales)
+        average.update_parameters(scales)
+    kept = average.module
+    assert kept.attachment is None and scales.attachment is not None
+    for (_, mean), (_, last) in zip(kept.items(), scales.items()):
+        assert torch.equal(mean, last)  # the first update copies
+    kept.save_pretrained(tmp_path)
+    randomise(scales, seed=9)
+    seal_ops.load(model, tmp_path)
+    assert all(torch.equal(a, b) for a, b in zip(kept.parameters(), scales.parameters()))
+
+
+@pytest.mark.parametrize("order", [("model", "scales"), ("scales", "model")])
+def test_scales_copied_with_their_model_are_on_its_copy(order):
+    model = LLAMA.build()
+    scales = seal_ops.attach(model, "head")
+    randomise(scales)
+    both = {"model": model, "scales": scales}
+    twins = copy.deepcopy({name: both[name] for name in order})
+    assert twins["scales"] is twins["model"].seal_scales and twins["scales"].attachment.owner is twins["model"]
+    with torch.no_grad():
+        for p in twins["scales"].parameters():
+            p.mul_(2)
+    assert not close(logits(twins["model"], tokens()), logits(model, tokens()))
+    seal_ops.detach(twins["model"])
+    assert scales.attachment.owner is model
+    assert close(logits(twins["model"], tokens()), logits(LLAMA.build(), tokens()))
 
 
 def test_layers_that_are_not_named_have_no_scale():
@@ -272,6 +311,47 @@ def test_deepcopied_scales_of_a_detached_model():
     seal_ops.detach(model)
     twin = copy.deepcopy(scales)
     assert twin.config == scales.config and twin.attachment is None
+
+
+# -- gradient checkpointing --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("block", ["rows", "adapters_per_row", "disabled", "extended"])
+def test_checkpointed_layers_are_recomputed_in_their_block_or_not_at_all(block, reentrant):
+    """A backward pass behind the block would take other scales, in silence where checkpointing is reentrant."""
+    model, ids = LLAMA.build().train(), tokens()
+    scales = seal_ops.attach(model, "head")
+    randomise(scales)
+    embeds = model.get_input_embeddings()(ids).detach().requires_grad_()
+    inside = {
+        "rows": lambda: scales.rows(torch.full((2, len(ids), 4), 0.5)),
+        "adapters_per_row": lambda: scales.adapters_per_row(["base"] * len(ids)),
+        "disabled": lambda: seal_ops.disabled(model),
+        "extended": lambda: extended(model, "self_extend", trained=16, window=8, group=2),
+    }[block]
+
+    def gradient(backward_inside):
+        embeds.grad = None
+        with inside():
+            loss = model(inputs_embeds=embeds, labels=ids, use_cache=False).loss
+            if backward_inside:
+                loss.backward()
+        if not backward_inside:
+            loss.backward()
+        return embeds.grad
+
+    expected = gradient(False)
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    assert close(gradient(True), expected)
+    with pytest.raises(RuntimeError, match="must be recomputed inside the block that it ran in, got a backward pass"):
+        gradient(False)
+    with torch.no_grad(), inside():  # as for a reference, between a forward pass and its own backward pass
+        model(inputs_embeds=embeds, use_cache=False)
+    loss = model(inputs_embeds=embeds, labels=ids, use_cache=False).loss
+    with torch.no_grad(), inside():
+        model(inputs_embeds=embeds, use_cache=False)
+    loss.backward()
 
 
 # -- what is no model, no folder, no row ------------------------------------------------------------------------------

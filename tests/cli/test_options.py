@@ -42,6 +42,24 @@ def test_variables_of_the_chat_template(text, tmp_path):
 
 
 @pytest.mark.parametrize(
+    "words, message",
+    [
+        (["eval", "--lengths", "9", "--backend", "cuda"], "--backend must be given with --scales, .*, got cuda alone"),
+        (
+            ["train", "--weak-columns", "4", "--length", "9", "--backend", "cpu"],
+            "--granularity, .*, got cpu alone",
+        ),
+        (["train", "--recipe", "longlora", "--text", "t", "--length", "9", "--backend", "cpu"], "with --granularity"),
+        (["train", "--recipe", "longlora", "--text", "t", "--length", "9", "--data", "d"], "on what, got --data too"),
+        (["train", "--recipe", "longlora", "--text", "t", "--length", "9", "--column-lr", "1"], "got --column-lr too"),
+    ],
+)
+def test_options_that_would_do_nothing_are_refused(capsys, tmp_path, words, message):
+    code, out, err = seal(capsys, *words, "--model", tmp_path / "none", "--output", tmp_path / "o")
+    assert code == 1 and re.search(message, err) and err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
     "option, text, message",
     [
         (

@@ -281,8 +281,9 @@ def test_copies_train_on_their_own(token_ids):
 
 ONE = "model.layers.0.mlp.up_proj"
 BAD = {
-    "none": ({"columns": 0}, "columns must be at least 1, got 0"),
-    "not a number": ({"columns": 2.0}, "columns must be at least 1, got 2.0"),
+    "none": ({"columns": 0}, "columns must be an integer of at least 1, got 0"),
+    "not a number": ({"columns": 2.0}, "columns must be an integer of at least 1, got 2.0"),
+    "no layer": ({"columns": {}}, "columns must name at least one layer, got {}"),
     "all": ({"columns": 64}, "must be fewer than the 64 inputs of .*, got 64"),
     "too many": ({"columns": 65}, "must be fewer than the 64 inputs of .*, got 65"),
     "twice": ({"columns": {ONE: [1, 4, 1]}}, f"columns of {ONE} must be different, got 1 twice"),

@@ -12,6 +12,7 @@ from torch import nn
 from ..context_window import EXTENSION, trained_length
 from ..discovery import find_attention_layers
 from ..layers import AttentionLayer
+from ..modes import recomputed_inside
 from ..patch import PROGRAM, Patch, patch_on
 from ..wrappers import unwrapped
 from .block_prefill import BlockPrefill, head_patterns
@@ -133,7 +134,8 @@ def extended(model: nn.Module, method: str, **options):
     """
     extend(model, method, **options)
     try:
-        yield model
+        with recomputed_inside(model, "extended"):
+            yield model
     finally:
         unextend(model)
 

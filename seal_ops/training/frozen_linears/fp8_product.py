@@ -110,7 +110,7 @@ def _unpacked_mm(a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, bias, d
 def _row_scales_on_cpu() -> bool:
     """Whether this torch takes a scale for each row on a CPU; some know one for a tensor there."""
     try:
-        values, ones = torch.ones(STEP, STEP).to(FORMAT), torch.ones(STEP)
+        values, ones = torch.ones(STEP, STEP, device="cpu").to(FORMAT), torch.ones(STEP, device="cpu")
         torch._scaled_mm(values, values.t(), scale_a=ones[:, None], scale_b=ones[None], out_dtype=torch.float32)
     except RuntimeError:
         return False

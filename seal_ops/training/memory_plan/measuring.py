@@ -89,7 +89,9 @@ class Measurement:
             states = watch.enter(number, args, kwargs)
             if number == len(self.decoder.layers) - 1 and self.rows is not None:
                 try:
-                    self.rows.check(forward, states, torch.arange(1, states.shape[1], 3), *args[1:], **kwargs)
+                    self.rows.check(
+                        forward, states, torch.arange(1, states.shape[1], 3, device=states.device), *args[1:], **kwargs
+                    )
                 except UnknownStructure as reason:
                     self.rows, self.rows_reason = None, str(reason)
             result = forward(*args, **kwargs)
@@ -143,7 +145,7 @@ class Measurement:
         changes = [(module, _with(layer, n)) for n, module in enumerate(self.decoder.layers)]
         if tile is not None:
             changes += [(m, _with(run_tiled, m, self.samples.tile_of(tile, length))) for m in self.tiled]
-        positions = torch.arange(length - labels, length)
+        positions = torch.arange(length - labels, length, device="cpu")
         with replaced_forwards(changes), torch.enable_grad(), contextlib.ExitStack() as meters:
             meters.callback(entry.stop)  # where the model fails
             meters.callback(end.stop)
@@ -249,7 +251,7 @@ class WholeMeasurement:
     def _peak(self, setting: bool | str, length: int, labels: int) -> int:
         model, device = self.samples.model, self.samples.device
         with prepared(model, setting), Meter(device) as meter, torch.enable_grad():
-            positions = torch.arange(length - labels, length)
+            positions = torch.arange(length - labels, length, device="cpu")
             loss = _loss(logits_at(model, positions, **self.samples.inputs(length)))
             leaves = [p for p in model.parameters() if p.requires_grad]
             torch.autograd.grad(loss, leaves, allow_unused=True)

@@ -104,7 +104,7 @@ def run_tiled(module: nn.Module, tile: int, forward: Callable, states: Tensor) -
     states = _flat(states)
     if not torch.is_grad_enabled() or not (states.requires_grad or parameters):
         return _in_tiles(forward, states, tile).view(*rows, -1)
-    anchor = torch.empty(0, requires_grad=True)
+    anchor = torch.empty(0, requires_grad=True, device="cpu")
     # The keeper's output lives as long as the graph: without it torch 2.11 frees what the keeper has saved.  It goes
     # in a tuple, so that it is no input of the graph.
     keeper = (_Keeper.apply(anchor, states),)
