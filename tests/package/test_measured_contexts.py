@@ -75,13 +75,49 @@ def test_the_table_of_a_gpu_says_what_was_measured():
         assert cells == [found[name].get(n, "") for n in lengths], name
 
 
-def test_what_the_page_says_of_retrieval_holds():
-    def score(method, task, length):
-        content = json.loads((ROOT / f"results/smollm2-context/retrieval-{method}-0.json").read_text())
-        scores = content["measured"][task]["scores"][str(length)]
-        return sum(scores) / len(scores)
+def test_the_table_of_retrieval_says_what_was_measured():
+    jobs: dict[str, list[dict]] = {}
+    for path in sorted((ROOT / "results/smollm2-context").glob("retrieval-*.json")):
+        content = json.loads(path.read_text())
+        name = f"`{content['method']}`, for {content['reach']:,}" if content["method"] != "none" else "plain"
+        jobs.setdefault(name, []).append(content["measured"])
+    lengths = ("8,192", "16,384", "32,768")
+    head = ("", "draws", f"multikey, {lengths[0]}", *lengths[1:], f"passkey, {lengths[0]}", *lengths[1:])
+    said = tables_of(PAGE)[head]
+    assert [row[0] for row in said] == sorted(jobs, key=[row[0] for row in said].index) and len(said) == len(jobs)
+    for name, draws, *cells in said:
+        assert draws == str(len(jobs[name]))
+        wanted = []
+        for task in ("multikey", "passkey"):
+            for length in lengths:
+                found = [s for job in jobs[name] for s in job[task]["scores"].get(length.replace(",", ""), [])]
+                assert len(found) in (0, 20 * len(jobs[name]))
+                wanted.append(f"{sum(found) / len(found):.2f}".removeprefix("0") if found else "")
+        assert cells == wanted, name
 
-    assert [score(f"{m}-16384", "multikey", 16384) for m in ("ntk", "yarn")] == [0.15, 0.20]
-    assert [score(f"{m}-16384", "passkey", 16384) for m in ("ntk", "yarn")] == [0.15, 0.15]
-    assert score("none-32768", "multikey", 16384) == score("none-32768", "passkey", 16384) == 0.0
-    assert not any(score("linear-32768", t, n) for t in ("multikey", "passkey") for n in (2048, 8192, 32768))
+
+def test_the_table_of_fine_tuning_says_what_was_measured():
+    head = ("", "rate", "at 8,192", "at its length", "of full attention's gain there", "s")
+    wanted = []
+    for length in ("16384", "32768"):
+        jobs = {}
+        for path in sorted((ROOT / "results/smollm2-context").glob(f"tuned-*-{length}.json")):
+            content = json.loads(path.read_text())
+            jobs[content["recipe"]] = content
+        full = jobs["full_attention"]
+        at = lambda which, job=full: [f"{job[which][n]['perplexity']:.2f}" for n in ("8192", length)]
+        gain = lambda job: job["extended"][length]["perplexity"] - job["perplexity"][length]["perplexity"]
+        wanted.append((f"for {int(length):,}: plain", "", *at("untrained"), "", ""))
+        wanted.append(("extended", "", *at("extended"), "", ""))
+        for recipe, job in jobs.items():
+            name = "full attention" if recipe == "full_attention" else f"`{recipe}`"
+            rate, share = f"{job['training']['lr']:.0e}".replace("e-0", "e-"), f"{100 * gain(job) / gain(full):.0f} %"
+            wanted.append((name, rate, *at("perplexity", job), share, f"{job['training']['seconds']:.0f}"))
+    assert [tuple(row) for row in tables_of(PAGE)[head]] == wanted
+
+
+def test_what_the_page_says_of_scales_beyond_the_context_holds():
+    """By the other study: YaRN alone, and with SEAL-C trained there."""
+    found = json.loads((ROOT / "results/smollm2/beyond-yarn-x2.json").read_text())["measured"]
+    shares = {name: sum(one["scores"]["16000"]) / len(one["scores"]["16000"]) for name, one in found.items()}
+    assert {f"{share:.2f}" for share in shares.values()} >= {"0.32", "0.88"}
