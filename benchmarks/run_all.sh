@@ -3,7 +3,7 @@
 # section at a time; several GPUs take several calls. A section that was cut goes on in a second call with the same OUT.
 #
 # usage: benchmarks/run_all.sh OUT SECTION...
-#   training       steps of an 8B shape at 31k and 128k tokens, beside PEFT (training_long: 256k, and 1M on 4 of 32 layers)
+#   training       steps of an 8B shape at 31k and 128k tokens, beside PEFT (training_long: 256k, 512k, and 1M on 4 of 32 layers)
 #   recipe         SEAL's 50 samples of 31k tokens on a 7B shape, from end to end
 #   decode masks headline hard models lengths      suites of `seal bench`
 #   variants       decoding kernels, every variant (nvcc)
@@ -59,6 +59,7 @@ for section in "$@"; do
       ;;
     training_long)
       bench training training-long --lengths 262144 --steps 0 --only auto
+      bench training training-long --lengths 524288 --steps 0 --only auto
       bench training training-long --lengths 1048576 --steps 0 --only auto
       ;;
     recipe) step recipe "$python" "$root/benchmarks/paper_recipe.py" --output "$out/recipe.json" ;;
