@@ -308,11 +308,12 @@ def plot(rows: list[dict], contestants: list[Contestant], path: str, title: str,
     operations = [o for o in TITLES if any(r["operation"] == o for r in timed)]
     if not operations:
         return False
-    columns = 2 if len(set(map(_shape_key, timed))) <= 9 else 1
-    lines = len(operations) * 2 // columns
+    directions = [d for d in ("forward", "backward") if any(r["direction"] == d for r in timed)]
+    columns = len(directions) if len(set(map(_shape_key, timed))) <= 9 else 1
+    lines = len(operations) * len(directions) // columns
     figure, axes = plt.subplots(lines, columns, figsize=(17, 3.7 * lines), squeeze=False, layout="constrained")
-    for line, operation in zip(axes.reshape(-1, 2), operations):
-        for axis, direction in zip(line, ("forward", "backward")):
+    for line, operation in zip(axes.reshape(-1, len(directions)), operations):
+        for axis, direction in zip(line, directions):
             here = [r for r in timed if (r["operation"], r["direction"]) == (operation, direction)]
             if here:
                 _bars(axis, here, contestants, operation, ceiling)

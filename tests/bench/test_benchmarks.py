@@ -334,6 +334,19 @@ def test_a_plot_of_nothing_is_no_plot(tmp_path):
     assert report.plot([], [], str(tmp_path / "x.png"), "", {}) is False and not list(tmp_path.iterdir())
 
 
+def test_a_plot_of_what_has_no_backward_has_no_empty_panel(tmp_path, monkeypatch):
+    figure = pytest.importorskip("matplotlib.figure")
+    stored = pathlib.Path(__file__).parents[2] / "benchmarks/results/decode-h200-3204aa2.json"
+    rows, drawn = json.loads(stored.read_text())["rows"], []
+    save = figure.Figure.savefig
+    monkeypatch.setattr(figure.Figure, "savefig", lambda self, *a, **k: (drawn.extend(self.axes), save(self, *a, **k)))
+    assert (
+        report.plot(rows, contestants.all_contestants(), str(tmp_path / "x.png"), "", {})
+        and (tmp_path / "x.png").exists()
+    )
+    assert drawn and all(axes.has_data() for axes in drawn)
+
+
 def test_host_time_of_a_call_with_and_without_gradients():
     times = host_times(torch.device("cpu"), torch.float32, calls=1, rounds=1)
     assert list(times) == ["seal_ops, without", "SDPA, without", "seal_ops, with gradients", "SDPA, with gradients"]

@@ -182,7 +182,7 @@ def _draw(content, folder):
 
 
 def _lines(panels, key, path, log=False):
-    """A panel an entry, a line a method; dashed where scales were trained under it."""
+    """A panel an entry, a line a method: dashed with scales trained under it, dotted where its colour comes again."""
     fig, axes = plots.figure(len(panels), width=5.2 * len(panels), height=4.6, squeeze=False)
     names = list(dict.fromkeys(_name(row) for rows in panels.values() for row in rows))
     for ax, (title, rows) in zip(axes.flat, panels.items(), strict=True):
@@ -192,7 +192,7 @@ def _lines(panels, key, path, log=False):
             ax.plot(
                 [lengths.index(r["length"]) for r in mine], [r[key] for r in mine], label=name, linewidth=1.3,
                 color=plots.COLOURS[i % len(plots.COLOURS)], marker=plots.MARKERS[i // len(plots.COLOURS)],
-                markersize=4, linestyle="--" if name.endswith(SCALES) else "-",
+                markersize=4, linestyle="--" if name.endswith(SCALES) else "-" if i < len(plots.COLOURS) else ":",
             )  # fmt: skip
         ax.set_xticks(range(len(lengths)), [f"{n:,}" for n in lengths], fontsize=8)
         ax.set_title(title, loc="left", fontsize=10)
