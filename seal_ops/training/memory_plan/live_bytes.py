@@ -107,11 +107,12 @@ class Meter:
 
 
 class Saved:
-    """Bytes of the storages that graphs built inside keep for their backward pass, without those of ``given``."""
+    """Bytes of the storages that graphs built inside keep for their backward pass at present, without those of
+    ``given``."""
 
     def __init__(self, given: Iterable[Tensor]):
         self._given = {t.untyped_storage()._cdata for t in given}
-        self._met: set[int] = set()
+        self._met: dict[int, weakref.finalize] = {}
         self.bytes = 0
         self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda tensor: tensor)
 
@@ -121,12 +122,18 @@ class Saved:
 
     def _pack(self, tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage._cdata not in self._met:
-            self._met.add(storage._cdata)
-            self.bytes += 0 if storage._cdata in self._given else storage.nbytes()
+        key = storage._cdata
+        if key not in self._met:
+            size = 0 if key in self._given else storage.nbytes()
+            self.bytes += size
+            self._met[key] = weakref.finalize(storage, self._gone, key, size)
         # An operation that saves its own result would hold itself through it, and for ever where nothing runs it
         # backward, as what the cut last layer computes of its rows before attention.
         return tensor.detach()
+
+    def _gone(self, key: int, size: int) -> None:
+        self.bytes -= size  # another storage may come to lie at its address
+        self._met.pop(key, None)
 
     def __enter__(self) -> Saved:
         self._hooks.__enter__()

@@ -183,7 +183,7 @@ class Measurement:
         with Meter(self.device) as meter, torch.enable_grad():
             with Saved(given) as saved:
                 result = forward(states, *args[1:], **kwargs)
-            most = meter.lap()
+            most, kept, keeps_entry = meter.lap(), saved.bytes, saved.met(states)
             if not result.requires_grad:
                 return dict(forward=most), result
             edge, gradient = torch.autograd.graph.get_gradient_edge(result), torch.ones_like(result)
@@ -192,7 +192,7 @@ class Measurement:
             torch.autograd.grad([edge], leaves, [gradient], allow_unused=True)
             # Neither the result nor its gradient belongs to the backward pass of this layer.
             backward = max(0, meter.lap() - 2 * _size(result))
-        return dict(kept=saved.bytes, keeps_entry=saved.met(states), forward=most, backward=backward), result
+        return dict(kept=kept, keeps_entry=keeps_entry, forward=most, backward=backward), result
 
     def _measure_tiles(self) -> None:
         """By two tiles: what does not grow, like gradients and a quantised weight written out, is in the samples."""
