@@ -14,6 +14,7 @@ from collections.abc import Sequence
 import torch
 
 from ..huggingface.logits import learns_prompt, prompt_cache
+from ..utils.memory import free_on_gpu
 from . import static_decoding
 
 BATCH_TOKENS = (8_192, 16_384)  # prompt tokens in a batch without a cache of fixed size: on a CPU, on a GPU at least
@@ -63,14 +64,13 @@ def _rows_that_fit(model, length: int) -> int:
     config = getattr(model, "config", None)
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
     names = ("num_hidden_layers", "num_attention_heads", "hidden_size", "intermediate_size")
-    layers, heads, hidden, inner = (getattr(config, name, None) for name in names)
-    if not all(isinstance(size, int) and size > 0 for size in (layers, heads, hidden, inner)):
+    sizes = [getattr(config, name, None) for name in names]
+    if not all(isinstance(size, int) and size > 0 for size in sizes):
         return 0
-    kv_heads = getattr(config, "num_key_value_heads", None) or heads
-    head_dim = getattr(config, "head_dim", None) or hidden // heads
     # A layer: its states, queries, keys, values and their copies, about twelve of them, and four of the MLP's.
-    token = (2 * layers * kv_heads * head_dim + 12 * hidden + 4 * inner) * model.dtype.itemsize
-    return min(static_decoding.MOST_ROWS, int(SHARE * static_decoding.free_memory(model.device)) // (token * length))
+    numbers = static_decoding.cached_numbers(config) + 12 * config.hidden_size + 4 * config.intermediate_size
+    row = numbers * model.dtype.itemsize * length
+    return min(static_decoding.MOST_ROWS, int(SHARE * free_on_gpu(model.device)) // row)
 
 
 class _Outputs:

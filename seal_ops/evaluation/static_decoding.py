@@ -19,6 +19,7 @@ from ..huggingface import attention  # noqa: F401 (registers NAME with transform
 from ..huggingface.context_window import extension_of
 from ..huggingface.masks import NAME, PLAIN
 from ..huggingface.modes import accepts
+from ..utils.memory import free_on_gpu
 
 PREFILL_TOKENS = (8_192, 65_536)  # prompt tokens in one forward pass: on a CPU, on a GPU
 CACHE_SHARE = 0.3  # of the GPU's free memory, for keys and values
@@ -54,17 +55,15 @@ def supports(model) -> bool:
 
 def rows_that_fit(model, length: int) -> int:
     """Rows of ``length`` tokens whose keys and values take :data:`CACHE_SHARE` of the GPU's free memory; at least 1."""
-    config = model.config
+    row = cached_numbers(model.config) * model.dtype.itemsize * _rounded(length)
+    return max(1, min(MOST_ROWS, int(CACHE_SHARE * free_on_gpu(model.device)) // row))
+
+
+def cached_numbers(config) -> int:
+    """Keys and values of one token in all layers."""
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    row = 2 * config.num_hidden_layers * heads * head_dim * model.dtype.itemsize * _rounded(length)
-    return max(1, min(MOST_ROWS, int(CACHE_SHARE * free_memory(model.device)) // row))
-
-
-def free_memory(device: torch.device) -> int:
-    """Bytes of a GPU that nobody uses, what PyTorch holds and does not use among them."""
-    free, _ = torch.cuda.mem_get_info(device)
-    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return 2 * config.num_hidden_layers * heads * head_dim
 
 
 def _rounded(length):

@@ -6,6 +6,12 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 
 
+def free_on_gpu(device: torch.device) -> int:
+    """Bytes that this process can still allocate on a GPU, those that PyTorch holds unused among them."""
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + unused
+
+
 class Pieces:
     """Runs work on pieces of at most ``size`` items; where one does not fit into the GPU's memory, on halves from then
     on.

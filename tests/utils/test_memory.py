@@ -141,7 +141,7 @@ def test_rows_on_a_gpu_are_what_its_memory_holds(monkeypatch):
     assert decoding.rows_at_once(lm, 100) == 100
     monkeypatch.setattr(static_decoding, "supports", lambda model: False)
     free, token = 0, 2 * (2 * 3 * 2 * 16 + 12 * 64 + 4 * 100)
-    monkeypatch.setattr(static_decoding, "free_memory", lambda device: free)
+    monkeypatch.setattr(decoding, "free_on_gpu", lambda device: free)
     least = decoding.BATCH_TOKENS[1] // 100
     assert decoding.rows_at_once(lm, 100) == least
     free = round((least + 7.5) * 100 * token / decoding.SHARE)

@@ -11,6 +11,8 @@ import sys
 
 import torch
 
+from ...utils.memory import free_on_gpu
+
 # Left free of what a plan may use: for the allocator's gaps, and what operations allocate within themselves. A choice,
 # not a measurement.
 RESERVE = 0.08
@@ -95,10 +97,7 @@ def give_back(device: torch.device) -> None:
 
 def free(device: torch.device) -> int:
     """Bytes that this process can still allocate on a device, those that PyTorch holds unused among them."""
-    if device.type == "cuda":
-        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + unused
-    return free_host()
+    return free_on_gpu(device) if device.type == "cuda" else free_host()
 
 
 def free_host() -> int:

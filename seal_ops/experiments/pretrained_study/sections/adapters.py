@@ -1,8 +1,7 @@
 """LoRA and DoRA on the same samples and cases as the main table."""
 
-from ...comparison import VALIDATION
 from ...study_jobs.queue import Job
-from .shared import LOW_RANK, drawn_tests, summary_line
+from .shared import LOW_RANK, drawn, summary_line
 
 
 def jobs(plan):
@@ -36,11 +35,6 @@ def _job(plan, task, seed):
             "summary": summary_line(measured),
         }
 
-    drawn = (
-        *drawn_tests(plan, task, plan.lengths, plan.cases, seed),
-        (task, plan.longest, plan.samples, seed, "train"),
-    )
-    if first and searched:
-        drawn += ((task, plan.longest, VALIDATION, seed + 1, "train"),)
+    samples = drawn(plan, task, plan.lengths, plan.cases, seed, plan.longest, searched=first and searched)
     needs = () if first else (f"adapters-{task}-{plan.seeds[0]}",)
-    return Job(f"adapters-{task}-{seed}", run, 140 if first and searched else 80, drawn, needs)
+    return Job(f"adapters-{task}-{seed}", run, 140 if first and searched else 80, samples, needs)

@@ -2,7 +2,7 @@
 
 from ....huggingface.context_extension.extending import extended
 from ...study_jobs.queue import Job
-from .shared import drawn_tests, summary_line
+from .shared import drawn, summary_line
 
 
 def jobs(plan):
@@ -36,8 +36,5 @@ def _job(plan, kind, factor, length):
             "summary": summary_line(measured),
         }
 
-    drawn = (
-        *drawn_tests(plan, task, (plan.longest, length), plan.beyond_cases, seed),
-        (task, length, plan.samples, seed, "train"),
-    )
-    return Job(f"beyond-{kind}-x{factor}", run, 60 if factor <= 2 else 150, drawn, (f"main-{task}-{seed}",))
+    samples = drawn(plan, task, (plan.longest, length), plan.beyond_cases, seed, length)
+    return Job(f"beyond-{kind}-x{factor}", run, 60 if factor <= 2 else 150, samples, (f"main-{task}-{seed}",))

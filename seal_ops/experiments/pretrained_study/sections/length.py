@@ -1,7 +1,7 @@
 """Trained short and measured long."""
 
 from ...study_jobs.queue import Job
-from .shared import SCALED, drawn_tests, summary_line
+from .shared import SCALED, drawn, summary_line
 
 
 def jobs(plan):
@@ -27,10 +27,7 @@ def jobs(plan):
                 "summary": summary_line(measured),
             }
 
-        drawn = (
-            *drawn_tests(plan, task, plan.lengths, plan.cases, seed),
-            (task, train_length, plan.samples, seed, "train"),
-        )
-        return Job(f"length-{train_length}", run, 30, drawn, (f"main-{task}-{seed}",))
+        samples = drawn(plan, task, plan.lengths, plan.cases, seed, train_length)
+        return Job(f"length-{train_length}", run, 30, samples, (f"main-{task}-{seed}",))
 
     return [made(train_length) for train_length in plan.train_lengths]

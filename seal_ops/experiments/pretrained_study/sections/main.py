@@ -1,8 +1,7 @@
 """Accuracy by length of the base, SEAL-H and SEAL-C on every task, for every draw of samples."""
 
-from ...comparison import VALIDATION
 from ...study_jobs.queue import Job
-from .shared import SCALED, drawn_tests, summary_line
+from .shared import SCALED, drawn, summary_line
 
 
 def jobs(plan):
@@ -37,11 +36,6 @@ def _job(plan, task, seed):
             "summary": summary_line(measured),
         }
 
-    drawn = (
-        *drawn_tests(plan, task, plan.lengths, plan.cases, seed),
-        (task, plan.longest, plan.samples, seed, "train"),
-    )
-    if first:
-        drawn += ((task, plan.longest, VALIDATION, seed + 1, "train"),)
+    samples = drawn(plan, task, plan.lengths, plan.cases, seed, plan.longest, searched=first)
     needs = () if first else (f"main-{task}-{plan.seeds[0]}",)
-    return Job(f"main-{task}-{seed}", run, 75 if first else 45, drawn, needs)
+    return Job(f"main-{task}-{seed}", run, 75 if first else 45, samples, needs)

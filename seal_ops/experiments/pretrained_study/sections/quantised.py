@@ -3,7 +3,7 @@
 import torch
 
 from ...study_jobs.queue import Job
-from .shared import drawn_tests, summary_line
+from .shared import drawn, summary_line
 
 
 def jobs(plan):
@@ -38,8 +38,5 @@ def jobs(plan):
             "summary": summary_line(measured),
         }
 
-    drawn = (
-        *drawn_tests(plan, task, plan.lengths, plan.cases, seed),
-        (task, plan.longest, plan.samples, seed, "train"),
-    )
-    return [Job("quantised-nf4", run, 60, drawn, (f"main-{task}-{seed}",))]
+    samples = drawn(plan, task, plan.lengths, plan.cases, seed, plan.longest)
+    return [Job("quantised-nf4", run, 60, samples, (f"main-{task}-{seed}",))]

@@ -1,6 +1,7 @@
 """What the sections have alike: the methods, the cases of a test, and the line that sums up a job."""
 
 from ....training.recipe import GRANULARITIES
+from ...comparison import VALIDATION
 
 SCALED = tuple(GRANULARITIES)
 LOW_RANK = ("LoRA", "DoRA")
@@ -10,6 +11,13 @@ RATE = "rate-"  # begins the names of the rate curve's scales
 def drawn_tests(plan, task, lengths, cases, seed=0):
     """What a job draws to test on, as `Job.samples` tells it."""
     return tuple((task, length, cases, seed, "test") for length in lengths)
+
+
+def drawn(plan, task, lengths, cases, seed, train_length, *, searched=False):
+    """What a job draws that trains at ``train_length`` too; ``searched``: and chooses a rate by further samples."""
+    trained = (task, train_length, plan.samples, seed, "train")
+    further = ((task, train_length, VALIDATION, seed + 1, "train"),) if searched else ()
+    return (*drawn_tests(plan, task, lengths, cases, seed), trained, *further)
 
 
 def method_line(method, measured):
