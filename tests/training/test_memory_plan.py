@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from families import FAMILIES, randomise, tokens
-from retrieval_fixtures import model, one_thread, tokenizer  # noqa: F401
+from retrieval_fixtures import one_thread  # noqa: F401
 
 import seal_ops
 from seal_ops.huggingface.logits import logits_at
