@@ -4,7 +4,7 @@
 # the stages comes last, and each log ends with its slowest tests.
 #
 # usage: tests/gpu/run_all.sh [WORKDIR]     logs and JUnit files stay in WORKDIR (default: a new temporary folder)
-#        SEAL_STAGES="build cuda ..."       only these of: build cuda triton timing memcheck racecheck synccheck
+#        SEAL_STAGES="build cuda ..."       only these of: build cuda triton alone memcheck racecheck synccheck
 #        SEAL_PREBUILT=DIR                  no build: tests the package installed in DIR
 #        SEAL_SECONDS=300                   time for everything together (default 540)
 #        SEAL_PART=2/3                      only the second third of the tests of the cuda and triton stages
@@ -16,9 +16,9 @@ root=$(cd "$(dirname "$0")/../.." && pwd)
 work=${1:-$(mktemp -d)}
 mkdir -p "$work/run"
 python=${PYTHON:-python3}
-stages=" ${SEAL_STAGES:-build cuda triton timing memcheck racecheck synccheck} "
+stages=" ${SEAL_STAGES:-build cuda triton alone memcheck racecheck synccheck} "
 for name in $stages; do
-  case $name in build | cuda | triton | timing | memcheck | racecheck | synccheck) ;; *) echo "SEAL_STAGES must name stages, got $name" >&2; exit 2 ;; esac
+  case $name in build | cuda | triton | alone | memcheck | racecheck | synccheck) ;; *) echo "SEAL_STAGES must name stages, got $name" >&2; exit 2 ;; esac
 done
 declare -a table=()
 status=0
@@ -76,7 +76,7 @@ suite() {  # cuda or triton, workers, per cent of the time that is left, pytest 
   # The session's limit ends between two tests, and reports; a test that hangs ends its worker, which says its name.
   has pytest_timeout && options+=(--session-timeout=$((limit > 60 ? limit - 20 : limit / 2)) --timeout=150 --timeout-method=thread)
   SEAL_SUITE=$name SEAL_GPUS=$gpus timeout -k 2 "$limit" "$python" -m pytest -vv -rs --tb=short --durations=25 -p no:cacheprovider \
-    "${options[@]}" -m "not timing" --junitxml="$work/$name.xml" "$@" >"$work/$name.log" 2>&1
+    "${options[@]}" -m "not alone" --junitxml="$work/$name.xml" "$@" >"$work/$name.log" 2>&1
   report "$name" $? $((SECONDS - begin))
 }
 sanitizer() {  # tool, the GPU's number among those given, parts of sanitize.py
@@ -111,19 +111,19 @@ else  # one suite after the other: the processes of a GPU take turns on it, and 
   suite triton "${SEAL_WORKERS:-$many}" 100 "${shared[@]}"
 fi
 wait
-# Times, with the GPU to themselves.
-if [[ $stages == *" timing "* ]]; then
+# Times and memory in use, with the GPU to themselves.
+if [[ $stages == *" alone "* ]]; then
   begin=$SECONDS
-  CUDA_VISIBLE_DEVICES=${gpus%%,*} timeout -k 2 "$(left)" "$python" -m pytest -vv -s --tb=short -p no:cacheprovider -m timing tests/gpu >"$work/timing.log" 2>&1
-  report timing $? $((SECONDS - begin))
+  CUDA_VISIBLE_DEVICES=${gpus%%,*} timeout -k 2 "$(left)" "$python" -m pytest -vv -s --tb=short -p no:cacheprovider -m alone tests/gpu >"$work/alone.log" 2>&1
+  report alone $? $((SECONDS - begin))
 fi
-for name in cuda triton timing memcheck racecheck synccheck; do
+for name in cuda triton alone memcheck racecheck synccheck; do
   [ -e "$work/$name.status" ] || continue
   read -r code seconds <"$work/$name.status"
   finish "$name" "$code" "$seconds" "$(grep -E ' (passed|failed|error)|SUMMARY|not finite|^known_races' "$work/$name.log" | tail -n 1 | cut -c1-110)"
 done
 
-cat "$work"/cuda.log "$work"/triton.log "$work"/timing.log 2>/dev/null | grep -E '^(FAILED|ERROR)' | cut -c1-230 | head -n 40
+cat "$work"/cuda.log "$work"/triton.log "$work"/alone.log 2>/dev/null | grep -E '^(FAILED|ERROR)' | cut -c1-230 | head -n 40
 echo
 printf '%s\n' "${table[@]}"
 printf 'all stages: %d s, logs in %s\n' $SECONDS "$work"

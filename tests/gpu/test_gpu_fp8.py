@@ -89,6 +89,7 @@ def test_products_are_those_of_the_rounded_factors(shape, tokens):
     assert errors[0] < 1e-2 and errors[1] < 1e-2 and errors[2] < (2**-7 if tokens < fp8_product.FEW else 2**-8)
 
 
+@pytest.mark.alone
 def test_a_large_model_states_its_error_keeps_to_its_memory_and_gets_its_weights_back():
     """Two layers of an 8B shape."""
     length = 8192
@@ -151,7 +152,7 @@ def test_a_run_on_the_gpu_leaves_the_weights_and_states_what_it_did(tmp_path):
     assert all(torch.equal(p, v) and p.is_cuda for p, v in before.values())
 
 
-@pytest.mark.timing
+@pytest.mark.alone
 def test_a_layer_takes_less_time_than_in_16_bits():
     """The products of an 8B MLP at 31,744 tokens, forward and backward, rows to fp8 and all."""
     x = random(31744, 4096).requires_grad_()

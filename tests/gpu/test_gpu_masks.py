@@ -113,7 +113,7 @@ def milliseconds(backend: str, length: int, mask) -> float:
     return sorted(times[2:])[3]
 
 
-@pytest.mark.timing
+@pytest.mark.alone
 @pytest.mark.parametrize(
     "length, mask, most",
     [(32768, masks.shifted_groups(8192), 0.35), (131072, masks.streaming(4, 4096), 0.10)],
@@ -125,7 +125,7 @@ def test_time_follows_the_mask(backend, device, alone, length, mask, most):
     assert share <= most
 
 
-@pytest.mark.timing
+@pytest.mark.alone
 def test_time_follows_block_lists(backend, device, alone):
     """A quarter of the blocks below the diagonal."""
     if backend == "cuda":

@@ -15,7 +15,8 @@ from seal_ops.training.memory_plan.execution import ATTENTION, EVERYTHING, INPUT
 from seal_ops.training.memory_plan.planning import TILE, Planner
 from seal_ops.training.memory_plan.simulation import expected
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+# Alone: what other processes hold on the card decides what a plan may use.
+pytestmark = [pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"), pytest.mark.alone]
 LENGTH, LAYERS = 12_345, 4
 SIZE = Size(1024, 3584, 8, 2, 32_000, LAYERS, ())
 # name: what the layers keep from the first to the last, layers of a group, tokens of a tile
