@@ -9,6 +9,7 @@
 #   variants       decoding kernels, every variant (nvcc)
 #   serving        `generate` unmerged: 8B shape at 2k x 4 and 32k x 1
 #   quantized      4-bit training: weak columns, QLoRA, SEAL-C
+#   sequence_parallel  a sample of 256k tokens (LENGTH) divided among GPUS=4 by DeepSpeed's Ulysses, then on one GPU
 #   decoding       batched greedy decoding of a model (MODEL)
 #   study context study4   SmolLM2's studies: real_model.md, context_extension.md, qeft.md (MODEL, TEXT, TEXT_LONG, PROCESSES)
 # environment: SECONDS_EACH=300 (a section's limit), PYTHON, PACKAGE (an installed seal_ops), FA3=DIR, MODEL=DIR, TEXT=FILE,
@@ -70,6 +71,11 @@ for section in "$@"; do
       step serving "$python" "$root/benchmarks/serving_speed.py" --sizes 8b --lengths 32768 --batch 1 --rounds 2 --output "$out/serving-32k.json"
       ;;
     quantized) step quantized "$python" "$root/benchmarks/quantized_training.py" --output "$out/quantized.json" --budget-s $((limit - 15)) ${QUANTIZED_FLAGS:-} ;;
+    sequence_parallel)
+      words=("$root/benchmarks/sequence_parallel.py" --length "${LENGTH:-262144}")
+      step sequence-gpus "$python" -m torch.distributed.run --nproc_per_node="${GPUS:-4}" "${words[@]}" ${SEQUENCE_FLAGS:-} --output "$out/sequence-gpus.json"
+      step sequence-one "$python" -m torch.distributed.run --nproc_per_node=1 "${words[@]}" --steps 0 --gradient-checkpointing auto --against "$out/sequence-gpus.json" --output "$out/sequence-one.json"
+      ;;
     decoding) step decoding "$python" "$root/benchmarks/decoding_speed.py" --model "$MODEL" --lengths 512 2048 8000 --cases 40 --tokens 24 --output "$out/decoding.json" ;;
     study) study smollm2 study "$TEXT" ;;
     context) study smollm2-context context "$TEXT_LONG" ;;
