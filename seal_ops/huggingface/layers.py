@@ -161,7 +161,9 @@ def _attached_class(cls: type, backend: str | None, original, _state: tuple) -> 
             )
         if layer.program is not None:
             check_padding((*args, *kwargs.values()))
-        if layer.rotation == "deferred" and not ulysses.is_on(NAME):  # else q and k change on their way to attention
+        if ulysses.is_on(NAME):  # q and k change on their way to attention, so the rotation is not deferred
+            kwargs = ulysses.gatherable(kwargs)
+        elif layer.rotation == "deferred":
             args, kwargs = _waiting(args, kwargs, layer.program is not None and layer.program.unrotated)
         function = fused if layer.rotation else original
         if layer.probe is not None:

@@ -107,13 +107,13 @@ class Readers:
             return _equals(plain, out)
         factor = _factor(granularity, layer.num_heads, layer.head_dim).to(plain).expand(-1, layer.head_dim).reshape(-1)
         size = plain.abs().max().item()
-        return size > 0 and torch.allclose(scaled, plain * factor, rtol=1e-2, atol=1e-4 * size)
+        return size > 0 and torch.allclose(scaled.to(plain), plain * factor, rtol=1e-2, atol=1e-4 * size)
 
 
 def _changed(reading: Reading) -> bool:
     values = list(reading.inputs.values())
-    return any(v.shape != values[0].shape or not torch.equal(v, values[0]) for v in values[1:])
+    return any(v.shape != values[0].shape or not torch.equal(v.to(values[0].device), values[0]) for v in values[1:])
 
 
 def _equals(value: Tensor, out: Tensor) -> bool:
-    return value.numel() == out.numel() and bool(torch.equal(value.reshape(-1), out.reshape(-1).to(value.dtype)))
+    return value.numel() == out.numel() and bool(torch.equal(value.reshape(-1), out.reshape(-1).to(value)))

@@ -6,6 +6,7 @@ import transformers
 from families import FAMILIES
 
 import seal_ops
+from seal_ops.huggingface.logits import logits_at
 
 pytest.importorskip("accelerate")
 MAP = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk"} | dict.fromkeys(
@@ -47,3 +48,15 @@ def test_a_split_model_trains(folder, tmp_path, granularity, device_map):
     assert [scale.device for _, scale in scales.items()] == [layer.device for layer in found]
     saved = seal_ops.load(FAMILIES["llama"].build(), tmp_path / "split").values()
     assert all(torch.equal(saved[layer], value) for layer, value in whole.values().items())
+
+
+def test_positions_of_a_split_model_come_as_numbers(folder, tmp_path):
+    """accelerate moves tensors to the first device, where they index nothing on the last one."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        folder / "model", device_map=MAP, offload_folder=tmp_path / "offloaded"
+    )
+    ids, seen = torch.randint(3, 97, (2, 10)), []
+    model.register_forward_pre_hook(lambda module, args, kwargs: seen.append(kwargs["logits_to_keep"]), with_kwargs=True)
+    found = logits_at(model, torch.tensor([2, 7]), input_ids=ids)
+    assert seen == [[2, 7]]
+    assert torch.equal(found, FAMILIES["llama"].build()(input_ids=ids).logits[:, [2, 7]])

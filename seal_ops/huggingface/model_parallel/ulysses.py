@@ -58,6 +58,13 @@ def is_on(name: str) -> bool:
     return True
 
 
+def gatherable(kwargs: dict) -> dict:
+    """Arguments of an attention module, with ``position_ids`` that NCCL gathers: it takes no part of a larger tensor, such
+    as a process' columns of a batch."""
+    positions = kwargs.get("position_ids")
+    return kwargs if positions is None else {**kwargs, "position_ids": positions.contiguous()}
+
+
 def check_mask(mask_function, padding: Tensor | None, local_size: int | None, config) -> None:
     """Raises ValueError for a mask that is lost when DeepSpeed drops it.
 
