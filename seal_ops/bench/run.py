@@ -72,7 +72,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def command_line(options: argparse.Namespace) -> str:
-    """The options as typed, leaving out those at their defaults: what a result file records."""
+    """The options as typed, leaving out those at their defaults: what a result file records.  A folder that is named from
+    the root of this machine says nothing on another, and is left out."""
     parser = argparse.ArgumentParser()
     add_options(parser)
     words = ["seal", "bench"]
@@ -84,7 +85,8 @@ def command_line(options: argparse.Namespace) -> str:
             words += [action.option_strings[0], *value]
             continue
         for item in value if isinstance(value, list) else [value]:
-            words += [action.option_strings[0]] if item is True else [action.option_strings[0], str(item)]
+            shown = "FOLDER" if os.path.isabs(str(item)) else str(item)
+            words += [action.option_strings[0]] if item is True else [action.option_strings[0], shown]
     return shlex.join(words)
 
 

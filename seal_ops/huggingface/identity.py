@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 
@@ -71,8 +72,9 @@ def fingerprint(model: nn.Module, trainable: bool = True) -> str:
 
 def describe_model(model: nn.Module) -> dict:
     """What result files say about a model: ``class``, ``name``, ``dtype``, ``device``, ``parameters``,
-    ``fingerprint``."""
+    ``fingerprint``.  Of a folder that is named from the root of this machine, ``name`` is the last part."""
     name = getattr(getattr(model, "config", None), "_name_or_path", None)
+    name = os.path.basename(os.path.normpath(name)) if name and os.path.isabs(name) else name
     dtypes = sorted({str(p.dtype).removeprefix("torch.") for p in model.parameters()})
     return {
         "class": type(model).__name__,

@@ -179,6 +179,8 @@ def test_the_command_writes_rows_with_the_environment_and_a_plot(tmp_path, capsy
     stored = json.loads((tmp_path / "r.json").read_text())
     assert len(stored["rows"]) == len(rows) and stored["environment"]["torch"] == torch.__version__
     table = (tmp_path / "r.md").read_text()
+    assert "--output FOLDER" in stored["command"]
+    assert str(tmp_path) not in json.dumps(stored) + table, "a machine's folders are in the results"
     assert "Times faster seal_ops (cpu) is" in table and "PEFT (IA)³" in table
     forward, sdpa = (
         next(

@@ -262,6 +262,8 @@ def test_description():
     found = describe_model(lm)
     assert found == {"class": "LlamaForCausalLM", "name": "user/tiny", "dtype": "bfloat16", "device": "cpu",
                      "parameters": lm.num_parameters(), "fingerprint": fingerprint(lm)}  # fmt: skip
+    lm.config._name_or_path = "/home/somebody/models/tiny/"
+    assert describe_model(lm)["name"] == "tiny", "results are shared, a machine's folders are not"
 
 
 def test_named_scales_count_by_what_is_active():
