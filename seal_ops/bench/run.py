@@ -72,8 +72,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def command_line(options: argparse.Namespace) -> str:
-    """The options as typed, leaving out those at their defaults: what a result file records.  A folder that is named from
-    the root of this machine says nothing on another, and is left out."""
+    """The options as typed, leaving out those at their defaults: what a result file records.  A folder that is named
+    from the root of this machine says nothing on another, and is left out."""
     parser = argparse.ArgumentParser()
     add_options(parser)
     words = ["seal", "bench"]

@@ -16,7 +16,7 @@ def logits_at(model: nn.Module, positions: Tensor, **inputs) -> Tensor:
     positions = positions + virtual_tokens(model)
     if accepts(model, "logits_to_keep"):
         if len(set((getattr(model, "hf_device_map", None) or {}).values())) > 1:
-            # accelerate moves every tensor to the first device, and the last layer may lie on another: so they come as a list
+            # No tensor: accelerate would move it to the first device, and the last layer may lie on another.
             positions = positions.tolist()
         return model(**inputs, logits_to_keep=positions).logits
     return model(**inputs).logits[:, positions]

@@ -152,6 +152,7 @@ NOT_RUN = {
     "pip install bitsandbytes": NETWORK,
     "seal bench --suite masks": GPU,
     "benchmarks/run_all.sh OUT training recipe decode masks": GPU,
+    "torchrun --nproc_per_node=4 benchmarks/sequence_parallel.py --length 262144 --output sequence-4.json": GPU,
     "python -m pytest tests/gpu/test_gpu_parallel.py": "wants two GPUs",
     "torchrun --nproc_per_node=4 -m seal_ops train --model NAME --granularity channel --task lines --length 8192 "
     "--accumulate 4 --output my-scales": PROCESSES,

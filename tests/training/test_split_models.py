@@ -56,7 +56,9 @@ def test_positions_of_a_split_model_come_as_numbers(folder, tmp_path):
         folder / "model", device_map=MAP, offload_folder=tmp_path / "offloaded"
     )
     ids, seen = torch.randint(3, 97, (2, 10)), []
-    model.register_forward_pre_hook(lambda module, args, kwargs: seen.append(kwargs["logits_to_keep"]), with_kwargs=True)
+    model.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["logits_to_keep"]), with_kwargs=True
+    )
     found = logits_at(model, torch.tensor([2, 7]), input_ids=ids)
     assert seen == [[2, 7]]
     assert torch.equal(found, FAMILIES["llama"].build()(input_ids=ids).logits[:, [2, 7]])

@@ -59,8 +59,8 @@ def is_on(name: str) -> bool:
 
 
 def gatherable(kwargs: dict) -> dict:
-    """Arguments of an attention module, with ``position_ids`` that NCCL gathers: it takes no part of a larger tensor, such
-    as a process' columns of a batch."""
+    """Arguments of an attention module, with ``position_ids`` that NCCL gathers: it takes no part of a larger tensor,
+    such as a process' columns of a batch."""
     positions = kwargs.get("position_ids")
     return kwargs if positions is None else {**kwargs, "position_ids": positions.contiguous()}
 
