@@ -7,6 +7,8 @@ import re
 import pytest
 from markdown_tables import tables_of
 
+from seal_ops.bench.training_sizes import SIZES
+
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks/results"
 
@@ -15,40 +17,157 @@ def stored(name: str) -> dict:
     return json.loads((RESULTS / name).read_text())
 
 
-def test_training_steps():
+PAGE = ROOT / "docs/benchmarks.md"
+
+
+def steps_of(name: str) -> dict[int, dict]:
+    """Rows of "auto" by their length."""
+    return {r["length"]: r for r in stored(name)["rows"] if r["contestant"] == "auto" and r["status"] == "ok"}
+
+
+def gib(peak) -> str:
+    return f"{peak / 2**30:.1f}"
+
+
+def fraction(value: float) -> str:
+    return f"{value:.2f}".removeprefix("0")
+
+
+def time_of(seconds: float) -> str:
+    return f"{seconds:.2f}" if seconds < 10 else f"{seconds:.1f}" if seconds < 100 else f"{seconds:,.0f}"
+
+
+def test_training_steps_beside_peers():
     rows = [r for r in stored("training-h200-92b295e.json")["rows"] if r["length"] == 31_744]
-    (long,), (longer,) = (stored(f"{name}-h200-f78eab2.json")["rows"] for name in ("training", "training-long"))
-    assert (long["length"], longer["length"]) == (131_072, 262_144)
-    found = tables_of(ROOT / "docs/benchmarks.md")[("", "31k", "128k", "256k")]
-    cell = {r["label"]: f"{r['seconds']:.3g}, {r['peak_bytes'] / 2**30:.1f}" for r in rows}
-    cell = {label: text.replace("3.8,", "3.80,").replace("4.2,", "4.20,") for label, text in cell.items()}
-    beyond = [f"{r['seconds']:.3g}, {r['peak_bytes'] / 2**30:.1f}" for r in (long, longer)]
-    assert [tuple(row) for row in found] == [
-        (label, cell[label], *(beyond if n == 0 else ("", ""))) for n, label in enumerate(cell)
+    found = tables_of(PAGE)[("31k tokens", "seconds a step", "peak, GiB", "utilisation")]
+    assert found == [
+        (r["label"], time_of(r["seconds"]), gib(r["peak_bytes"]), fraction(r["utilisation"])) for r in rows
     ]
+    everything = rows[0]["keeps"].split(", ")[1].removesuffix(" x everything")
+    assert f"{everything} of {rows[0]['layers']} layers keep everything" in PAGE.read_text()
     seconds = {r["contestant"]: r["seconds"] for r in rows}
-    page = (ROOT / "docs/benchmarks.md").read_text()
     for peer, words in (("ia3-tuned", "as PEFT by hand"), ("ia3", "as PEFT as written")):
-        assert f"{seconds[peer] / seconds['auto']:.2f} times {'as fast ' if peer != 'ia3' else ''}{words}" in page
-    assert f"the utilisation is {100 * long['utilisation']:.0f} and {100 * longer['utilisation']:.0f} %" in page
-    training = (ROOT / "docs/training.md").read_text()
+        ratio = f"{seconds[peer] / seconds['auto']:.2f} times {'as fast ' if peer != 'ia3' else ''}{words}"
+        assert ratio in PAGE.read_text()
+
+
+def several_cards(processes: int) -> dict:
+    return stored(f"sequence-parallel-{processes}-h200-a22c778.json")
+
+
+def kept(run: dict) -> str:
+    """What the layers of a run of `benchmarks/sequence_parallel.py` kept, as the training suite writes it."""
+    if run["gradient_checkpointing"] == "selective":
+        return f"{run['layers']} × attention"
+    plan = run["plan"]
+    counts = ", ".join(f"{count} × {name}" for name, count in plan["layers"].items())
+    return f"{counts}, tiles of {plan['tile']} tokens"
+
+
+def training_rows():
+    """Every step of a plan, and the one of four cards."""
+
+    def cells(row: dict) -> tuple:
+        peaks = gib(row["peak_bytes"]), gib(row["expected_peak"])
+        return time_of(row["seconds"]), *peaks, fraction(row["utilisation"])
+
+    plan, rows = lambda row: row["keeps"].replace(" x ", " × "), []
+    for row in stored("training-fp8-h200-a22c778.json")["rows"]:
+        setting = {"auto": "auto", "auto-fp8": "auto, linear layers in fp8"}[row["contestant"]]
+        rows.append(("31k", "1", setting, plan(row), *cells(row), "a22c778"))
+    for name in ("training", "training-long"):
+        ((length, row),) = steps_of(f"{name}-h200-f78eab2.json").items()
+        rows.append((f"{length // 1024}k", "1", "auto", plan(row), *cells(row), "f78eab2"))
+    for count in (1, 4):
+        run = several_cards(count)
+        planned = gib(run["plan"]["expected_peak"]) if count == 1 else ""
+        how = {1: "auto, `seal_ops.train`", 4: "selective, Ulysses"}[count]
+        measured = time_of(run["seconds_a_step"]), gib(run["peak_bytes"]), planned, fraction(run["utilisation"])
+        rows.append((f"{run['length'] // 1024}k", str(count), how, kept(run), *measured, "a22c778"))
+    for length, row in steps_of("training-long-h200-a22c778.json").items():
+        name = f"{length // 1024}k" if not row["extrapolated"] else f"1M, {row['layers_run']} of {row['layers']} layers"
+        rows.append((name, "1", "auto", plan(row), *cells(row), "a22c778"))
+    head = ("tokens", "cards", "setting", "layers keep", "seconds a step", "peak, GiB a card", "planned, GiB")
+    return (*head, "utilisation", "run"), rows
+
+
+def test_training_steps_by_length():
+    head, rows = training_rows()
+    assert tables_of(PAGE)[head] == rows
+
+
+def test_training_steps_in_words():
+    page, training = (" ".join((ROOT / f"docs/{name}.md").read_text().split()) for name in ("benchmarks", "training"))
+    (short,) = (r for r in stored("training-h200-92b295e.json")["rows"][:1])
+    long, longer = (steps_of(f"{n}-h200-f78eab2.json").popitem()[1] for n in ("training", "training-long"))
+    half, million = steps_of("training-long-h200-a22c778.json").values()
+    gb = lambda row: [f"{row[key] / 1e9:.1f}" for key in ("expected_peak", "peak_bytes")]  # noqa: E731
+    assert "{} GB were expected and {} measured".format(*gb(short)) in training
+    assert "At 131,072 tokens {} were expected and {} measured".format(*gb(long)) in training
+    for row in (longer, half):
+        assert f"at {row['length']:,} " + "{} and {}".format(*gb(row)) in training
+    assert f"and a step took {short['seconds']:.1f} s" in training
+    seconds = (time_of(row["seconds"]) for row in (long, longer, half))
+    assert "steps of {}, {} and {} s".format(*seconds) in training
+
+    offloaded = int(half["keeps"].split(" x offloaded")[0])
+    assert f"at 512k the inputs of {offloaded} layers wait in pinned host memory and every layer's" in page
+    assert f"those of {offloaded} layers in pinned host memory" in training
+    operations = SIZES["8b"].step_operations(million["length"], million["layers"])
+    rate = stored("training-long-h200-a22c778.json")["environment"]["matmul_tflops"] * 1e12
+    all_layers, honest = million["seconds_all_layers"], operations / (half["utilisation"] * rate)
+    readme = " ".join((ROOT / "README.md").read_text().split())
+    assert f"512k tokens in {time_of(half['seconds'])} s a step" in readme
+    assert f"four train on 256k in {time_of(several_cards(4)['seconds_a_step'])} s" in readme
+    assert f"4 of the 32 layers took {million['seconds']:.0f} s, times eight {all_layers:,.0f}" in page
     assert (
-        f"{rows[0]['expected_peak'] / 1e9:.1f} GB were expected and {rows[0]['peak_bytes'] / 1e9:.1f} measured"
-        in training
+        f"At the utilisation of 512k, {fraction(half['utilisation'])}, a step of 32 layers would take {honest:,.0f} s"
+        in page
+    )  # noqa: E501
+    assert f"(target: at most {2400:,})" in page and honest <= 2400
+
+    plain, eighth = stored("training-fp8-h200-a22c778.json")["rows"]
+    error = eighth["gradient_error"]
+    times = plain["seconds"] / eighth["seconds"]
+    words = f"{time_of(plain['seconds'])} to {time_of(eighth['seconds'])} s, {times:.2f} times as fast"
+    assert words in page and words in training and f"first gradients were {fraction(error)} away" in training
+    assert f"relative error of its first gradients against 16 bits is {fraction(error)}" in page
+
+
+def test_one_sequence_on_four_cards():
+    page = " ".join(PAGE.read_text().split())
+    one, four = several_cards(1), several_cards(4)
+    for name in ("model", "layers", "length", "labels", "status"):
+        assert one[name] == four[name]
+    how = [run["gradient_checkpointing"] for run in (one, four)]
+    assert (one["length"], how) == (262_144, ["auto", "selective"])
+    alone, together = one["seconds_a_step"], four["seconds_a_step"]
+    times = alone / together
+    words = f"{together:.1f} s a step against {alone:.0f} on one card, {times:.2f} times as fast"
+    assert words in page and times >= 3.3 and "target: 3.3" in page
+    assert f"a peak of {gib(four['peak_bytes'])} GiB a card" in page
+    # the same step where a share of the layers recomputes attention too
+    length, layers, size = one["length"], one["layers"], SIZES["8b"]
+    attention = 4 * size.hidden * length**2 / 2
+    linear = 2 * (2 * size.hidden**2 + 2 * size.hidden * size.kv_heads * 128 + 3 * size.hidden * size.inner) * length
+    selective = size.step_operations(length, layers) + layers * linear
+    again = one["plan"]["layers"]["input"]
+    more = 1 + again * attention / selective
+    assert f"recomputes attention in {again} of {layers} layers, which is {more:.2f} times the operations" in page
+    errors = [f"{run['gradient_error']:.3f}".removeprefix("0") for run in (one, four)]
+    assert one["check_length"] == four["check_length"] == 8192
+    assert (
+        "the gradients at 8,192 tokens were compared" in page and "relative errors of {} and {}".format(*errors) in page
     )
-    far = (
-        [f"{r['expected_peak'] / 1e9:.1f}" for r in (long, longer)],
-        [f"{r['peak_bytes'] / 1e9:.1f}" for r in (long, longer)],
-    )
-    assert f"{far[0][0]} were expected and {far[1][0]} measured, at 262,144 {far[0][1]} and {far[1][1]}" in training
-    assert f"steps of {long['seconds']:.1f} and {longer['seconds']:.0f} s" in training
+    assert one["seconds"] == [one["seconds_of_first_step"]] and four["seconds"] != [four["seconds_of_first_step"]]
 
 
 def test_the_recipe_from_end_to_end():
     run = stored("recipe-h200-483d201.json")
     assert (run["settings"]["sizes"], run["settings"]["samples"], run["settings"]["length"]) == ("7b", 50, 31_744)
-    whole, training = run["seconds"], run["seconds of training"]
+    settings, whole, training = run["settings"], run["seconds"], run["seconds of training"]
     benchmarks, page = ((ROOT / f"docs/{name}.md").read_text() for name in ("benchmarks", "training"))
+    assert f"{settings['samples']} samples of {settings['length']:,} tokens made" in benchmarks
     assert f"{whole:.0f} s, of which {training:.0f} are training, {run['seconds a step']:.2f} a step" in benchmarks
     assert f"on a 7B shape, {whole:.0f} s on one H200" in page
 

@@ -33,7 +33,7 @@ class Throughput:
 
 
 THROUGHPUTS = {
-    "NVIDIA H200": Throughput(788.8e12, 710.643e12, 596.7787e12, "benchmarks/results/headline-h200-f9047d9.json"),
+    "NVIDIA H200": Throughput(776.4e12, 694.4466e12, 583.3932e12, "benchmarks/results/headline-h200-a22c778.json"),
 }
 
 
