@@ -26,6 +26,7 @@ from .files import DEFAULT_ADAPTER, ScalesConfig, read, shown, tensor_name
 from .freezing import freeze, thaw
 from .generating import GenerateRows
 from .hub import resolve
+from .merge_record import check_not_merged
 from .model_card import read_facts
 from .saving import SaveBoth
 from .scales import Scales, check_new_name
@@ -282,8 +283,8 @@ def load(
 
     Raises:
         FileNotFoundError: nothing under the name.
-        ValueError: a damaged file, an adapter made for another model, or tensors of another shape or dtype than the
-            config says.
+        ValueError: a damaged file, an adapter made for another model, tensors of another shape or dtype than the
+            config says, or scales that were merged into this model already.
     """
     check_module(model, "load")
     source = resolve(save_directory, revision=revision, token=token, subfolder=subfolder)
@@ -302,6 +303,7 @@ def load(
     config = numbered(saved, version, attention_layers, source)
     check_fits(config, owner, attention_layers, source)
     values = {layer: tensors[tensor_name(number)] for layer, number in zip(config.layers, saved.layers)}
+    check_not_merged(_base_config(owner), config, values, repr(source), "load")
     if scales is None:
         scales = attach_to(
             model, attention_layers, config.granularity, config.layers, backend, adapter_name or DEFAULT_ADAPTER

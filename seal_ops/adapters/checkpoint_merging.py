@@ -1,4 +1,4 @@
-"""Merging in the files of a checkpoint: one weight in memory at a time, every other byte as it was."""
+"""Merging in the files of a checkpoint: one weight in memory at a time, every other byte of the weights as it was."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 
 from ..huggingface.hollow import AT_ONCE, attention_layers_of, read_hollow
-from ..utils.files import replacing_folder
+from ..utils.files import atomic_write, replacing_folder
 from . import files, hub
 from .attachment import check_fits, numbered
+from .merge_record import check_not_merged, record
 from .merging import check_projection, check_weight, merged, reads_rows, refuse
 
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 # Weights of other formats would be the unmerged ones still.
 _WEIGHTS = (
     ".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".pt", ".pth", ".ckpt", ".gguf", ".h5",
@@ -61,7 +62,7 @@ class MergedCheckpoint:
 
 def can_merge(folder: str | os.PathLike) -> bool:
     """Whether a folder holds a checkpoint that `merge_checkpoint` reads."""
-    return os.path.isfile(os.path.join(folder, "config.json")) and any(
+    return os.path.isfile(os.path.join(folder, CONFIG)) and any(
         os.path.isfile(os.path.join(folder, name)) for name in (SINGLE, INDEX)
     )
 
@@ -81,7 +82,8 @@ def merge_checkpoint(
 
     The shards are copied, and in the copies the weights that read the attention output are multiplied, one at a time:
     names, order, dtypes, shard boundaries and every other byte stay.  All other files are copied, but for weights in
-    other formats, which would be unmerged ones, for ``seal_scales``, and for hidden files.  ``output`` appears when all
+    other formats, which would be unmerged ones, for ``seal_scales``, and for hidden files.  ``config.json`` gets the
+    field ``seal_ops_merged``, by which `seal_ops.load` knows these scales again.  ``output`` appears when all
     is done: a killed merge leaves nothing under its name.  The weights are the same, bit for bit, as by
     `seal_ops.merge` in the checkpoint's dtype.
 
@@ -99,7 +101,7 @@ def merge_checkpoint(
         FileNotFoundError: no such checkpoint, or no scales.
         FileExistsError: ``output`` is not empty.
         ValueError: scales for another model, a quantised checkpoint, a projection that cannot take them (as in
-            `seal_ops.merge`), or tensor names that are not the model's.
+            `seal_ops.merge`), tensor names that are not the model's, or scales that were merged into it before.
     """
     folder, output = os.fspath(model), os.path.normpath(os.fspath(output))
     _check_folder(folder, output)
@@ -114,8 +116,13 @@ def merge_checkpoint(
         config = numbered(saved, version, layers, source, "merge")
         check_fits(config, hollow, layers, source, "merge")
         values = {layer: tensors[files.tensor_name(number)] for layer, number in zip(config.layers, saved.layers)}
+        content = files.read_json(folder, CONFIG, "merge")
+        check_not_merged(content, config, values, repr(source), "merge")
         factors = _factors(hollow, layers, config.granularity, values, places)
         left = _copy_rest(folder, temporary)
+        if record(content, config, values):
+            text = json.dumps(content, indent=2, ensure_ascii=False)
+            atomic_write(os.path.join(temporary, CONFIG), text + "\n")
         for shard in shards:
             shutil.copyfile(os.path.join(folder, shard), os.path.join(temporary, shard))
             with open(os.path.join(temporary, shard), "r+b") as file:
@@ -128,12 +135,12 @@ def merge_checkpoint(
 def _check_folder(folder: str, output: str) -> None:
     if not can_merge(folder):
         raise FileNotFoundError(
-            f"seal_ops.merge: model must be a folder with config.json and {SINGLE} or {INDEX}, got {folder!r}"
+            f"seal_ops.merge: model must be a folder with {CONFIG} and {SINGLE} or {INDEX}, got {folder!r}"
         )
     inside = os.path.commonpath([os.path.abspath(folder), os.path.abspath(output)]) == os.path.abspath(folder)
     if inside:
         raise ValueError(f"seal_ops.merge: output must lie outside the model's folder {folder!r}, got {output!r}")
-    content = files.read_json(folder, "config.json", "merge")
+    content = files.read_json(folder, CONFIG, "merge")
     for name in ("quantization_config", "compression_config"):
         if content.get(name):
             method = content[name].get("quant_method") if isinstance(content[name], dict) else None

@@ -17,9 +17,10 @@ from transformers.pytorch_utils import Conv1D
 from ..huggingface.layers import AttentionLayer
 from ..huggingface.wrappers import unwrapped
 from ..utils.files import write_adapter
-from .attachment import attach_to, attached, layers_of, refuse_second
+from .attachment import attach_to, attached, describe, layers_of, refuse_second
 from .files import CONFIG_FILE, WEIGHTS_FILE, read_json, read_tensors, shown
 from .hub import resolve
+from .merge_record import check_not_merged
 from .scales import Scales
 
 _PREFIX, _SUFFIX = "base_model.model.", ".ia3_l"
@@ -45,7 +46,7 @@ def import_ia3(model: nn.Module, save_directory: str | os.PathLike, backend: str
     Raises:
         FileNotFoundError: a missing file.
         ValueError: an adapter that scales anything but the input of the ``o_proj`` of ``model``'s self-attention, or
-            whose vectors have another length.
+            whose vectors have another length, or one that was merged into this model already.
     """
     refuse_second(model, "ia3.import_ia3")
     folder = resolve(save_directory, call="ia3.import_ia3")
@@ -56,7 +57,8 @@ def import_ia3(model: nn.Module, save_directory: str | os.PathLike, backend: str
             f"{config.get('peft_type')!r}"
         )
     tensors = read_tensors(folder, call="ia3.import_ia3")
-    attention_layers = layers_of(unwrapped(model, "ia3.import_ia3"))
+    owner = unwrapped(model, "ia3.import_ia3")
+    attention_layers = layers_of(owner)
     by_key = {_key(attn): attn for attn in attention_layers}
     found: dict[int, Tensor] = {}
     for name, tensor in tensors.items():
@@ -78,6 +80,8 @@ def import_ia3(model: nn.Module, save_directory: str | os.PathLike, backend: str
     if not found:
         raise ValueError(f"seal_ops.ia3.import_ia3: {folder!r} must hold at least one vector, got none")
     _check_direct("import_ia3", [attn for attn in attention_layers if attn.index in found])
+    described = describe(owner, attention_layers, "channel", sorted(found), "ia3.import_ia3")
+    check_not_merged(owner.config, described, found, repr(folder), "ia3.import_ia3")
     scales = attach_to(model, attention_layers, "channel", sorted(found), backend)
     scales.set_values(scales.config, found)
     return scales

@@ -9,6 +9,7 @@ from transformers.pytorch_utils import Conv1D
 from ..huggingface.layers import AttentionLayer
 from ..huggingface.projection import holds_numbers, in_words
 from .attachment import attached, detach
+from .merge_record import check_not_merged, record
 
 
 @torch.no_grad()
@@ -16,7 +17,8 @@ def merge(model: nn.Module) -> nn.Module:
     """Multiplies the scales into the weights that read the attention output and detaches: no cost at inference.
 
     Computed in fp32 and rounded once, so the weights keep their dtype; biases stay.  All layers are checked before the
-    first is written.  With several adapters, the active one is merged.
+    first is written.  With several adapters, the active one is merged.  The model's config says which scales have
+    been merged (``seal_ops_merged``), so that `load` refuses the same ones afterwards.
 
     Args:
         model: the model, or a PEFT or compiled model round it.
@@ -26,8 +28,8 @@ def merge(model: nn.Module) -> nn.Module:
 
     Raises:
         ValueError: a step between attention and its projection that scales do not pass (BitNet's norm), quantised or
-            adapted projections and weights that are computed anew in each call (serve those unmerged), or a merged
-            weight that would overflow.
+            adapted projections and weights that are computed anew in each call (serve those unmerged), a merged weight
+            that would overflow, or scales that were merged into this model before.
     """
     scales, attachment = attached(model, "merge")
     if any(type(m).__module__.startswith("peft.tuners.adaption_prompt") for m in attachment.owner.modules()):
@@ -39,6 +41,8 @@ def merge(model: nn.Module) -> nn.Module:
     attention_layers = {attn.index: attn for attn in attachment.patch.layers}
     learned = scales.values()
     scales.check_finite("merge", learned)
+    base = attachment.owner.config
+    check_not_merged(base, scales.config, learned, "the scales", "merge")
     work = [
         (
             attention_layers[layer],
@@ -51,10 +55,12 @@ def merge(model: nn.Module) -> nn.Module:
     for attn, projection, scale in work:
         check_projection(attn, projection, scales.config.granularity, seen)
         check_weight(attn.projection_name, projection.weight, scale, attn.head_dim, reads_rows(projection))
-    for attn, projection, scale in work:
+    for number, (attn, projection, scale) in enumerate(work):
         projection.weight.copy_(merged(projection.weight, scale, attn.head_dim, reads_rows(projection)))
         # A merge that is interrupted leaves a model that computes the same, and that can be merged again.
         scales.layers[str(attn.index)].scale.fill_(1)
+        if number == 0:  # for what is loaded afterwards, an interrupted merge is one, too
+            record(base, scales.config, learned)
     detach(model)
     scales.set_values(scales.config, learned)
     return model

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..adapters.attachment import attached as attached_scales
 from ..adapters.attachment import detach
+from ..adapters.merge_record import check_not_merged, record
 from ..huggingface.layers import AttentionLayer
 from ..huggingface.modes import mode
 from . import bases, quantizers
@@ -44,15 +45,18 @@ def fold_scales(model: nn.Module, *, dequantize: bool = False) -> nn.Module:
         The model, without scales.
 
     Raises:
-        ValueError: there are no scales, or a scale does not fold, and why.
+        ValueError: there are no scales, a scale does not fold, and why, or the scales were folded into this model
+            before.
 
     Source:
         SEAL (arXiv 2501.15225), section 4, for what is multiplied.
     """
     scales, attachment = attached_scales(model, "fold_scales")
     owner, learned = attachment.owner, scales.values()
+    check_not_merged(owner.config, scales.config, learned, "the scales", "fold_scales")
     by_number = {layer.index: layer for layer in attachment.patch.layers}
     work = [_planned(owner, by_number[number], value, dequantize) for number, value in learned.items()]
+    record(owner.config, scales.config, learned)
     for step in work:
         step()
     detach(model)

@@ -192,7 +192,7 @@ def nf4(token_ids, granularity, method="nf4", columns=False, **overrides):
 @pytest.mark.parametrize("method", ["nf4", "nf4-double"])
 @pytest.mark.parametrize("columns", [False, True])
 @pytest.mark.parametrize("granularity, kv_heads", [("head", 1), ("head", 2), ("channel", 2)])
-def test_scales_fold_into_group_scales(bitsandbytes, token_ids, method, columns, granularity, kv_heads):
+def test_scales_fold_into_group_scales(bitsandbytes, token_ids, method, columns, granularity, kv_heads, tmp_path):
     model, scales = nf4(token_ids, granularity, method, columns, num_key_value_heads=kv_heads)
     values, expected = scales.values(), logits(model, tokens())
     with seal_ops.disabled(model):
@@ -203,6 +203,9 @@ def test_scales_fold_into_group_scales(bitsandbytes, token_ids, method, columns,
     assert not hasattr(model, "seal_scales")
     assert close(logits(model, tokens()), expected) and not close(without, expected)
     assert all(torch.equal(v, values[n]) for n, v in scales.values().items()), "can still be saved"
+    scales.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="would be applied twice"):
+        seal_ops.load(model, tmp_path)
 
 
 def test_scales_that_do_not_fold(bitsandbytes, token_ids):
