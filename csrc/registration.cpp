@@ -109,6 +109,6 @@ PYBIND11_MODULE(_C, m) {
 #ifdef SEAL_WITH_CUDA
   m.def("set_launch_overrides", [](int32_t enough_ctas, int32_t sms) { seal::launch_overrides() = {sms, enough_ctas}; },
         pybind11::kw_only(), pybind11::arg("enough_ctas") = 0, pybind11::arg("sms") = 0,
-        "for tests: lets small shapes take the paths of large ones; without arguments the device decides again");
+        "for tests and memory plans: lets small shapes take the paths of large ones; without arguments the device decides again");
 #endif
 }

@@ -1,5 +1,5 @@
-// What the launches assume of the device, settable by tests: with few multiprocessors small shapes take the paths of large ones
-// (several tiles to a thread block, whole groups of query heads in one). Results stay the same up to the order of sums.
+// What the launches assume of the device, settable by tests and memory plans: with few multiprocessors small shapes take the paths of
+// large ones (several tiles to a thread block, whole groups of query heads in one). Results stay the same up to the order of sums.
 #pragma once
 
 #include <cstdint>

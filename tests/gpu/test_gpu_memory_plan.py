@@ -11,7 +11,10 @@ import seal_ops
 from seal_ops.bench.training_sizes import Size
 from seal_ops.bench.training_steps import random_model
 from seal_ops.huggingface.modes import mode
+from seal_ops.ops.dispatch import has_cuda_kernels
+from seal_ops.ops.launch_overrides import key_tiles, launched_as
 from seal_ops.training.memory_plan.execution import ATTENTION, EVERYTHING, INPUT, OFFLOADED
+from seal_ops.training.memory_plan.memory import begin_peak, requested
 from seal_ops.training.memory_plan.planning import TILE, Planner
 from seal_ops.training.memory_plan.simulation import expected
 
@@ -42,12 +45,12 @@ def planner():
         yield found
 
 
-def step(planner, keeps, group, tile):
+def step(planner, keeps, group, tile, length=LENGTH):
     """``(gradients, expected bytes, measured bytes)`` of one step; all layers' scales in one vector."""
     model = planner.model
     plan = dataclasses.replace(planner.uniform(False), keeps=keeps, group=group, tile=tile)
-    ids = torch.randint(0, 32_000, (1, LENGTH), generator=torch.Generator().manual_seed(0)).cuda()
-    positions = torch.arange(LENGTH - 513, LENGTH - 1)
+    ids = torch.randint(0, 32_000, (1, length), generator=torch.Generator().manual_seed(0)).cuda()
+    positions = torch.arange(length - 513, length - 1)
     model.zero_grad(set_to_none=True)
     gc.collect()
     torch.cuda.empty_cache()
@@ -69,6 +72,41 @@ def test_gradients_and_memory_of_a_plan(planner, name):
     assert (found - plain).norm() <= 0.02 * plain.norm() and found.isfinite().all()
     assert measured < most, "a plan that keeps less takes less"
     assert 0.9 * measured <= wanted <= 1.25 * measured, f"expected {wanted:,}, measured {measured:,}"
+
+
+@pytest.mark.skipif(not has_cuda_kernels(), reason="needs the CUDA kernels, whose launch depends on the length")
+def test_short_samples_take_the_workspace_of_real_rows():
+    """Bytes of the attention's backward at a quarter of the length, times four; and the peak that follows, of 2 layers
+    of 8B at 8,192 tokens, of which samples launched as short rows expected too little."""
+    device, real, heads, kv_heads, head_dim = torch.device("cuda"), 8192, 32, 8, 128
+
+    def taken(length):
+        shapes = ((heads,), (kv_heads,), (kv_heads,))
+        q, k, v = (torch.randn(1, length, *h, head_dim, device=device, dtype=torch.bfloat16) for h in shapes)
+        scale = torch.ones(heads, head_dim, device=device)
+        out, lse = torch.ops.seal.attention(q, k, v, scale)
+        call = {"scale": scale, "needs": [True, True, True, True, False, False, False], "backend": "cuda"}
+        grad_out = torch.ones_like(out)
+        begin_peak(device)
+        before = requested(device)
+        result = torch.ops.seal.attention_backward(grad_out, None, q, k, v, out, lse, **call)
+        most = requested(device, peak=True) - before
+        del result
+        return most
+
+    tiles = [key_tiles(n, head_dim, 1, False) for n in (real // 4, real)]
+    with launched_as(*tiles, device):
+        short = taken(real // 4)
+    assert abs(4 * short - taken(real)) < 0.01 * taken(real), "as the real rows"
+    assert taken(real // 4) > 1.05 * short, "by itself a short row takes more"
+
+    model = random_model(Size(4096, 14336, heads, kv_heads, 32_000, 2, ()), 2, real, torch.bfloat16, device)
+    seal_ops.attach(model, "channel")
+    with mode(model, True):
+        planner = Planner(model, real, 512)
+        for keeps, tile in (((EVERYTHING,) * 2, None), ((ATTENTION,) * 2, None)):
+            _, wanted, measured = step(planner, keeps, 1, tile, real)
+            assert 0.95 * measured <= wanted <= 1.1 * measured, f"{keeps}: expected {wanted:,}, measured {measured:,}"
 
 
 def test_a_plan_fits_what_it_was_given(planner):

@@ -147,6 +147,7 @@ class Measurement:
             changes += [(m, _with(run_tiled, m, self.samples.tile_of(tile, length))) for m in self.tiled]
         positions = torch.arange(length - labels, length, device="cpu")
         with replaced_forwards(changes), torch.enable_grad(), contextlib.ExitStack() as meters:
+            meters.enter_context(self.samples.launched(length))
             meters.callback(entry.stop)  # where the model fails
             meters.callback(end.stop)
             entry.start()
@@ -250,7 +251,7 @@ class WholeMeasurement:
 
     def _peak(self, setting: bool | str, length: int, labels: int) -> int:
         model, device = self.samples.model, self.samples.device
-        with prepared(model, setting), Meter(device) as meter, torch.enable_grad():
+        with self.samples.launched(length), prepared(model, setting), Meter(device) as meter, torch.enable_grad():
             positions = torch.arange(length - labels, length, device="cpu")
             loss = _loss(logits_at(model, positions, **self.samples.inputs(length)))
             leaves = [p for p in model.parameters() if p.requires_grad]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Sequence
@@ -9,6 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from ...ops.launch_overrides import key_tiles, launched_as
 from ...quantized import bases
 from .decoder import device_of
 
@@ -109,6 +111,17 @@ class ShortSamples:
             inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
             inputs["attention_mask"][-1, length - length // 8 - 1 :] = 0
         return inputs
+
+    def launched(self, length: int) -> contextlib.AbstractContextManager[None]:
+        """Inside, kernels share out the work of a sample of ``length`` tokens a row as they do that of real rows, whose
+        workspace is then as many times larger."""
+        return launched_as(self._key_tiles(length), self._key_tiles(self.length), self.device)
+
+    def _key_tiles(self, length: int) -> int:
+        tokens = self.batch_size * length - (length // 8 + 1) * self.padded
+        config = self.model.config.get_text_config()
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        return key_tiles(tokens, head_dim, self.batch_size, self.padded)
 
     def fit(self, values: Sequence[float], straight: bool = False) -> int:
         """What a quantity is at the real length and labels, from its values in the samples; ``straight``: no square."""
