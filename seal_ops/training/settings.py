@@ -11,6 +11,7 @@ from torch import nn
 from ..utils.arguments import integer, number, path, shown
 from .frozen_linears.conversion import FORMATS
 from .long_context import CALL, LongContextRecipe, recipe_of
+from .memory_plan.memory import host_memory
 from .memory_plan.planning import SETTINGS
 from .recipe import COLUMNS_CLIP
 
@@ -68,6 +69,7 @@ class Settings:
                 f"{CALL}: gradient_checkpointing must be 'auto', False, True or 'selective', got "
                 f"{self.gradient_checkpointing!r}"
             )
+        host_memory()  # what the user says of it is checked first
         if self.memory is not None:
             self.memory = integer(CALL, "memory", self.memory, 1)
             if self.gradient_checkpointing != "auto":

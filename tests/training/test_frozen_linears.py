@@ -518,10 +518,12 @@ def test_devices_and_names_are_refused(monkeypatch):
     assert conversion.no_fp8(gpu) == "NVIDIA A100 of 8.0"
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 9))
     assert conversion.no_fp8(gpu) is None and "another kind" in conversion.no_fp8(torch.device("mps"))
-    monkeypatch.setattr(conversion.memory, "free_host", lambda: 30 * 2**30)
+    monkeypatch.setattr(conversion.memory, "host_memory", lambda: conversion.memory.HostMemory(30 * 2**30, "a test"))
     assert conversion._no_room(13 * 2**30) is None
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    assert "52.00 GiB of the host's memory for the 16-bit weights of 4 processes" in conversion._no_room(13 * 2**30)[0]
+    needed, got = conversion._no_room(13 * 2**30)
+    assert "52.00 GiB of the host's memory for the 16-bit weights of 4 processes" in needed
+    assert got.startswith("6.90 GiB (a test, for each of 4 processes, less 8 %; SEAL_HOST_MEMORY=GIB")
     monkeypatch.setattr(conversion, "no_fp8", lambda device: "NVIDIA A100 of 8.0")
     with pytest.raises(ValueError, match="needs a GPU of compute capability 8.9 or later, or a CPU, got NVIDIA A100"):
         train(trainable(), SAMPLES, frozen_linears="fp8")

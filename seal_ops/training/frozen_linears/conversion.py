@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import gc
-import os
 from collections.abc import Iterator
 
 import torch
@@ -219,12 +218,12 @@ def convertible(model: nn.Module, call: str, frozen: bool = True) -> list[nn.Lin
 
 def _no_room(size: int) -> tuple[str, str] | None:
     """What the host's memory must hold, and what it can, where it cannot: ``size`` bytes of each process on it."""
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
-    free = memory.free_host()
-    if processes * size <= free * (1 - memory.RESERVE):
+    processes, share = memory.processes_here(), memory.host_share()
+    if size <= share.bytes:
         return None
     needed = f"{processes * size / 2**30:.2f} GiB of the host's memory for the 16-bit weights"
-    return needed + (f" of {processes} processes" if processes > 1 else ""), f"{free / 2**30:.2f} GiB free"
+    needed += f" of {processes} processes" if processes > 1 else ""
+    return needed, f"{share.bytes / 2**30:.2f} GiB ({share.source}; {memory.HOST_MEMORY}=GIB says otherwise)"
 
 
 def no_fp8(device: torch.device) -> str | None:

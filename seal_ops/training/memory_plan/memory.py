@@ -6,6 +6,7 @@ All that asks CUDA's allocator stands here.
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import sys
 
@@ -16,6 +17,7 @@ from ...utils.memory import free_on_gpu
 # Left free of what a plan may use: for the allocator's gaps, and what operations allocate within themselves. A choice,
 # not a measurement.
 RESERVE = 0.08
+HOST_MEMORY = "SEAL_HOST_MEMORY"  # GiB of the host's memory, in the place of what the system says
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,31 +99,71 @@ def give_back(device: torch.device) -> None:
 
 def free(device: torch.device) -> int:
     """Bytes that this process can still allocate on a device, those that PyTorch holds unused among them."""
-    return free_on_gpu(device) if device.type == "cuda" else free_host()
+    return free_on_gpu(device) if device.type == "cuda" else host_memory().bytes
 
 
-def free_host() -> int:
-    """Bytes of the host's memory that are available to this process."""
-    found = [_system(), _group()]
-    return min((value for value in found if value is not None), default=0)
+@dataclasses.dataclass(frozen=True)
+class HostMemory:
+    """Bytes of the host's memory that are available to a process, and what says so."""
+
+    bytes: int
+    source: str
 
 
-def _system() -> int | None:
+def host_memory() -> HostMemory:
+    """What is available of the host's memory to the processes on it: the least that anything says, or what
+    ``SEAL_HOST_MEMORY`` (GiB) does.
+
+    A machine whose memory grows as it is used, as virtual ones do, has more than it says.
+
+    Raises:
+        ValueError: ``SEAL_HOST_MEMORY`` is no number above 0.
+    """
+    given = os.environ.get(HOST_MEMORY)
+    if given:
+        try:
+            gib = float(given)
+        except ValueError:
+            gib = math.nan
+        if not 0 < gib < math.inf:
+            raise ValueError(f"seal_ops: {HOST_MEMORY} must be a number of GiB above 0, got {given!r}")
+        return HostMemory(round(gib * 2**30), HOST_MEMORY)
+    found = [one for one in (_system(), _group()) if one is not None]
+    return min(found, key=lambda one: one.bytes, default=HostMemory(0, "nothing here says how much there is"))
+
+
+def host_share() -> HostMemory:
+    """Of `host_memory`, what each of the run's processes on this host may take, less the reserve."""
+    processes, found = processes_here(), host_memory()
+    parts = [found.source] + [f"for each of {processes} processes"] * (processes > 1)
+    count = found.bytes // processes
+    if found.source != HOST_MEMORY:
+        parts.append(f"less {RESERVE:.0%}".replace("%", " %"))
+        count = round(count * (1 - RESERVE))
+    return HostMemory(count, ", ".join(parts))
+
+
+def processes_here() -> int:
+    """Processes of the run on this host, as torchrun says."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
+
+
+def _system() -> HostMemory | None:
     try:
         with open("/proc/meminfo") as file:
             for line in file:
                 if line.startswith("MemAvailable:"):
-                    return int(line.split()[1]) * 1024
+                    return HostMemory(int(line.split()[1]) * 1024, "MemAvailable of /proc/meminfo")
     except OSError:
         pass
     try:
         import psutil  # accelerate brings it
     except ImportError:
         return None
-    return int(psutil.virtual_memory().available)
+    return HostMemory(int(psutil.virtual_memory().available), "psutil")
 
 
-def _group() -> int | None:
+def _group() -> HostMemory | None:
     """What is left of the limit of the process's control group, as containers set one."""
     folder = "/sys/fs/cgroup"
     try:
@@ -133,4 +175,6 @@ def _group() -> int | None:
             cached = sum(int(v) for k, v in map(str.split, file) if k == "inactive_file")
     except (OSError, ValueError):
         return None
-    return None if limit == "max" else max(0, int(limit) - current + cached)
+    if limit == "max":
+        return None
+    return HostMemory(max(0, int(limit) - current + cached), f"memory.max of the control group in {folder}")

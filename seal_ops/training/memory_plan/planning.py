@@ -150,6 +150,7 @@ def plan(
     for name, value in {"length": length, "batch_size": batch_size, "labels": labels, "memory": memory}.items():
         if value is not None and value < 1:
             raise ValueError(f"seal_ops.plan: {name} must be at least 1, got {value}")
+    memories.host_memory()  # what the user says of it is checked first
     if not any(p.requires_grad for p in model.parameters()):
         raise ValueError("seal_ops.plan: model must have something to train, got no parameter that requires a gradient")
     with mode(model, True), converted_linears(model, frozen_linears, "seal_ops.plan"):
@@ -231,12 +232,19 @@ class Planner:
 
     def _each(self, allowed: int, used: int, tile: int | None | bool) -> Plan:
         """For a model whose layers are known."""
-        keeps, group, tile, found, fits = self._choose(allowed, tile)
+        keeps, group, tile, found, fits, refused = self._choose(allowed, tile)
         speed, known = self._throughput(), None
         if not isinstance(speed, str):
             known = seconds(self.measurement.costs(tile), keeps, group, tile is not None, speed)
         notes = self._notes()
         notes += (f"the seconds are not known: {speed}",) if known is None else ()
+        if refused is not None:
+            needed, host = refused
+            notes += (
+                f"a way that recomputes less was passed over for the host's memory: its inputs would take "
+                f"{_size(needed)} there, of {_size(host.bytes)} available ({host.source}); "
+                f"{memories.HOST_MEMORY}=GIB says otherwise, as where memory grows with use",
+            )
         return self._plan(
             keeps, group=group, tile=tile, memory=allowed, used=used, expected=found.peak, kept=found.kept,
             host=found.host, fits=fits, seconds=known, notes=notes,
@@ -264,14 +272,18 @@ class Planner:
         return memories.throughput_of(self.device, dtype)
 
     def _choose(self, allowed: int, tile: int | None | bool):
-        """``(keeps, group, tile, expected, fits)``: the first that fits of a list that recomputes more and more."""
-        count, least = self._count(), None
+        """``(keeps, group, tile, expected, fits, refused)``: the first that fits of ways that recompute more and more.
+
+        ``refused``: bytes that a way before it would have pinned on the host, where that was all that was missing, and
+        the host's memory; or None.
+        """
+        count, least, refused = self._count(), None, None
         if tile is True:
             keeps = (EVERYTHING,) * count
             found = expected(self.measurement.costs(None, plain=True), keeps, 1, self.trained)
             if found.peak <= allowed:
-                return keeps, 1, None, found, True
-        host = round(memories.free_host() * (1 - memories.RESERVE)) if self.device.type == "cuda" else 0
+                return keeps, 1, None, found, True, None
+        host = memories.host_share()
         for low, high, group, tiles in self._candidates(tile):
             costs = self.measurement.costs(tiles)
             # The last layers keep more: what they hold is gone first.
@@ -279,11 +291,13 @@ class Planner:
                 keeps = (low,) * (count - number) + (high,) * number
                 keeps = tuple(INPUT if k == ATTENTION and not c.attention else k for k, c in zip(keeps, costs.layers))
                 found = expected(costs, keeps, group, self.trained)
-                if found.peak <= allowed and found.host <= host:
-                    return keeps, group, tiles, found, True
-                if found.host <= host and (least is None or found.peak < least[3].peak):
+                if found.peak <= allowed and found.host <= host.bytes:
+                    return keeps, group, tiles, found, True, refused
+                if found.peak <= allowed and refused is None:
+                    refused = found.host, host
+                if found.host <= host.bytes and (least is None or found.peak < least[3].peak):
                     least = keeps, group, tiles, found, False
-        return least
+        return *least, refused
 
     def _candidates(self, tile: int | None | bool) -> Iterator[tuple[str, str, int, int | None]]:
         if tile is True:
