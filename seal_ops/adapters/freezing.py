@@ -1,9 +1,12 @@
-"""The base model is frozen once, whatever is attached to it first, and thawed when the last of it is taken off."""
+"""The base model is frozen once, whatever is attached to it first, and thawed when the last of it is taken off; and a
+warning where what is to learn is frozen, too."""
 
 from __future__ import annotations
 
 import dataclasses
+import warnings
 
+import torch
 from torch import nn
 
 _RECORD = "_seal_frozen"
@@ -55,6 +58,26 @@ def thaw(owner: nn.Module, holder: str) -> None:
     for name, p in owner.named_parameters():
         if name in record.flags and (p.is_floating_point() or p.is_complex()):  # quantised since: never trained
             p.requires_grad_(record.flags[name])
+
+
+def warn_if_frozen(module: nn.Module, parameter: nn.Parameter, meant: bool, what: str, handle: str) -> None:
+    """Warns where a module is trained around a parameter that learns nothing, unless that is ``meant``.
+
+    ``what`` says what the parameter is part of, ``handle`` what a user calls the object that freezes it.
+    """
+    if (
+        module.training
+        and not parameter.requires_grad
+        and not meant
+        and torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+    ):
+        warnings.warn(
+            f"seal_ops: the model is trained while its {what} are frozen; peft.get_peft_model freezes all that is not "
+            f"its own. Call {handle}.requires_grad_(True) to train them too, or {handle}.requires_grad_(False) to say "
+            f"that they are to stay",
+            stacklevel=3,
+        )
 
 
 def attached_beside(owner: nn.Module, holder: str) -> bool:

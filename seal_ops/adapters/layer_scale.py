@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import warnings
-
 import torch
 from torch import Tensor, nn
+
+from .freezing import warn_if_frozen
 
 
 class LayerScale(nn.Module):
@@ -33,19 +33,7 @@ class LayerScale(nn.Module):
                 f"seal_ops: scales must stay torch.float32, got {self.scale.dtype}; leave the mixed precision of "
                 f"DeepSpeed or FSDP out and load the model in 16 bits instead, which leaves the scales as they are"
             )
-        if (
-            self.training
-            and not self.scale.requires_grad
-            and not self.may_be_frozen
-            and torch.is_grad_enabled()
-            and not torch.compiler.is_compiling()
-        ):
-            warnings.warn(
-                "seal_ops: the model is trained while its scales are frozen; peft.get_peft_model freezes all "
-                "that is not its own. Call scales.requires_grad_(True) to train them too, or "
-                "scales.requires_grad_(False) to say that they are to stay",
-                stacklevel=2,
-            )
+        warn_if_frozen(self, self.scale, self.may_be_frozen, "scales", "scales")
         return self.scale
 
     def _for_rows(self, batch: int) -> Tensor:

@@ -11,12 +11,12 @@ is the same product, and needs neither a reordering nor a kernel of its own.
 from __future__ import annotations
 
 import functools
-import warnings
 
 import torch
 from torch import Tensor, nn
 
 from ..adapters.files import DELTA, INDEX
+from ..adapters.freezing import warn_if_frozen
 from ..huggingface.patch import rebind
 from . import bases
 from .product import with_columns, written_out_with_columns
@@ -37,22 +37,6 @@ class _Columns:
         return f"{super().extra_repr()}, weak_columns={self.column_index.numel()}"
 
 
-def _warn_frozen(module) -> None:
-    if (
-        module.training
-        and not module.column_delta.requires_grad
-        and not module.columns_may_be_frozen
-        and torch.is_grad_enabled()
-        and not torch.compiler.is_compiling()
-    ):
-        warnings.warn(
-            "seal_ops: the model is trained while its weak columns are frozen; peft.get_peft_model freezes all that "
-            "is not its own. Call columns.requires_grad_(True) to train them too, or columns.requires_grad_(False) to "
-            "say that they are to stay",
-            stacklevel=3,
-        )
-
-
 def _learns(module, x: Tensor) -> bool:
     """Whether gradients flow through a base that is frozen as a whole and can be written out."""
     return (
@@ -71,7 +55,7 @@ def _columns_class(cls: type, original) -> type:
         # Without the attribute: taken off, and called by a hook that another library had put round this function.
         if not self.__dict__.get("columns_on", False):
             return original(self, x, *args, **kwargs)
-        _warn_frozen(self)
+        warn_if_frozen(self, self.column_delta, self.columns_may_be_frozen, "weak columns", "columns")
         if self.columns_own and not (args or kwargs) and _learns(self, x):
             weight_of = functools.partial(bases.weight_of, self, x.dtype)
             return written_out_with_columns(weight_of, x, self.column_index, self.column_delta, self.bias)

@@ -235,3 +235,38 @@ def test_a_search_ends_where_its_best_rate_left_the_model(tmp_path, folder):  # 
     assert best == "0.3", "the best is not the last, so that taking the last shows"
     assert f"{training['lr']:g}" == best and torch.equal(found, seen[best])
     assert not torch.equal(seen["0.001"], seen["0.3"]) and not hasattr(bench.model, "seal_scales")
+
+
+def test_jobs_that_train_tell_their_results_alike():
+    """Methods in order, each at its own rates; later draws take the first one's rate."""
+
+    class Training(Bench):
+        done = []
+
+        def measure(self, task, lengths, cases, seed, model=None):
+            self.done.append(("measured", model))
+            return {"scores": {str(n): [1, 0] for n in lengths}}
+
+        def search(self, method, task, length, samples, rates, seed, then):
+            return {"lr": rates[-1]}, then(f"{method} at {rates[-1]}")
+
+        def scales_folder(self, name):
+            raise AssertionError("only models with scales are kept")
+
+        def result(self, job):
+            return {"training": {method: {"lr": f"{method} of {job}"} for method in ("LoRA", "DoRA")}}
+
+    sizes = dict(seeds=(3, 4), lengths=(64,), samples=2, cases=2, sections=("adapters",))
+    plan = Plan(tasks=("lines",), adapter_tasks=(), **sizes)
+    found = {job.name: job for job in jobs(plan)}
+    first, bench = found["adapters-lines-3"], Training()
+    result = first.run(bench)
+    assert list(result) == ["task", "seed", "measured", "training", "summary"]
+    assert (result["task"], result["seed"], list(result["measured"])) == ("lines", 3, ["LoRA", "DoRA"])
+    assert result["training"] == {m: {"lr": plan.rates[m][0]} for m in ("LoRA", "DoRA")}, "not searched on this task"
+    assert result["summary"] == "LoRA: 64 0.50; DoRA: 64 0.50"
+    assert bench.done == [("measured", f"{m} at {plan.rates[m][0]}") for m in ("LoRA", "DoRA")]
+    again = {job.name: job for job in jobs(Plan(tasks=("lines",), adapter_tasks=("lines",), **sizes))}[
+        "adapters-lines-4"
+    ]
+    assert again.run(bench)["training"]["DoRA"] == {"lr": "DoRA of adapters-lines-3"}

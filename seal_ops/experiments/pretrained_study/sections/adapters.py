@@ -1,7 +1,7 @@
 """LoRA and DoRA on the same samples and cases as the main table."""
 
 from ...study_jobs.queue import Job
-from .shared import LOW_RANK, drawn, summary_line
+from .shared import LOW_RANK, drawn, found_rate, trained_result
 
 
 def jobs(plan):
@@ -12,29 +12,15 @@ def jobs(plan):
 
 def _job(plan, task, seed):
     first, searched = seed == plan.seeds[0], task in plan.adapter_tasks
+    earlier = f"adapters-{task}-{plan.seeds[0]}"
 
     def run(bench):
-        measured, training = {}, {}
-        for method in LOW_RANK:
-            if first:
-                rates = plan.rates[method] if searched else plan.rates[method][:1]
-            else:
-                rates = (bench.result(f"adapters-{task}-{plan.seeds[0]}")["training"][method]["lr"],)
+        def rates(method):
+            choices = plan.rates[method]
+            return (choices if searched else choices[:1]) if first else found_rate(bench, earlier, method)
 
-            def then(model):
-                return bench.measure(task, plan.lengths, plan.cases, seed, model)
-
-            training[method], measured[method] = bench.search(
-                method, task, plan.longest, plan.samples, rates, seed, then
-            )
-        return {
-            "task": task,
-            "seed": seed,
-            "measured": measured,
-            "training": training,
-            "summary": summary_line(measured),
-        }
+        return trained_result(bench, plan, task, seed, {method: rates(method) for method in LOW_RANK})
 
     samples = drawn(plan, task, plan.lengths, plan.cases, seed, plan.longest, searched=first and searched)
-    needs = () if first else (f"adapters-{task}-{plan.seeds[0]}",)
+    needs = () if first else (earlier,)
     return Job(f"adapters-{task}-{seed}", run, 140 if first and searched else 80, samples, needs)

@@ -1,7 +1,7 @@
 """Accuracy by length of the base, SEAL-H and SEAL-C on every task, for every draw of samples."""
 
 from ...study_jobs.queue import Job
-from .shared import SCALED, drawn, summary_line
+from .shared import SCALED, drawn, found_rate, trained_result
 
 
 def jobs(plan):
@@ -9,33 +9,16 @@ def jobs(plan):
 
 
 def _job(plan, task, seed):
-    first = seed == plan.seeds[0]
+    first, earlier = seed == plan.seeds[0], f"main-{task}-{plan.seeds[0]}"
 
     def run(bench):
-        measured = {"base": bench.measure(task, plan.lengths, plan.cases, seed)}
-        training = {}
-        for method in SCALED:
-            rates = (
-                plan.rates[method]
-                if first
-                else (bench.result(f"main-{task}-{plan.seeds[0]}")["training"][method]["lr"],)
-            )
+        def keep(method, model):
+            model.seal_scales.save_pretrained(bench.scales_folder(f"{task}-{method}-{seed}"))
 
-            def then(model, method=method):
-                model.seal_scales.save_pretrained(bench.scales_folder(f"{task}-{method}-{seed}"))
-                return bench.measure(task, plan.lengths, plan.cases, seed, model)
-
-            training[method], measured[method] = bench.search(
-                method, task, plan.longest, plan.samples, rates, seed, then
-            )
-        return {
-            "task": task,
-            "seed": seed,
-            "measured": measured,
-            "training": training,
-            "summary": summary_line(measured),
-        }
+        base = {"base": bench.measure(task, plan.lengths, plan.cases, seed)}
+        rates = {m: plan.rates[m] if first else found_rate(bench, earlier, m) for m in SCALED}
+        return trained_result(bench, plan, task, seed, rates, base, keep)
 
     samples = drawn(plan, task, plan.lengths, plan.cases, seed, plan.longest, searched=first)
-    needs = () if first else (f"main-{task}-{plan.seeds[0]}",)
+    needs = () if first else (earlier,)
     return Job(f"main-{task}-{seed}", run, 75 if first else 45, samples, needs)

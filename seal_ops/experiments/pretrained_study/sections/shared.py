@@ -20,6 +20,35 @@ def drawn(plan, task, lengths, cases, seed, train_length, *, searched=False):
     return (*drawn_tests(plan, task, lengths, cases, seed), trained, *further)
 
 
+def trained_result(bench, plan, task, seed, rates, measured=None, keep=None):
+    """The result of a job that trains methods on the plan's samples, each at the best of its rates, and measures them.
+
+    ``rates``: method -> rates.  ``measured``: what the job has measured before.  ``keep(method, model)`` is called with
+    each trained model.
+    """
+    measured, training = dict(measured or {}), {}
+    for method, choices in rates.items():
+
+        def then(model, method=method):
+            if keep is not None:
+                keep(method, model)
+            return bench.measure(task, plan.lengths, plan.cases, seed, model)
+
+        training[method], measured[method] = bench.search(method, task, plan.longest, plan.samples, choices, seed, then)
+    return {
+        "task": task,
+        "seed": seed,
+        "measured": measured,
+        "training": training,
+        "summary": summary_line(measured),
+    }
+
+
+def found_rate(bench, job, method):
+    """The rate that an earlier job has chosen for a method, as the only choice."""
+    return (bench.result(job)["training"][method]["lr"],)
+
+
 def method_line(method, measured):
     """The accuracies of one method, by length."""
     cells = ", ".join(f"{n} {sum(s) / len(s):.2f}" for n, s in measured["scores"].items())
