@@ -137,7 +137,7 @@ def read_json(folder: str | os.PathLike, name: str = CONFIG_FILE, call: str = "l
     """The object in a JSON file of an adapter; FileNotFoundError or ValueError in the name of ``call``."""
     path = _existing(folder, name, call)
     try:
-        with open(path, encoding="utf-8") as file:
+        with open(path, encoding="utf-8-sig") as file:
             content = json.load(file, object_pairs_hook=_without_duplicates)
     except RecursionError:
         raise ValueError(f"seal_ops.{call}: {path} must be JSON, got lists or objects nested too deeply") from None

@@ -33,7 +33,7 @@ def configure(parser: argparse.ArgumentParser, path: str) -> None:
     """
     import yaml
 
-    with open(path, encoding="utf-8") as file:
+    with open(path, encoding="utf-8-sig") as file:
         try:
             content = yaml.safe_load(file)
         except yaml.YAMLError as error:

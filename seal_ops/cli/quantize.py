@@ -42,7 +42,7 @@ def attach_columns(args, model, tokenizer, samples):
     from ..quantized.attachment import attach_weak_columns
 
     if args.calibration is not None:
-        with open(args.calibration, encoding="utf-8", errors="replace") as file:
+        with open(args.calibration, encoding="utf-8-sig", errors="replace") as file:
             samples = [{"text": file.read()}]
     return attach_weak_columns(
         model, args.weak_columns, calibration=samples, tokenizer=tokenizer, quantize=args.quantize, start=args.start,

@@ -159,6 +159,12 @@ def find_attention_layers(model: nn.Module) -> list[AttentionLayer]:
             f"seal_ops.attach: model must get its scales before DeepSpeed's sequence parallelism is registered (with "
             f"core_attn_implementation={NAME!r}), got a process in which it is"
         )
+    # Some run on two tokens, given to both sides; but samples and their labels are of one stream everywhere here.
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        raise ValueError(
+            f"seal_ops.attach: model must read and write one stream of tokens, got {type(model).__name__}, an encoder "
+            f"and a decoder"
+        )
     names = {id(m): n for n, m in model.named_modules()}
     candidates = [AttentionLayer(n, m) for n, m in model.named_modules() if _may_attend(m)]
     if not candidates:

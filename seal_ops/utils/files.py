@@ -142,8 +142,12 @@ def write_adapter(folder, weights: tuple[str, dict], config: tuple[str, dict]) -
 
 
 def read_text(path) -> str:
-    """The text of a file; ``ValueError``, one sentence that names it, where it is not UTF-8."""
-    with open(path, encoding="utf-8") as file:
+    """The text of a file, without the mark that editors on Windows begin one with.
+
+    Raises:
+        ValueError: it is not UTF-8; one sentence that names it.
+    """
+    with open(path, encoding="utf-8-sig") as file:
         try:
             return file.read()
         except UnicodeDecodeError as error:

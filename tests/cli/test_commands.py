@@ -124,7 +124,7 @@ def test_yaml_chat_formats(tmp_path, text, expected):
 )
 def test_yaml_switches_that_name_a_kind(tmp_path, text, expected):
     path = tmp_path / "c.yaml"
-    path.write_text(f"gradient-checkpointing: {text}\n")
+    path.write_text(f"gradient-checkpointing: {text}\n", encoding="utf-8-sig")  # as editors on Windows write it
     words = ["train", "--config", str(path), "--model", "m", "--granularity", "head", "--output", "o"]
     assert checkpointing(_parser(words).parse_args(words)) == expected
 

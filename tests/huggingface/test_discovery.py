@@ -313,7 +313,7 @@ NO_DECODERS = {
                 begin_suppress_tokens=None,
             )  # fmt: skip
         ),
-        "which runs on tokens (input_ids) alone, WhisperForConditionalGeneration reads input_features",
+        "one stream of tokens, got WhisperForConditionalGeneration, an encoder and a decoder",
     ),
     "CLIPModel": (
         lambda t: t.CLIPModel(
@@ -328,7 +328,22 @@ NO_DECODERS = {
         lambda t: t.T5ForConditionalGeneration(
             t.T5Config(d_model=32, d_kv=8, d_ff=64, num_layers=1, num_heads=4, vocab_size=60)
         ),
-        "attention without a position bias, T5Attention passes position_bias",
+        "one stream of tokens, got T5ForConditionalGeneration, an encoder and a decoder",
+    ),
+    "BartForConditionalGeneration": (  # which runs on two tokens alone
+        lambda t: t.BartForConditionalGeneration(
+            t.BartConfig(
+                d_model=32,
+                encoder_layers=1,
+                decoder_layers=1,
+                encoder_attention_heads=4,
+                decoder_attention_heads=4,
+                encoder_ffn_dim=64,
+                decoder_ffn_dim=64,
+                vocab_size=60,
+            )  # fmt: skip
+        ),
+        "one stream of tokens, got BartForConditionalGeneration, an encoder and a decoder",
     ),
     "MambaForCausalLM": (
         lambda t: t.MambaForCausalLM(t.MambaConfig(hidden_size=32, num_hidden_layers=1, vocab_size=60, state_size=8)),

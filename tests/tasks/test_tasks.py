@@ -7,7 +7,9 @@ from own_tasks import Colours
 from retrieval_fixtures import tokenizer
 
 from seal_ops import tasks
+from seal_ops.adapters.files import read_json
 from seal_ops.tasks.vocabulary import ADJECTIVES, NOUNS
+from seal_ops.utils.files import read_text
 
 
 @pytest.mark.parametrize("length", [190, 256, 777])
@@ -110,6 +112,19 @@ def test_a_task_in_one_class():
     assert Colours().score(samples[0], samples[0].answer) == 1
     assert isinstance(tasks.get("test_tasks:Colours"), Colours)
     assert tasks.get("lines") is tasks.lines is tasks.get(tasks.lines)
+
+
+def test_a_mark_at_the_beginning_of_a_file_is_none_of_its_text(tmp_path):
+    """Editors on Windows begin UTF-8 with U+FEFF: a sample, a config, or text that would be trained on."""
+    path = tmp_path / "a"
+    path.write_text("\ufefftext\ufeff", encoding="utf-8")
+    assert read_text(path) == "text\ufeff"
+    path.write_text('{"a": 1}', encoding="utf-8-sig")
+    assert read_json(tmp_path, "a") == {"a": 1}
+    samples = tasks.lines(tokenizer(), 200, 2)
+    tasks.write(path, samples)
+    path.write_text(path.read_text(encoding="utf-8"), encoding="utf-8-sig", newline="\r\n")
+    assert [s.to_json() for s in tasks.read(path)] == [s.to_json() for s in samples]
 
 
 def test_round_trip_through_a_file(tmp_path):

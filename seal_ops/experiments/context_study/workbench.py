@@ -33,7 +33,7 @@ class Workbench(pretrained.Workbench):
                 f"{CALL}: reaches must go beyond the {self.trained} tokens that {model} was trained on, got "
                 f"{list(plan.reaches)}"
             )
-        with open(plan.text, encoding="utf-8", errors="replace") as file:
+        with open(plan.text, encoding="utf-8-sig", errors="replace") as file:
             self.text = file.read()
         place = self.text.find("\n", int(0.7 * len(self.text)))
         self.training_text, self.held_out = self.text[:place], self.text[place:]

@@ -39,7 +39,7 @@ class Workbench:
 
     def _text(self, plan):
         """Windows of token ids to train on and to choose rates by, and the text that neither has seen."""
-        with open(plan.text, encoding="utf-8", errors="replace") as file:
+        with open(plan.text, encoding="utf-8-sig", errors="replace") as file:
             text = file.read()
         place = text.find("\n", int(0.7 * len(text)))
         ids = self.tokenizer(text[:place], add_special_tokens=False, verbose=False)["input_ids"]

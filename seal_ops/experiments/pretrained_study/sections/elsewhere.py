@@ -14,7 +14,7 @@ def jobs(plan):
 
     def run(bench, names):
         found = {}
-        with open(plan.text, encoding="utf-8", errors="replace") as file:
+        with open(plan.text, encoding="utf-8-sig", errors="replace") as file:
             text = file.read()
         for name in (None, *names):
             if name is None or os.path.isdir(bench.scales_folder(name)):
