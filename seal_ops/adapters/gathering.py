@@ -15,6 +15,11 @@ def is_main_process() -> bool:
     return not (distributed.is_available() and distributed.is_initialized()) or distributed.get_rank() == 0
 
 
+def is_sharded(parameter: Tensor) -> bool:
+    """Whether other processes hold parts of a parameter: FSDP2's DTensors and DeepSpeed's partitions."""
+    return hasattr(parameter, "full_tensor") or hasattr(parameter, "ds_id")
+
+
 @torch.no_grad()
 def whole(holders: Mapping[int, nn.Module]) -> dict[int, Tensor]:
     """Copies on the CPU of the scales of ``holders`` (`LayerScale`).

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import shutil
 
 from torch import nn
 from transformers import TrainerCallback
@@ -13,8 +14,9 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from .attachment import SUBMODULE, attached, load
 from .files import COLUMNS, SUBFOLDER
-from .gathering import is_main_process
+from .gathering import is_main_process, is_sharded
 from .saving import SaveLearned, folders_beside, is_learned
+from .scales import Scales
 
 _STATE_FILE = "trainer_state.json"
 
@@ -34,7 +36,7 @@ class SealCallback(TrainerCallback):
     checkpoint gets the folder ``seal_scales/<adapter>``, which `seal_ops.load(model, checkpoint)` finds, and the files
     of `WeakColumns.save_pretrained`, which `seal_ops.load_weak_columns(model, checkpoint)` finds; its weights file
     holds both too: that is where the Trainer looks when it resumes.  Under FSDP and DeepSpeed all processes gather the
-    scales, and the first one writes.
+    scales, and the first one writes.  With ``push_to_hub`` each upload holds them too.
 
     Args:
         save_base_model: False for checkpoints that hold the scales (and weak columns) and the optimiser's state but not
@@ -52,6 +54,7 @@ class SealCallback(TrainerCallback):
         self.save_base_model = save_base_model
         self.resume_from = None if resume_from is None else os.fspath(resume_from)
         self._saves: SaveLearned | None = None
+        self._uploads = False  # whether scales lie in the folder that the Trainer uploads
 
     def on_init_end(self, args, state, control, model: nn.Module | None = None, **kwargs):
         scales = self._prepare(model)
@@ -81,10 +84,27 @@ class SealCallback(TrainerCallback):
         if columns is not None and writes:
             columns.save_pretrained(folder)
         if not self.save_base_model and args.should_save:
-            # Without them nobody takes the checkpoint for a whole model; the Trainer does not need them.
-            for name in ("config.json", "generation_config.json"):
-                with contextlib.suppress(FileNotFoundError):
-                    os.unlink(os.path.join(folder, name))
+            _tell_no_model(folder)
+
+    def on_push_begin(self, args, state, control, model: nn.Module | None = None, **kwargs):
+        # The Trainer uploads a folder into which it copies of a checkpoint the files that it knows.
+        if args.process_index != 0:
+            return
+        folder, output = _checkpoint(args, state.global_step), args.output_dir
+        if not self.save_base_model and os.path.isdir(folder):
+            _tell_no_model(folder)
+        columns = _columns_on(model)
+        scales = next((m for m in model.modules() if isinstance(m, Scales) and m.attachment is not None), None)
+        if columns is not None:
+            columns.save_pretrained(output)
+        if scales is None:  # merged since: what lies there would be applied twice
+            if self._uploads:
+                shutil.rmtree(os.path.join(output, SUBFOLDER), ignore_errors=True)
+        elif not any(is_sharded(scale) for _, scale in scales.items()):
+            scales.save_to(folders_beside(scales, output), True)
+        elif os.path.isdir(beside := os.path.join(folder, SUBFOLDER)):  # the other processes are not here
+            shutil.copytree(beside, os.path.join(output, SUBFOLDER), dirs_exist_ok=True)
+        self._uploads = scales is not None
 
     def on_train_end(self, args, state, control, model: nn.Module | None = None, **kwargs):
         columns = _columns_on(model)
@@ -156,6 +176,13 @@ class SealCallback(TrainerCallback):
             f"seal_ops.SealCallback: resume_from must name the checkpoint that the Trainer resumes from, "
             f"got None, and {_checkpoint(args, state.global_step)!r} is not it"
         )
+
+
+def _tell_no_model(folder: str) -> None:
+    """Takes away from a checkpoint without the base what makes others take it for a whole model."""
+    for name in ("config.json", "generation_config.json"):
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(os.path.join(folder, name))
 
 
 def _columns_on(model: nn.Module):

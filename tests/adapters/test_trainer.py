@@ -1,7 +1,11 @@
 """transformers' Trainer with scales: resuming, the best checkpoint, what is on disk, with the callback and without."""
 
+import shutil
+import sys
+import types
 import warnings
 
+import huggingface_hub
 import pytest
 import safetensors.torch
 import torch
@@ -162,3 +166,60 @@ def test_a_model_is_saved_whole_after_an_interrupted_run(tmp_path, save_base_mod
         {n: s.detach() for n, s in seal_ops.load(loaded, tmp_path / "final").items()},
         {n: s.detach() for n, s in scales.items()},
     )
+
+
+class Uploads:
+    """Stands for the hub: what each upload of the Trainer holds, copied."""
+
+    def __init__(self, monkeypatch, folder):
+        self.folder, self.found = folder, []
+        monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", lambda *a, **k: types.SimpleNamespace(repo_id="me/x"))
+        monkeypatch.setattr(huggingface_hub.HfApi, "upload_folder", self.take)
+        for name, module in list(sys.modules.items()):  # by name, where the Trainer holds the functions
+            if name.startswith("transformers"):
+                for function in ("create_repo", "upload_folder"):
+                    if function in vars(module):
+                        monkeypatch.setattr(module, function, getattr(huggingface_hub.HfApi(), function))
+
+    def take(self, *args, folder_path, ignore_patterns=None, path_in_repo=None, **kwargs):
+        copied = self.folder / str(len(self.found))
+        shutil.copytree(folder_path, copied, ignore=shutil.ignore_patterns(*(ignore_patterns or [])))
+        self.found.append(copied)
+        done = lambda *a: True
+        return types.SimpleNamespace(is_done=done, done=done, result=lambda *a: None)
+
+
+def pushing(tmp_path, monkeypatch, callback):
+    """A run of four steps that uploads at the second and at the fourth, and is not over."""
+    uploads, model = Uploads(monkeypatch, tmp_path / "hub"), LLAMA.build()
+    scales = seal_ops.attach(model, "channel")
+    options = dict(
+        push_to_hub=True, hub_model_id="me/x", hub_strategy="every_save", hub_always_push=True, hub_token="t"
+    )
+    run = trainer(tmp_path / "run", model, [callback], steps=4, save_steps=2, **options)
+    run.train()
+    return uploads, run, model, scales
+
+
+def test_uploads_of_a_run_hold_the_scales(tmp_path, monkeypatch):
+    """What a run that dies leaves on the hub can be loaded, at every step."""
+    uploads, run, model, scales = pushing(tmp_path, monkeypatch, seal_ops.SealCallback())
+    assert len(uploads.found) == 2
+    for step, folder in zip((2, 4), uploads.found):
+        fresh = transformers.AutoModelForCausalLM.from_pretrained(folder)
+        found = {n: s.detach() for n, s in seal_ops.load(fresh, folder).items()}
+        saved = LLAMA.build()
+        expected = seal_ops.load(saved, tmp_path / "run" / f"checkpoint-{step}")
+        assert same(found, {n: s.detach() for n, s in expected.items()})
+    seal_ops.merge(model)
+    monkeypatch.setattr(run, "create_model_card", lambda **_: None)
+    run.push_to_hub()
+    last = uploads.found[-1]
+    assert len(uploads.found) == 3 and not (last / "seal_scales").exists(), "merged, and applied twice with them"
+
+
+def test_uploads_without_the_base_are_no_models(tmp_path, monkeypatch):
+    uploads, *_ = pushing(tmp_path, monkeypatch, seal_ops.SealCallback(save_base_model=False))
+    for folder in uploads.found:
+        assert not (folder / "config.json").exists(), "a model with random weights"
+        assert (folder / "seal_scales" / "default" / WEIGHTS_FILE).exists()
