@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import operator
 import os
 import warnings
 from collections.abc import Iterable, Sequence
@@ -75,12 +76,21 @@ def _select(attention_layers: list[AttentionLayer], layers: Sequence[int] | None
         return list(attention_layers)
     known = {attn.index: attn for attn in attention_layers}
     chosen = list(layers) if isinstance(layers, Iterable) else [layers]
-    if not chosen or not isinstance(layers, Iterable) or not all(type(i) is int and i in known for i in chosen):
+    whole = [_whole_number(i) for i in chosen]
+    if not chosen or not isinstance(layers, Iterable) or not all(i in known for i in whole):
         numbers = list(known)
         expected = f"from {numbers[0]} to {numbers[-1]}" if numbers == list(range(len(numbers))) else f"among {numbers}"
         got = chosen if isinstance(layers, Iterable) else layers
         raise ValueError(f"seal_ops.{call}: layers must be indices {expected}, got {shown(got)}")
-    return [known[i] for i in sorted(set(chosen))]
+    return [known[i] for i in sorted(set(whole))]
+
+
+def _whole_number(value) -> int | None:
+    """The integer that a number is, NumPy's too; None for True and for all else."""
+    try:
+        return None if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        return None
 
 
 def refuse_second(model: nn.Module, call: str) -> None:

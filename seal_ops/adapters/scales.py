@@ -44,7 +44,17 @@ class Scales(nn.Module):
         self._set_layers(config, devices or {})
 
     def __deepcopy__(self, memo: dict) -> Scales:
-        """Copied with the model they are on, they are on the copy; copied alone, as averages are, they are on none."""
+        """Copied with the model they are on, they are on the copy; copied alone, as averages are, they are on none.
+
+        Raises:
+            ValueError: PEFT's ``modules_to_save`` names them: its copy would train, and attention never read it.
+        """
+        if any(cls.__name__ == "ModulesToSaveWrapper" for cls in _callers()):
+            raise ValueError(
+                "seal_ops: PEFT's modules_to_save must name modules of the base model, got the scales, of which PEFT "
+                "would train a copy that attention does not read; leave them out and call "
+                "scales.requires_grad_(True) after get_peft_model"
+            )
         copied = memo[id(self)] = type(self).__new__(type(self))
         state = dict(self.__dict__)
         if self.attachment is not None and id(self.attachment.owner) not in memo:
@@ -441,6 +451,15 @@ def check_new_name(name, call: str, scales: Scales | None = None) -> None:
         raise ValueError(
             f"seal_ops.{call}: adapter_name must be a new name without '/', '\\' and '.', got {files.shown(name)}"
         )
+
+
+def _callers() -> Iterator[type]:
+    """The classes of the objects whose methods are running."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        if "self" in frame.f_locals:
+            yield type(frame.f_locals["self"])
+        frame = frame.f_back
 
 
 def _called_by(function: str) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
+import re
 
 import torch
 from torch import Tensor
@@ -60,6 +61,21 @@ def tensor(op: str, name: str, value) -> None:
     """Raises ValueError for what is no tensor."""
     if not isinstance(value, Tensor):
         fail(op, name, "be a tensor", None if value is None else type(value).__name__)
+
+
+_MISTYPED = re.compile(r"Expected a value of type '([^']+)' for argument '(\w+)' but instead found type '([^']+)'")
+_MEANING = {"Tensor": "a tensor", "int": "an integer", "float": "a number", "bool": "True or False", "str": "a text"}
+
+
+def raise_mistyped(op: str, error: RuntimeError) -> None:
+    """Raises what the dispatcher said of an argument of another type as one sentence, a ValueError; else as it was."""
+    found = _MISTYPED.search(str(error))
+    if found is None:
+        raise error
+    wanted, name, got = found.groups()
+    optional = wanted.removeprefix("Optional[").removesuffix("]") if wanted.startswith("Optional[") else None
+    meaning = _MEANING.get(optional or wanted, "a list of integers")
+    raise ValueError(f"seal::{op}: {name} must be {meaning}{' or None' if optional else ''}, got {got}") from None
 
 
 def differentiable(op: str, a: dict) -> bool:

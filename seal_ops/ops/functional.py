@@ -68,24 +68,27 @@ def attention(
         (arXiv 2408.00118) for the soft cap.
     """
     within, after = _terms("attention", q, offset, sink, gate, gate_function, softcap, backend)
-    out, lse = _attention(
-        q,
-        k,
-        v,
-        scale,
-        offset,
-        cu_seqlens,
-        cu_seqlens_k,
-        softmax_scale=softmax_scale,
-        causal=causal,
-        window=window,
-        **_mask_arguments("attention", mask, q, causal),
-        max_seqlen=max_seqlen,
-        max_seqlen_k=max_seqlen_k,
-        deterministic=bool(deterministic),
-        **within,
-        backend=backend or "auto",
-    )
+    try:
+        out, lse = _attention(
+            q,
+            k,
+            v,
+            scale,
+            offset,
+            cu_seqlens,
+            cu_seqlens_k,
+            softmax_scale=softmax_scale,
+            causal=causal,
+            window=window,
+            **_mask_arguments("attention", mask, q, causal),
+            max_seqlen=max_seqlen,
+            max_seqlen_k=max_seqlen_k,
+            deterministic=bool(deterministic),
+            **within,
+            backend=backend or "auto",
+        )
+    except RuntimeError as error:
+        checks.raise_mistyped("attention", error)
     out, lse = epilogue.apply(out, lse, *after)
     return (out, lse) if return_lse else out
 
@@ -117,9 +120,12 @@ def rope(
     Source:
         RoFormer (arXiv 2104.09864), eq. 34.
     """
-    return _rope(
-        q, k, cos, sin, positions, positions_k, interleaved=interleaved, inverse=inverse, backend=backend or "auto"
-    )
+    try:
+        return _rope(
+            q, k, cos, sin, positions, positions_k, interleaved=interleaved, inverse=inverse, backend=backend or "auto"
+        )
+    except RuntimeError as error:
+        checks.raise_mistyped("rope", error)
 
 
 def rope_attention(
@@ -166,29 +172,32 @@ def rope_attention(
         if cu_seqlens_k is not None:
             positions_k = packed_positions(cu_seqlens_k, k.shape[0])
     within, after = _terms("rope_attention", q, offset, sink, gate, gate_function, softcap, backend)
-    out, lse, _, _ = _rope_attention(
-        q,
-        k,
-        v,
-        cos,
-        sin,
-        positions,
-        positions_k,
-        scale,
-        offset,
-        cu_seqlens,
-        cu_seqlens_k,
-        interleaved=interleaved,
-        softmax_scale=softmax_scale,
-        causal=causal,
-        window=window,
-        **_mask_arguments("rope_attention", mask, q, causal),
-        max_seqlen=max_seqlen,
-        max_seqlen_k=max_seqlen_k,
-        deterministic=bool(deterministic),
-        **within,
-        backend=backend or "auto",
-    )
+    try:
+        out, lse, _, _ = _rope_attention(
+            q,
+            k,
+            v,
+            cos,
+            sin,
+            positions,
+            positions_k,
+            scale,
+            offset,
+            cu_seqlens,
+            cu_seqlens_k,
+            interleaved=interleaved,
+            softmax_scale=softmax_scale,
+            causal=causal,
+            window=window,
+            **_mask_arguments("rope_attention", mask, q, causal),
+            max_seqlen=max_seqlen,
+            max_seqlen_k=max_seqlen_k,
+            deterministic=bool(deterministic),
+            **within,
+            backend=backend or "auto",
+        )
+    except RuntimeError as error:
+        checks.raise_mistyped("rope_attention", error)
     out, lse = epilogue.apply(out, lse, *after)
     return (out, lse) if return_lse else out
 

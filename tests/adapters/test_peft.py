@@ -1,5 +1,6 @@
 """Scales and PEFT's adapters on one model, in either order."""
 
+import copy
 import warnings
 
 import pytest
@@ -187,3 +188,20 @@ def test_a_run_that_trains_both_saves_both(peft, order, tmp_path):
     seal_ops.load(again, tmp_path)
     assert close(logits(again, tokens()), logits(both.eval(), tokens()))
     assert "| lr | 0.05 |" in (tmp_path / "seal_scales" / "default" / "README.md").read_text()
+
+
+def test_peft_is_told_not_to_copy_the_scales(peft):
+    """It would train the copy, which attention does not read."""
+    model = LLAMA.build()
+    scales = seal_ops.attach(model, "channel")
+    config = peft.LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj"], modules_to_save=["seal_scales"])
+    with pytest.raises(ValueError, match="modules_to_save must name modules of the base model, got the scales"):
+        peft.get_peft_model(model, config)
+    copy.deepcopy(scales)  # by anybody else
+    fresh = LLAMA.build()
+    scales = seal_ops.attach(fresh, "channel")
+    config.modules_to_save = ["lm_head"]
+    adapted = peft.get_peft_model(fresh, config).train()
+    scales.requires_grad_(True)
+    adapted(tokens(), labels=tokens()).loss.backward()
+    assert all(p.grad is not None for p in adapted.parameters() if p.requires_grad)

@@ -3,6 +3,7 @@
 import copy
 
 import causal_lms
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -67,6 +68,12 @@ def test_scales_copied_with_their_model_are_on_its_copy(order):
     seal_ops.detach(twins["model"])
     assert scales.attachment.owner is model
     assert close(logits(twins["model"], tokens()), logits(LLAMA.build(), tokens()))
+
+
+@pytest.mark.parametrize("numbers", [np.array([2, 0, 2]), torch.tensor([0, 2]), {0, 2}, range(0, 3, 2)], ids=repr)
+def test_numbers_of_layers(numbers):
+    found = seal_ops.attach(LLAMA.build(num_hidden_layers=3), "head", layers=numbers).config.layers
+    assert found == (0, 2) and all(type(n) is int for n in found)
 
 
 def test_layers_that_are_not_named_have_no_scale():
@@ -207,6 +214,8 @@ def test_bad_rows(rows, message):
     [
         (dict(granularity="layer"), "granularity must be 'head' or 'channel', got 'layer'"),
         (dict(layers=[0, 2]), r"layers must be indices from 0 to 1, got \[0, 2\]"),
+        (dict(layers=[True]), r"layers must be indices from 0 to 1, got \[True\]"),
+        (dict(layers=torch.tensor([0.5])), r"layers must be indices from 0 to 1, got \[tensor\(0.5000\)\]"),
         (dict(layers=[]), r"layers must be indices from 0 to 1, got \[\]"),
         (dict(backend="cuda"), "cuda"),
         (dict(backend="tpu"), "tpu"),

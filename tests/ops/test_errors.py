@@ -302,3 +302,28 @@ def test_the_oracle_is_never_silent(monkeypatch):
         warnings.simplefilter("error")
         seal_ops.attention(q, q, q)
         seal_ops.backends("cpu", torch.float64)  # asking is no call
+
+
+@pytest.mark.parametrize(
+    "given, sentence",
+    [
+        (dict(scale=2.0), "scale must be a tensor or None, got float"),
+        (dict(window=(3, 0)), "window must be an integer or None, got tuple"),
+        (dict(softmax_scale="a"), "softmax_scale must be a number or None, got str"),
+        (dict(causal="yes"), "causal must be True or False, got str"),
+        (dict(backend=3), "backend must be a text, got int"),
+        (dict(max_seqlen="5"), "max_seqlen must be an integer or None, got str"),
+    ],
+)
+def test_arguments_of_another_type_are_one_sentence(given, sentence):
+    """As a user of flash-attn may give them; the dispatcher alone recites its declaration."""
+    q, table = torch.randn(1, 5, 2, 16), torch.randn(5, 8)
+    calls = {"attention": (q, q, q), "rope_attention": (q, q, q, table, table)}
+    for op, tensors in calls.items():
+        with pytest.raises(ValueError) as caught:
+            getattr(seal_ops, op)(*tensors, **given)
+        assert str(caught.value) == f"seal::{op}: {sentence}"
+    with pytest.raises(ValueError, match="^seal::rope: positions must be a tensor or None, got list$"):
+        seal_ops.rope(q, q, table, table, positions=[0, 1])
+    with pytest.raises(RuntimeError, match="as it was"):
+        checks.raise_mistyped("rope", RuntimeError("as it was"))
