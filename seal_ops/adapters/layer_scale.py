@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import threading
+
 import torch
 from torch import Tensor, nn
 
 from .freezing import warn_if_frozen
+
+_GIVING = threading.Lock()
 
 
 class LayerScale(nn.Module):
@@ -15,6 +20,7 @@ class LayerScale(nn.Module):
         super().__init__()
         self.scale = nn.Parameter(torch.ones(shape, dtype=torch.float32, device=device))
         self.per_row: Tensor | None = None  # [B, Hq, 1 or D], in the place of `scale`; see `Scales.rows`
+        self.thread: int | None = None  # that has given them
         self.copied = False  # whether a batch may hold every row several times, as `generate` makes it
         self.may_be_frozen = False
         self.left_alone = False  # by the state dict that is being loaded
@@ -27,6 +33,12 @@ class LayerScale(nn.Module):
         A call, so that the hooks of offloading and of sharding bring the parameter here first.
         """
         if self.per_row is not None and not learned:
+            # A backward pass recomputes in threads of its own.
+            if not torch.compiler.is_compiling() and self.thread != threading.get_ident() and _outside_backward():
+                raise ValueError(
+                    "seal_ops.Scales: rows with scales of their own must run in the thread that gave them, got a call "
+                    "in another one; give each call its adapter_names, and let one thread at a time use the model"
+                )
             return self.per_row if batch is None else self._for_rows(batch)
         if self.scale.dtype not in (torch.float32, torch.float64):  # `_apply` does not see these casts
             raise ValueError(
@@ -35,6 +47,26 @@ class LayerScale(nn.Module):
             )
         warn_if_frozen(self, self.scale, self.may_be_frozen, "scales", "scales")
         return self.scale
+
+    @contextlib.contextmanager
+    def given_rows(self, rows: Tensor):
+        """Inside, these rows stand in the place of the scale, for the present thread alone.
+
+        Raises:
+            ValueError: another thread has given rows, and is not done.
+        """
+        with _GIVING:
+            before, thread = self.per_row, threading.get_ident()
+            if before is not None and self.thread != thread:
+                raise ValueError(
+                    "seal_ops.Scales: rows must get scales of their own in one thread at a time, got a second one; "
+                    "take a lock, or put the rows of both into one batch"
+                )
+            self.per_row, self.thread = rows, thread
+        try:
+            yield
+        finally:
+            self.per_row = before
 
     def _for_rows(self, batch: int) -> Tensor:
         rows = self.per_row.shape[0]
@@ -59,3 +91,7 @@ class LayerScale(nn.Module):
 
     def extra_repr(self) -> str:
         return ", ".join(map(str, self.scale.shape))
+
+
+def _outside_backward() -> bool:
+    return torch._C._current_graph_task_id() == -1

@@ -197,15 +197,11 @@ class Scales(nn.Module):
                 )
             holder = self.layers[str(layer)]
             prepared[holder] = tensor.to(holder.scale.device, torch.float32)
-        previous = {holder: holder.per_row for holder in prepared}
-        try:
+        with contextlib.ExitStack() as inside:
             for holder, tensor in prepared.items():
-                holder.per_row = tensor
-            with self._recomputed_inside("Scales.rows"):
-                yield self
-        finally:
-            for holder, tensor in previous.items():
-                holder.per_row = tensor
+                inside.enter_context(holder.given_rows(tensor))
+            inside.enter_context(self._recomputed_inside("Scales.rows"))
+            yield self
 
     # -- files -------------------------------------------------------------------------------------------------------
     def save_pretrained(
@@ -354,7 +350,8 @@ class Scales(nn.Module):
         flow into the active adapter only.
 
         Raises:
-            ValueError: an unknown name, scales that are not attached, or, in a call inside, a batch of another size.
+            ValueError: an unknown name, scales that are not attached, another thread inside such a block, or, in a call
+                inside, a batch of another size or another thread.
         """
         from .attachment import owner_of
 
@@ -362,23 +359,19 @@ class Scales(nn.Module):
         adapter_names = self._names("adapters_per_row", "adapter_names", adapter_names, _BASE)
         scale_of = {name: values for name, (_, values) in self.inactive.items()}
         scale_of[self.active_adapter] = dict(self.items())
-        before = []
-        try:
+        with contextlib.ExitStack() as inside:
             for attn in self.attachment.patch.layers:
                 scales = [scale_of.get(name, {}).get(attn.index) for name in adapter_names]
                 if all(s is None for s in scales) and attn.scaling is None:
                     continue
                 holder = attn.scaling or self._spare_holder(attn, scales)
-                before.append((attn, attn.scaling, holder, holder.per_row))
                 # As wide as any adapter, asked for or not: compiled code is tied to the shape.
                 wide = any(attn.index in values and values[attn.index].dim() == 2 for values in scale_of.values())
-                holder.per_row = _one_a_row(scales, attn, wide, holder.scale.device)
+                inside.enter_context(holder.given_rows(_one_a_row(scales, attn, wide, holder.scale.device)))
+                inside.callback(setattr, attn, "scaling", attn.scaling)
                 attn.scaling = holder
-            with self._recomputed_inside("Scales.adapters_per_row"):
-                yield self
-        finally:
-            for attn, scaling, holder, rows in before:
-                attn.scaling, holder.per_row = scaling, rows
+            inside.enter_context(self._recomputed_inside("Scales.adapters_per_row"))
+            yield self
 
     def _recomputed_inside(self, block: str):
         if self.attachment is None:

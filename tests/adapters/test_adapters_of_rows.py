@@ -1,9 +1,11 @@
 """An adapter for every row of a batch: in a call, and in `generate` with its caches, searches and compilation."""
 
+import threading
+
 import pytest
 import torch
 import transformers
-from families import FAMILIES, randomise, tokens
+from families import FAMILIES, close, randomise, tokens
 
 import seal_ops
 
@@ -138,3 +140,54 @@ def test_generate_is_the_models_own_again(tmp_path):
     assert "generate" in model.__dict__
     seal_ops.detach(model)
     assert "generate" not in model.__dict__ and isinstance(model, transformers.GenerationMixin)
+
+
+def in_a_thread(work):
+    """What ``work`` returns in a second thread, or the error that it raises."""
+    found = []
+
+    def run():
+        try:
+            found.append(work())
+        except ValueError as error:
+            found.append(error)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    return found[0]
+
+
+def test_rows_are_those_of_one_thread():
+    """A call of another thread would take the adapters of these rows, in silence where the batch is as large."""
+    model = FAMILIES["llama"].build()
+    scales = seal_ops.attach(model, "channel")
+    randomise(scales)
+    plain = model(tokens()).logits
+    with scales.adapters_per_row(["default", "base"]):
+        inside = model(tokens()).logits
+        assert not close(inside[1], plain[1])
+        wrong = in_a_thread(lambda: model(tokens()))
+        assert "rows with scales of their own must run in the thread that gave them" in str(wrong)
+        wrong = in_a_thread(lambda: model.generate(tokens(), max_new_tokens=2, adapter_names=["base", "default"]))
+        assert "rows must get scales of their own in one thread at a time, got a second one" in str(wrong)
+        assert torch.equal(model(tokens()).logits, inside), "what was refused has changed nothing"
+        with scales.adapters_per_row(["base", "base"]):  # one thread may nest them
+            assert not close(model(tokens()).logits[0], inside[0])
+        assert torch.equal(model(tokens()).logits, inside)
+    assert torch.equal(in_a_thread(lambda: model(tokens()).logits), plain)
+    names = dict(adapter_names=["base", "default"], max_new_tokens=3, do_sample=False)
+    expected = model.generate(tokens(), **names)
+    assert torch.equal(in_a_thread(lambda: model.generate(tokens(), **names)), expected), "a thread of its own may"
+
+
+def test_a_backward_pass_in_another_thread_recomputes_the_rows():
+    """As autograd's own do on a GPU."""
+    model = FAMILIES["llama"].build().train()
+    scales = seal_ops.attach(model, "channel")
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    rows = [torch.ones(2, *scale.shape, requires_grad=True) for _, scale in scales.items()]
+    with scales.rows(rows):
+        loss = model(tokens(), labels=tokens()).loss
+        in_a_thread(loss.backward)
+    assert all(r.grad.abs().max() > 0 for r in rows)
