@@ -41,9 +41,7 @@ class PlannedModel(contextlib.AbstractContextManager):
         padded = rows > 1 and len({len(sample) for sample in samples}) > 1
         ids = max(samples, key=len).input_ids
         self.model, self.plan = model, None
-        self._planner = Planner(
-            model, length, labels, rows, padded, ids, not processes.meet_in_forward, processes.least, frozen_linears
-        )
+        self._planner = Planner(model, length, labels, rows, padded, ids, processes, frozen_linears)
         self._setting: bool | str = "auto"
         self._alone = processes.count == 1  # others would go on without this one
         self._running, self._execution = contextlib.ExitStack(), None
@@ -78,6 +76,8 @@ class PlannedModel(contextlib.AbstractContextManager):
         found = self._planner.lower(before) if self._setting == "auto" and self._alone else None
         if found is None:
             first = "" if self._setting == "auto" else "gradient_checkpointing='auto', "
+            if self._setting == "auto" and not self._alone:  # the others are under way, with the plan that they know
+                first = f"memory below {before.memory} bytes, "
             raise torch.OutOfMemoryError(
                 f"seal_ops.train: {step} with {before.summary()}; try {first}a smaller batch_size with accumulate, "
                 f"shorter samples, or a model in 4 bits ({reason})"
