@@ -132,6 +132,7 @@ NOT_RUN = {
     "seal bench --fa3 FOLDER": GPU,
     "seal bench --suite decode --fa3 FOLDER": GPU,
     "seal bench --suite headline --ops attention --only seal-cuda,fa3,fa4 --fa3 FOLDER --row-ms 100": GPU,
+    "seal bench --suite headline --ops rope_attention,rope,attention_o_proj": GPU,
     "seal bench --suite headline --part 1/3 --name headline": GPU,
     "seal bench --suite headline --part 1/3 --name headline --resume": GPU,
     "seal bench --merge benchmarks/results/headline-part1of3.json benchmarks/results/headline-part2of3.json "
