@@ -176,7 +176,7 @@ NOT_RUN = {
     "python benchmarks/quantized_training.py --output qeft_8b.json --only training --steps 2 --sizes 8x2048 1x8192 "
     '1x31744 --methods "QLoRA, autocast" "QLoRA, bf16 adapters" "weak columns, planned" '
     '"weak columns in bf16, planned"': GPU,
-    "python benchmarks/serving_speed.py": "times a GPU; tests/bench/test_serving_speed.py runs it small",
+    "python benchmarks/serving_speed.py --sizes 8b --lengths 2048 --caches static --rounds 3": GPU,
     "seal study --preset smollm2-4bit --text english.txt --output study": COLUMNS,
     "seal study --preset smollm2-4bit --output study --summary": COLUMNS,
 }
