@@ -132,6 +132,7 @@ NOT_RUN = {
     "seal bench --fa3 FOLDER": GPU,
     "seal bench --suite decode --fa3 FOLDER": GPU,
     "seal bench --suite headline --ops attention --only seal-cuda,fa3,fa4 --fa3 FOLDER --row-ms 100": GPU,
+    "seal bench --suite headline --ops rope_attention,rope,attention_o_proj": GPU,
     "seal bench --suite headline --part 1/3 --name headline": GPU,
     "seal bench --suite headline --part 1/3 --name headline --resume": GPU,
     "seal bench --merge benchmarks/results/headline-part1of3.json benchmarks/results/headline-part2of3.json "
@@ -175,7 +176,7 @@ NOT_RUN = {
     "python benchmarks/quantized_training.py --output qeft_8b.json --only training --steps 2 --sizes 8x2048 1x8192 "
     '1x31744 --methods "QLoRA, autocast" "QLoRA, bf16 adapters" "weak columns, planned" '
     '"weak columns in bf16, planned"': GPU,
-    "python benchmarks/serving_speed.py": "times a GPU; tests/bench/test_serving_speed.py runs it small",
+    "python benchmarks/serving_speed.py --sizes 8b --lengths 2048 --caches static --rounds 3": GPU,
     "seal study --preset smollm2-4bit --text english.txt --output study": COLUMNS,
     "seal study --preset smollm2-4bit --output study --summary": COLUMNS,
 }
