@@ -67,22 +67,35 @@ class Processes:
                     f"torch.distributed.init_process_group() first"
                 )
             return cls()
-        part, parts = ulysses.place() or (0, 1)
-        rank, count = dist.get_rank(), dist.get_world_size()
-        if group is not None:  # all of them run the same forward passes, and each gets whole gradients
-            return cls(rank, count, alike=True)
-        found = cls(rank, count, rank // parts, count // parts, part, parts)
+        found = cls._of_world(alike=group is not None)
+        if found.alike:
+            return found
         if accumulate % found.turns:
             raise ValueError(
                 f"seal_ops.train: accumulate must be a multiple of {found.turns}, the processes among which the "
                 f"forward passes of a step are divided, got {accumulate}"
             )
-        if parts > 1 and batch_size > 1 and samples % batch_size:
+        if found.parts > 1 and batch_size > 1 and samples % batch_size:
             raise ValueError(
                 f"seal_ops.train: samples must be a multiple of batch_size under sequence parallelism, which knows one "
                 f"size of batch, got {samples} samples and batch_size {batch_size}"
             )
         return found
+
+    @classmethod
+    def of_forward(cls, model: nn.Module) -> Processes:
+        """Those that meet in a forward pass of ``model``; this one alone where none do."""
+        base = model.get_base_model() if callable(getattr(model, "get_base_model", None)) else model
+        alike = tensor.group_of(base) is not None
+        return cls._of_world(alike) if alike or ulysses.place() is not None else cls()
+
+    @classmethod
+    def _of_world(cls, alike: bool) -> Processes:
+        part, parts = ulysses.place() or (0, 1)
+        rank, count = dist.get_rank(), dist.get_world_size()
+        if alike:  # all of them run the same forward passes, and each gets whole gradients
+            return cls(rank, count, alike=True)
+        return cls(rank, count, rank // parts, count // parts, part, parts)
 
     @property
     def main(self) -> bool:
@@ -160,6 +173,10 @@ class Processes:
         found = [None] * self.count
         dist.all_gather_object(found, value)
         return found
+
+    def met(self, value) -> list:
+        """What every process has where they meet in a forward pass; else what this one has."""
+        return self.all(value) if self.meet_in_forward else [value]
 
     def wait(self) -> None:
         """Until all processes are here."""

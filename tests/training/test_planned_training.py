@@ -17,6 +17,7 @@ from seal_ops.training.memory_plan import memory
 from seal_ops.training.memory_plan.execution import EVERYTHING
 from seal_ops.training.memory_plan.planned_model import PlannedModel
 from seal_ops.training.memory_plan.planning import Planner
+from seal_ops.training.processes import Processes
 from seal_ops.training.step import OptimizerStep
 
 SAMPLES = tasks.lines(tokenizer(), length=190, samples=4)
@@ -68,17 +69,24 @@ def test_a_measurement_that_fails_stops_no_run(monkeypatch):
     assert not torch.utils._python_dispatch._get_current_dispatch_mode_stack()
 
 
-def test_processes_agree_on_the_memory_and_those_that_meet_in_forward_plan_nothing():
+class Two(Processes):
+    """This process and another one, which has half of each number and has found the last layer wanting."""
+
+    def all(self, value):
+        if isinstance(value, int):
+            return [value, value // 2]
+        return [value, ("of a reason", value[1]) if isinstance(value, tuple) else value]
+
+
+def test_processes_agree_on_the_memory_and_on_what_may_be_cut(monkeypatch):
     lm = trainable()
     with mode(lm, True):
-        agreed = Planner(lm, 128, 8, agree=lambda free: min(free, 12345)).plan()
-        assert agreed.memory == 12345 and not agreed.fits
-        calls = []
-        hook = lm.register_forward_pre_hook(lambda *_: calls.append(1))
-        plan = Planner(lm, 128, 8, alone=False).plan()
-        hook.remove()
-    assert not calls and plan.keeps == (EVERYTHING,) and plan.fits
-    assert "its forward pass waits for other processes" in str(plan) and "nothing is planned" in str(plan)
+        monkeypatch.setattr(memory, "free", lambda device: 20_000)
+        planner = Planner(lm, 128, 8, processes=Two(count=2, turns=2))
+        plan = planner.plan()
+        assert plan.memory == 9_200 and not plan.fits and plan.cuts_last_layer
+        plan = Planner(lm, 128, 8, processes=Two(count=2, alike=True)).plan()
+        assert not plan.cuts_last_layer and "because of a reason" in str(plan)
 
 
 def test_training_plans_and_states_what_came(tmp_path):

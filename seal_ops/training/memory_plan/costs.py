@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,3 +50,15 @@ class Costs:
     before: float
     head: float
     head_operations: float
+
+
+def largest(found: Sequence[Costs]) -> Costs:
+    """Of the costs that several processes have measured of the same model, the largest of each."""
+    layers = tuple(
+        LayerCost(*(max(values) for values in zip(*map(_values, same)))) for same in zip(*(c.layers for c in found))
+    )
+    return Costs(layers, *(max(getattr(c, name) for c in found) for name in ("before", "head", "head_operations")))
+
+
+def _values(cost: LayerCost) -> tuple:
+    return tuple(getattr(cost, field.name) for field in dataclasses.fields(cost))

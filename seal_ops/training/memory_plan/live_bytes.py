@@ -8,11 +8,16 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 from ...huggingface.modes import attention_ops
 from . import memory
 from .operations import operations_of
+
+
+def _local(value):
+    """This process' part of a DTensor (tensor parallelism), whose own storage stands for none; all else as it is."""
+    return getattr(value, "_local_tensor", value)
 
 
 class LiveBytes(TorchDispatchMode):
@@ -35,21 +40,22 @@ class LiveBytes(TorchDispatchMode):
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
         if self._counts:
-            linear, attention = operations_of(func, args, kwargs, out)
+            linear, attention = operations_of(func, *tree_map(_local, (args, kwargs, out)))
             self.linear_operations += linear
             self.attention_operations += attention
         given = None
         for tensor in (out,) if isinstance(out, Tensor) else tree_leaves(out):
             if not isinstance(tensor, Tensor):
                 continue
-            storage = tensor.untyped_storage()
+            storage = _local(tensor).untyped_storage()
             key = storage._cdata
             if func in self._attention_ops:
                 self.attention += storage.nbytes()
             if key in self._known:
                 continue
             if given is None:  # a view of an input, or the input itself, is none of ours
-                given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+                leaves = (t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor))
+                given = {_local(t).untyped_storage()._cdata for t in leaves}
             if key not in given:
                 size = storage.nbytes()
                 self.live += size
@@ -111,17 +117,17 @@ class Saved:
     ``given``."""
 
     def __init__(self, given: Iterable[Tensor]):
-        self._given = {t.untyped_storage()._cdata for t in given}
+        self._given = {_local(t).untyped_storage()._cdata for t in given}
         self._met: dict[int, weakref.finalize] = {}
         self.bytes = 0
         self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda tensor: tensor)
 
     def met(self, tensor: Tensor) -> bool:
         """Whether the storage of ``tensor`` is among those kept."""
-        return tensor.untyped_storage()._cdata in self._met
+        return _local(tensor).untyped_storage()._cdata in self._met
 
     def _pack(self, tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
+        storage = _local(tensor).untyped_storage()
         key = storage._cdata
         if key not in self._met:
             size = 0 if key in self._given else storage.nbytes()

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 from ...huggingface.logits import logits_at
 from ...huggingface.modes import prepared
 from ..losses import summed_cross_entropy
-from .costs import Costs, LayerCost
+from .costs import Costs, LayerCost, largest
 from .decoder import Decoder, UnknownStructure, Watch, replaced_forwards
 from .execution import EVERYTHING, Execution, at_rows
 from .last_rows import LastRows, cut_last_layer
@@ -41,14 +41,29 @@ class Measurement:
         self.rows_reason: str | None = None
         self.tiled: tuple[nn.Module, ...] = ()
         self._taken: dict[tuple[int | None, bool], list[_Sample]] = {}
+        self._costs: dict[tuple[int | None, bool], Costs] = {}
         self._tile_bytes = 0.0  # of a tile, for each of its tokens
         self._look()
 
     def costs(self, tile: int | None, plain: bool = False) -> Costs:
         """The costs at the length, with what can run in tiles of ``tile`` tokens; None for whole modules.
 
-        ``plain``: only those of layers that keep everything, which takes half the time.
+        ``plain``: only those of layers that keep everything, which takes half the time.  Processes that meet in a
+        forward pass must ask together, and get the same.
         """
+        if (tile, plain) not in self._costs:
+            self._costs[tile, plain] = largest(self.samples.processes.met(self._measured(tile, plain)))
+        return self._costs[tile, plain]
+
+    def agree(self) -> None:
+        """Leaves out of the tiles, and of the last layer, what one of the processes that meet has found wanting."""
+        names = {id(module): name for name, module in self.decoder.model.named_modules()}
+        reasons, tiled = zip(*self.samples.processes.met((self.rows_reason, {names[id(m)] for m in self.tiled})))
+        self.rows_reason = next((reason for reason in reasons if reason is not None), None)
+        self.rows = self.rows if self.rows_reason is None else None
+        self.tiled = tuple(m for m in self.tiled if names[id(m)] in set.intersection(*tiled))
+
+    def _measured(self, tile: int | None, plain: bool) -> Costs:
         alike = tile is None or self.samples.alike(tile)
         if not alike and not self._tile_bytes:
             with _no_garbage():

@@ -41,9 +41,7 @@ class PlannedModel(contextlib.AbstractContextManager):
         padded = rows > 1 and len({len(sample) for sample in samples}) > 1
         ids = max(samples, key=len).input_ids
         self.model, self.plan = model, None
-        self._planner = Planner(
-            model, length, labels, rows, padded, ids, not processes.meet_in_forward, processes.least, frozen_linears
-        )
+        self._planner = Planner(model, length, labels, rows, padded, ids, processes, frozen_linears)
         self._setting: bool | str = "auto"
         self._alone = processes.count == 1  # others would go on without this one
         self._running, self._execution = contextlib.ExitStack(), None

@@ -6,16 +6,17 @@ import contextlib
 import dataclasses
 import itertools
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import nn
 
 from ...huggingface.modes import mode, prepared
 from ..frozen_linears.conversion import converted_linears
+from ..processes import Processes
 from . import memory as memories
 from .decoder import UnknownStructure, device_of, find_decoder
-from .execution import ATTENTION, EVERYTHING, INPUT, OFFLOADED, Execution, Whole
+from .execution import ATTENTION, EVERYTHING, INPUT, OFFLOADED, Execution, Whole, use_rows
 from .measuring import Measurement, WholeMeasurement
 from .short_samples import ShortSamples
 from .simulation import expected, seconds
@@ -36,6 +37,7 @@ class Plan:
 
     Attributes:
         length, batch_size, labels: tokens of a row, rows of a forward pass, and rows whose logits the loss reads.
+        processes: how many divide the tokens of a row among themselves; what follows is of each.
         keeps: for each layer "everything", "attention" (its input and the fused attention's output, log-sum-exp and
             rotated queries and keys), "input", or "offloaded" (the input, in pinned host memory).
         group: layers under one checkpoint, of whose inputs the first is kept.
@@ -66,6 +68,7 @@ class Plan:
     fits: bool = True
     seconds: float | None = None
     notes: tuple[str, ...] = ()
+    processes: int = 1
 
     @property
     def peak(self) -> int:
@@ -92,6 +95,7 @@ class Plan:
 
     def __str__(self) -> str:
         rows = f"{self.batch_size} x {self.length} tokens" if self.batch_size > 1 else f"{self.length} tokens"
+        rows += f" divided among {self.processes} processes" if self.processes > 1 else ""
         lines = [f"plan of a training step: {rows}, {len(self.keeps)} layers, logits at {self.labels} positions"]
         number = 0
         for what, run in itertools.groupby(self.keeps):
@@ -130,7 +134,8 @@ def plan(
 ) -> Plan:
     """What a training step of ``model`` would keep in memory, layer by layer, and what it is expected to take.
 
-    The sizes are measured: short samples run through the model as it is, forward and backward, on its device.
+    The sizes are measured: short samples run through the model as it is, forward and backward, on its device.  Where
+    processes meet in its forward pass (sequence or tensor parallelism) all must call, and get the same plan.
 
     Args:
         model: a causal language model of which something requires a gradient.
@@ -154,7 +159,10 @@ def plan(
     if not any(p.requires_grad for p in model.parameters()):
         raise ValueError("seal_ops.plan: model must have something to train, got no parameter that requires a gradient")
     with mode(model, True), converted_linears(model, frozen_linears, "seal_ops.plan"):
-        planner = Planner(model, length, min(labels, length), batch_size, frozen_linears=frozen_linears)
+        processes = Processes.of_forward(model)
+        planner = Planner(
+            model, length, min(labels, length), batch_size, processes=processes, frozen_linears=frozen_linears
+        )
         return planner.plan(memory)
 
 
@@ -166,8 +174,9 @@ class Planner:
         length, labels, batch_size: as in :func:`plan`.
         padded: whether the rows of a batch differ in length.
         ids: tokens of a sample, for the short ones that are measured; None for any.
-        alone: whether this process may run the model by itself; else nothing is measured or planned.
-        agree: what the processes of a run make of the bytes that each has free.
+        processes: of the run: the least of what they have free counts.  Those that meet in a forward pass must make
+            and ask their planners together; they measure together, count the most that one has measured, and run one
+            plan, since with others they would wait for each other in vain.
         frozen_linears: in what the frozen linear layers multiply whenever something is measured; None for as they are.
     """
 
@@ -179,23 +188,24 @@ class Planner:
         batch_size: int = 1,
         padded: bool = False,
         ids: Sequence[int] | None = None,
-        alone: bool = True,
-        agree: Callable[[int], int] = lambda free: free,
+        processes: Processes | None = None,
         frozen_linears: str | None = None,
     ):
         self.frozen_linears = frozen_linears
-        self.agree = agree
+        self.processes = Processes() if processes is None else processes
         self.model, self.length, self.labels, self.batch_size = model, length, labels, batch_size
         self.device = device_of(model)
         self.trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
         self.measurement: Measurement | None = None
         self.reason: str | None = None  # why the layers are not planned one by one
         devices = {p.device for p in model.parameters() if not p.is_meta}
-        self.plans = alone and len(devices) <= 1
-        self._samples = ShortSamples(model, length, labels, batch_size, padded, ids)
+        self.plans = len(devices) <= 1
+        parts = self.processes.parts
+        share = -(-length // parts)  # all labels may lie in one process
+        self._samples = ShortSamples(
+            model, share, min(labels, share), batch_size, padded and parts == 1, ids, self.processes
+        )
         try:
-            if not alone:
-                raise UnknownStructure("its forward pass waits for other processes")
             if _checkpoints(model):
                 raise UnknownStructure("its own gradient checkpointing is on, which is left alone")
             if len(devices) > 1:
@@ -206,6 +216,11 @@ class Planner:
             self.reason = str(reason)
         except Exception as error:  # a model that does not take short samples trains all the same
             self.reason = _failure(error)
+        self.reason = next((reason for reason in self.processes.met(self.reason) if reason is not None), None)
+        if self.reason is not None:
+            self.measurement = None
+        else:
+            self.measurement.agree()
 
     # -------------------------------------------------------------------------------------------------- choosing
 
@@ -221,14 +236,20 @@ class Planner:
         """
         used = memories.used(self.device)
         if memory is None:
-            memory = self.agree(round(memories.free(self.device) * (1 - memories.RESERVE)))
+            memory = self.processes.least(round(memories.free(self.device) * (1 - memories.RESERVE)))
         with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
             try:
-                return self._whole(memory, used) if self.measurement is None else self._each(memory, used, tile)
+                found = self._whole(memory, used) if self.measurement is None else self._each(memory, used, tile)
             except Exception as error:
                 notes = (*self._notes(), f"nothing is planned, because {_failure(error)}")
-                found = tile if type(tile) is int else None
-                return self._plan((EVERYTHING,) * self._count(), memory=memory, used=used, tile=found, notes=notes)
+                tile = tile if type(tile) is int else None
+                found = self._plan((EVERYTHING,) * self._count(), memory=memory, used=used, tile=tile, notes=notes)
+        if len({(plan.keeps, plan.group, plan.tile) for plan in self.processes.met(found)}) > 1:
+            raise RuntimeError(
+                f"seal_ops: processes that meet in a forward pass must run one plan, got {found.summary()} here and "
+                f"another one elsewhere: {'; '.join(found.notes)}"
+            )
+        return found
 
     def _each(self, allowed: int, used: int, tile: int | None | bool) -> Plan:
         """For a model whose layers are known."""
@@ -251,8 +272,10 @@ class Planner:
         )  # fmt: skip
 
     def _plan(self, keeps: tuple[str, ...], **rest) -> Plan:
-        cuts = self.measurement is not None and self.measurement.rows is not None and 2 * self.labels <= self.length
-        return Plan(self.length, self.batch_size, self.labels, keeps, cuts_last_layer=cuts, **rest)
+        samples, rows = self._samples, None if self.measurement is None else self.measurement.rows
+        cuts = use_rows(rows, samples.labels, samples.length)
+        processes = self.processes.parts
+        return Plan(self.length, self.batch_size, self.labels, keeps, cuts_last_layer=cuts, processes=processes, **rest)
 
     def _count(self) -> int:
         return len(self.measurement.decoder.layers) if self.measurement else 1
@@ -283,7 +306,7 @@ class Planner:
             found = expected(self.measurement.costs(None, plain=True), keeps, 1, self.trained)
             if found.peak <= allowed:
                 return keeps, 1, None, found, True, None
-        host = memories.host_share()
+        host = min(self.processes.met(memories.host_share()), key=lambda share: share.bytes)
         for low, high, group, tiles in self._candidates(tile):
             costs = self.measurement.costs(tiles)
             # The last layers keep more: what they hold is gone first.
@@ -301,7 +324,8 @@ class Planner:
 
     def _candidates(self, tile: int | None | bool) -> Iterator[tuple[str, str, int, int | None]]:
         if tile is True:
-            tiles = (None, TILE) if self.length * self.batch_size > TILE and self.measurement.tiled else (None,)
+            many = self._samples.length * self.batch_size > TILE
+            tiles = (None, TILE) if many and self.measurement.tiled else (None,)
         else:
             tiles = (tile,)
         for low, high in ((ATTENTION, EVERYTHING), (INPUT, ATTENTION)):
@@ -321,7 +345,7 @@ class Planner:
         settings = [False, "selective", True] if self._can_checkpoint() else [False]
         measurement = WholeMeasurement(self._samples)
         for setting in settings:
-            found = measurement.peak(setting) + 3 * self.trained
+            found = max(self.processes.met(measurement.peak(setting))) + 3 * self.trained
             if found <= allowed:
                 break
         notes = (*self._notes(), f"the seconds are not known: {self._throughput()}")

@@ -12,6 +12,7 @@ from torch import nn
 
 from ...ops.launch_overrides import key_tiles, launched_as
 from ...quantized import bases
+from ..processes import Processes
 from .decoder import device_of
 
 # Tokens of the shortest sample. An allocator that tells rounded sizes alone would show that in shorter ones.
@@ -56,10 +57,12 @@ class ShortSamples:
 
     Attributes:
         model: in training mode, inside whatever a training run puts on it.
-        length, labels: tokens of the longest row that will be trained on, and its rows whose logits the loss reads.
+        length, labels: tokens of the longest row that will be trained on, and its rows whose logits the loss reads; in
+            this process, where several divide the tokens among themselves.
         batch_size: rows of a sample.
         padded: whether rows differ in length.
         ids: tokens to take; None for any.
+        processes: of the run.
     """
 
     model: nn.Module
@@ -68,6 +71,7 @@ class ShortSamples:
     batch_size: int = 1
     padded: bool = False
     ids: Sequence[int] | None = None
+    processes: Processes = Processes()
 
     @property
     def device(self) -> torch.device:
@@ -99,7 +103,8 @@ class ShortSamples:
         return [(m, m - (0 if i == 1 else more)) for i, m in enumerate(lengths)]
 
     def inputs(self, length: int) -> dict:
-        """Of a sample: ``input_ids`` [B, S], and where rows differ in length a mask."""
+        """Of a sample: ``input_ids`` [B, S], and where rows differ in length a mask; where processes divide the tokens,
+        S of them in each, with the positions that they have in the whole row."""
         count = self.batch_size * length
         if self.ids is None:
             vocabulary = self.model.get_input_embeddings().weight.shape[0]
@@ -107,6 +112,10 @@ class ShortSamples:
         else:
             ids = torch.tensor(self.ids[:count], device=self.device).repeat(-(-count // len(self.ids)))[:count]
         inputs = {"input_ids": ids.view(self.batch_size, length), "use_cache": False}
+        if self.processes.parts > 1:
+            first = self.processes.part * length
+            positions = torch.arange(first, first + length, device=self.device)
+            return inputs | {"position_ids": positions.expand(self.batch_size, -1)}
         if self.padded:
             inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
             inputs["attention_mask"][-1, length - length // 8 - 1 :] = 0
