@@ -1,6 +1,7 @@
 """Training under a plan: what is planned and stated, resumed, and lowered where memory ends."""
 
 import contextlib
+import dataclasses
 import json
 
 import pytest
@@ -13,10 +14,10 @@ from seal_ops.huggingface.modes import mode
 from seal_ops.training import loop
 from seal_ops.training.checkpoint import NAME as CHECKPOINT
 from seal_ops.training.checkpoint import load_checkpoint
-from seal_ops.training.memory_plan import memory
+from seal_ops.training.memory_plan import measuring, memory
 from seal_ops.training.memory_plan.execution import EVERYTHING
 from seal_ops.training.memory_plan.planned_model import PlannedModel
-from seal_ops.training.memory_plan.planning import Planner
+from seal_ops.training.memory_plan.planning import Plan, Planner
 from seal_ops.training.processes import Processes
 from seal_ops.training.step import OptimizerStep
 
@@ -41,8 +42,6 @@ def free(monkeypatch, count):
 
 
 def test_a_measurement_that_fails_stops_no_run(monkeypatch):
-    from seal_ops.training.memory_plan import measuring
-
     plain = loop.train(trainable(), SAMPLES[:1], gradient_checkpointing=False).losses
 
     def fail(*_):
@@ -75,6 +74,8 @@ class Two(Processes):
     def all(self, value):
         if isinstance(value, int):
             return [value, value // 2]
+        if isinstance(value, Plan):
+            return [value, dataclasses.replace(value, tile=77) if value.memory == 77 else value]
         return [value, ("of a reason", value[1]) if isinstance(value, tuple) else value]
 
 
@@ -85,8 +86,31 @@ def test_processes_agree_on_the_memory_and_on_what_may_be_cut(monkeypatch):
         planner = Planner(lm, 128, 8, processes=Two(count=2, turns=2))
         plan = planner.plan()
         assert plan.memory == 9_200 and not plan.fits and plan.cuts_last_layer
-        plan = Planner(lm, 128, 8, processes=Two(count=2, alike=True)).plan()
-        assert not plan.cuts_last_layer and "because of a reason" in str(plan)
+        planner = Planner(lm, 128, 8, processes=Two(count=2, alike=True))
+        assert not planner.plan().cuts_last_layer and "because of a reason" in str(planner.plan())
+        with pytest.raises(RuntimeError, match="must run one plan, got .* here and another one elsewhere"):
+            planner.plan(memory=77)
+
+
+def test_a_process_in_which_memory_ends_leaves_those_that_wait_for_it(monkeypatch):
+    def fail(*_):
+        raise torch.OutOfMemoryError("no memory")
+
+    lm = trainable()
+    monkeypatch.setattr(measuring.Measurement, "_measured", fail)
+    with mode(lm, True):
+        planner = Planner(lm, 128, 8, processes=Two(count=2, alike=True))
+        with pytest.raises(torch.OutOfMemoryError, match="no memory"):
+            planner.plan()
+        assert "nothing is planned" in str(Planner(lm, 128, 8, processes=Two(count=2, turns=2)).plan())
+        monkeypatch.setattr(measuring.Measurement, "_look", fail)
+        with pytest.raises(torch.OutOfMemoryError, match="no memory"):
+            Planner(lm, 128, 8, processes=Two(count=2, alike=True))
+        monkeypatch.undo()
+        with PlannedModel(lm, SAMPLES, processes=Two(count=2, turns=2)) as planned:
+            planned.follow("auto")
+            with pytest.raises(torch.OutOfMemoryError, match=rf"; try memory below {planned.plan.memory} bytes, a sm"):
+                planned.lower("no memory")
 
 
 def test_training_plans_and_states_what_came(tmp_path):

@@ -76,6 +76,8 @@ class PlannedModel(contextlib.AbstractContextManager):
         found = self._planner.lower(before) if self._setting == "auto" and self._alone else None
         if found is None:
             first = "" if self._setting == "auto" else "gradient_checkpointing='auto', "
+            if self._setting == "auto" and not self._alone:  # the others are under way, with the plan that they know
+                first = f"memory below {before.memory} bytes, "
             raise torch.OutOfMemoryError(
                 f"seal_ops.train: {step} with {before.summary()}; try {first}a smaller batch_size with accumulate, "
                 f"shorter samples, or a model in 4 bits ({reason})"

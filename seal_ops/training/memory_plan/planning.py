@@ -215,12 +215,20 @@ class Planner:
         except UnknownStructure as reason:
             self.reason = str(reason)
         except Exception as error:  # a model that does not take short samples trains all the same
-            self.reason = _failure(error)
+            self.reason = self._failure(error)
         self.reason = next((reason for reason in self.processes.met(self.reason) if reason is not None), None)
         if self.reason is not None:
             self.measurement = None
         else:
             self.measurement.agree()
+
+    def _failure(self, error: Exception) -> str:
+        """The end of a sentence after "because".  Where memory has ended in one of the processes that wait for each
+        other, it must not go on alone."""
+        if self.processes.meet_in_forward and isinstance(error, torch.OutOfMemoryError):
+            raise error
+        first = (str(error).strip() or "?").splitlines()[0]
+        return f"measuring it failed ({type(error).__name__}: {first[:240]})"
 
     # -------------------------------------------------------------------------------------------------- choosing
 
@@ -241,7 +249,7 @@ class Planner:
             try:
                 found = self._whole(memory, used) if self.measurement is None else self._each(memory, used, tile)
             except Exception as error:
-                notes = (*self._notes(), f"nothing is planned, because {_failure(error)}")
+                notes = (*self._notes(), f"nothing is planned, because {self._failure(error)}")
                 tile = tile if type(tile) is int else None
                 found = self._plan((EVERYTHING,) * self._count(), memory=memory, used=used, tile=tile, notes=notes)
         if len({(plan.keeps, plan.group, plan.tile) for plan in self.processes.met(found)}) > 1:
@@ -376,11 +384,6 @@ class Planner:
         """A plan that takes less than one that did not fit; None where there is none."""
         found = self.plan(round(min(plan.memory, plan.expected) * 0.85), True if plan.tile is None else plan.tile)
         return found if found.expected < plan.expected else None
-
-
-def _failure(error: Exception) -> str:
-    first = (str(error).strip() or "?").splitlines()[0]
-    return f"measuring it failed ({type(error).__name__}: {first[:240]})"
 
 
 def _checkpoints(model: nn.Module) -> bool:
