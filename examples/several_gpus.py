@@ -20,7 +20,7 @@ parser.add_argument("--length", type=int, default=2048)
 parser.add_argument("--samples", type=int, default=50)
 parser.add_argument("--accumulate", type=int, default=1, help="forward passes in a step, divided among the processes")
 parser.add_argument("--sequence-parallel", action="store_true", help="divide tokens among the processes instead")
-parser.add_argument("--gradient-checkpointing", choices=["all", "selective"], help="what long sequences need")
+parser.add_argument("--gradient-checkpointing", choices=["auto", "selective", "all"], default="auto")
 parser.add_argument("--output", default="my-scales")
 args = parser.parse_args()
 
@@ -41,7 +41,7 @@ if args.sequence_parallel:
 
     deepspeed.init_distributed(auto_mpi_discovery=False)
     UlyssesSPAttentionHF.register_with_transformers(model, "seal", processes, micro_batch_size=1)
-checkpointing = {None: False, "all": True}.get(args.gradient_checkpointing, args.gradient_checkpointing)
+checkpointing = True if args.gradient_checkpointing == "all" else args.gradient_checkpointing
 result = seal_ops.train(
     model, samples, accumulate=args.accumulate, gradient_checkpointing=checkpointing, output_dir=args.output
 )
