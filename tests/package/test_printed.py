@@ -161,7 +161,6 @@ NOT_RUN = {
     "--output my-scales": PROCESSES,
     "torchrun --nproc_per_node=4 examples/several_gpus.py --model NAME --length 131072 --sequence-parallel "
     "--output my-scales": PROCESSES,
-    "torchrun --nproc_per_node=4 benchmarks/sequence_parallel.py --length 262144 --output sequence-4.json": GPU,
     "seal bench --suite training": GPU,
     "seal quantize --model smollm2 --weak-columns 128 --calibration english.txt --output smollm2-nf4": COLUMNS,
     "seal train --model smollm2 --weak-columns 128 --quantize nf4 --task multikey --length 4000 "
