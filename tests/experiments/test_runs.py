@@ -135,7 +135,7 @@ def test_demo_refuses_another_model_of_the_same_name_and_a_strange_merged_folder
         return demo.run(settings, str(output), progress=False, log=lambda line: None)
 
     results = again()["lines"]
-    assert results["provenance"]["model"]["name"] == settings.model
+    assert results["provenance"]["model"]["name"] == "model", "the last part of the folder's name"
     training = json.loads((output / "head" / "training.json").read_text())
     assert training["settings"]["tasks"] == ["lines"] and training["settings"]["tokens"] <= 190
     assert training["provenance"]["model"]["class"] == "LlamaForCausalLM"
