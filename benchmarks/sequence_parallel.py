@@ -1,7 +1,8 @@
 """Training steps of one long sample whose tokens are divided among GPUs by DeepSpeed's Ulysses.
 
     torchrun --nproc_per_node=4 benchmarks/sequence_parallel.py --length 262144 --output FILE
-    torchrun --nproc_per_node=1 benchmarks/sequence_parallel.py --length 262144 --gradient-checkpointing auto --output 1
+    torchrun --nproc_per_node=1 benchmarks/sequence_parallel.py --length 262144 --output FILE \\
+        --gradient-checkpointing auto
 
 A random Llama of the training suite's sizes in each process, a scale a channel, loss on the last 512 tokens, AdamW.
 The steps are those of ``seal_ops.train``, as a user runs them, timed between its calls of ``on_step``: they hold the
@@ -33,10 +34,12 @@ from seal_ops.bench.training_steps import Gate, Wrong, random_model
 from seal_ops.huggingface.logits import logits_at
 from seal_ops.huggingface.modes import prepared
 from seal_ops.ops.environment import facts
+from seal_ops.training.processes import Processes
 from seal_ops.utils.files import atomic_write
 
 CHECKPOINTING = {"selective": "selective", "all": True, "auto": "auto"}
 RANK, PROCESSES = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+everywhere = Processes(RANK, PROCESSES).all  # what each process has
 
 
 class Stages:
@@ -121,15 +124,6 @@ def steps(model, row: dict, count: int, checkpointing, device, stage: Stages):
     )
     later = [end - begin for begin, end in zip(ends, ends[1:])]
     return [max(0.0, result.seconds - sum(later)), *later], result
-
-
-def everywhere(value) -> list:
-    """What each process has."""
-    if PROCESSES == 1:
-        return [value]
-    found = [None] * PROCESSES
-    dist.all_gather_object(found, value)
-    return found
 
 
 def beside(found: dict, path: str) -> dict:

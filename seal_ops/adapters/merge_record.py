@@ -13,9 +13,9 @@ from collections.abc import Mapping, MutableMapping
 import torch
 from torch import Tensor
 
+from ..huggingface.identity import MERGED
 from .files import ScalesConfig, shown
 
-FIELD = "seal_ops_merged"  # of config.json: a list of digests, the oldest first
 # A model with pictures may be loaded as the language model in it, whose config is this part.
 _TEXT_PART = "text_config"
 
@@ -42,11 +42,11 @@ def merged_into(model_config) -> list[str]:
     """The digests in a config, an object of transformers or the content of its file; ValueError for another thing."""
     found: list[str] = []
     for part in (model_config, _get(model_config, _TEXT_PART)):
-        digests = _get(part, FIELD)
+        digests = _get(part, MERGED)
         if digests is None:
             continue
         if not isinstance(digests, list) or not all(isinstance(one, str) for one in digests):
-            raise ValueError(f"seal_ops: {FIELD} of the model's config must be a list of texts, got {shown(digests)}")
+            raise ValueError(f"seal_ops: {MERGED} of the model's config must be a list of texts, got {shown(digests)}")
         found += [one for one in digests if one not in found]
     return found
 
@@ -57,7 +57,7 @@ def check_not_merged(model_config, config: ScalesConfig, values: Mapping[int, Te
     if name is not None and name in merged_into(model_config):
         raise ValueError(
             f"seal_ops.{call}: {what} must not be part of the model's weights already, got scales that were merged "
-            f"into this model (its config says so in {FIELD}) and would be applied twice; use the model before the "
+            f"into this model (its config says so in {MERGED}) and would be applied twice; use the model before the "
             f"merge, or delete the field where the weights are the old ones again"
         )
 
@@ -81,6 +81,6 @@ def _get(part, name: str):
 
 def _set(part, digests: list[str]) -> None:
     if isinstance(part, MutableMapping):
-        part[FIELD] = digests
+        part[MERGED] = digests
     else:
-        setattr(part, FIELD, digests)
+        setattr(part, MERGED, digests)

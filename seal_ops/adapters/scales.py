@@ -7,6 +7,7 @@ import copy
 import itertools
 import os
 import sys
+import types
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
@@ -49,7 +50,7 @@ class Scales(nn.Module):
         Raises:
             ValueError: PEFT's ``modules_to_save`` names them: its copy would train, and attention never read it.
         """
-        if any(cls.__name__ == "ModulesToSaveWrapper" for cls in _callers()):
+        if _called_by_a("ModulesToSaveWrapper"):
             raise ValueError(
                 "seal_ops: PEFT's modules_to_save must name modules of the base model, got the scales, of which PEFT "
                 "would train a copy that attention does not read; leave them out and call "
@@ -446,20 +447,21 @@ def check_new_name(name, call: str, scales: Scales | None = None) -> None:
         )
 
 
-def _callers() -> Iterator[type]:
-    """The classes of the objects whose methods are running."""
+def _frames() -> Iterator[types.FrameType]:
+    """Of the calls that are under way, the innermost first."""
     frame = sys._getframe(1)
     while frame is not None:
-        if "self" in frame.f_locals:
-            yield type(frame.f_locals["self"])
+        yield frame
         frame = frame.f_back
 
 
 def _called_by(function: str) -> bool:
-    frame = sys._getframe(1)
-    while frame is not None and frame.f_code.co_name != function:
-        frame = frame.f_back
-    return frame is not None
+    return any(frame.f_code.co_name == function for frame in _frames())
+
+
+def _called_by_a(cls: str) -> bool:
+    """Whether a method of an object of a class of this name is running."""
+    return any(type(frame.f_locals.get("self")).__name__ == cls for frame in _frames())
 
 
 def _present_devices(attention_layers) -> dict:

@@ -23,9 +23,10 @@ from .patch import SCALES
 
 BLOCK = 1 << 22  # words of 8 bytes in a block
 _ODD = (-4658895280553007687, -7723592293110705685)  # any odd 64-bit numbers with about half of their bits set
+MERGED = "seal_ops_merged"  # field of a config: digests of the scales that are part of the weights, the oldest first
 # Of a config: where it came from and how it was saved, not what it computes. Weights carry their dtype themselves, and
 # merged scales.
-_IRRELEVANT = {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures", "seal_ops_merged"}
+_IRRELEVANT = {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures", MERGED}
 # Numbers that modules of transformers and PEFT keep as plain attributes and use in their forward.
 _NUMBERS = ("scaling", "attention_scaling", "sliding_window", "disable_adapters", "active_adapters", "merged_adapters")
 

@@ -289,6 +289,10 @@ def test_weights_that_zero_3_has_divided_are_refused():
 
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+TWO_STREAMS = {
+    "d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 4, "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 64, "decoder_ffn_dim": 64, "vocab_size": 60,
+}  # fmt: skip
 NO_DECODERS = {
     "ViTModel": (
         lambda t: t.ViTModel(t.ViTConfig(**SMALL, image_size=16, patch_size=8)),
@@ -297,14 +301,7 @@ NO_DECODERS = {
     "WhisperForConditionalGeneration": (
         lambda t: t.WhisperForConditionalGeneration(
             t.WhisperConfig(
-                d_model=32,
-                encoder_layers=1,
-                decoder_layers=1,
-                encoder_attention_heads=4,
-                decoder_attention_heads=4,
-                encoder_ffn_dim=64,
-                decoder_ffn_dim=64,
-                vocab_size=60,
+                **TWO_STREAMS,
                 max_source_positions=50,
                 pad_token_id=0,
                 bos_token_id=1,
@@ -333,14 +330,7 @@ NO_DECODERS = {
     "BartForConditionalGeneration": (  # which runs on two tokens alone
         lambda t: t.BartForConditionalGeneration(
             t.BartConfig(
-                d_model=32,
-                encoder_layers=1,
-                decoder_layers=1,
-                encoder_attention_heads=4,
-                decoder_attention_heads=4,
-                encoder_ffn_dim=64,
-                decoder_ffn_dim=64,
-                vocab_size=60,
+                **TWO_STREAMS,
             )  # fmt: skip
         ),
         "one stream of tokens, got BartForConditionalGeneration, an encoder and a decoder",
