@@ -7,7 +7,7 @@
 Each build lives in a process of its own. The processes take turns: one times a shape while the others wait, every
 second round in the reverse order, so that all meet the same clock and heat. A case that raises is reported and does not
 stop the rest. The table gives the median of every build and the first build's time divided by it (above 1: faster than
-the first).
+the first). The JSON has `cases`, and `builds` with what `seal env` says in each.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import sys
 K = 1024
 # name: batch, tokens, query heads, key heads, head_dim
 SHAPES = {
+    "tiny": (1, 64, 4, 2, 64),  # only where --only names it: do all builds run, also without a GPU?
     "hd128-32/32-1k": (32, 1 * K, 32, 32, 128),
     "hd128-32/8-2k": (16, 2 * K, 32, 8, 128),
     "hd128-32/32-4k": (8, 4 * K, 32, 32, 128),
@@ -43,30 +44,33 @@ def worker(folder: str) -> None:
 
     import seal_ops
     from seal_ops.bench.timing import Clock
+    from seal_ops.ops.environment import facts
 
     if not os.path.abspath(seal_ops.__file__).startswith(os.path.abspath(folder)):
         raise SystemExit(f"compare_builds: {folder} must hold an installed seal_ops, got {seal_ops.__file__}")
-    clock = Clock(torch.device("cuda"))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    clock = Clock(device)
     calls: dict[tuple[str, str], object] = {}
 
     def build(shape, what):
         batch, tokens, heads, kv_heads, dim = SHAPES[shape]
         torch.manual_seed(0)
-        randn = lambda h: torch.randn(batch, tokens, h, dim, device="cuda", dtype=torch.bfloat16)
-        q, k, v, scale = randn(heads), randn(kv_heads), randn(kv_heads), torch.rand(heads, dim, device="cuda") + 0.5
+        randn = lambda h: torch.randn(batch, tokens, h, dim, device=device, dtype=torch.bfloat16)
+        q, k, v, scale = randn(heads), randn(kv_heads), randn(kv_heads), torch.rand(heads, dim, device=device) + 0.5
         if what in ("forward", "window"):
             window = 1024 if what == "window" else None
             return lambda: seal_ops.attention(q, k, v, scale, window=window)
         leaves = [t.requires_grad_() for t in (q, k, v, scale)]
         options = {"deterministic": what == "deterministic"}
         if what == "rope_backward":
-            cos, sin = seal_ops.rope_tables(tokens, seal_ops.rope_frequencies(dim)[0], device="cuda")
+            cos, sin = seal_ops.rope_tables(tokens, seal_ops.rope_frequencies(dim)[0], device=device)
             out = seal_ops.rope_attention(q, k, v, cos, sin, None, None, scale)
         else:
             out = seal_ops.attention(q, k, v, scale, **options)
         grad = torch.randn_like(out)
         return lambda: torch.autograd.grad(out, leaves, grad, retain_graph=True)
 
+    print(json.dumps(facts()), flush=True)
     for line in sys.stdin:
         shape, what, repeat = json.loads(line)
         try:
@@ -95,21 +99,26 @@ def main() -> None:
         for name, folder in builds.items()
     }
 
-    def ask(name, case):
+    def answer_of(name):
         process = processes[name]
-        process.stdin.write(json.dumps(case) + "\n")
-        process.stdin.flush()
         line = process.stdout.readline()
         if not line:
             raise SystemExit(f"compare_builds: the process of {name} must answer, it ended with {process.wait()}")
         return json.loads(line)
 
+    def ask(name, case):
+        processes[name].stdin.write(json.dumps(case) + "\n")
+        processes[name].stdin.flush()
+        return answer_of(name)
+
     results = {}
+    content = {"builds": {name: answer_of(name) for name in builds}, "cases": results}
     print(f"{'case':34}" + "".join(f"{name:>12}" for name in builds) + "   first / each")
     for shape in SHAPES:
         for what in WHAT:
             title = f"{shape} {what}"
-            if args.only and not any(word in title for word in args.only):
+            words = [word for word in args.only if word in title]
+            if (args.only and not words) or (shape == "tiny" and "tiny" not in " ".join(words)):
                 continue
             times, errors = {name: [] for name in builds}, {}
             for turn in range(args.rounds):
@@ -128,7 +137,7 @@ def main() -> None:
             results[title] = {"ms": medians, "errors": errors}
             if args.output:
                 with open(args.output, "w", encoding="utf-8") as file:
-                    json.dump(results, file, indent=1)
+                    json.dump(content, file, indent=1)
     for process in processes.values():
         process.stdin.close()
         process.wait()
