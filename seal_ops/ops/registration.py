@@ -46,8 +46,8 @@ if not _extended:
     for _schema in schemas():
         library.define(_schema)
 _seal = torch.ops.seal
-# Dispatch keys of tensors that no backend reads. Under torch.inference_mode autograd's check of the layout does not run,
-# and quantized tensors look strided to it.
+# Dispatch keys of tensors that no backend reads. Under torch.inference_mode autograd does not check the layout, and
+# quantized tensors look strided to it.
 _OTHER_LAYOUTS = (
     *("SparseCPU", "SparseCUDA", "SparseCsrCPU", "SparseCsrCUDA", "QuantizedCPU", "QuantizedCUDA"),
     *("NestedTensorCPU", "NestedTensorCUDA", "MkldnnCPU"),
