@@ -44,11 +44,16 @@ def sources(*kinds: str) -> list[str]:
     return [f"csrc/{path}" for kind, path in lines if kind in kinds]
 
 
-def wanted(name: str, missing: str | None) -> bool:
-    """Whether to build a part: its variable says 0 or 1, or auto looks at what is missing."""
+def chosen(name: str) -> str:
     choice = os.environ.get(name, "auto")
     if choice not in ("auto", "0", "1"):
         sys.exit(f"seal_ops build: {name} must be auto, 0 or 1, got {choice!r}")
+    return choice
+
+
+def wanted(name: str, missing: str | None) -> bool:
+    """Whether to build a part: its variable says 0 or 1, or auto looks at what is missing."""
+    choice = chosen(name)
     if choice == "1" and missing:
         sys.exit(f"seal_ops build: {name}=1, but {missing}")
     if choice == "auto" and missing:
@@ -64,9 +69,19 @@ def missing_for_extension() -> str | None:
         sys.path += [path for path in {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}]
     if importlib.util.find_spec("torch") is None:
         return "torch is not installed in this environment (install it before seal_ops to get the extension)"
-    if not any(shutil.which(c) for c in (os.environ.get("CXX", "c++"), "g++", "clang++")):
+    named = os.environ.get("CXX")  # torch takes it and no other
+    if named and not runs([*shlex.split(named), "--version"]):
+        return f"the C++ compiler that CXX names does not run ({named})"
+    if not named and not any(shutil.which(c) for c in ("c++", "g++", "clang++")):
         return "no C++ compiler was found"
     return None
+
+
+def runs(command: list[str]) -> bool:
+    try:
+        return subprocess.run(command, capture_output=True).returncode == 0
+    except OSError:
+        return False
 
 
 def missing_for_cuda() -> str | None:
@@ -118,8 +133,13 @@ def elf():
 
 def extension() -> dict:
     """Arguments of setup() that build the extension, or none."""
-    if not wanted("SEAL_BUILD_EXT", missing_for_extension()):
+    kernels = chosen("SEAL_BUILD_CUDA")
+    missing = missing_for_extension()
+    if not wanted("SEAL_BUILD_EXT", missing):
+        if kernels == "1":  # they are a part of the extension
+            sys.exit(f"seal_ops build: SEAL_BUILD_CUDA=1, but {missing or 'SEAL_BUILD_EXT=0'}")
         return {}
+    import torch
     from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
 
     class Build(BuildExtension):
@@ -130,7 +150,10 @@ def extension() -> dict:
                 if fault:
                     sys.exit(f"seal_ops build: {fault}; use a compiler with a shared libstdc++, or SEAL_BUILD_EXT=0")
 
-    cxx = ["-O2", "-std=c++20", "-Wall", "-Wno-unknown-pragmas"]
+    # Python's own flags ask for debug information: 15 MB instead of one, and the folders of the machine that built it.
+    # The names of source files in messages lose those folders, too.
+    cxx = ["-O2", "-g0", "-std=c++20", "-Wall", "-Wno-unknown-pragmas"]
+    cxx += [f"-ffile-prefix-map={folder}/=" for folder in (ROOT, pathlib.Path(torch.__file__).parents[1])]
     common = dict(include_dirs=[str(ROOT / "csrc")], extra_link_args=dynamic_runtime())
     if wanted("SEAL_BUILD_CUDA", missing_for_cuda()):
         cxx += ["-DSEAL_WITH_CUDA", f'-DSEAL_CUDA_ARCHITECTURES="{",".join("sm_" + a for a in ARCHITECTURES)}"']

@@ -182,6 +182,7 @@ std::string layout_of(const Tensor& t) {
     case at::kSparseCsc: return "torch.sparse_csc";
     case at::kSparseBsr: return "torch.sparse_bsr";
     case at::kSparseBsc: return "torch.sparse_bsc";
+    case at::kMkldnn: return "torch._mkldnn";
     default: return "another layout";
   }
 }

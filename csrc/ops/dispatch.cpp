@@ -64,7 +64,7 @@ void Runner::operator()(const c10::OperatorHandle&, c10::DispatchKeySet, torch::
     for (Tensor& output : outputs) stack->emplace_back(std::move(output));
     return;
   }
-  if (!portable_) portable_ = c10::Dispatcher::singleton().findSchemaOrThrow(("seal_portable::" + name_).c_str(), "");
+  std::call_once(looked_up_, [&] { portable_ = c10::Dispatcher::singleton().findSchemaOrThrow(("seal_portable::" + name_).c_str(), ""); });
   portable_->callBoxed(stack);
 }
 

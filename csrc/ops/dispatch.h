@@ -4,6 +4,7 @@
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/core/stack.h>
 
+#include <mutex>
 #include <optional>
 #include <string>
 #include <string_view>
@@ -31,6 +32,7 @@ class Runner : public c10::OperatorKernel {
   Body body_;
   std::string name_;
   std::optional<int32_t> deterministic_;  // the argument's place, where the op has it
+  std::once_flag looked_up_;  // backwards of several devices run in threads of their own
   std::optional<c10::OperatorHandle> portable_;  // looked up at the first call
 };
 

@@ -58,17 +58,40 @@ def required(op: str, a: dict) -> None:
 
 
 def tensor(op: str, name: str, value) -> None:
-    """Raises ValueError for what is no tensor."""
+    """Raises ValueError for what is no tensor, or a nested one, which has no sizes to check."""
     if not isinstance(value, Tensor):
         fail(op, name, "be a tensor", None if value is None else type(value).__name__)
+    if value.is_nested:
+        dense(op, name, value)
+
+
+def dense(op: str, name: str, t: Tensor) -> None:
+    """Raises ValueError for a tensor of another layout than the strided one, or a quantized tensor."""
+    if t.layout != torch.strided or t.is_nested or t.is_quantized:
+        kind = "a nested tensor" if t.is_nested else "a quantized tensor" if t.is_quantized else t.layout
+        fail(op, name, "be a dense tensor", kind)
+
+
+def all_dense(op: str, a: dict) -> None:
+    """`dense` of every tensor among the arguments of a call, by name; also of those in lists."""
+    for name, value in a.items():
+        lists = isinstance(value, (list, tuple))
+        for n, t in enumerate(value if lists else [value]):
+            if isinstance(t, Tensor):
+                dense(op, f"{name}[{n}]" if lists else name, t)
 
 
 _MISTYPED = re.compile(r"Expected a value of type '([^']+)' for argument '(\w+)' but instead found type '([^']+)'")
 _MEANING = {"Tensor": "a tensor", "int": "an integer", "float": "a number", "bool": "True or False", "str": "a text"}
 
 
-def raise_mistyped(op: str, error: RuntimeError) -> None:
-    """Raises what the dispatcher said of an argument of another type as one sentence, a ValueError; else as it was."""
+def raise_mistyped(op: str, error: RuntimeError, **given) -> None:
+    """Raises what the dispatcher said of an argument of another type as one sentence, a ValueError; else as it was.
+
+    `given`: the call's tensors. A jagged one answers in its own words where nothing of ours runs before it (under
+    `torch.inference_mode`).
+    """
+    all_dense(op, given)
     found = _MISTYPED.search(str(error))
     if found is None:
         raise error
@@ -84,8 +107,7 @@ def differentiable(op: str, a: dict) -> bool:
     for name, t in a.items():
         if not isinstance(t, Tensor):
             continue
-        if t.layout != torch.strided or t.is_nested:
-            fail(op, name, "be a dense tensor", "a nested tensor" if t.is_nested else t.layout)
+        dense(op, name, t)
         if torch.autograd.forward_ad.unpack_dual(t).tangent is not None:
             raise NotImplementedError(
                 f"seal::{op}: forward-mode differentiation is not implemented, and {name} has a tangent; "
@@ -271,10 +293,9 @@ def terms(
         if offset is not None:
             tensor(op, "offset", offset)
             fail(op, "offset", f"be None with a {name} (add it to the output)", _shape(offset))
-    heads, one = q.shape[-2], (*q.shape[:-1], 1)
-    if sink is not None and tuple(sink.shape) != (heads,):
-        fail(op, "sink", f"have shape [{heads}] (one logit a query head)", _shape(sink))
-    if gate is not None and tuple(gate.shape) not in (tuple(q.shape), one):
+    if sink is not None and tuple(sink.shape) != (q.shape[-2],):
+        fail(op, "sink", f"have shape [{q.shape[-2]}] (one logit a query head)", _shape(sink))
+    if gate is not None and tuple(gate.shape) not in (tuple(q.shape), one := (*q.shape[:-1], 1)):
         fail(op, "gate", f"have q's shape {_shape(q)} or {list(one)}", _shape(gate))
 
 

@@ -27,7 +27,10 @@ TAKE_TERMS = ("triton", "reference")
 def extension():
     """The compiled module `_C`, or the one sentence that says why it is not there."""
     if importlib.util.find_spec("seal_ops._C") is None:
-        return "the C++ extension was not built (no C++ compiler at installation, or SEAL_BUILD_EXT=0)"
+        return (
+            "the C++ extension was not built (no C++ compiler at installation, SEAL_BUILD_EXT=0, or a source folder "
+            "imported in place of the installed package)"
+        )
     try:
         from .. import _C
     except ImportError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 
 import torch
@@ -88,7 +89,7 @@ def attention(
             backend=backend or "auto",
         )
     except RuntimeError as error:
-        checks.raise_mistyped("attention", error)
+        checks.raise_mistyped("attention", error, k=k, v=v, scale=scale, offset=offset)
     out, lse = epilogue.apply(out, lse, *after)
     return (out, lse) if return_lse else out
 
@@ -125,7 +126,7 @@ def rope(
             q, k, cos, sin, positions, positions_k, interleaved=interleaved, inverse=inverse, backend=backend or "auto"
         )
     except RuntimeError as error:
-        checks.raise_mistyped("rope", error)
+        checks.raise_mistyped("rope", error, q=q, k=k, cos=cos, sin=sin)
 
 
 def rope_attention(
@@ -197,7 +198,7 @@ def rope_attention(
             backend=backend or "auto",
         )
     except RuntimeError as error:
-        checks.raise_mistyped("rope_attention", error)
+        checks.raise_mistyped("rope_attention", error, k=k, v=v, cos=cos, sin=sin, scale=scale, offset=offset)
     out, lse = epilogue.apply(out, lse, *after)
     return (out, lse) if return_lse else out
 
@@ -220,7 +221,8 @@ def _terms(
     checks.terms(op, q, offset, sink, gate, gate_function, tuple(epilogue.GATE_FUNCTIONS))
     if sink is None and gate is None:
         return within, (None, None, gate_function)
-    runs = dispatch.chosen(backend or "auto", op, q.device, q.dtype, q.shape[-1], tuple(within))
+    head_dim = operator.index(q.shape[-1])  # a trace with symbolic sizes takes it for what it is
+    runs = dispatch.chosen(backend or "auto", op, q.device, q.dtype, head_dim, tuple(within))
     if runs not in dispatch.TAKE_TERMS:
         return within, (sink, gate, gate_function)
     if sink is not None:
@@ -265,7 +267,8 @@ def packed_positions(cu_seqlens: Tensor, tokens: int, cu_seqlens_k: Tensor | Non
         if t.shape != cu_seqlens.shape or t.device != cu_seqlens.device:
             expected = f"have cu_seqlens' shape {list(cu_seqlens.shape)} and device {cu_seqlens.device}"
             checks.fail("packed_positions", name, expected, f"{list(t.shape)} on {t.device}")
-    if not isinstance(tokens, (int, torch.SymInt)) or (isinstance(tokens, int) and tokens < 0):
+    traced = isinstance(tokens, Tensor) and torch.jit.is_tracing()  # a size is a tensor there
+    if not (traced or isinstance(tokens, (int, torch.SymInt))) or (isinstance(tokens, int) and tokens < 0):
         checks.fail("packed_positions", "tokens", "be a number of tokens", repr(tokens))
     token = torch.arange(tokens, device=cu_seqlens.device)
     which = torch.searchsorted(cu_seqlens[1:].contiguous(), token, right=True, out_int32=True).long()

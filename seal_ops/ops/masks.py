@@ -46,6 +46,7 @@ class Mask:
 
         Raises ValueError where `shifted_heads` is no whole number of them.
         """
+        heads = int(heads) if isinstance(heads, Tensor) else heads  # torch.jit.trace
         shifted = round(self.shifted_heads * heads)
         if abs(shifted - self.shifted_heads * heads) > 1e-6:
             _fail("Mask", "shifted_heads", f"be a share that gives whole heads of {heads}", self.shifted_heads)

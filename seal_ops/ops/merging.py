@@ -46,7 +46,10 @@ def merge_attention(
             checks.tensor("merge_attention", f"{name}[{n}]", part)
     if not outs:  # the dispatcher chooses by the tensors
         checks.fail("merge_attention", "outs", "hold at least one part", "none")
-    return torch.ops.seal.merge_attention.default(list(outs), list(lses), backend=backend or "auto")
+    try:
+        return torch.ops.seal.merge_attention.default(list(outs), list(lses), backend=backend or "auto")
+    except RuntimeError as error:
+        checks.raise_mistyped("merge_attention", error)
 
 
 def check(op: str, a: dict) -> None:
@@ -166,5 +169,6 @@ def _kernel(op: str):
 for _op in MERGE_OPS:
     for _key in ("CPU", "CUDA"):
         registration.library.impl(_op, _body(_op), _key)
+    registration.refuse_other_layouts(_op)
     torch.library.register_fake(f"seal::{_op}", _fake(_op), lib=registration.library)
     registration.library.impl(_op, _kernel(_op), "Autograd", with_keyset=True)

@@ -46,6 +46,22 @@ if not _extended:
     for _schema in schemas():
         library.define(_schema)
 _seal = torch.ops.seal
+# Dispatch keys of tensors that no backend reads. Under torch.inference_mode autograd does not check the layout, and
+# quantized tensors look strided to it.
+_OTHER_LAYOUTS = (
+    *("SparseCPU", "SparseCUDA", "SparseCsrCPU", "SparseCsrCUDA", "QuantizedCPU", "QuantizedCUDA"),
+    *("NestedTensorCPU", "NestedTensorCUDA", "MkldnnCPU"),
+)
+
+
+def refuse_other_layouts(op: str) -> None:
+    """Gives an op a kernel for tensors of other layouts that says so in one sentence."""
+
+    def refuse(*args, **kwargs):
+        checks.all_dense(op, autograd.bind(op, args, kwargs))
+
+    for key in _OTHER_LAYOUTS:
+        library.impl(op, refuse, key)
 
 
 def _run(op: str, args, kwargs):
@@ -110,6 +126,7 @@ def _register(op: str) -> None:
 
     for key in ("CPU", "CUDA"):
         _bodies.impl(op, run, key)
+    refuse_other_layouts(op)
     torch.library.register_fake(f"seal::{op}", fake, lib=library)
     if not _extended:
         library.impl(op, autograd.kernel(op), "Autograd", with_keyset=True)

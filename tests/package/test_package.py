@@ -105,23 +105,57 @@ def test_pure_python_has_the_same_ops(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name,value,sentence",
+    "given, sentence",
     [
-        ("SEAL_BUILD_CUDA", "yes", "SEAL_BUILD_CUDA must be auto, 0 or 1, got 'yes'"),
-        ("SEAL_BUILD_CUDA", "1", "SEAL_BUILD_CUDA=1, but "),
+        (dict(SEAL_BUILD_CUDA="yes"), "SEAL_BUILD_CUDA must be auto, 0 or 1, got 'yes'"),
+        (dict(SEAL_BUILD_CUDA="yes", SEAL_BUILD_EXT="0"), "SEAL_BUILD_CUDA must be auto, 0 or 1, got 'yes'"),
+        (dict(SEAL_BUILD_CUDA="1"), "SEAL_BUILD_CUDA=1, but "),
+        (dict(SEAL_BUILD_CUDA="1", SEAL_BUILD_EXT="0"), "SEAL_BUILD_CUDA=1, but SEAL_BUILD_EXT=0"),
+        (
+            dict(SEAL_BUILD_CUDA="1", SEAL_BUILD_EXT="auto", CXX="/nowhere/g++"),
+            "SEAL_BUILD_CUDA=1, but the C++ compiler that CXX names does not run (/nowhere/g++)",
+        ),
+        (dict(CXX="/nowhere/g++"), "SEAL_BUILD_EXT=1, but the C++ compiler that CXX names does not run (/nowhere/g++)"),
+        (dict(CXX="false"), "SEAL_BUILD_EXT=1, but the C++ compiler that CXX names does not run (false)"),
     ],
+    ids=lambda value: None if isinstance(value, str) else ",".join(f"{n}={v}" for n, v in value.items()),
 )
-def test_a_wrong_build_variable_is_one_sentence(name, value, sentence):
-    if value == "1" and torch.version.cuda is not None:
+def test_a_build_that_cannot_be_is_one_sentence(given, sentence):
+    if given == dict(SEAL_BUILD_CUDA="1") and torch.version.cuda is not None:
         pytest.skip("CUDA can be built here")
     done = subprocess.run(
         [sys.executable, "setup.py", "--version"],
         capture_output=True,
         text=True,
         cwd=ROOT,
-        env={**os.environ, name: value, "SEAL_BUILD_EXT": "1"},
+        env={**os.environ, "SEAL_BUILD_EXT": "1", **given},
     )
     assert done.returncode != 0 and f"seal_ops build: {sentence}" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.skipif(shutil.which("cmake") is None, reason="needs cmake")
+@pytest.mark.parametrize(
+    "given, sentence",
+    [
+        ("-DSEAL_BUILD_CUDA=maybe", "SEAL_BUILD_CUDA must be AUTO, ON or OFF, got maybe"),
+        ("-DCMAKE_DISABLE_FIND_PACKAGE_Torch=ON", "torch was not found: CMAKE_PREFIX_PATH must name its folder"),
+    ],
+)
+def test_cmake_says_what_is_wrong_in_one_sentence(given, sentence, tmp_path):
+    """It asks for a compiler first, so it is told of one that need not work."""
+    command = ["cmake", "-S", str(ROOT), "-B", str(tmp_path), "-DCMAKE_CXX_COMPILER_WORKS=1", given]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode != 0 and sentence in " ".join(done.stderr.split()), done.stderr
+
+
+@pytest.mark.skipif(sys.platform != "linux" or isinstance(extension(), str), reason="needs the C++ extension on Linux")
+def test_the_extension_holds_no_folder_of_its_build_and_no_debug_information():
+    """Python's flags ask for debug information, which was 96 % of the file."""
+    built = pathlib.Path(extension().__file__).read_bytes()
+    assert b".debug_info" not in built
+    assert str(ROOT).encode() + b"/" not in built
+    assert str(pathlib.Path(torch.__file__).parents[1]).encode() not in built
 
 
 COMPILER = shutil.which(os.environ.get("CXX", "g++"))

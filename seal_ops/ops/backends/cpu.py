@@ -192,7 +192,7 @@ class _Batch:
         lost = lse == 0
         if not bool(lost.any()):
             return None
-        whole, keys = q.isfinite().all(-1), ~k.isnan().any(-1)
+        whole, keys = q.isfinite().all(-1), k.isfinite().all(-1)  # 0 times an infinite key is no number, either
         if not bool(keys.all()):  # of k [B, Hkv, keys]: a query also needs a key that it sees
             seen = keys.float() @ piece.pairs(self.seen, self.first).float().T  # [B, Hkv, queries]
             whole &= (seen > 0).repeat_interleave(q.shape[1] // k.shape[1], 1)
@@ -344,10 +344,8 @@ def attention(
     for part in _parts(q, k, cu_seqlens, cu_seqlens_k, seen, blocks, block_size):
         o, l = _Batch(part.of_q(q), part.of_k(k), part.of_k(v), sigma, part).forward()
         s, t = _rows(scale, part, q), _rows(offset, part, q)
-        into = part.of_q(out).transpose(1, 2)
-        into.copy_(o if s is None else o * s)
-        if t is not None:
-            into += t
+        o = o if s is None else o * s
+        part.of_q(out).transpose(1, 2).copy_(o if t is None else o + t)
         part.of_lse(lse).copy_(l)
     return out, lse
 

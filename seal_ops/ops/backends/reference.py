@@ -277,7 +277,7 @@ def merge_attention_backward(grad_out, grad_lse, outs, lses, *, dtype=_F64):
 def _weights(lses, dtype) -> tuple[list[Tensor], Tensor]:
     """exp(lse_i - lse) of every part, and lse; 0 and -inf in a row that no part sees."""
     lses = [t.to(dtype) for t in lses]
-    lse = functools.reduce(torch.logaddexp, lses)
+    lse = functools.reduce(torch.logaddexp, lses) if len(lses) > 1 else lses[0].clone()  # never an input itself
     finite = lse.masked_fill(lse == -math.inf, 0.0)
     return [torch.exp(t - finite) for t in lses], lse
 
