@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from seal_ops.experiments.context_study import summary
 TRAINED = 200
 SETTINGS = [
     "lengths=[190,260,400]", "reaches=[260,400]", "methods=[ntk,streaming]", "windows=2", "tasks=[lines]",
-    "cases=1", "seeds=[0,1]", "best=1", "train_length=260", "samples=1", "rates=[0.02]", "tuned_lengths=[400]",
+    "cases=1", "seeds=[0,1]", "train_length=260", "samples=1", "rates=[0.02]", "tuned_lengths=[400]",
     "tuned_steps=3", "tuned_rates=[0.001,0.003]",
 ]  # fmt: skip
 
@@ -55,19 +56,16 @@ def test_every_variant_and_job():
     assert plans.options_of("ntk", 16384, 8192) == dict(factor=2.0)
 
 
-def test_the_best_methods_are_those_of_the_highest_accuracy():
-    """At their shortest reach; one that the model cannot take is left out."""
-    plan = the_plan(__file__, methods=("ntk", "dual_chunk", "linear", "streaming"), tasks=("lines", "magic"), best=2)
-    scores = {"ntk": (0, 1), "dual_chunk": (1, 1), "streaming": (0, 0)}
-
-    def result(name):
-        _, method, reach, seed = name.split("-")
-        assert seed == "0"
-        if method not in scores:
-            return {"measured": {}}
-        return {"measured": {t: {"scores": {"16384": [s]}} for t, s in zip(plan.tasks, scores[method])}}
-
-    assert plans.ranked(plan, result) == [("dual_chunk", 32768), ("ntk", 16384), ("streaming", 32768)]
+def test_scales_are_trained_under_every_method():
+    """At the shortest reach that holds the length; methods that read any length have one reach."""
+    plan = the_plan(__file__)
+    found = dict(plans.scaled_variants(plan))
+    assert set(found) == set(plan.methods) and len(plans.scaled_variants(plan)) == len(found)
+    assert found["self_extend"] == found["ntk"] == 16384 and found["dual_chunk"] == found["streaming"] == 32768
+    assert set(dict(plans.scaled_variants(the_plan(__file__, train_length=32768))).values()) == {32768}
+    jobs = {job.name: job for job in plans.jobs(plan)}
+    assert len([name for name in jobs if name.startswith("scaled")]) == 24
+    assert jobs["scaled-yarn-16384-2"].needs == ("scaled-yarn-16384-0",)
 
 
 def test_context_study_and_its_summary(capsys, small, text, tmp_path):
@@ -90,18 +88,30 @@ def test_context_study_and_its_summary(capsys, small, text, tmp_path):
     code, out, err = seal(capsys, "study", "--preset", "smollm2-context", "--output", output, "--summary")
     assert code == 0 and "tables.md" in out, err
     content = json.loads((output / "summary.json").read_text())
-    reached = {(r["method"], r["reach"]): [] for r in content["perplexity"]}
-    for row in content["perplexity"]:
+    unscaled = [r for r in content["perplexity"] if not r["scales"]]
+    reached = {(r["method"], r["reach"]): [] for r in unscaled}
+    for row in unscaled:
         reached[row["method"], row["reach"]].append(row["length"])
     assert reached == {
         ("none", 400): [190, 260, 400], ("ntk", 260): [190, 260], ("ntk", 400): [190, 260, 400],
         ("streaming", 400): [190, 260, 400],
     }  # fmt: skip
-    plain = {r["length"]: r["perplexity"] for r in content["perplexity"] if r["method"] == "none"}
-    streamed = {r["length"]: r["perplexity"] for r in content["perplexity"] if r["method"] == "streaming"}
+    plain = {r["length"]: r["perplexity"] for r in unscaled if r["method"] == "none"}
+    streamed = {r["length"]: r["perplexity"] for r in unscaled if r["method"] == "streaming"}
     assert abs(plain[190] - streamed[190]) < 1e-3 * plain[190] and abs(plain[400] - streamed[400]) > 1e-6
     assert all(r["draws"] == 2 and r["cases"] == 2 for r in content["retrieval"])
-    assert {r["scales"] for r in content["retrieval"]} == {"", "SEAL-C"}
+    scaled = {"none": [], "ntk": [190, 260], "streaming": [190, 260, 400]}
+    for table in ("perplexity", "retrieval"):
+        assert {
+            method: [r["length"] for r in content[table] if r["scales"] == "SEAL-C" and r["method"] == method]
+            for method in ("none", "ntk", "streaming")
+        } == scaled, table
+    jobs = [json.loads((output / f"scaled-ntk-260-{seed}.json").read_text()) for seed in (0, 1)]
+    (row,) = [r for r in content["perplexity"] if (r["method"], r["length"], r["scales"]) == ("ntk", 260, "SEAL-C")]
+    losses = [job["perplexity"]["lines"]["260"]["nats"] for job in jobs]
+    assert row["perplexity"] == pytest.approx(math.exp(sum(losses) / 2)) and losses[0] != losses[1]
+    # With scales, so not what the method alone reads.
+    assert row["perplexity"] != [r["perplexity"] for r in unscaled if (r["method"], r["length"]) == ("ntk", 260)][0]
 
     tuned = {r["recipe"]: r for r in content["tuned"] if r["measured_at"] == 400}
     assert set(tuned) == {"full_attention", "longlora", "sinklora"} and len(content["tuned"]) == 6
@@ -116,9 +126,17 @@ def test_context_study_and_its_summary(capsys, small, text, tmp_path):
     rows = list(csv.DictReader((output / "tuned.csv").open()))
     assert float(rows[0]["tuned"]) == content["tuned"][0]["tuned"]
     table = (output / "tables.md").read_text()
-    assert "| ntk for 260 |" in table and "ntk for 260 + SEAL-C" in table or "streaming for 400 + SEAL-C" in table
+    assert all(f"| {name} |" in table for name in (
+        "ntk for 260", "ntk for 260 + SEAL-C", "ntk for 260 + SEAL-C of lines",
+        "streaming for 400 + SEAL-C of lines",
+    ))  # fmt: skip
     assert all((output / name).stat().st_size > 5000 for name in ("perplexity.png", "retrieval.png"))
 
+    # A folder of an older version: its settings are said to differ, and what this version knows of it is summed up.
+    older = json.loads((output / "plan.json").read_text()) | {"best": 3}
+    (output / "plan.json").write_text(json.dumps(older))
+    code, out, err = seal(capsys, "study", "--preset", "smollm2-context", "--output", output, "--summary")
+    assert code == 0 and json.loads((output / "summary.json").read_text()) == content, err
     code, _, err = seal(capsys, *arguments[:-1], "tuned_rates=[0.01]")
     assert code == 1 and "got one with another tuned_rates" in err
 
@@ -126,7 +144,7 @@ def test_context_study_and_its_summary(capsys, small, text, tmp_path):
 def test_the_model_is_as_it_was_and_a_refusal_is_a_finding(small, text, tmp_path):
     from seal_ops.experiments.context_study.workbench import Workbench
 
-    plan = the_plan(text, lengths=(190, 260), reaches=(260,), train_length=260, methods=("ntk",), best=0)
+    plan = the_plan(text, lengths=(190, 260), reaches=(260,), train_length=260, methods=("ntk",))
     bench = Workbench(small, str(tmp_path), plan, device="cpu", dtype="float32")
     ids = torch.arange(20)[None]
     with torch.no_grad():
@@ -147,7 +165,6 @@ WRONG = [
     (dict(recipes=("lora",)), ValueError, "recipes must be among .*, got lora"),
     (dict(lengths=()), ValueError, "lengths must name at least one, got none"),
     (dict(train_length=100), ValueError, r"train_length must be one of the lengths .* that a reach holds, got 100"),
-    (dict(best=9), ValueError, r"best must be from 0 to 8 \(the methods\), got 9"),
 ]
 
 

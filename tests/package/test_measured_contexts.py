@@ -2,19 +2,32 @@
 
 import itertools
 import json
-import pathlib
 import re
 
 import pytest
+from context_results import (
+    BASE,
+    LENGTHS,
+    PAGE,
+    ROOT,
+    SCALED,
+    SHOWN,
+    STUDY,
+    TEXT,
+    accuracy,
+    compared,
+    named,
+    of,
+    variants_of,
+    with_spread,
+)
 from markdown_tables import tables_of
 
-from seal_ops.evaluation.statistics import holm, paired, wilson
+from seal_ops.evaluation.statistics import holm
 from seal_ops.experiments.context_study.plan import SECTIONS, Plan
 from seal_ops.experiments.context_study.plan import jobs as planned
 
-ROOT = pathlib.Path(__file__).resolve().parents[2]
-PAGE, RESULTS = ROOT / "docs/context_extension.md", ROOT / "results/smollm2-context-cpu"
-TEXT = " ".join(PAGE.read_text(encoding="utf-8").split())
+RESULTS = ROOT / "results/smollm2-context-cpu"
 METHODS = (
     "none", "linear", "ntk", "dynamic_ntk", "yarn", "self_extend", "dual_chunk", "lm_infinite", "streaming",
 )  # fmt: skip
@@ -69,7 +82,7 @@ def test_what_the_page_says_of_the_plain_model_holds():
 
 def test_the_table_of_a_gpu_says_what_was_measured():
     found = {}
-    for path in (ROOT / "results/smollm2-context").glob("perplexity-*-*.json"):
+    for path in STUDY.glob("perplexity-*-*.json"):
         content = json.loads(path.read_text())
         name = f"`{content['method']}`, for {content['reach']:,}" if content["method"] != "none" else "plain"
         found[name] = {int(n): f"{value['perplexity']:.2f}" for n, value in content["perplexity"].items()}
@@ -81,80 +94,9 @@ def test_the_table_of_a_gpu_says_what_was_measured():
         assert cells == [found[name].get(n, "") for n in lengths], name
 
 
-def of(share: float) -> str:
-    return f"{share:.2f}".removeprefix("0") if share < 1 else f"{share:.2f}"
-
-
-def p_value(p: float) -> str:
-    return f"{p:.3f}".removeprefix("0") if p >= 0.001 else f"{p:.0e}".replace("e-0", "e-")
-
-
-def named(method: str, reach: int) -> str:
-    return "plain" if method == "none" else f"`{method}`, for {reach:,}"
-
-
-def retrieved(section: str) -> dict[tuple, list[list[float]]]:
-    """Scores of every draw, in the order of the cases, by task, variant and length."""
-    found: dict[tuple, list[list[float]]] = {}
-    for path in sorted((ROOT / "results/smollm2-context").glob(f"{section}-*.json")):  # the draw ends the name
-        job = json.loads(path.read_text())
-        for task, measured in job["measured"].items():
-            for length, scores in measured["scores"].items():
-                found.setdefault((task, named(job["method"], job["reach"]), int(length)), []).append(scores)
-    return found
-
-
-BASE, SCALED = retrieved("retrieval"), retrieved("scaled")
-LENGTHS = (2048, 4096, 8192, 16384, 32768)
-SHOWN = tuple(f"{n:,}" for n in LENGTHS)
-TRAINED = LENGTHS[:-1]  # with scales trained at the last of these
-
-
-def accuracy(draws: list[list[float]]) -> float:
-    return sum(map(sum, draws)) / sum(map(len, draws))
-
-
-def with_spread(draws: list[list[float]]) -> str:
-    shares = sorted(accuracy([scores]) for scores in draws)
-    spread = "" if shares[0] == shares[-1] else f" ({of(shares[0])} to {of(shares[-1])})"
-    return of(accuracy(draws)) + spread
-
-
-def compared(first: list[list[float]], second: list[list[float]]):
-    """Exact paired test over all draws: a draw has the same cases for everybody."""
-    return paired(*([score for scores in draws for score in scores] for draws in (first, second)))
-
-
-def variants_of(found) -> list[str]:
-    return list(dict.fromkeys(name for _, name, _ in found))
-
-
 def retrieval_rows(task: str) -> dict[str, tuple]:
     cell = lambda name, n: with_spread(BASE[task, name, n]) if (task, name, n) in BASE else ""
     return {name: tuple(cell(name, n) for n in LENGTHS) for name in variants_of(BASE)}
-
-
-def scaled_rows() -> dict[str, tuple]:
-    """Without and with scales, and their tests, adjusted together."""
-    keys = sorted(SCALED, key=lambda key: (key[0], variants_of(SCALED).index(key[1]), key[2]))
-    tests = {key: compared(BASE[key], SCALED[key]) for key in keys}
-    adjusted = dict(zip(tests, holm([test.p for test in tests.values()])))
-    rows: dict[str, tuple] = {}
-    for key, test in tests.items():
-        row, before = f"{key[0]}, {key[1].split(',')[0]}", of(accuracy(BASE[key]))
-        cell = f"{before} → {with_spread(SCALED[key])}; {test.better} / {test.worse}, {p_value(adjusted[key])}"
-        rows[row] = (*rows.get(row, ()), cell)
-    return rows
-
-
-def scaled_tests() -> dict[tuple, tuple]:
-    """Scales under one method against scales under another, on multikey, adjusted together."""
-    pairs = [("self_extend", "yarn"), ("self_extend", "ntk"), ("yarn", "ntk")]
-    of_method = lambda method, n: SCALED["multikey", named(method, 16384), n]
-    tests = {(*pair, n): compared(of_method(pair[1], n), of_method(pair[0], n)) for pair in pairs for n in TRAINED}
-    adjusted = dict(zip(tests, holm([test.p for test in tests.values()])))
-    cell = lambda key: f"{tests[key].better} / {tests[key].worse}, {p_value(adjusted[key])}"
-    return {f"`{a}` to `{b}`": tuple(cell((a, b, n)) for n in TRAINED) for a, b in pairs}
 
 
 @pytest.mark.parametrize("task", ("multikey", "passkey"))
@@ -168,22 +110,10 @@ def test_the_table_of_retrieval_says_what_was_measured(task):
         assert tuple(cells) == wanted[name], name
 
 
-@pytest.mark.parametrize(
-    "head, rows",
-    [("SEAL-C trained at 16,384", scaled_rows), ("better / worse, p", scaled_tests)],
-    ids=["base", "peers"],
-)
-def test_the_tables_of_scales_say_what_was_measured(head, rows):
-    said, wanted = tables_of(PAGE)[(head, *SHOWN[:-1])], rows()
-    assert {row[0] for row in said} == set(wanted) and len(said) == len(wanted)
-    for name, *cells in said:
-        assert tuple(cells) == wanted[name], name
-
-
 def test_draws_hold_the_same_cases():
     """Paired tests ask for it; of each cell the files keep the first three questions' answers."""
     first: dict[tuple, list[str]] = {}
-    for path in [p for s in ("retrieval", "scaled") for p in (ROOT / "results/smollm2-context").glob(f"{s}-*.json")]:
+    for path in [p for s in ("retrieval", "scaled") for p in STUDY.glob(f"{s}-*.json")]:
         job = json.loads(path.read_text())
         for task, measured in job["measured"].items():
             for length, shown in measured["outputs"].items():
@@ -242,68 +172,6 @@ def test_what_the_page_says_is_decided_holds():
     assert words in TEXT
 
 
-def test_what_the_page_says_of_trained_scales_holds():
-    jobs = [json.loads(path.read_text()) for path in sorted((ROOT / "results/smollm2-context").glob("scaled-*.json"))]
-    training = [job["training"][task] for job in jobs for task in job["training"]]
-    assert len(jobs) == 9 and {t["lr"] for t in training} == {0.02}
-    seconds, peaks = ([t[key] for t in training] for key in ("seconds", "peak_memory"))
-    assert f"{min(seconds):.0f} to {max(seconds):.0f} s" in TEXT
-    assert f"{min(peaks) / 2**30:.1f} to {max(peaks) / 2**30:.1f} GiB" in TEXT
-    span = lambda found, task, names: [accuracy(found[task, name, 16384]) for name in names]
-    names = variants_of(SCALED)
-    for task in ("passkey", "multikey"):
-        before, after = ((min(s), max(s)) for s in (span(found, task, names) for found in (BASE, SCALED)))
-        words = "{} from between {} and {} to between {} and {}".format(task, *map(of, (*before, *after)))
-        assert words.replace("passkey from", "passkey rises from") in TEXT, words
-    (lowest,) = [min(map(accuracy, ([d] for d in SCALED["multikey", name, 16384]))) for name in names if "self" in name]
-    highest = [
-        max(map(accuracy, ([d] for d in SCALED["multikey", name, 16384]))) for name in names if "self" not in name
-    ]
-    assert f"lowest draw, {of(lowest)}, lies above the others' highest, {of(max(highest))}" in TEXT
-    for task, name, n in SCALED:
-        assert accuracy(SCALED[task, name, n]) > accuracy(BASE[task, name, n])
-    weak = [
-        (row, length) for row, cells in scaled_rows().items() for length, cell in zip(SHOWN, cells)
-        if float(cell.rpartition(" ")[2]) >= 0.05
-    ]  # fmt: skip
-    assert weak == [("multikey, `yarn`", "2,048"), ("multikey, `ntk`", "8,192")]  # the exceptions that the page names
-
-
-def test_other_pages_say_the_same_of_trained_scales():
-    cells = {
-        (task, method): " {} ".join(of(accuracy(found[task, named(method, 16384), 16384])) for found in (BASE, SCALED))
-        for task in ("multikey", "passkey")
-        for method in ("self_extend", "yarn", "ntk")
-    }
-    said = {page: " ".join((ROOT / page).read_text().split()) for page in ("README.md", "docs/reproduction.md")}
-    assert f"lift multikey there from {cells['multikey', 'self_extend'].format('to')} (60 cases" in said["README.md"]
-    costs = re.search(r"rises by (\d+ to \d+ %) with SEAL-C of 2e-2", said["docs/reproduction.md"])[1]
-    assert f"SEAL-C of the same rate costs {costs} within the context" in TEXT
-    both = [cells[task, "self_extend"].format("→") for task in ("multikey", "passkey")]
-    assert f"multikey {both[0]} and passkey {both[1]} at 16,384" in said["docs/reproduction.md"]
-    for method, name in (("yarn", "YaRN"), ("ntk", "NTK")):
-        both = [cells[task, method].format("→") for task in ("multikey", "passkey")]
-        assert f"under {name} {both[0]} and {both[1]}" in said["docs/reproduction.md"]
-
-
-def test_what_the_page_says_of_written_numbers_holds():
-    """Of the answers that the files keep: how many contain a number, with and without scales, at 16,384 tokens."""
-    counts = {}
-    for path in [p for s in ("retrieval", "scaled") for p in (ROOT / "results/smollm2-context").glob(f"{s}-*.json")]:
-        job = json.loads(path.read_text())
-        if job["method"] in ("self_extend", "yarn", "ntk") and job["reach"] == 16384:
-            for task, measured in job["measured"].items():
-                outputs = measured["outputs"]["16384"]
-                mine = counts.setdefault((path.name.split("-")[0], task), [0, 0])
-                mine[0] += sum(re.search(r"\d{3}", one["output"]) is not None for one in outputs)
-                mine[1] += len(outputs)
-    assert {total for _, total in counts.values()} == {27}
-    assert [counts["scaled", task][0] for task in ("passkey", "multikey")] == [27, 27]
-    words = f"{counts['retrieval', 'passkey'][0]} of the 27 answers kept without scales hold a number"
-    assert words.replace("0 of", "none of").replace("hold", "holds") in TEXT
-    assert f"{counts['retrieval', 'multikey'][0]} of 27 on multikey" in TEXT
-
-
 def test_the_table_of_masks_says_what_was_measured():
     """Forward and backward: pairs and time as shares of full causal attention's, FlexAttention by our CUDA kernels."""
     times: dict[tuple, dict[str, float]] = {}
@@ -347,7 +215,7 @@ def test_the_table_of_fine_tuning_says_what_was_measured():
     wanted = []
     for length in ("16384", "32768"):
         jobs = {}
-        for path in sorted((ROOT / "results/smollm2-context").glob(f"tuned-*-{length}.json")):
+        for path in sorted(STUDY.glob(f"tuned-*-{length}.json")):
             content = json.loads(path.read_text())
             jobs[content["recipe"]] = content
         full = jobs["full_attention"]
@@ -363,7 +231,7 @@ def test_the_table_of_fine_tuning_says_what_was_measured():
 
 
 def test_what_the_page_says_of_fine_tuning_holds():
-    jobs = [json.loads(path.read_text()) for path in (ROOT / "results/smollm2-context").glob("tuned-*.json")]
+    jobs = [json.loads(path.read_text()) for path in STUDY.glob("tuned-*.json")]
     assert len(jobs) == 6
     at = lambda job, which, n: job[which][str(n)]["perplexity"]
     gain = {(j["recipe"], n): at(j, "extended", n) - at(j, "perplexity", n) for j in jobs for n in [j["length"]]}
@@ -377,34 +245,16 @@ def test_what_the_page_says_of_fine_tuning_holds():
     (plain,) = {f"{at(job, 'untrained', 8192):.2f}" for job in jobs}
     assert f"is at {' and '.join(starts)} where the plain one is at {plain}" in TEXT
     extended, plain = (
-        json.loads((ROOT / f"results/smollm2-context/perplexity-{name}.json").read_text())["perplexity"][n][
-            "perplexity"
-        ]
+        json.loads((STUDY / f"perplexity-{name}.json").read_text())["perplexity"][n]["perplexity"]
         for name, n in (("self_extend-16384", "16384"), ("none-32768", "8192"))
     )
     assert f"has {of(extended / plain)} of that at 16,384" in TEXT
 
 
-def test_what_the_page_says_of_scales_beyond_the_context_holds():
-    """By the other study, with SEAL-C trained there under YaRN; the intervals of the two figures are apart."""
-    job = json.loads((ROOT / "results/smollm2/beyond-yarn-x2.json").read_text())
-    scores, mine = (
-        job["measured"]["SEAL-C of 16000"]["scores"]["16000"],
-        SCALED["multikey", named("yarn", 16384), 16384],
-    )
-    share = sum(scores) / len(scores)
-    assert f"gave {of(share)} under YaRN at 16,000 tokens, one draw of {len(scores)} cases" in TEXT
-    assert f"where this one has {of(accuracy(mine))}" in TEXT
-    assert wilson(sum(scores), len(scores))[0] > wilson(sum(map(sum, mine)), 60)[1]
-
-
 def test_what_the_page_says_of_windows_holds():
     """Right answers of numbers within the last tokens that StreamingLLM's mask reads, and of those before."""
-    (window,) = {
-        json.loads(path.read_text())["options"]["window"]
-        for path in (ROOT / "results/smollm2-context").glob("retrieval-streaming-*.json")
-    }
-    found = json.loads((ROOT / "results/smollm2-context/distances.json").read_text())
+    (window,) = {json.loads(path.read_text())["options"]["window"] for path in STUDY.glob("retrieval-streaming-*.json")}
+    found = json.loads((STUDY / "distances.json").read_text())
 
     def right(method, reach, n):
         """(right, of how many) within the window and before it."""

@@ -28,8 +28,8 @@ class Plan:
         reaches: tokens that the options are chosen for.
         windows: windows of text at each length.
         tasks, cases, seeds: retrieval, so many cases at each length for each seed.
-        best: SEAL-C is trained under so many methods, those of the highest accuracy at ``train_length``.
-        train_length, samples, rates: of these trainings; the first seed chooses the rate.
+        train_length, samples, rates: of SEAL-C, which is trained for each task under every method, set up for the
+            shortest reach that holds ``train_length``; the first seed chooses the rate.
         recipes, tuned_lengths, tuned_steps, tuned_rates, tuned_positions: fine-tuning of `seal_ops.train`, one row of
             text a step; every recipe takes as many steps from the same start, at the rate of the least loss on
             ``tuned_validation`` windows of the training text.
@@ -45,10 +45,9 @@ class Plan:
     tasks: tuple[str, ...] = ("passkey", "multikey")
     cases: int = 20
     seeds: tuple[int, ...] = (0, 1, 2)
-    best: int = 3
     train_length: int = 16384
-    samples: int = 30
-    rates: tuple[float, ...] = (5e-3, 2e-2)
+    samples: int = 50
+    rates: tuple[float, ...] = (5e-3, 2e-2, 5e-2)
     recipes: tuple[str, ...] = (FULL_ATTENTION, "longlora", "sinklora")
     tuned_lengths: tuple[int, ...] = (16384, 32768)
     tuned_steps: int = 60
@@ -66,6 +65,15 @@ def variants(plan: Plan) -> list[tuple[str, int]]:
         sized = "factor" in METHODS[method].options or method == "self_extend"
         made += [(method, reach) for reach in (sorted(plan.reaches) if sized else [max(plan.reaches)])]
     return made
+
+
+def scaled_variants(plan: Plan) -> list[tuple[str, int]]:
+    """Those that scales are trained under: each method at the shortest reach that holds ``train_length``."""
+    shortest: dict[str, int] = {}
+    for method, reach in variants(plan):
+        if method != BASE and plan.train_length in lengths_of(plan, method, reach):
+            shortest.setdefault(method, reach)
+    return list(shortest.items())
 
 
 def options_of(method: str, reach: int, trained: int) -> dict:
@@ -87,7 +95,7 @@ def jobs(plan: Plan) -> list[Job]:
         if "retrieval" in plan.sections:
             made += [_retrieval(plan, *variant, seed) for variant in variants(plan)]
         if "scaled" in plan.sections:
-            made += [_scaled(plan, rank, seed) for rank in range(plan.best)]
+            made += [_scaled(plan, *variant, seed) for variant in scaled_variants(plan)]
         if seed == plan.seeds[0] and "tuned" in plan.sections:
             made += [_tuned(plan, recipe, length) for length in plan.tuned_lengths for recipe in plan.recipes]
     return made
@@ -120,48 +128,34 @@ def _retrieval(plan, method, reach, seed) -> Job:
     return Job(job_name("retrieval", method, reach, seed), run, 60, drawn)
 
 
-def _scaled(plan, rank, seed) -> Job:
-    first = plan.seeds[0]
+def _scaled(plan, method, reach, seed) -> Job:
+    first = job_name("scaled", method, reach, plan.seeds[0])
+    chooses = seed == plan.seeds[0]
+    lengths = lengths_of(plan, method, reach)
 
     def run(bench):
-        method, reach = ranked(plan, bench.result)[rank]
-        lengths = lengths_of(plan, method, reach)
-        measured, training = {}, {}
-        with bench.extended(method, reach) as (_, facts):
-            for task in plan.tasks:
-                rates = plan.rates
-                if seed != first:
-                    rates = (bench.result(job_name("scaled", rank, first))["training"][task]["lr"],)
-                training[task], measured[task] = bench.search(
+        training, measured, texts = {}, {}, {}
+        with bench.extended(method, reach) as (model, facts):
+            for task in plan.tasks if model is not None else ():
+                rates = plan.rates if chooses else (bench.result(first)["training"][task]["lr"],)
+                training[task], (measured[task], texts[task]) = bench.search(
                     SCALES, task, plan.train_length, plan.samples, rates, seed,
-                    lambda model, task=task: bench.measure(task, lengths, plan.cases, seed, model),
+                    lambda model, task=task: (
+                        bench.measure(task, lengths, plan.cases, seed, model),
+                        {n: bench.perplexity(model, bench.text, n, plan.windows) for n in lengths},
+                    ),
                 )  # fmt: skip
         return {
-            **facts, "seed": seed, "measured": measured, "training": training,
-            "summary": f"{method} with {SCALES}: {_brief(measured)}",
+            **facts, "seed": seed, "measured": measured, "perplexity": texts, "training": training,
+            "summary": _brief(measured) or facts["refused"],
         }  # fmt: skip
 
     drawn = tuple((task, plan.train_length, plan.samples, seed, "train") for task in plan.tasks)
-    if seed == first:
+    if chooses:
         drawn += tuple((task, plan.train_length, VALIDATION, seed + 1, "train") for task in plan.tasks)
-    needs = tuple(job_name("retrieval", *variant, first) for variant in variants(plan))
-    needs += () if seed == first else (job_name("scaled", rank, first),)
-    return Job(job_name("scaled", rank, seed), run, 240 if seed == first else 150, drawn, needs)
-
-
-def ranked(plan: Plan, result) -> list[tuple[str, int]]:
-    """Methods at their shortest reach that holds ``train_length``, by accuracy there over all tasks of the first seed,
-    the best first; ``result(job name)`` is what a job found."""
-    found = {}
-    for method, reach in variants(plan):
-        if method == BASE or method in found or plan.train_length not in lengths_of(plan, method, reach):
-            continue
-        measured = result(job_name("retrieval", method, reach, plan.seeds[0]))["measured"]
-        if measured:
-            scores = [s for task in plan.tasks for s in measured[task]["scores"][str(plan.train_length)]]
-            found[method] = sum(scores) / len(scores), reach
-    order = sorted(found, key=lambda method: -found[method][0])
-    return [(method, found[method][1]) for method in order]
+    drawn += tuple((task, n, plan.cases, seed, "test") for task in plan.tasks for n in lengths)
+    needs = () if chooses else (first,)
+    return Job(job_name("scaled", method, reach, seed), run, 240 if chooses else 120, drawn, needs)
 
 
 def _tuned(plan, recipe, length) -> Job:
@@ -197,5 +191,3 @@ def check(plan: Plan) -> None:
             f"seal study: train_length must be one of the lengths {list(plan.lengths)} that a reach holds, got "
             f"{plan.train_length}"
         )
-    if not 0 <= plan.best <= len(plan.methods):
-        raise ValueError(f"seal study: best must be from 0 to {len(plan.methods)} (the methods), got {plan.best}")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+from dataclasses import fields
 
 from ...report import plots
 from ...training.long_context import FULL_ATTENTION
@@ -16,7 +18,7 @@ from .plan import SCALES, Plan, jobs
 
 SUMMARY, TABLES = "summary.json", "tables.md"
 COLUMNS = {
-    "perplexity": ("method", "reach", "length", "perplexity", "tokens", "options"),
+    "perplexity": ("method", "reach", "scales", "trained_on", "length", "perplexity", "tokens", "options"),
     "retrieval": (
         "task", "method", "reach", "scales", "length", "accuracy", "low", "high", "cases", "draws", "lowest_draw",
         "highest_draw", "rate",
@@ -54,7 +56,8 @@ def _finished(output):
     if not os.path.exists(os.path.join(output, PLAN)):
         return {}
     plan = read_json_file(os.path.join(output, PLAN))
-    known = {k: tuple(v) if isinstance(v, list) else v for k, v in plan.items() if k != "model"}
+    settings = {field.name for field in fields(Plan)}  # an older version's plan may have others
+    known = {k: tuple(v) if isinstance(v, list) else v for k, v in plan.items() if k in settings}
     paths = {job.name: os.path.join(output, f"{job.name}.json") for job in jobs(Plan(**known))}
     return {name: read_json_file(path) for name, path in paths.items() if os.path.exists(path)}
 
@@ -64,14 +67,33 @@ def _section(found, name):
 
 
 def _perplexity(found):
+    """Without scales, and with those that were trained on each task under the method."""
+    read = [(job, "", "", job["perplexity"]) for job in _section(found, "perplexity")]
+    scaled: dict[tuple, list] = {}
+    for job in _section(found, "scaled"):
+        for task, lengths in job["perplexity"].items():
+            scaled.setdefault((task, job["method"], job["reach"]), []).append((job, lengths))
+    for (task, _, _), draws in scaled.items():
+        read.append((draws[0][0], SCALES, task, _mean([lengths for _, lengths in draws])))
     return [
         {
-            "method": job["method"], "reach": job["reach"], "length": int(length), "perplexity": measured["perplexity"],
-            "tokens": measured["tokens"], "options": json.dumps(job["options"]),
+            "method": job["method"], "reach": job["reach"], "scales": scales, "trained_on": task, "length": int(length),
+            "perplexity": measured["perplexity"], "tokens": measured["tokens"], "options": json.dumps(job["options"]),
         }
-        for job in _section(found, "perplexity")
-        for length, measured in job["perplexity"].items()
+        for job, scales, task, lengths in read
+        for length, measured in lengths.items()
     ]  # fmt: skip
+
+
+def _mean(draws):
+    """Perplexity of the same text by the mean loss of a token over several trainings."""
+    return {
+        length: {
+            "perplexity": math.exp(sum(d[length]["nats"] for d in draws) / len(draws)),
+            "tokens": first["tokens"],
+        }
+        for length, first in draws[0].items()
+    }
 
 
 def _retrieval(found):
@@ -123,9 +145,9 @@ def _tuned(found):
 
 
 def _name(row):
-    if row["method"] == BASE:
-        return "plain"
-    return f"{row['method']} for {row['reach']:,}" + (f" + {row['scales']}" if row.get("scales") else "")
+    name = "plain" if row["method"] == BASE else f"{row['method']} for {row['reach']:,}"
+    name += f" + {row['scales']}" if row["scales"] else ""
+    return name + (f" of {row['trained_on']}" if row.get("trained_on") else "")
 
 
 def _by_length(rows, shown):
@@ -169,37 +191,49 @@ def _markdown(content):
 
 def _draw(content, folder):
     drawn = []
-    if content["perplexity"]:
-        _lines({"": content["perplexity"]}, "perplexity", os.path.join(folder, "perplexity.png"), log=True)
-        drawn.append("perplexity.png")
-    if content["retrieval"]:
-        panels: dict[str, list] = {}
-        for row in content["retrieval"]:
-            panels.setdefault(row["task"], []).append(row)
-        _lines(panels, "accuracy", os.path.join(folder, "retrieval.png"))
-        drawn.append("retrieval.png")
+    for table, key in (("perplexity", "perplexity"), ("retrieval", "accuracy")):
+        rows, panels = content[table], {}
+        for row in sorted(rows, key=lambda row: row["scales"]):
+            about = " of ".join(filter(None, (row["scales"] or "without scales", row.get("trained_on"))))
+            panels.setdefault(", ".join(filter(None, (row.get("task"), about))), []).append(row)
+        if rows:
+            columns = len({row["task"] for row in rows}) if table == "retrieval" else len(panels)
+            _lines(panels, columns, key, os.path.join(folder, f"{table}.png"))
+            drawn.append(f"{table}.png")
     return drawn
 
 
-def _lines(panels, key, path, log=False):
-    """A panel an entry, a line a method: dashed with scales trained under it, dotted where its colour comes again."""
-    fig, axes = plots.figure(len(panels), width=5.2 * len(panels), height=4.6, squeeze=False)
-    names = list(dict.fromkeys(_name(row) for rows in panels.values() for row in rows))
-    for ax, (title, rows) in zip(axes.flat, panels.items(), strict=True):
-        lengths = sorted({row["length"] for row in rows})
-        for i, name in enumerate(names):
-            mine = sorted((r for r in rows if _name(r) == name), key=lambda r: r["length"])
+def _lines(panels, columns, key, path):
+    """A panel an entry; a colour and a marker a method, dotted where it is set up for more than its shortest reach."""
+    rows = -(-len(panels) // columns)
+    fig, axes = plots.figure(
+        columns, rows, width=4.6 * columns, height=3.4 * rows + 1, squeeze=False, sharex=True, sharey=True
+    )
+    every = [row for mine in panels.values() for row in mine]
+    methods = list(dict.fromkeys(row["method"] for row in every))
+    variants = sorted({(methods.index(row["method"]), row["reach"]) for row in every})
+    lengths = sorted({row["length"] for row in every})
+    shortest = {method: min(reach for m, reach in variants if m == method) for method, _ in variants}
+    for ax, (title, mine) in zip(axes.flat, panels.items()):
+        for method, reach in variants:
+            cells = sorted(
+                (r for r in mine if (r["method"], r["reach"]) == (methods[method], reach)), key=lambda r: r["length"]
+            )
             ax.plot(
-                [lengths.index(r["length"]) for r in mine], [r[key] for r in mine], label=name, linewidth=1.3,
-                color=plots.COLOURS[i % len(plots.COLOURS)], marker=plots.MARKERS[i // len(plots.COLOURS)],
-                markersize=4, linestyle="--" if name.endswith(SCALES) else "-" if i < len(plots.COLOURS) else ":",
+                [lengths.index(r["length"]) for r in cells], [r[key] for r in cells],
+                label=_name(dict(method=methods[method], reach=reach, scales="")), linewidth=1.3, markersize=4.5,
+                color=plots.COLOURS[method % len(plots.COLOURS)],
+                marker=plots.MARKERS[(method + method // len(plots.COLOURS)) % len(plots.MARKERS)],
+                linestyle="-" if reach == shortest[method] else ":",
             )  # fmt: skip
-        ax.set_xticks(range(len(lengths)), [f"{n:,}" for n in lengths], fontsize=8)
         ax.set_title(title, loc="left", fontsize=10)
+    for ax in axes[-1]:
+        ax.set_xticks(range(len(lengths)), [f"{n:,}" for n in lengths], fontsize=8)
         ax.set_xlabel("tokens")
-        if log:
-            ax.set_yscale("log")
-    axes.flat[0].set_ylabel(key)
+    for ax in axes[:, 0]:
+        ax.set_ylabel(key)
+    if key == "perplexity":
+        axes.flat[0].set_yscale("log")
     handles, labels = axes.flat[0].get_legend_handles_labels()
-    fig.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, fontsize=7)
+    fig.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=7.5)
     plots.save(fig, path)
