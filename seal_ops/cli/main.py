@@ -32,7 +32,7 @@ from . import (
     train,
     transfer,
 )
-from .command import Help
+from ..utils.usage import Help
 from .config_file import config_option, configure, configured
 
 # transformers and matplotlib are imported by the subcommands that need them.
