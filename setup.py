@@ -74,6 +74,8 @@ def missing_for_extension() -> str | None:
         return f"the C++ compiler that CXX names does not run ({named})"
     if not named and not any(shutil.which(c) for c in ("c++", "g++", "clang++")):
         return "no C++ compiler was found"
+    if not os.path.exists(os.path.join(sysconfig.get_path("include"), "Python.h")):
+        return "Python's headers are not installed (a package such as python3-dev has them)"
     return None
 
 
@@ -88,15 +90,19 @@ def missing_for_cuda() -> str | None:
     import torch
     from torch.utils.cpp_extension import CUDA_HOME
 
-    nvcc = shutil.which("nvcc") or (CUDA_HOME and shutil.which("nvcc", path=os.path.join(CUDA_HOME, "bin")))
-    if not nvcc:
-        return "nvcc was not found (put it on PATH or set CUDA_HOME)"
     if torch.version.cuda is None:
         return f"torch {torch.__version__} is a build without CUDA"
+    if CUDA_HOME is None:
+        return "nvcc was not found (put it on PATH or set CUDA_HOME)"
+    nvcc = shutil.which("nvcc", path=os.path.join(CUDA_HOME, "bin"))  # torch runs this one, whatever PATH has
+    if not nvcc:
+        return f"nvcc was not found in {CUDA_HOME}/bin (CUDA_HOME)"
     found = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
     release = re.search(r"release (\d+)\.(\d+)", found)
     if not release or (int(release[1]), int(release[2])) < (12, 8):
         return f"nvcc must be 12.8 or newer, got {release.group(0) if release else 'an unknown version'}"
+    if release[1] != torch.version.cuda.split(".")[0]:
+        return f"nvcc must have the major version of torch's CUDA {torch.version.cuda}, got {release.group(0)}"
     return None
 
 

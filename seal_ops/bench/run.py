@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import itertools
+import math
 import os
 import shlex
 import time
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..ops.backends import reference
+from ..utils.usage import Help
 from . import gate, host_time, report, timing, training_sizes
 from .contestants import FORWARD_ONLY, OPERATIONS, Contestant, DecodeProblem, Problem, Run, all_contestants
 from .shapes import MODELS, SUITES, Shape, parse_shape, part_of
@@ -294,36 +296,53 @@ def show(shape: Shape, operation: str, rows: list[dict], seconds: float) -> None
             for d, r in found.items()
         ]
         first = next(iter(found.values()))
-        print(
-            f"  {name:20s} {'   '.join(parts)}   error {first['worst_error']:.1e}   peak {first['peak_mib']:.0f} MiB",
-            flush=True,
-        )
+        peak = f"   peak {first['peak_mib']:.0f} MiB" if first["peak_mib"] else ""  # not counted on a CPU
+        print(f"  {name:20s} {'   '.join(parts)}   error {first['worst_error']:.1e}{peak}", flush=True)
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="seal bench", description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(prog="seal bench", description=__doc__, epilog=EXAMPLE, formatter_class=Help)
     add_options(parser)
     options = parser.parse_args(argv)
     try:
         return bench(options)
-    except ValueError as reason:
+    except (ValueError, OSError) as reason:
         parser.error(str(reason))
 
 
 def _chosen(option: str, given: str | None, known: list[str]) -> list[str]:
     names = known if given is None else [n for n in given.split(",") if n]
-    for name in names:
+    for name in names or [given]:
         if name not in known:
             raise ValueError(f"{option} must name some of {', '.join(known)}, got {name!r}")
     return names
+
+
+def _device(given: str | None) -> torch.device:
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    try:
+        device = torch.device(given or ("cuda" if gpus else "cpu"))
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise ValueError(f"--device must be cpu, cuda or cuda:N, got {given!r}")
+    if device.type == "cuda" and (device.index or 0) >= gpus:
+        raise ValueError(f"--device must be one that torch sees, got {given} with {gpus} GPUs")
+    return device
+
+
+def _check_times(budget_s: float, row_ms: float) -> None:
+    if math.isnan(budget_s) or budget_s < 0:
+        raise ValueError(f"--budget-s must be at least 0, got {budget_s:g}")
+    if not (row_ms > 0 and math.isfinite(row_ms)):
+        raise ValueError(f"--row-ms must be above 0 and finite, got {row_ms:g}")
 
 
 def bench(options: argparse.Namespace) -> int:
     """Runs the benchmark that `add_options` describes. Returns 1 where a contestant was wrong; raises ValueError in one
     sentence."""
     started = time.monotonic()
+    _check_times(options.budget_s, options.row_ms)
     if options.merge:
         record = report.Record(
             options.output, options.name or "merged", report.joined(options.merge), command_line(options)
@@ -331,13 +350,11 @@ def bench(options: argparse.Namespace) -> int:
         record.save()
         record.finish(all_contestants())
         return 0
+    device = _device(options.device)
     if options.suite == training_sizes.SUITE:
         from .training_steps import bench_training  # with transformers, which the other suites do not need
 
         return bench_training(options)
-    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"--device must be one that torch sees, got {options.device} without a GPU")
     on_gpu = device.type == "cuda"
     dtype = DTYPES[options.dtype or ("bfloat16" if on_gpu else "float32")]
     contestants = all_contestants(options.fa3)

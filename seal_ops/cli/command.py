@@ -17,15 +17,6 @@ class Command:
     kept: Callable[[argparse.Namespace], str] | None = None
 
 
-class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Defaults where there are any; examples as they are written."""
-
-    def _get_help_string(self, action):
-        if action.default is None or action.default is False or action.default == []:
-            return action.help
-        return super()._get_help_string(action)
-
-
 def kept(args) -> str:
     """What an interrupted run leaves that is continued by the same command."""
     again = "the same command without --restart" if getattr(args, "restart", False) else "the same command"

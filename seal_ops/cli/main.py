@@ -13,6 +13,7 @@ import sys
 import threading
 import traceback
 
+from ..utils.usage import Help
 from . import (
     bench,
     card,
@@ -32,7 +33,6 @@ from . import (
     train,
     transfer,
 )
-from .command import Help
 from .config_file import config_option, configure, configured
 
 # transformers and matplotlib are imported by the subcommands that need them.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import os
 import warnings
 from collections.abc import Sequence
 
@@ -26,7 +27,10 @@ TAKE_TERMS = ("triton", "reference")
 @functools.cache
 def extension():
     """The compiled module `_C`, or the one sentence that says why it is not there."""
-    if importlib.util.find_spec("seal_ops._C") is None:
+    spec = importlib.util.find_spec("seal_ops._C")
+    # An editable installation of another copy offers its own: the sources here may not be what it was built from.
+    package = os.path.realpath(os.path.join(os.path.dirname(__file__), os.pardir))
+    if spec is None or os.path.realpath(os.path.dirname(spec.origin)) != package:
         return (
             "the C++ extension was not built (no C++ compiler at installation, SEAL_BUILD_EXT=0, or a source folder "
             "imported in place of the installed package)"

@@ -295,6 +295,9 @@ def test_no_time_left_means_no_rows_and_it_is_said(tmp_path, capsys):
     assert "rows were left out" in capsys.readouterr().out and not list(tmp_path.iterdir())
 
 
+ONE_ROW = "--shape tiny:16 --ops rope --only seal-cpu --row-ms 1 --device cpu".split()
+
+
 @pytest.mark.parametrize(
     "arguments, sentence",
     [
@@ -304,12 +307,34 @@ def test_no_time_left_means_no_rows_and_it_is_said(tmp_path, capsys):
         (["--part", "x"], "--part must be I/N"),
         (["--ops", "softmax"], "--ops must name some of"),
         (["--only", "fa9"], "--only must name some of"),
+        (["--ops", ","], "--ops must name some of"),
+        (["--device", "banana"], "--device must be cpu, cuda or cuda:N, got 'banana'"),
+        (["--suite", "training", "--device", "banana"], "--device must be cpu, cuda or cuda:N, got 'banana'"),
+        (["--device", "meta"], "--device must be cpu, cuda or cuda:N, got 'meta'"),
+        (["--device", "cuda:99"], "--device must be one that torch sees, got cuda:99 with"),
+        (["--budget-s", "nan"], "--budget-s must be at least 0, got nan"),
+        (["--budget-s", "-1"], "--budget-s must be at least 0, got -1"),
+        (["--row-ms", "0"], "--row-ms must be above 0 and finite, got 0"),
+        ([*ONE_ROW, "--output", "/dev/null/x"], "a writable folder"),
     ],
 )
 def test_bad_arguments_get_one_sentence(arguments, sentence, capsys):
     with pytest.raises(SystemExit) as stopped:
         bench.main(arguments)
     assert stopped.value.code == 2 and sentence in capsys.readouterr().err
+
+
+def test_the_module_says_the_defaults_too(capsys):
+    """`python -m seal_ops.bench` is `seal bench`."""
+    with pytest.raises(SystemExit):
+        bench.main(["--help"])
+    assert "start no new rows after this time (default: 600)" in " ".join(capsys.readouterr().out.split())
+
+
+def test_no_memory_is_said_where_none_is_counted(tmp_path, capsys):
+    bench.main([*ONE_ROW, "--output", str(tmp_path)])
+    printed = capsys.readouterr().out
+    assert "seal-cpu" in printed and "MiB" not in printed
 
 
 def test_shapes_and_their_work():

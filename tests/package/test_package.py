@@ -1,6 +1,8 @@
 """The package itself: one list of sources, one list of schemas, the environment report, an install without a
 compiler."""
 
+import importlib.machinery
+import importlib.util
 import os
 import pathlib
 import re
@@ -134,6 +136,43 @@ def test_a_build_that_cannot_be_is_one_sentence(given, sentence):
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize(
+    "home, release, sentence",
+    [
+        (None, "", "nvcc was not found (put it on PATH or set CUDA_HOME)"),
+        ("empty", "", "nvcc was not found in {home}/bin (CUDA_HOME)"),
+        ("cuda", "release 12.6", "nvcc must be 12.8 or newer, got release 12.6"),
+        ("cuda", "release 12.9", "nvcc must have the major version of torch's CUDA 13.0, got release 12.9"),
+        ("cuda", "release 14.0", "nvcc must have the major version of torch's CUDA 13.0, got release 14.0"),
+        ("cuda", "release 13.2", None),
+    ],
+)
+def test_nvcc_is_the_one_that_torch_runs(home, release, sentence, tmp_path, monkeypatch):
+    """Not the one on PATH; and torch ends in a traceback where its CUDA is of another major version."""
+    from torch.utils import cpp_extension
+
+    for name in ("cuda", "path"):
+        (tmp_path / name / "bin").mkdir(parents=True)
+        script = tmp_path / name / "bin" / "nvcc"
+        script.write_text(f"#!/bin/sh\necho Cuda compilation tools, {release if name == 'cuda' else 'release 13.0'}\n")
+        script.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path / "path" / "bin"), prepend=os.pathsep)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    home = home and str(tmp_path / home)
+    monkeypatch.setattr(cpp_extension, "CUDA_HOME", home)
+    missing = runpy.run_path(str(ROOT / "setup.py"))["missing_for_cuda"]()
+    assert missing == (sentence and sentence.format(home=home))
+
+
+def test_without_pythons_headers_there_is_no_extension(tmp_path, monkeypatch):
+    build = runpy.run_path(str(ROOT / "setup.py"))
+    path = build["sysconfig"].get_path
+    monkeypatch.setattr(build["sysconfig"], "get_path", lambda n: str(tmp_path) if n == "include" else path(n))
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setattr(build["shutil"], "which", lambda name, **_: f"/usr/bin/{name}")
+    assert "Python's headers are not installed" in build["missing_for_extension"]()
+
+
 @pytest.mark.skipif(shutil.which("cmake") is None, reason="needs cmake")
 @pytest.mark.parametrize(
     "given, sentence",
@@ -220,3 +259,10 @@ def test_an_extension_of_other_sources_is_refused(monkeypatch):
     lines[first] = "new_op(Tensor q) -> Tensor"
     with pytest.raises(ImportError, match="another seal::new_op"):
         registration.check_extension()
+
+
+def test_the_extension_of_another_copy_is_not_taken(tmp_path, monkeypatch):
+    """As the finder of an editable installation offers it where sources lie on PYTHONPATH."""
+    spec = importlib.machinery.ModuleSpec("seal_ops._C", None, origin=str(tmp_path / "seal_ops" / "_C.so"))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: spec)
+    assert "the C++ extension was not built" in extension.__wrapped__()
