@@ -38,8 +38,10 @@ $(VENV)/bin/python:
 	$(BIN)/python -m pip install -q --upgrade pip
 
 # Where no GPU is visible this version's small CPU build serves; it comes first so that no later requirement pulls another.
+# Another one: make test VENV=.venv-newest TORCH=torch
+TORCH ?= $(shell command -v nvidia-smi >/dev/null && echo "torch>=2.11" || echo "torch==2.13.0")
 $(VENV)/torch: $(VENV)/bin/python
-	$(BIN)/python -m pip install -q $$(command -v nvidia-smi >/dev/null && echo "torch>=2.11" || echo "torch==2.13.0")
+	$(BIN)/python -m pip install -q "$(TORCH)"
 	touch $@
 
 SOURCES = setup.py pyproject.toml constraints.txt $(shell find csrc seal_ops -type f -not -name '*.pyc')

@@ -143,7 +143,7 @@ def test_jvp_is_refused_in_torch_func_too(op):
 
 def test_a_wrong_call_fails_while_it_is_traced():
     compiled = torch.compile(lambda **a: seal_ops.attention(**a), backend="eager", fullgraph=True)
-    with pytest.raises(Exception, match="multiple of k's 2, got 3"):
+    with pytest.raises(Exception, match=r"multiple of k\\*'s 2, got 3"):  # torch 2.15 prints the sentence as a repr
         compiled(**right_call("attention", "cpu") | dict(q=torch.randn(2, 6, 3, 16)))
 
 
