@@ -97,7 +97,8 @@ class Scales(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def state_dict(self, *args, **kwargs):
-        """As in PyTorch; of no scales where ``save_pretrained`` of a model around theirs asks, which gets them beside."""
+        """As in PyTorch; empty for ``save_pretrained`` of a model around the one that has scales, which gets them
+        beside its weights."""
         around = None if self.saved_beside or self.attachment is None else save_around(self.attachment.owner)
         if around is None or (self.checkpoints is not None and is_checkpoint(around[0])):
             return super().state_dict(*args, **kwargs)
@@ -286,6 +287,11 @@ class Scales(nn.Module):
 
     def _check_names(self, call: str, argument: str, names: Sequence[str], also: Sequence[str] = ()) -> None:
         for name in names:
+            if argument == "adapter_name" and not isinstance(name, str):
+                raise ValueError(
+                    f"seal_ops.Scales.{call}: {argument} must be one name, since one adapter is active at a time, got "
+                    f"{files.shown(name)}"
+                )
             if name not in self.adapter_names and name not in also:
                 raise ValueError(
                     f"seal_ops.Scales.{call}: {argument} must be among {[*self.adapter_names, *also]}, "

@@ -175,9 +175,9 @@ def _attached_class(cls: type, backend: str | None, original, _state: tuple) -> 
             )
         if layer.copied_alone and layer.scaling is not None:
             raise RuntimeError(
-                f"seal_ops: a module with scales must be copied with its whole model, got {type(self).__name__}, copied "
-                f"by itself, whose scales would neither train nor merge with the model's; copy the model, or attach "
-                f"after the layers were copied (PEFT's layer_replication and modules_to_save do so)"
+                f"seal_ops: a module with scales must be copied with its whole model, got {type(self).__name__} "
+                f"copied by itself, whose scales would neither train nor merge with the model's; copy the model, or "
+                f"attach after the layers were copied (PEFT's layer_replication and modules_to_save do so)"
             )
         if layer.program is not None:
             check_padding((*args, *kwargs.values()))

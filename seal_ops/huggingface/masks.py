@@ -257,8 +257,8 @@ def read_mask(
         return CallMask(False, None, keys, ranges=mask.flatten())
     if mask.dtype != torch.bool and not mask.is_floating_point():  # PyTorch would add its ones and zeros to the scores
         raise ValueError(
-            f"seal_ops: {type(module).__name__} must be given a boolean or an additive mask of four dimensions, got one "
-            f"of {mask.dtype}"
+            f"seal_ops: {type(module).__name__} must be given a boolean or an additive mask of four dimensions, got "
+            f"one of {mask.dtype}"
         )
     return CallMask(False, None, keys, dense=mask)
 

@@ -63,7 +63,8 @@ def _in_data_parallel():
 
 
 def _reads_a_stream():
-    """Whether torch's ``DataLoader`` asks for a batch of an ``IterableDataset``, which accelerate hands out in slices."""
+    """Whether torch's ``DataLoader`` asks for a batch of an ``IterableDataset``, which accelerate hands out in
+    slices."""
     frame = sys._getframe(1)
     while frame is not None:
         caller = frame.f_locals.get("self")

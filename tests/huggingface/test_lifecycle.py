@@ -121,7 +121,7 @@ def test_a_copy_of_a_part_has_no_scales_of_its_own(pickled):
         model = pickle.loads(pickle.dumps(model))
     expected = logits(model, tokens())
     part = copy.deepcopy(model.model)
-    with pytest.raises(RuntimeError, match="must be copied with its whole model, got LlamaAttention, copied by itself"):
+    with pytest.raises(RuntimeError, match="must be copied with its whole model, got LlamaAttention copied by itself"):
         part(tokens())
     for whole in (copy.deepcopy(model), copy.deepcopy(nn.ModuleDict({"model": model}))["model"]):
         assert torch.equal(logits(copy.deepcopy(whole), tokens()), expected)
