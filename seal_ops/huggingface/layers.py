@@ -6,11 +6,9 @@ replicas and pickles of the module stay attached, and hooks that other libraries
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import functools
 import itertools
-import weakref
 
 import torch
 from torch import Tensor, nn
@@ -75,18 +73,10 @@ class AttentionLayer:
     backend: str | None = None
     tensor_group: object | None = None
     probe: object | None = None  # discovery's, while it watches
-    owner: weakref.ref | None = None  # the model that the patch is on; not copied, the copy's patch sets its own
-    copied_alone: bool = False  # without the model, so that its scales are part of none
+    in_a_model: bool = False  # said by the patch; not copied, a copy's own patch says it again
 
     def __getstate__(self) -> dict:
-        return {name: value for name, value in self.__dict__.items() if name != "owner"}
-
-    def __deepcopy__(self, memo: dict) -> AttentionLayer:
-        copied = memo[id(self)] = type(self).__new__(type(self))
-        copied.__dict__.update(copy.deepcopy(self.__getstate__(), memo))
-        owner = None if self.owner is None else self.owner()
-        copied.copied_alone = self.copied_alone or (owner is not None and id(owner) not in memo)
-        return copied
+        return {name: value for name, value in self.__dict__.items() if name != "in_a_model"}
 
     @property
     def o_proj(self) -> nn.Module | None:
@@ -173,7 +163,7 @@ def _attached_class(cls: type, backend: str | None, original, _state: tuple) -> 
                 f"would leave them out), got {self.config._attn_implementation!r}; set {NAME!r} again, or "
                 f"call seal_ops.merge or seal_ops.detach first"
             )
-        if layer.copied_alone and layer.scaling is not None:
+        if layer.scaling is not None and not layer.in_a_model:  # a copy, or out of a pickle
             raise RuntimeError(
                 f"seal_ops: a module with scales must be copied with its whole model, got {type(self).__name__} "
                 f"copied by itself, whose scales would neither train nor merge with the model's; copy the model, or "

@@ -7,7 +7,6 @@ itself, and two on the module that makes their masks.
 from __future__ import annotations
 
 import types
-import weakref
 
 from torch import nn
 
@@ -35,15 +34,16 @@ class Patch:
         self.configs = [(config, config._attn_implementation) for config in configs.values()]
         self.bystanders = {id(m): m for layer in layers for m in layer.bystanders}
         self.maker = maker_of_masks(model, [layer.name for layer in layers])
-        self._own_layers()
+        self._claim_layers()
 
     def __setstate__(self, state: dict) -> None:
+        """Of a copy of the whole model, or one out of a pickle."""
         self.__dict__.update(state)
-        self._own_layers()
+        self._claim_layers()
 
-    def _own_layers(self) -> None:
+    def _claim_layers(self) -> None:
         for layer in self.layers:
-            layer.owner = weakref.ref(self.model)
+            layer.in_a_model = True
 
     def serves(self, user: str) -> bool:
         """Whether the patch is on the model for ``user``."""
