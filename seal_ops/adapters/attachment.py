@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import operator
 import os
 import warnings
 from collections.abc import Iterable, Sequence
 
 from torch import nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..huggingface.discovery import find_attention_layers
 from ..huggingface.layers import GRANULARITIES, AttentionLayer
@@ -170,12 +172,28 @@ def attach_to(
     if callable(getattr(type(owner), "generate", None)):
         stand_ins.append(GenerateRows(owner, scales))
     patch = patch_on(owner) or Patch(owner, attention_layers)
+    _tell_of_other_attention(patch)
     scales.attachment = Attachment(owner, patch, stand_ins)
     scales.attachment.patch.install(SCALES)
     for stand_in in stand_ins:
         stand_in.install()
     peft_registry.register()
     return scales
+
+
+def _tell_of_other_attention(patch: Patch) -> None:
+    """Warns where the model's attention is a function that is neither transformers' nor a kernel of the hub."""
+    for name in dict.fromkeys(previous for _, previous in patch.configs if previous):
+        function = ALL_ATTENTION_FUNCTIONS.get(name)
+        while isinstance(function, functools.partial):
+            function = function.func
+        origin = getattr(function, "__module__", None) or ""
+        if function is not None and "/" not in name and origin.partition(".")[0] not in ("transformers", "seal_ops"):
+            warnings.warn(
+                f"seal_ops.attach: the model's attention {name!r} is a function of {origin or 'unknown origin'}, in "
+                f"whose place scaled attention computes; what it does beside attention is lost while scales are on",
+                stacklevel=4,
+            )
 
 
 def describe(

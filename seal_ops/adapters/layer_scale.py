@@ -18,7 +18,8 @@ class LayerScale(nn.Module):
 
     def __init__(self, shape: tuple[int, ...], device=None):
         super().__init__()
-        self.scale = nn.Parameter(torch.ones(shape, dtype=torch.float32, device=device))
+        with torch.inference_mode(False):  # a tensor made in inference mode never learns
+            self.scale = nn.Parameter(torch.ones(shape, dtype=torch.float32, device=device))
         self.per_row: Tensor | None = None  # [B, Hq, 1 or D], in the place of `scale`; see `Scales.rows`
         self.thread: int | None = None  # that has given them
         self.copied = False  # whether a batch may hold every row several times, as `generate` makes it

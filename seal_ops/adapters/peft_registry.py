@@ -11,6 +11,12 @@ import sys
 class SealConfig:
     """Takes the place of PEFT's config class for ``peft_type`` "SEAL"."""
 
+    def __init__(self, **fields):  # by `PeftConfig.from_pretrained`, also in transformers' `load_adapter`
+        raise ValueError(
+            "peft: the folder must hold an adapter of PEFT, got the scales of seal_ops; seal_ops.load(model, folder) "
+            "loads them"
+        )
+
     @classmethod
     def from_pretrained(cls, name_or_path, *args, **kwargs):
         raise ValueError(

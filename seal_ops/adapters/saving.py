@@ -7,9 +7,11 @@ import copy
 import inspect
 import os
 import re
+import sys
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..utils.files import replacing_files
@@ -42,6 +44,29 @@ def save_trained(model: nn.Module, scales: nn.Module | None, folder: str | os.Pa
 def folders_beside(scales: nn.Module, folder: str | os.PathLike) -> dict[str, str]:
     """Adapter -> its folder in that of a whole model."""
     return {name: os.path.join(os.fspath(folder), SUBFOLDER, name) for name in scales.adapter_names}
+
+
+def is_checkpoint(folder: str | os.PathLike) -> bool:
+    """Whether a folder is called as a Trainer calls its checkpoints."""
+    return _CHECKPOINT.match(os.path.basename(os.path.normpath(os.fspath(folder)))) is not None
+
+
+def save_around(owner: nn.Module) -> tuple[str, bool] | None:
+    """The folder, and whether this process writes, of a ``save_pretrained`` that is under way of a transformers model
+    around ``owner``; None where there is none.
+
+    Scales that were attached to a part of a model are unknown to the whole, which would write them among its weights,
+    where neither ``from_pretrained`` nor `seal_ops.load` finds them.
+    """
+    frame = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_name == "save_pretrained":
+            given = frame.f_locals
+            model = given.get("self")
+            if isinstance(model, PreTrainedModel) and model is not owner and "save_directory" in given:
+                return os.fspath(given["save_directory"]), given.get("is_main_process", True)
+        frame = frame.f_back
+    return None
 
 
 class SaveBoth:
@@ -118,7 +143,7 @@ class SaveBoth:
         """Inside the block transformers leaves the scales out of the weights, or, if a checkpoint asks so, all else."""
         model, mode = self.model, self.scales.checkpoints
         # A run that was interrupted never said that it is over: only what is called a checkpoint is one.
-        if mode is not None and _CHECKPOINT.match(os.path.basename(os.path.normpath(folder))):
+        if mode is not None and is_checkpoint(folder):
             yield
             return
         names = (name for name, _ in model.named_parameters() if _SCALE.search(name))
@@ -152,8 +177,8 @@ class SaveLearned:
         return inspect.signature(type(self.model).save_pretrained.__get__(self.model))
 
     def __call__(self, save_directory, *args, **kwargs):
-        name, whole = os.path.basename(os.path.normpath(os.fspath(save_directory))), contextlib.nullcontext()
-        if not _CHECKPOINT.match(name):
+        whole = contextlib.nullcontext()
+        if not is_checkpoint(save_directory):
             whole = _left_out(self.model, self.ignored_before)
         with whole:
             return type(self.model).save_pretrained(self.model, save_directory, *args, **kwargs)

@@ -20,6 +20,7 @@ from . import files, model_card
 from .files import DEFAULT_ADAPTER, ScalesConfig
 from .gathering import is_main_process, like, whole
 from .layer_scale import LayerScale
+from .saving import folders_beside, is_checkpoint, save_around
 
 
 class Scales(nn.Module):
@@ -86,7 +87,7 @@ class Scales(nn.Module):
             holder.left_alone = not found
         if found:
             self.loaded = True
-        elif self.checkpoints is None:
+        elif self.checkpoints is None and not _loads_an_adapter_of_peft():
             warnings.warn(
                 "seal_ops: the state dict that is loaded holds no scales, so they keep their present values; "
                 "saved ones are read by seal_ops.load, and with transformers' Trainer by "
@@ -94,6 +95,15 @@ class Scales(nn.Module):
                 stacklevel=2,
             )
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def state_dict(self, *args, **kwargs):
+        """As in PyTorch; empty for ``save_pretrained`` of a model around the one that has scales, which gets them
+        beside its weights."""
+        around = None if self.saved_beside or self.attachment is None else save_around(self.attachment.owner)
+        if around is None or (self.checkpoints is not None and is_checkpoint(around[0])):
+            return super().state_dict(*args, **kwargs)
+        self.save_to(folders_beside(self, around[0]), around[1])
+        return kwargs.get("destination", {})
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         # A PEFT model made after `attach` leaves no other trace of its save_pretrained than this call.
@@ -277,6 +287,11 @@ class Scales(nn.Module):
 
     def _check_names(self, call: str, argument: str, names: Sequence[str], also: Sequence[str] = ()) -> None:
         for name in names:
+            if argument == "adapter_name" and not isinstance(name, str):
+                raise ValueError(
+                    f"seal_ops.Scales.{call}: {argument} must be one name, since one adapter is active at a time, got "
+                    f"{files.shown(name)}"
+                )
             if name not in self.adapter_names and name not in also:
                 raise ValueError(
                     f"seal_ops.Scales.{call}: {argument} must be among {[*self.adapter_names, *also]}, "
@@ -457,6 +472,12 @@ def _frames() -> Iterator[types.FrameType]:
 
 def _called_by(function: str) -> bool:
     return any(frame.f_code.co_name == function for frame in _frames())
+
+
+def _loads_an_adapter_of_peft() -> bool:
+    """Whether PEFT reads its own adapter, which never holds scales; a Trainer that resumes reads all that there is."""
+    names = {frame.f_code.co_name for frame in _frames()}
+    return "set_peft_model_state_dict" in names and not names & {"_load_from_checkpoint", "_load_best_model"}
 
 
 def _called_by_a(cls: str) -> bool:

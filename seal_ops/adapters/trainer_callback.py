@@ -12,6 +12,7 @@ from torch import nn
 from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from ..huggingface.wrappers import unwrapped
 from .attachment import SUBMODULE, attached, load
 from .files import COLUMNS, SUBFOLDER
 from .gathering import is_main_process, is_sharded
@@ -47,7 +48,8 @@ class SealCallback(TrainerCallback):
             those saved without this callback).
 
     Raises:
-        ValueError: neither scales nor weak columns on the Trainer's model, when it is made.
+        ValueError: when the Trainer is made, neither scales nor weak columns on its model, or ``save_base_model=False``
+            with scales on a part of it; when it trains, ``label_smoothing_factor`` with logits at labels alone.
     """
 
     def __init__(self, save_base_model: bool = True, resume_from: str | os.PathLike | None = None):
@@ -58,10 +60,17 @@ class SealCallback(TrainerCallback):
 
     def on_init_end(self, args, state, control, model: nn.Module | None = None, **kwargs):
         scales = self._prepare(model)
-        if scales is not None:
-            scales.loaded = False
+        if scales is None:
+            return
+        scales.loaded, owner = False, scales.attachment.owner
+        if not self.save_base_model and (whole := unwrapped(model, "SealCallback")) is not owner:
+            raise ValueError(
+                f"seal_ops.SealCallback: save_base_model=False must have the scales on the Trainer's model itself, got "
+                f"scales on a part of it, {type(owner).__name__} in {type(whole).__name__}; attach to the whole model"
+            )
 
     def on_train_begin(self, args, state, control, model: nn.Module | None = None, **kwargs):
+        _check_smoothing(args, kwargs.get("train_dataloader"))
         scales, columns = self._prepare(model), _columns_on(model)
         resumed = None
         if state.global_step > 0 and scales is not None and not scales.loaded:
@@ -175,6 +184,17 @@ class SealCallback(TrainerCallback):
         raise ValueError(
             f"seal_ops.SealCallback: resume_from must name the checkpoint that the Trainer resumes from, "
             f"got None, and {_checkpoint(args, state.global_step)!r} is not it"
+        )
+
+
+def _check_smoothing(args, dataloader) -> None:
+    """ValueError where the Trainer smooths labels that are further apart than the logits it gets."""
+    collate = getattr(dataloader, "collate_fn", None)
+    collate = getattr(collate, "data_collator", collate)  # out of the Trainer's, which takes away unused columns
+    if args.label_smoothing_factor and getattr(collate, "label_positions_only", False) is not False:
+        raise ValueError(
+            f"seal_ops.SealCallback: label_smoothing_factor must be 0 with seal_ops.Collator(), which asks the model "
+            f"for logits at labels alone, got {args.label_smoothing_factor}; use Collator(label_positions_only=False)"
         )
 
 

@@ -172,7 +172,8 @@ def find_attention_layers(model: nn.Module) -> list[AttentionLayer]:
     if any(layer.module.config._attn_implementation == NAME for layer in candidates):
         raise ValueError(
             f"seal_ops.attach: model must have a config of its own, this {type(model).__name__} shares its "
-            f"config object with a model that has scales attached"
+            f"config object with a model that has scales attached, or was loaded with attn_implementation={NAME!r}, a "
+            f"name that attach alone gives"
         )
     if any(hasattr(p, "ds_id") for p in model.parameters()):
         raise ValueError(

@@ -73,6 +73,10 @@ class AttentionLayer:
     backend: str | None = None
     tensor_group: object | None = None
     probe: object | None = None  # discovery's, while it watches
+    in_a_model: bool = False  # said by the patch; not copied, a copy's own patch says it again
+
+    def __getstate__(self) -> dict:
+        return {name: value for name, value in self.__dict__.items() if name != "in_a_model"}
 
     @property
     def o_proj(self) -> nn.Module | None:
@@ -158,6 +162,12 @@ def _attached_class(cls: type, backend: str | None, original, _state: tuple) -> 
                 f"seal_ops: attn_implementation must stay {NAME!r} while scales are attached (another one "
                 f"would leave them out), got {self.config._attn_implementation!r}; set {NAME!r} again, or "
                 f"call seal_ops.merge or seal_ops.detach first"
+            )
+        if layer.scaling is not None and not layer.in_a_model:  # a copy, or out of a pickle
+            raise RuntimeError(
+                f"seal_ops: a module with scales must be copied with its whole model, got {type(self).__name__} "
+                f"copied by itself, whose scales would neither train nor merge with the model's; copy the model, or "
+                f"attach after the layers were copied (PEFT's layer_replication and modules_to_save do so)"
             )
         if layer.program is not None:
             check_padding((*args, *kwargs.values()))

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from .model_call import is_split
 from .modes import accepts
 
 _KEPT_IN_CACHE = ("PREFIX_TUNING", "CARTRIDGE")  # PEFT's prompts that are keys and values, not positions
@@ -15,8 +16,7 @@ def logits_at(model: nn.Module, positions: Tensor, **inputs) -> Tensor:
     can."""
     positions = positions + virtual_tokens(model)
     if accepts(model, "logits_to_keep"):
-        if len(set((getattr(model, "hf_device_map", None) or {}).values())) > 1:
-            # No tensor: accelerate would move it to the first device, and the last layer may lie on another.
+        if is_split(model):  # also one without scales, whose calls nothing watches
             positions = positions.tolist()
         return model(**inputs, logits_to_keep=positions).logits
     return model(**inputs).logits[:, positions]

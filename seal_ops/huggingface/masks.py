@@ -255,6 +255,11 @@ def read_mask(
         return CallMask(True, _window_of(mask), queries, row[: -batch - 2], row[-batch - 2 : -1], None, queries)
     if decoding.is_ranges(mask, queries):
         return CallMask(False, None, keys, ranges=mask.flatten())
+    if mask.dtype != torch.bool and not mask.is_floating_point():  # PyTorch would add its ones and zeros to the scores
+        raise ValueError(
+            f"seal_ops: {type(module).__name__} must be given a boolean or an additive mask of four dimensions, got "
+            f"one of {mask.dtype}"
+        )
     return CallMask(False, None, keys, dense=mask)
 
 

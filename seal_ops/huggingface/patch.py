@@ -1,7 +1,7 @@
 """The changes to one model, put on and taken off together.
 
-Only this model is changed: its config's entry for attention, the class of its attention modules, and two hooks on the
-module that makes their masks.
+Only this model is changed: its config's entry for attention, the class of its attention modules, a hook on the model
+itself, and two on the module that makes their masks.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import types
 from torch import nn
 
 from . import attention as _attention  # noqa: F401  a model that is unpickled finds the registries filled
+from . import model_call
 from .call_arguments import maker_of_masks, unwatch, watch
 from .layers import AttentionLayer, attached_class
 from .masks import NAME
@@ -33,6 +34,16 @@ class Patch:
         self.configs = [(config, config._attn_implementation) for config in configs.values()]
         self.bystanders = {id(m): m for layer in layers for m in layer.bystanders}
         self.maker = maker_of_masks(model, [layer.name for layer in layers])
+        self._claim_layers()
+
+    def __setstate__(self, state: dict) -> None:
+        """Of a copy of the whole model, or one out of a pickle."""
+        self.__dict__.update(state)
+        self._claim_layers()
+
+    def _claim_layers(self) -> None:
+        for layer in self.layers:
+            layer.in_a_model = True
 
     def serves(self, user: str) -> bool:
         """Whether the patch is on the model for ``user``."""
@@ -86,6 +97,7 @@ class Patch:
             module.__dict__["_seal_bystander"] = True
         if self.maker is not None:
             watch(self.maker)
+        model_call.watch(self.model)
 
     def _take_off(self) -> None:
         self.model.__dict__.pop(PATCH, None)
@@ -96,6 +108,7 @@ class Patch:
                 config._attn_implementation_internal = previous
         if self.maker is not None:
             unwatch(self.maker)
+        model_call.unwatch(self.model)
         for module in self.bystanders.values():
             module.__dict__.pop("_seal_bystander", None)
         for layer in self.layers:

@@ -1,9 +1,11 @@
 """Batches of samples, for our loop and for transformers' ``Trainer``."""
 
 import os
+import sys
 from collections.abc import Sequence
 
 import torch
+from torch.utils.data._utils import fetch
 
 from ..tasks.sample import IGNORE_INDEX
 from ..utils.arguments import integer
@@ -16,8 +18,9 @@ class Collator:
     Args:
         pad_token_id: what fills the padding; masked, so that any id will do.
         label_positions_only: also pass ``logits_to_keep`` and ``shift_labels``, so that the model computes logits where
-            there are labels and nowhere else.  None for true, except where ``Trainer`` would spread a batch over
-            several GPUs by ``nn.DataParallel``, which cuts every tensor along its first dimension.
+            there are labels and nowhere else.  None for true, except where every tensor of a batch is cut along its
+            first dimension: by ``nn.DataParallel``, which ``Trainer`` uses for several GPUs without a launcher, and by
+            accelerate for an ``IterableDataset``.
         tokenizer, chat_template, chat_template_kwargs: for samples that are text: see :func:`.samples.to_rows`.
 
     Samples are those of :func:`.samples.to_rows`: of a task, token ids with labels, texts or conversations. Returns
@@ -47,7 +50,8 @@ class Collator:
             "attention_mask": stack([[1] * len(row) for row in rows], 0),
             "labels": labels,
         }
-        if not _in_data_parallel() if self.label_positions_only is None else self.label_positions_only:
+        whole = not (_in_data_parallel() or _reads_a_stream())
+        if whole if self.label_positions_only is None else self.label_positions_only:
             keep = (labels[:, 1:] != IGNORE_INDEX).any(0).nonzero().squeeze(1)
             batch |= {"logits_to_keep": keep, "shift_labels": labels[:, keep + 1]}
         return batch
@@ -56,3 +60,15 @@ class Collator:
 def _in_data_parallel():
     """Whether ``Trainer`` would use ``nn.DataParallel``: several GPUs and no launcher of one process each."""
     return torch.cuda.device_count() > 1 and "LOCAL_RANK" not in os.environ
+
+
+def _reads_a_stream():
+    """Whether torch's ``DataLoader`` asks for a batch of an ``IterableDataset``, which accelerate hands out in
+    slices."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        caller = frame.f_locals.get("self")
+        if isinstance(caller, (fetch._IterableDatasetFetcher, fetch._MapDatasetFetcher)):
+            return isinstance(caller, fetch._IterableDatasetFetcher)
+        frame = frame.f_back
+    return False

@@ -158,6 +158,45 @@ def test_peft_saving_without_scales_is_told_of(peft, tmp_path):
 def test_peft_says_how_to_load_our_folder(peft, saved):
     with pytest.raises(ValueError, match=r"got the scales of seal_ops; seal_ops.load\(model, .*adapter'\) loads them"):
         peft.PeftModel.from_pretrained(LLAMA.build(), str(saved))
+    # transformers' load_adapter takes this way
+    with pytest.raises(ValueError, match="the folder must hold an adapter of PEFT, got the scales of seal_ops"):
+        peft.PeftConfig.from_pretrained(str(saved))
+
+
+def test_loading_an_adapter_of_peft_warns_of_no_scales(peft, tmp_path):
+    peft.get_peft_model(LLAMA.build(), peft.LoraConfig(task_type="CAUSAL_LM", r=2)).save_pretrained(tmp_path)
+    model = LLAMA.build()
+    scales = seal_ops.attach(model, "channel")
+    randomise(scales)
+    before = scales.values()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*holds no scales")
+        both = peft.PeftModel.from_pretrained(model, tmp_path)
+        both.load_adapter(tmp_path, "second")
+    assert all(torch.equal(value, before[layer]) for layer, value in scales.values().items())
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"layer_replication": [(0, 2), (1, 2)]}, {"modules_to_save": ["self_attn"], "target_modules": ["gate_proj"]}],
+    ids=["layer_replication", "modules_to_save"],
+)
+def test_layers_that_peft_copies_get_their_scales_afterwards(peft, options):
+    """A copy by itself would have scales of its own, which nothing trains or merges."""
+    config = peft.LoraConfig(task_type="CAUSAL_LM", r=2, init_lora_weights=False, **options)
+    model = LLAMA.build()
+    seal_ops.attach(model, "channel")
+    with pytest.raises(RuntimeError, match="a module with scales must be copied with its whole model, got LlamaAtt"):
+        logits(peft.get_peft_model(model, copy.deepcopy(config)), tokens())
+    if "layer_replication" in options:
+        both = peft.get_peft_model(LLAMA.build(), config).eval()
+        scales = seal_ops.attach(both, "channel")
+        randomise(scales)
+        assert [layer for layer, _ in scales.items()] == [0, 1, 2]
+        with pytest.raises(
+            ValueError, match="o_proj must have a weight of its own, got a weight that two layers share"
+        ):
+            seal_ops.merge(both.merge_and_unload())
 
 
 def test_prompt_tuning(peft):

@@ -247,3 +247,23 @@ def hybrid():
         use_mamba_kernels=False,
         pad_token_id=0,
     )
+
+
+# -- scales on a part of the model that is saved ---------------------------------------------------------------------
+
+
+def test_the_whole_saves_the_scales_of_its_part_beside(tmp_path):
+    """Attached to a base model; the model with a head does not know of them."""
+    whole = LLAMA.build()
+    own = logits(whole, tokens())
+    scales = seal_ops.attach(whole.model, "channel")
+    randomise(scales)
+    whole.save_pretrained(tmp_path, max_shard_size="50KB")
+    loaded, info = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert torch.equal(logits(loaded.eval(), tokens()), own)
+    seal_ops.load(loaded, tmp_path)
+    assert torch.equal(logits(loaded, tokens()), logits(whole, tokens()))
+    assert [name for name in whole.state_dict() if "seal_scales" in name], "a training framework sees them"
+    whole.save_pretrained(tmp_path / "other", is_main_process=False)
+    assert not (tmp_path / "other" / "seal_scales").exists()

@@ -32,6 +32,17 @@ def test_only_trainable_parameters():
     assert set(trainable) < set(model.state_dict())
 
 
+def test_scales_made_in_inference_mode_learn(tmp_path):
+    model = LLAMA.build()
+    with torch.inference_mode():
+        seal_ops.attach(model, "channel").save_pretrained(tmp_path)
+        seal_ops.load(seal_ops.detach(model), tmp_path)
+        model.seal_scales.add_adapter("heads", "head")
+        model.seal_scales.set_adapter("heads")
+    model(tokens(), labels=tokens()).loss.backward()
+    assert all(scale.grad.abs().sum() > 0 for _, scale in model.seal_scales.items())
+
+
 def test_a_copy_of_the_scales_alone_leaves_the_model_where_it_is(tmp_path, monkeypatch):
     model = LLAMA.build()
     scales = seal_ops.attach(model, "channel")

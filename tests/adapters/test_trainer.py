@@ -223,3 +223,39 @@ def test_uploads_without_the_base_are_no_models(tmp_path, monkeypatch):
     for folder in uploads.found:
         assert not (folder / "config.json").exists(), "a model with random weights"
         assert (folder / "seal_scales" / "default" / WEIGHTS_FILE).exists()
+
+
+# -- what a Trainer would do wrong -----------------------------------------------------------------------------------
+
+
+def test_smoothed_labels_need_all_logits(tmp_path):
+    def run(collate, **options):
+        model = LLAMA.build()
+        scales = seal_ops.attach(model, "head")
+        made = trainer(tmp_path, model, [seal_ops.SealCallback()], 1, label_smoothing_factor=0.1, **options)
+        made.data_collator = collate
+        made.train()
+        return scales
+
+    for options in ({}, {"remove_unused_columns": False}):
+        with pytest.raises(ValueError, match="SealCallback: label_smoothing_factor must be 0 with seal_ops.Collator"):
+            run(seal_ops.Collator(), **options)
+    scales = run(seal_ops.Collator(label_positions_only=False), save_strategy="no")
+    assert any((scale != 1).any() for _, scale in scales.items())
+
+
+def test_a_part_with_scales_goes_on_where_it_stopped(tmp_path):
+    def run(resume=None, **options):
+        whole = LLAMA.build()
+        scales = seal_ops.attach(whole.model, "channel")
+        whole.lm_head.requires_grad_(False)  # outside of what was attached to
+        trainer(tmp_path, whole, [seal_ops.SealCallback(**options)]).train(resume_from_checkpoint=resume)
+        return {layer: scale.detach().clone() for layer, scale in scales.items()}
+
+    expected = run()
+    assert same(run(str(tmp_path / "checkpoint-4")), expected)
+    assert same(seal_ops.load(LLAMA.build(), tmp_path / "checkpoint-8").values(), expected)
+    with pytest.raises(
+        ValueError, match="save_base_model=False must have the scales on the Trainer's model itself, got"
+    ):
+        run(save_base_model=False)

@@ -157,6 +157,7 @@ def test_a_refused_load_leaves_the_scales(tmp_path, saved):
     "call, message",
     [
         (lambda s: s.set_adapter("nobody"), r"set_adapter: adapter_name must be among \['c', .*\], got 'nobody'"),
+        (lambda s: s.set_adapter(["a"]), r"set_adapter: adapter_name must be one name, .* got \['a'\]"),
         (lambda s: s.delete_adapter("c"), "delete_adapter: adapter_name must not be the active adapter, got 'c'"),
         (lambda s: s.add_adapter("a"), "add_adapter: adapter_name must be a new name"),
         (lambda s: s.add_adapter("base"), "add_adapter: adapter_name must be a new name"),

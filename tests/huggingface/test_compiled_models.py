@@ -125,3 +125,13 @@ def test_restarting_positions_with_a_cache_do_not_leak():
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     with torch.no_grad():
         assert close(compiled(ids, position_ids=positions, use_cache=True).logits, expected)
+
+
+def test_attach_compiles_nothing():
+    """Its two tokens would be traced through all that watches them, for the better part of a minute."""
+    graphs, model = Graphs(), FAMILIES["llama"].build(**ONE)
+    model.forward = torch.compile(model.forward, backend=graphs)
+    seal_ops.attach(model)
+    assert not graphs.attentions
+    model(tokens(), use_cache=False)
+    assert graphs.attentions == [["rope_attention"]]

@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+import warnings
 
 import pytest
 import torch
@@ -111,6 +112,62 @@ def test_replicas_compute_with_their_own_weights():
     arguments = dict(position_embeddings=model.model.rotary_emb(hidden, torch.arange(5)[None]), attention_mask=None)
     with torch.no_grad():
         assert not replica(hidden, **arguments)[0].any() and module(hidden, **arguments)[0].any()
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"])
+def test_a_copy_of_a_part_has_no_scales_of_its_own(copied):
+    model = attached()
+    expected = logits(model, tokens())
+    part = copied(model.model)
+    with pytest.raises(RuntimeError, match="must be copied with its whole model, got LlamaAttention copied by itself"):
+        part(tokens())
+    for whole in (copied(model), copied(nn.ModuleDict({"model": model}))["model"]):
+        assert torch.equal(logits(copied(whole), tokens()), expected)
+    seal_ops.detach(model)
+    assert torch.equal(copied(model.model)(tokens())[0], model.model(tokens())[0])
+
+
+# -- what a call may hold ----------------------------------------------------------------------------------------------
+
+
+def test_names_of_adapters_in_a_forward_pass_are_refused():
+    """Models of transformers swallow arguments that they do not know."""
+    model = attached()
+    with pytest.raises(
+        ValueError, match=r"adapters_per_row\(names\):` round it, got adapter_names, which only generate"
+    ):
+        model(tokens(), adapter_names=["base", "default"])
+    seal_ops.detach(model)
+    assert not model._forward_pre_hooks and not model._forward_pre_hooks_with_kwargs
+
+
+# -- a user's own attention --------------------------------------------------------------------------------------------
+
+
+def _sharper(module, query, *args, **kwargs):
+    return transformers.integrations.sdpa_attention.sdpa_attention_forward(module, 2 * query, *args, **kwargs)
+
+
+def test_a_function_of_the_users_is_told_of():
+    transformers.AttentionInterface.register("sharper", _sharper)
+    model = LLAMA.build()
+    model.set_attn_implementation("sharper")
+    own = logits(model, tokens())
+    with pytest.warns(UserWarning, match="attention 'sharper' is a function of test_lifecycle, in whose place scaled"):
+        seal_ops.attach(model)
+    seal_ops.detach(model)
+    assert torch.equal(logits(model, tokens()), own)
+    model.set_attn_implementation("eager")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*in whose place")
+        seal_ops.attach(model)
+
+
+def test_our_name_is_no_attention_to_load_with():
+    model = LLAMA.build()
+    model.set_attn_implementation("seal")
+    with pytest.raises(ValueError, match="was loaded with attn_implementation='seal', a name that attach alone gives"):
+        seal_ops.attach(model)
 
 
 # -- accelerate's hooks ----------------------------------------------------------------------------------------------

@@ -105,8 +105,18 @@ def test_no_mask_where_queries_meet_more_keys_is_refused():
 
 
 def test_an_integer_mask_of_four_dimensions_is_not_taken_for_a_packed_row():
-    read = masks.read_mask(nn.Module(), torch.ones(1, 1, 1, 9, dtype=torch.int32), 1, 1, 9, None, None)
-    assert read.tokens is None and read.dense is not None
+    """Nor for a mask at all: PyTorch's parts would add its ones and zeros to the scores."""
+    with pytest.raises(
+        ValueError, match="Module must be given a boolean or an additive mask .* got one of torch.int32"
+    ):
+        masks.read_mask(nn.Module(), torch.ones(1, 1, 1, 9, dtype=torch.int32), 1, 1, 9, None, None)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])  # SDPA, and the soft cap's parts
+def test_integer_masks_of_the_user_are_refused(family):
+    model, _ = attached(family)
+    with pytest.raises(ValueError, match="must be given a boolean or an additive mask of four dim.* of torch.int64"):
+        model(tokens(2, 9), attention_mask=torch.ones(2, 1, 9, 9).tril().long())
 
 
 # -- packed rows -------------------------------------------------------------------------------------------------------

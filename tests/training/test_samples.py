@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+import transformers
 from chat_templates import TEMPLATES, chat_tokenizer
 from retrieval_fixtures import model, one_thread, tokenizer  # noqa: F401
 
@@ -148,6 +149,38 @@ def test_collator_leaves_label_positions_where_batches_are_spread(monkeypatch):
     assert "logits_to_keep" in Collator(label_positions_only=True)(SAMPLES)
     monkeypatch.setenv("LOCAL_RANK", "0")
     assert "logits_to_keep" in Collator()(SAMPLES), "a process a GPU"
+
+
+class Stream(torch.utils.data.IterableDataset):
+    def __iter__(self):
+        return iter(SAMPLES)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_collator_leaves_label_positions_where_batches_are_sliced(workers):
+    """accelerate cuts what it hands out of an `IterableDataset`."""
+
+    def batch(data, **options):
+        return next(iter(torch.utils.data.DataLoader(data, 2, num_workers=workers, collate_fn=Collator(**options))))
+
+    assert set(batch(Stream())) == {"input_ids", "attention_mask", "labels"}
+    assert "logits_to_keep" in batch(SAMPLES)
+    assert "logits_to_keep" in batch(Stream(), label_positions_only=True)
+
+
+def test_trainer_learns_the_same_from_a_stream(tmp_path):
+    def loss(data):
+        attached = model()
+        seal_ops.attach(attached, "head")
+        arguments = transformers.TrainingArguments(
+            str(tmp_path), max_steps=1, per_device_train_batch_size=2, logging_steps=1, report_to=[], use_cpu=True,
+            disable_tqdm=True, save_strategy="no", remove_unused_columns=False, train_sampling_strategy="sequential",
+        )  # fmt: skip
+        run = transformers.Trainer(attached, arguments, train_dataset=data, data_collator=Collator())
+        run.train()
+        return run.state.log_history[0]["loss"]
+
+    assert loss(Stream()) == pytest.approx(loss(SAMPLES), rel=1e-4)
 
 
 def test_collator_takes_texts():

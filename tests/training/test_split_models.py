@@ -62,3 +62,20 @@ def test_positions_of_a_split_model_come_as_numbers(folder, tmp_path):
     found = logits_at(model, torch.tensor([2, 7]), input_ids=ids)
     assert seen == [[2, 7]]
     assert torch.equal(found, FAMILIES["llama"].build()(input_ids=ids).logits[:, [2, 7]])
+
+
+def test_positions_of_a_collator_come_as_numbers_to_a_split_model(folder, tmp_path):
+    """In transformers' Trainer nothing but the model itself can know that it is split."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        folder / "model", device_map=MAP, offload_folder=tmp_path / "offloaded"
+    )
+    seal_ops.attach(model)
+    batch, seen = seal_ops.Collator()(samples()), []
+    expected = FAMILIES["llama"].build()(**batch).loss
+    taken = model._old_forward  # behind accelerate's hook
+    model._old_forward = lambda *args, **kwargs: seen.append(kwargs["logits_to_keep"]) or taken(*args, **kwargs)
+    assert torch.allclose(model(**batch).loss, expected, rtol=1e-5)
+    assert seen == [list(range(9))]
+    model.hf_device_map = {"": "cpu"}
+    model(**batch)
+    assert torch.equal(seen[1], batch["logits_to_keep"]), "a whole model compiles tensors better"
