@@ -63,8 +63,13 @@ size_t plan(const AttentionBackwardParams& params, BackwardKernelParams* p) {
   if (p->multiprocessors <= 0) p->multiprocessors = device_multiprocessors();
   if (p->enough_ctas <= 0) p->enough_ctas = 2 * p->multiprocessors - 8;
   const int64_t key_tiles = p->tile_count_k * p->heads_k;
+  // And where several pairs are at work at a time, only heads whose rows stay in L2 together: tiles of unlike length are at unlike heads.
+  constexpr int64_t kL2Share = 40 << 20;
+  const int64_t head_bytes = static_cast<int64_t>(p->seqlen_q) * dim * 8;
+  const bool several_pairs = !packed && dim < 256 && p->tiles_k < p->multiprocessors;
   p->heads_per_cta = 1;
   for (int heads = 2; heads <= std::min(group, kMostHeads); ++heads) {
+    if (several_pairs && heads * head_bytes > kL2Share) break;
     if (group % heads == 0 && key_tiles * (group / heads) >= p->enough_ctas) p->heads_per_cta = heads;
   }
   p->splits = group / p->heads_per_cta;
@@ -72,9 +77,8 @@ size_t plan(const AttentionBackwardParams& params, BackwardKernelParams* p) {
   // Sections as wide as the rows of their heads stay in L2, and as fill the multiprocessors: of a narrower one the longest
   // tiles start while another section is at work all the same, and at the end of the launch too late. Not wider than all
   // pairs: the kernels multiply by tiles_k in 32 bits.
-  constexpr int64_t kL2Share = 40 << 20;
   const int64_t pairs = std::max<int64_t>(1, static_cast<int64_t>(packed ? 1 : p->batch) * p->heads_k * p->splits);
-  const int64_t pair_bytes = std::max<int64_t>(1, static_cast<int64_t>(p->seqlen_q) * dim * 8 * p->heads_per_cta);
+  const int64_t pair_bytes = std::max<int64_t>(1, head_bytes * p->heads_per_cta);
   const int64_t filling = p->multiprocessors / std::max(1, p->tiles_k);
   // In the order of the keys, few tiles of a pair should be at work at a time: each adds its dQ behind the ones before it. Dense:
   // so many pairs that a kOrderedShare-th of a pair's tiles fills the multiprocessors. Where the tiles of keys that see a query

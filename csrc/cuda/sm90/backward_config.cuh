@@ -17,7 +17,7 @@ struct BackwardConfig {
   static_assert(!kOrdered || (kWork == BackwardWork::kAll && kMasking == Masking::kBand));
   // Steps in which none of a warpgroup's keys is seen make its share of dQ only. It compiles and has not been measured
   // (docs/kernel_notes_backward.md).
-  static constexpr bool kLightSteps = false;
+  static constexpr bool kLightSteps = true;
   static constexpr int kBlockM = step_rows(kHeadDim), kBlockN = kTileRows;
   static constexpr int kStages = 2;     // of Q with lse2, of dO with delta
   static constexpr int kDsBuffers = 2;
