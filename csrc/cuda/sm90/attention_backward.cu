@@ -63,7 +63,8 @@ size_t plan(const AttentionBackwardParams& params, BackwardKernelParams* p) {
   if (p->multiprocessors <= 0) p->multiprocessors = device_multiprocessors();
   if (p->enough_ctas <= 0) p->enough_ctas = 2 * p->multiprocessors - 8;
   const int64_t key_tiles = p->tile_count_k * p->heads_k;
-  // And where several pairs are at work at a time, only heads whose rows stay in L2 together: tiles of unlike length are at unlike heads.
+  // And where several pairs are at work at a time, only heads whose rows stay in L2 together: tiles of unlike length are then at
+  // unlike heads.
   constexpr int64_t kL2Share = 40 << 20;
   const int64_t head_bytes = static_cast<int64_t>(p->seqlen_q) * dim * 8;
   const bool several_pairs = !packed && dim < 256 && p->tiles_k < p->multiprocessors;

@@ -18,8 +18,8 @@ constexpr int kTileRows = 128;
 // Named barriers; 0 is __syncthreads.
 constexpr uint32_t kBarrierConsumers = 1;  // both consumer warpgroups
 constexpr uint32_t kBarrierValues = 2;     // the one that makes dV (backward_wide.cuh)
-constexpr uint32_t kBarrierStart = 3;      // the second consumer warpgroup starts a task behind the first
-constexpr uint32_t kBarrierDs = 4;         // four: dS of a warpgroup, by the step's parity
+constexpr uint32_t kBarrierStart = 3;      // the second consumer warpgroup starts a task half a step behind the first
+constexpr uint32_t kBarrierSteps = 4;        // four: a warpgroup's step is done, by warpgroup and the step's parity
 
 struct BackwardKernelParams : AttentionBackwardParams {
   int32_t key_rows;            // keys of a tile

@@ -15,9 +15,6 @@ struct BackwardConfig {
   static constexpr BackwardWork kWork = kWork_;
   static constexpr bool kOrdered = kOrdered_;
   static_assert(!kOrdered || (kWork == BackwardWork::kAll && kMasking == Masking::kBand));
-  // Steps in which none of a warpgroup's keys is seen make its share of dQ only. It compiles and has not been measured
-  // (docs/kernel_notes_backward.md).
-  static constexpr bool kLightSteps = true;
   static constexpr int kBlockM = step_rows(kHeadDim), kBlockN = kTileRows;
   static constexpr int kStages = 2;     // of Q with lse2, of dO with delta
   static constexpr int kDsBuffers = 2;
@@ -51,7 +48,7 @@ struct BackwardConfig {
 //   grad_out, delta      warp 0 (copy engine)       the consumers, once a step: last   1 and bytes, kConsumerWarps
 //     [stage]                                       by the product dV
 //   dq[warpgroup]        that warpgroup             warp 2 or 3, once a step           4, 1
-//   ds[buffer]           both warpgroups            both warpgroups: they meet at a named barrier once a step
+//   ds[buffer]           both warpgroups            both warpgroups, a step later: named barriers (backward_consumer.cuh)
 //
 // task_wanted: warp 0 tells warp 1 that it has issued all loads of a task.
 template <class Config>

@@ -12,19 +12,23 @@ namespace seal::sm90 {
 //   q_full[s]                         issues S = K Q^T
 //   do_full[s]                        issues dP = V dO^T
 //   S                                 mask, P = exp2(S - lse), packed
-//   dP                                dS = P (dP - delta) to ds[step % 2]
-//                                     issues dV += P dO
+//   dP                                dS = P (dP - delta), packed
+//   the other warpgroup's step        dS to ds[step % 2]
+//     before (wait_for_other)         issues dV += P dO
 //                                     issues dQ = dS K of the step before
 //                                     issues dK += dS Q
 //   dV                                                                            do_empty[s]
-//   dQ, dq_empty (the last step's     dQ to shared memory                         dq_full, the other's
-//     dQ has left)                                                                  wait_for_other
+//   dQ                                                                            the step, to the other (tell_other)
+//   dq_empty (the dQ before           dQ to shared memory                         dq_full
+//     has left)
 //   dK                                                                            q_empty[s]
 //
-// dQ comes a step late, so that a warpgroup need not wait for the other's dS of the same step: at their meetings once a step both would
-// do the same at the same time, first exponentials without products, then products without exponentials. In the first step of
-// a task the second warpgroup starts when the first is done with S and dP. Before a warpgroup writes dS of a step it waits until the other has
-// written dS of the step before, which its next dQ reads, and has made dQ of the one before that, which read the buffer now written.
+// dQ is of the step before. With dQ of the same step both warpgroups would meet once a step, and then do the same at the same time:
+// exponentials without products, products without exponentials. In a task's first step the second warpgroup starts when the first
+// has S and dP. From there on it is half a step behind.
+//
+// tell_other() says two things: dS of this step is written, and dQ of the step before is made. The first is what the other's next
+// dQ reads. The second frees the buffer that the other's next dS goes to. The first step makes no dQ; last_dq() makes the last one.
 template <class Config>
 class BackwardConsumer {
   using T = typename Config::T;
@@ -160,25 +164,25 @@ class BackwardConsumer {
     }
   }
 
-  // ---- steps
-
-  // ---- the two warpgroups' dS
-
-  SEAL_DEVICE uint32_t ready_barrier(uint32_t group, int step) const { return kBarrierDs + 2 * group + step % 2; }
+  // The keys' columns that this warpgroup makes dQ of. Made anew in every step: there is no register to keep it in.
   SEAL_DEVICE KeyColumns dq_columns() const {
     uint32_t columns = Config::kSplitRows ? 0 : group_ * Config::kDqColumns;
     asm volatile("" : "+r"(columns));
     return KeyColumns::at_uniform(base_ + columns / 64 * (kN * kSlabRowBytes) + columns % 64 * 2);
   }
-  // dS of this step is written, dQ of the step before is made.
-  SEAL_DEVICE void tell_other(int step) const { named_arrive(ready_barrier(group_, step), Config::kConsumerThreads); }
-  SEAL_DEVICE void wait_for_other(int step) const { named_sync(ready_barrier(group_ ^ 1, step), Config::kConsumerThreads); }
 
-  // A step of five products, the fourth of which is dQ of the step before; not in the first step of a task. Says whether Q of the
-  // next step was seen to have arrived.
+  // ---- steps
+
+  // Two barriers a warpgroup, in turn: its next step can be done before the other has waited for this one.
+  SEAL_DEVICE uint32_t step_barrier(uint32_t group, int step) const { return kBarrierSteps + 2 * group + step % 2; }
+  SEAL_DEVICE void tell_other(int step) const { named_arrive(step_barrier(group_, step), Config::kConsumerThreads); }
+  SEAL_DEVICE void wait_for_other(int step) const { named_sync(step_barrier(group_ ^ 1, step), Config::kConsumerThreads); }
+
+  // A step of five products; kFirst: the first of a task, without dQ. Returns whether Q of the next step was seen to have arrived.
   template <bool kFirst>
   SEAL_DEVICE bool full_step(const Task& task, int tile, bool masked, bool q_ready) {
-    // Made anew in every step: the first step and the others would otherwise share them, for which there is no register.
+    // Copies, so that ptxas derives the operands in each step. It would keep them for the first step and the others, and has no
+    // register for that.
     uint32_t base = base_, group = group_;
     asm volatile("" : "+r"(base), "+r"(group));
     const float scale_log2 = p_.softmax_scale * kLog2e;
@@ -216,20 +220,19 @@ class BackwardConsumer {
     give_ds(ds_at(step_ % 2), ds_rows, thread);
     accumulate(dv_, p_rows, grad_at);
     fence_proxy_async();
-    bool next_q_ready, dq_free = false;
-    float dq[Config::kDqFloats];
+    [[maybe_unused]] float dq[Config::kDqFloats];
     if constexpr (!kFirst) multiply_dq(dq, ds_at((step_ + 1) % 2), dq_columns());
     accumulate(dk_, ds_rows, q_at);
     wgmma_wait<kFirst ? 1 : 2>();  // dV
     release(&shared_.do_empty[stage]);
-    next_q_ready = barrier_peek(&shared_.q_full[stage_of<kStages>(step_ + 1)], phase_of<kStages>(step_ + 1));
-    if constexpr (!kFirst) {
-      dq_free = dq_is_free();
+    const bool next_q_ready = barrier_peek(&shared_.q_full[stage_of<kStages>(step_ + 1)], phase_of<kStages>(step_ + 1));
+    if constexpr (kFirst) {
+      tell_other(step_);
+    } else {
+      const bool dq_free = dq_is_free();
       wgmma_wait<1>();  // dQ
       fence_registers(dq);
-    }
-    tell_other(step_);
-    if constexpr (!kFirst) {
+      tell_other(step_);
       if (!dq_free) wait_for_free_dq();
       give_dq(dq, thread);
     }
@@ -239,7 +242,8 @@ class BackwardConsumer {
     return next_q_ready;
   }
 
-  // A step, not the first of a task, in which none of this warpgroup's keys is seen: nothing but its share of dQ of the step before.
+  // A step in which none of this warpgroup's keys is seen, not the first of a task: its dS is zero, and dQ of the step before is all
+  // there is to make.
   SEAL_DEVICE void light_step() {
     const int stage = stage_of<kStages>(step_);
     const uint32_t phase = phase_of<kStages>(step_), thread = index();
@@ -260,7 +264,7 @@ class BackwardConsumer {
     give_dq(dq, thread);
   }
 
-  // dQ of a task's last step.
+  // Behind a task's last step: its dQ.
   SEAL_DEVICE void last_dq() {
     wait_for_other(step_ - 1);
     float dq[Config::kDqFloats];
@@ -271,7 +275,37 @@ class BackwardConsumer {
     give_dq(dq, index());
   }
 
-  // Steps up to `last` (excluded) as parts of kPart; with kScale those of the exact heads.
+  // Steps up to `last` (excluded), all products.
+  SEAL_DEVICE void walk(Part<BackwardWork::kAll>, const Task& task, int last) {
+    const int begin = uniform_register(task.begin), end = uniform_register(task.end);
+    const int whole_begin = uniform_register(task.whole_begin), whole_end = uniform_register(task.whole_end);
+    // Query tiles before light_end see none of this warpgroup's keys.
+    const int light_end = uniform_register(task.first_seen_by(p_, 64 * group_));
+
+    barrier_wait(&shared_.k_full, keys_phase_);
+    barrier_wait(&shared_.v_full, keys_phase_);
+    bool q_ready = false;  // Q of the step was seen to have arrived
+    int place = begin;
+    const auto step = [&](auto first) {
+      constexpr bool kFirst = decltype(first)::value;
+      const int tile = query_tile<kD>(begin, end, place);
+      if (++place == end) place = begin;
+      if (!kFirst && tile < light_end) {
+        light_step();
+        q_ready = false;
+      } else {
+        q_ready = full_step<kFirst>(task, tile, tile < whole_begin || tile >= whole_end, q_ready);
+      }
+      ++step_;
+    };
+    step(std::true_type());
+#pragma unroll 1
+    while (step_ != last) step(std::false_type());
+    last_dq();
+    fence_registers(dv_);
+  }
+
+  // The same without dQ; with kScale those of the exact heads.
   template <BackwardWork kPart>
   SEAL_DEVICE void walk(Part<kPart>, const Task& task, int last) {
     constexpr bool kValueOnly = kPart == BackwardWork::kValue || kPart == BackwardWork::kScale;
@@ -280,92 +314,68 @@ class BackwardConsumer {
     const auto v_rows = KeyRows::at_uniform(base_ + Shared::kOffsetV + group_ * 64 * kSlabRowBytes);
     const int begin = uniform_register(task.begin), end = uniform_register(task.end);
     const int whole_begin = uniform_register(task.whole_begin), whole_end = uniform_register(task.whole_end);
-    // Query tiles before light_end see none of this warpgroup's keys.
-    const int light_end = Config::kLightSteps ? uniform_register(task.first_seen_by(p_, 64 * group_)) : 0;
 
     barrier_wait(&shared_.k_full, keys_phase_);
     barrier_wait(&shared_.v_full, keys_phase_);
     bool q_ready = false;  // Q of the step was seen to have arrived
     int place = begin;
     [[maybe_unused]] int head = kPart == BackwardWork::kScale ? task.first_exact_head() : 0;
-    if constexpr (kPart == BackwardWork::kAll) {
-      const auto step = [&](auto first) {
-        const int tile = query_tile<kD>(begin, end, place);
-        if (++place == end) place = begin;
-        constexpr bool kFirst = decltype(first)::value;
-        if (Config::kLightSteps && !kFirst && tile < light_end) {
-          light_step();
-          q_ready = false;
-        } else {
-          q_ready = full_step<kFirst>(task, tile, tile < whole_begin || tile >= whole_end, q_ready);
-        }
-        ++step_;
-      };
-      step(std::true_type());
-#pragma unroll 1
-      while (step_ != last) step(std::false_type());
-      last_dq();
-    } else {
-      for (;; ++step_) {
-        const int stage = stage_of<kStages>(step_);
-        const uint32_t phase = phase_of<kStages>(step_), thread = index();
-        const uint32_t q_at = queries_at(stage), grad_at = grad_out_at(stage);
-        float s[kM / 2], dp[kM / 2];
-        if (!q_ready) barrier_wait(&shared_.q_full[stage], phase);
-        float2 lse2[kM / 8];
-        if constexpr (kVectorsAhead) read_columns(lse2, shared_.lse2[stage], thread % 4);
-        const bool do_ready = barrier_peek(&shared_.do_full[stage], phase);
-        multiply_rows(s, k_rows, q_at);
-        if (!do_ready) barrier_wait(&shared_.do_full[stage], phase);
-        if constexpr (!kValueOnly) multiply_rows(dp, v_rows, grad_at);
-        wgmma_wait<kValueOnly ? 0 : 1>();  // S
-        fence_registers(s);
-        const int tile = query_tile<kD>(begin, end, place);
-        if (tile < whole_begin || tile >= whole_end) task.mask(p_, s, tile, row_of(thread));
-        if constexpr (!kVectorsAhead) read_columns(lse2, shared_.lse2[stage], thread % 4);
-        exponentiate(s, lse2, scale_log2);
-        uint32_t p_rows[kM / 4];
-        pack_fragment<T>(p_rows, s);
-        if constexpr (kValueOnly) {
-          __syncwarp();
-          release(&shared_.q_empty[stage]);
-          accumulate(dv_, p_rows, grad_at);
-          wgmma_wait<0>();
-          release(&shared_.do_empty[stage]);
-        } else {
-          float2 delta[kM / 8];
-          if constexpr (kVectorsAhead) read_columns(delta, shared_.delta[stage], thread % 4);
-          wgmma_wait<0>();  // dP
-          fence_registers(dp);
-          if constexpr (!kVectorsAhead) read_columns(delta, shared_.delta[stage], thread % 4);
-          make_ds(dp, s, delta);
-          uint32_t ds_rows[kM / 4];
-          pack_fragment<T>(ds_rows, dp);
-          const auto next_q_ready = [&] { return barrier_peek(&shared_.q_full[stage_of<kStages>(step_ + 1)], phase_of<kStages>(step_ + 1)); };
-          {
-            accumulate(dv_, p_rows, grad_at);
-            accumulate(dk_, ds_rows, q_at);
-            q_ready = next_q_ready();
-            wgmma_wait<1>();  // dV
-            release(&shared_.do_empty[stage]);
-          }
-          wgmma_wait<0>();  // dK
-          fence_registers(dk_);
-          release(&shared_.q_empty[stage]);
-        }
-        if (++place == end) {
-          place = begin;
-          if constexpr (kPart == BackwardWork::kScale) {
-            fence_registers(dv_);
-            sum_columns<T, kD, kN, Config::kConsumerWarps>(p_, shared_.v, reinterpret_cast<float*>(shared_.ds), task.tile, head, dv_, kBarrierConsumers);
-            head = task.next_exact_head(head);
-            clear(dv_);
-          }
-        }
-        if (step_ == last - 1) break;
+    for (;; ++step_) {
+      const int stage = stage_of<kStages>(step_);
+      const uint32_t phase = phase_of<kStages>(step_), thread = index();
+      const uint32_t q_at = queries_at(stage), grad_at = grad_out_at(stage);
+      float s[kM / 2], dp[kM / 2];
+      if (!q_ready) barrier_wait(&shared_.q_full[stage], phase);
+      float2 lse2[kM / 8];
+      if constexpr (kVectorsAhead) read_columns(lse2, shared_.lse2[stage], thread % 4);
+      const bool do_ready = barrier_peek(&shared_.do_full[stage], phase);
+      multiply_rows(s, k_rows, q_at);
+      if (!do_ready) barrier_wait(&shared_.do_full[stage], phase);
+      if constexpr (!kValueOnly) multiply_rows(dp, v_rows, grad_at);
+      wgmma_wait<kValueOnly ? 0 : 1>();  // S
+      fence_registers(s);
+      const int tile = query_tile<kD>(begin, end, place);
+      if (tile < whole_begin || tile >= whole_end) task.mask(p_, s, tile, row_of(thread));
+      if constexpr (!kVectorsAhead) read_columns(lse2, shared_.lse2[stage], thread % 4);
+      exponentiate(s, lse2, scale_log2);
+      uint32_t p_rows[kM / 4];
+      pack_fragment<T>(p_rows, s);
+      if constexpr (kValueOnly) {
+        __syncwarp();
+        release(&shared_.q_empty[stage]);
+        accumulate(dv_, p_rows, grad_at);
+        wgmma_wait<0>();
+        release(&shared_.do_empty[stage]);
+      } else {
+        float2 delta[kM / 8];
+        if constexpr (kVectorsAhead) read_columns(delta, shared_.delta[stage], thread % 4);
+        wgmma_wait<0>();  // dP
+        fence_registers(dp);
+        if constexpr (!kVectorsAhead) read_columns(delta, shared_.delta[stage], thread % 4);
+        make_ds(dp, s, delta);
+        uint32_t ds_rows[kM / 4];
+        pack_fragment<T>(ds_rows, dp);
+        accumulate(dv_, p_rows, grad_at);
+        accumulate(dk_, ds_rows, q_at);
+        q_ready = barrier_peek(&shared_.q_full[stage_of<kStages>(step_ + 1)], phase_of<kStages>(step_ + 1));
+        wgmma_wait<1>();  // dV
+        release(&shared_.do_empty[stage]);
+        wgmma_wait<0>();  // dK
+        fence_registers(dk_);
+        release(&shared_.q_empty[stage]);
       }
-      ++step_;
+      if (++place == end) {
+        place = begin;
+        if constexpr (kPart == BackwardWork::kScale) {
+          fence_registers(dv_);
+          sum_columns<T, kD, kN, Config::kConsumerWarps>(p_, shared_.v, reinterpret_cast<float*>(shared_.ds), task.tile, head, dv_, kBarrierConsumers);
+          head = task.next_exact_head(head);
+          clear(dv_);
+        }
+      }
+      if (step_ == last - 1) break;
     }
+    ++step_;
     fence_registers(dv_);
   }
 

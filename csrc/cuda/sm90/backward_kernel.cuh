@@ -5,10 +5,10 @@
 // Warpgroup 0 produces: warp 0 runs the copy engine, warp 1 picks tiles, warps 2 and 3 add dQ to global memory.
 // Warpgroups 1 and 2 consume, 64 keys each. A step, kBlockM queries, is five products:
 //   S^T = K Q^T    dP^T = V dO^T    dV += P^T dO    dQ = dS K    dK += dS^T Q
-// S^T and dP^T are computed transposed, so that P^T and dS^T are A operands in registers; only dQ needs dS in shared memory,
-// where the two warpgroups meet once a step. dQ leaves through shared memory by bulk reductions: added from registers, the
-// consuming warps would wait for memory at their next fence. dK and dV leave through the shared memory of dS, while the copy
-// engine fills that of K, V, Q and dO for the next tile.
+// S^T and dP^T are computed transposed, so that P^T and dS^T are A operands in registers; only dQ needs dS in shared memory. It
+// is made a step late, so that neither warpgroup waits for the other's dS of the same step. dQ leaves through shared memory by
+// bulk reductions: added from registers, the consuming warps would wait for memory at their next fence. dK and dV leave through
+// the shared memory of dS, while the copy engine fills that of K, V, Q and dO for the next tile.
 //
 // A scale needs nothing here: dO is then scale * g (backward_rows.cuh). Heads whose dscale must be exact are walked through once
 // more after the epilogue: P^T g of each, and the column sums of V * (P^T g).
