@@ -30,7 +30,7 @@ def sums(line, kind, warps=8):
     """An access of sum_columns by that many warps."""
     return (
         f"{kind} access at void seal::sm90::sum_columns<__nv_bfloat16, (int)64, (int)128, (int){warps}>("
-        f"const seal::sm90::BackwardKernelParams &, const char *)+0x{line}{len(kind)}0 in kernel.cuh:{line} [32 hazards]"
+        f"const seal::sm90::BackwardKernelParams &, const char *)+0x{line}{len(kind)} in kernel.cuh:{line} [32 hazards]"
     )
 
 
