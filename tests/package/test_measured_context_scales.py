@@ -193,6 +193,8 @@ def test_what_the_page_says_of_retrieval_holds():
     said = {("multikey, `linear`", n) for n in SHOWN[:4]} | {("multikey, `ntk`", n) for n in SHOWN[:3]}
     said |= {(f"multikey, `{m}`", n) for m in ("lm_infinite", "streaming") for n in SHOWN[2:]}
     assert weak == said | {("multikey, `self_extend`", "16,384")}
+    near = rows_of_accuracy()["multikey, `self_extend`"][3].rpartition(" ")[2]
+    assert f"`self_extend` at 16,384 ({near})" in TEXT
     assert all(accuracy(SCALED[key]) > accuracy(BASE[key]) or key[1] in (NAMED["linear"],) for key in SCALED), (
         "every cell but linear's rises"
     )
