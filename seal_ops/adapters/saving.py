@@ -7,7 +7,6 @@ import copy
 import inspect
 import os
 import re
-import sys
 
 import torch
 from torch import nn
@@ -15,6 +14,7 @@ from transformers import PreTrainedModel
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..utils.files import replacing_files
+from ..utils.frames import callers
 from .files import DELTA, INDEX, SUBFOLDER
 
 _CHECKPOINT = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-\d+$")
@@ -58,14 +58,12 @@ def save_around(owner: nn.Module) -> tuple[str, bool] | None:
     Scales that were attached to a part of a model are unknown to the whole, which would write them among its weights,
     where neither ``from_pretrained`` nor `seal_ops.load` finds them.
     """
-    frame = sys._getframe(1)
-    while frame is not None:
+    for frame in callers():
         if frame.f_code.co_name == "save_pretrained":
             given = frame.f_locals
             model = given.get("self")
             if isinstance(model, PreTrainedModel) and model is not owner and "save_directory" in given:
                 return os.fspath(given["save_directory"]), given.get("is_main_process", True)
-        frame = frame.f_back
     return None
 
 

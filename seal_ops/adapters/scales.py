@@ -6,8 +6,6 @@ import contextlib
 import copy
 import itertools
 import os
-import sys
-import types
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
@@ -16,6 +14,7 @@ from torch import Tensor, nn
 
 from ..huggingface.modes import recomputed_inside
 from ..utils.arguments import path
+from ..utils.frames import callers
 from . import files, model_card
 from .files import DEFAULT_ADAPTER, ScalesConfig
 from .gathering import is_main_process, like, whole
@@ -462,27 +461,19 @@ def check_new_name(name, call: str, scales: Scales | None = None) -> None:
         )
 
 
-def _frames() -> Iterator[types.FrameType]:
-    """Of the calls that are under way, the innermost first."""
-    frame = sys._getframe(1)
-    while frame is not None:
-        yield frame
-        frame = frame.f_back
-
-
 def _called_by(function: str) -> bool:
-    return any(frame.f_code.co_name == function for frame in _frames())
+    return any(frame.f_code.co_name == function for frame in callers())
 
 
 def _loads_an_adapter_of_peft() -> bool:
     """Whether PEFT reads its own adapter, which never holds scales; a Trainer that resumes reads all that there is."""
-    names = {frame.f_code.co_name for frame in _frames()}
+    names = {frame.f_code.co_name for frame in callers()}
     return "set_peft_model_state_dict" in names and not names & {"_load_from_checkpoint", "_load_best_model"}
 
 
 def _called_by_a(cls: str) -> bool:
     """Whether a method of an object of a class of this name is running."""
-    return any(type(frame.f_locals.get("self")).__name__ == cls for frame in _frames())
+    return any(type(frame.f_locals.get("self")).__name__ == cls for frame in callers())
 
 
 def _present_devices(attention_layers) -> dict:

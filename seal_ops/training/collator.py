@@ -1,7 +1,6 @@
 """Batches of samples, for our loop and for transformers' ``Trainer``."""
 
 import os
-import sys
 from collections.abc import Sequence
 
 import torch
@@ -9,6 +8,7 @@ from torch.utils.data._utils import fetch
 
 from ..tasks.sample import IGNORE_INDEX
 from ..utils.arguments import integer
+from ..utils.frames import callers
 from .samples import to_rows
 
 
@@ -65,10 +65,8 @@ def _in_data_parallel():
 def _reads_a_stream():
     """Whether torch's ``DataLoader`` asks for a batch of an ``IterableDataset``, which accelerate hands out in
     slices."""
-    frame = sys._getframe(1)
-    while frame is not None:
+    for frame in callers():
         caller = frame.f_locals.get("self")
         if isinstance(caller, (fetch._IterableDatasetFetcher, fetch._MapDatasetFetcher)):
             return isinstance(caller, fetch._IterableDatasetFetcher)
-        frame = frame.f_back
     return False

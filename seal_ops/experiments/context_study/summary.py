@@ -204,7 +204,8 @@ def _draw(content, folder):
 
 
 def _lines(panels, columns, key, path):
-    """A panel an entry; a colour and a marker a method, dotted where it is set up for more than its shortest reach."""
+    """A panel an entry; a colour and a marker a method (hollow where its colour comes again), dotted where it is set up
+    for more than its shortest reach."""
     rows = -(-len(panels) // columns)
     fig, axes = plots.figure(
         columns, rows, width=4.6 * columns, height=3.4 * rows + 1, squeeze=False, sharex=True, sharey=True
@@ -225,6 +226,7 @@ def _lines(panels, columns, key, path):
                 color=plots.COLOURS[method % len(plots.COLOURS)],
                 marker=plots.MARKERS[(method + method // len(plots.COLOURS)) % len(plots.MARKERS)],
                 linestyle="-" if reach == shortest[method] else ":",
+                markerfacecolor="white" if method >= len(plots.COLOURS) else None,
             )  # fmt: skip
         ax.set_title(title, loc="left", fontsize=10)
     for ax in axes[-1]:
