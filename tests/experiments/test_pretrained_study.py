@@ -1,87 +1,18 @@
 """The study of a pretrained model: its queue, its jobs on a tiny model, and what the summary makes of them."""
 
 import json
-import os
 import pathlib
 
 import pytest
 import torch
 from command_line import TINY, folder, seal  # noqa: F401
-from full_disc import resource, room_for
 from retrieval_fixtures import one_thread  # noqa: F401
 
 from seal_ops.experiments.pretrained_study import drawings
 from seal_ops.experiments.pretrained_study.plan import Plan, check, jobs
 from seal_ops.experiments.pretrained_study.summary import write_summary
-from seal_ops.experiments.study_jobs.queue import Job, Queue, work
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-
-
-class Bench:
-    """Stands in for the workbench where no model is needed."""
-
-    class samples:
-        @staticmethod
-        def ahead(wanted):
-            pass
-
-
-def numbered(*names, needs=(), seconds=1):
-    return [Job(name, lambda bench, name=name: {"found": name}, seconds, needs=tuple(needs)) for name in names]
-
-
-def test_two_processes_never_claim_the_same_job(tmp_path):
-    one, other = (Queue(str(tmp_path), numbered("a", "b")) for _ in range(2))
-    assert [one.claim(9).name, other.claim(9).name] == ["a", "b"]
-    assert one.claim(9) is None and other.claim(9) is None
-
-
-def test_jobs_of_a_process_that_is_gone_are_taken_over(tmp_path):
-    queue = Queue(str(tmp_path), numbered("a"))
-    queue.claim(9)
-    assert queue.claim(9) is None, "its owner is alive"
-    (tmp_path / "claims" / "a").write_text("999999999")
-    assert queue.claim(9).name == "a"
-    assert (tmp_path / "claims" / "a").read_text() == str(os.getpid())
-
-
-@pytest.mark.skipif(resource is None, reason="this system has no limit on the size of files")
-def test_a_claim_that_could_not_be_written_does_not_stay(tmp_path):
-    queue = Queue(str(tmp_path), numbered("a"))
-    with room_for(0), pytest.raises(OSError, match=r"seal study: output must have room for claims, got .*\(File too"):
-        queue.claim(9)
-    assert os.listdir(tmp_path / "claims") == []
-    (tmp_path / "claims" / "a").touch()
-    assert queue.claim(9) is None, "its owner may be writing it"
-    os.utime(tmp_path / "claims" / "a", (0, 0))
-    assert queue.claim(9).name == "a", "its owner was killed before it wrote"
-
-
-def test_jobs_wait_for_their_needs_and_fit_in_the_budget(tmp_path):
-    lines = []
-    queue = Queue(str(tmp_path), numbered("late", needs=["early"]) + numbered("long", seconds=100) + numbered("early"))
-    assert list(work(queue, Bench, 50, lines.append)) == ["early", "late"]
-    assert not queue.finished("long")
-    assert json.loads((tmp_path / "late.json").read_text())["found"] == "late"
-    assert list(work(queue, Bench, None, lines.append)) == ["long"], "and nothing runs twice"
-
-
-def test_a_failed_job_stops_no_other_and_is_tried_again(tmp_path):
-    lines, fails = [], [True]
-
-    def run(bench):
-        if fails.pop():
-            raise RuntimeError("no luck")
-        return {}
-
-    queue = Queue(str(tmp_path), [Job("bad", run, 1), *numbered("good")])
-    assert list(work(queue, Bench, None, lines.append)) == ["good"]
-    assert "no luck" in (tmp_path / "bad.failed.txt").read_text() and "bad: failed" in lines[0]
-    os.unlink(tmp_path / "claims" / "bad")  # as if the process had ended
-    fails.append(False)
-    assert list(work(queue, Bench, None, lines.append)) == ["bad"]
-    assert not (tmp_path / "bad.failed.txt").exists()
 
 
 def test_every_job_comes_behind_what_it_needs():
@@ -240,7 +171,7 @@ def test_a_search_ends_where_its_best_rate_left_the_model(tmp_path, folder):  # 
 def test_jobs_that_train_tell_their_results_alike():
     """Methods in order, each at its own rates; later draws take the first one's rate."""
 
-    class Training(Bench):
+    class Training:
         done = []
 
         def measure(self, task, lengths, cases, seed, model=None):

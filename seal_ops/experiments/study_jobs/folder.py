@@ -89,8 +89,16 @@ def run_jobs(
     if done:
         _note_environment(output, bench.model, done)
     left = [job.name for job in queue.jobs if not queue.finished(job.name)]
-    log(f"{len(done)} jobs done here; {len(left)} left: {', '.join(left[:12])}{' …' if len(left) > 12 else ''}")
+    log(f"{len(done)} jobs done here; {len(left)} left: {_listed(left)}")
+    failed, behind = queue.failed()
+    if failed:
+        waiting = f"; waiting for them: {_listed(behind)}" if behind else ""
+        log(f"failed, see NAME.failed.txt in {output}: {_listed(failed)}{waiting}")
     return done
+
+
+def _listed(names):
+    return f"{', '.join(names[:12])}{' …' if len(names) > 12 else ''}"
 
 
 def _note_environment(output, model, done):
