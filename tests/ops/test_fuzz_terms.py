@@ -5,6 +5,7 @@ a gate of either shape and a soft cap may come alone or together, in any floatin
 """
 
 import math
+import pathlib
 import random
 import warnings
 
@@ -73,7 +74,19 @@ def capped_by_hand(op: str, exact: dict, cap: float) -> list[torch.Tensor]:
         torch.einsum = einsum
 
 
-def run_one(seed: str, backend: str, device: torch.device) -> None:
+def refusal(op: str, a: dict, backend: str) -> str | None:
+    """The sentence with which a backend leaves a right call to another one (docs/ops.md); None where it answers.
+
+    The dtypes, head_dims and terms of a backend are those that are drawn for it.
+    """
+    sigma = a.get("softmax_scale")
+    if backend == "cuda" and sigma is not None and sigma <= 0:
+        return f"seal::{op}: backend cuda takes a softmax_scale above 0 (in fp32), got {sigma:g}"
+    return None
+
+
+def run_one(seed: str, backend: str, device: torch.device) -> bool:
+    """One call; whether it was answered by a result."""
     op, a, rng = with_terms(seed, backend, device)
     what = f"seed {seed}: {describe(op, a)}"
     leaves = [n for n in ("q", "k", "v", "scale", "sink", "gate") if a.get(n) is not None and rng.random() < 0.8]
@@ -81,8 +94,13 @@ def run_one(seed: str, backend: str, device: torch.device) -> None:
     if (blocks := call.pop("blocks", None)) is not None:
         mask = call.pop("mask", None) or (seal_ops.masks.causal() if call["causal"] else seal_ops.masks.full())
         if call.get("window") is not None or not isinstance(mask, seal_ops.masks.Mask):
-            return  # the function takes block lists of a named mask only
+            return False  # the function takes block lists of a named mask only
         call.update(causal=True, mask=seal_ops.masks.BlockMask(mask, blocks, call.pop("block_size")))
+    if (sentence := refusal(op, a, backend)) is not None:
+        with pytest.raises(ValueError) as refused:
+            getattr(seal_ops, op)(**call, backend=backend, return_lse=True)
+        assert str(refused.value) == sentence, what
+        return False
     got = getattr(seal_ops, op)(**call, backend=backend, return_lse=True)
     floating = lambda t: isinstance(t, torch.Tensor) and t.is_floating_point()
     exact = {n: t.detach().double().requires_grad_(n in leaves) if floating(t) else t for n, t in a.items()}
@@ -91,7 +109,7 @@ def run_one(seed: str, backend: str, device: torch.device) -> None:
     for name, x, y in zip(("out", "lse"), got, want):
         assert_cells(name, x, y, tolerance, -2, what)
     if not leaves:
-        return
+        return True
     cotangents = [scattered(torch.randn_like(t), rng) for t in got]
     used = [n for n in range(2) if got[n].requires_grad and want[n].requires_grad]
     finite = lambda n: torch.where(torch.isfinite(want[n].detach()), cotangents[n].to(want[n].dtype), 0.0)
@@ -111,6 +129,7 @@ def run_one(seed: str, backend: str, device: torch.device) -> None:
         assert x.dtype == a[n].dtype and x.shape == a[n].shape, f"grad_{n} is {x.dtype} {list(x.shape)}: {what}"
         heads_at = 0 if y.dim() < 2 or (n == "scale" and y.dim() == 2) else -2
         assert_cells(f"grad_{n}", x, y, rounding, heads_at, what, 0.0 if n == "v" else cancels)
+    return True
 
 
 @pytest.mark.parametrize("chunk", range(3))
@@ -123,5 +142,40 @@ def test_a_random_call_with_terms_is_right(backend, device, chunk):
         pytest.skip("few calls in the interpreter")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # numpy's, in Triton's interpreter
-        for n in range(4 if interpreted else CALLS):
-            run_one(f"terms-{backend}-{chunk}-{n}", backend, device)
+        calls = 4 if interpreted else CALLS
+        answered = sum(run_one(f"terms-{backend}-{chunk}-{n}", backend, device) for n in range(calls))
+    assert answered >= 0.7 * calls, f"{answered} of {calls} calls gave a result"
+    assert backend != "cuda" or answered < calls, "a softmax_scale of 0 or below is drawn, too"
+
+
+class OnTheCpu:
+    """Stands for the backend cuda, with its refusal: sinks and gates are composed around the backend cpu as well."""
+
+    def __init__(self, op: str, sentence: str | None):
+        self.op, self.function, self.sentence = op, getattr(seal_ops, op), sentence
+
+    def __call__(self, *, backend, **call):
+        sigma = call.get("softmax_scale")
+        if self.sentence is not None and sigma is not None and sigma <= 0:
+            raise ValueError(self.sentence.format(self.op, sigma))
+        return self.function(**call, backend="cpu")
+
+
+@pytest.mark.parametrize("fault", [None, "answers", "another sentence"])
+def test_what_is_drawn_for_cuda_is_compared_or_refused(monkeypatch, fault):
+    """Without a GPU: the draws, and that the refusal is expected where it is due, and no other."""
+    sentence = "seal::{}: backend cuda takes a softmax_scale above 0 (in fp32), got {:g}"
+    given = {None: sentence, "answers": None, "another sentence": sentence.replace("above", "below")}[fault]
+    source = (pathlib.Path(__file__).parents[2] / "csrc" / "ops" / "dispatch.cpp").read_text()
+    assert '"backend cuda takes a softmax_scale above 0 (in fp32), got ", call.sigma' in source
+    for op in ("attention", "rope_attention"):
+        monkeypatch.setattr(seal_ops, op, OnTheCpu(op, given))
+    calls, cpu = [f"terms-cuda-0-{n}" for n in range(14)], torch.device("cpu")
+    drawn = [with_terms(seed, "cuda", cpu)[:2] for seed in calls]
+    wanted = [refusal(op, a, "cuda") is None for op, a in drawn]
+    assert 0 < wanted.count(False) < 5 and {a["q"].dtype for _, a in drawn} == {torch.float16, torch.bfloat16}
+    if fault is None:
+        assert [run_one(seed, "cuda", cpu) for seed in calls] == wanted
+        return
+    with pytest.raises(pytest.fail.Exception if fault == "answers" else AssertionError):
+        run_one(calls[wanted.index(False)], "cuda", cpu)
