@@ -117,6 +117,7 @@ NOT_RUN = {
     "make real": NETWORK,
     "seal demo --model smollm2": NETWORK,
     "make test": "is the suite that this test belongs to",
+    "make test VENV=.venv-newest TORCH=torch": "is that suite too, under a torch of 5 GB",
     "make lint": "runs no code of the package; .ci/run runs it",
     "make gpu-test": GPU,
     "pip install .": "tests/package/test_package.py installs the package",
