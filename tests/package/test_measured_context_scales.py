@@ -21,6 +21,7 @@ from context_results import (
     of,
     p_value,
     retrieved,
+    right_by_distance,
     variants_of,
     with_spread,
 )  # fmt: skip
@@ -171,20 +172,12 @@ def test_what_the_page_says_of_retrieval_holds():
         f"{both('passkey', 'dual_chunk', 32768)}" in TEXT
     )
     # Beyond the window of the mask, nothing: by the distances of the multikey cases.
-    (window,) = {json.loads(path.read_text())["options"]["window"] for path in STUDY.glob("retrieval-streaming-*.json")}
-    distances = json.loads((STUDY / "distances.json").read_text())["16384"]
     for method in ("lm_infinite", "streaming"):
-        parts = {}
-        for name, found in (("without", BASE), ("with", SCALED)):
-            pairs = [
-                pair for scores, far in zip(found["multikey", NAMED[method], 16384], distances, strict=True)
-                for pair in zip(scores, far, strict=True)
-            ]  # fmt: skip
-            near, beyond = ([s for s, d in pairs if (d <= window) is inside] for inside in (True, False))
-            parts[name] = sum(near), len(near), sum(beyond), len(beyond)
-        assert parts["with"][2:] == parts["without"][2:] == (0, 30)
-        words = f"{parts['with'][0]:.0f} of the {parts['with'][1]} numbers within the window, {parts['without'][0]:.0f}"
-        assert f"{words} without scales, and none of the {parts['with'][3]} before it" in TEXT
+        (before, _), missed = right_by_distance(BASE, NAMED[method], 16384)
+        (near, of_near), far = right_by_distance(SCALED, NAMED[method], 16384)
+        assert far == missed == (0, 30)
+        words = f"{near} of the {of_near} numbers within the window, {before}"
+        assert f"{words} without scales, and none of the {far[1]} before it" in TEXT
     # The exceptions that the page names: what is not significant.
     weak = {
         (row, length) for row, cells in rows_of_accuracy().items() for length, cell in zip(SHOWN, cells)

@@ -13,10 +13,12 @@ from context_results import (
     SHOWN,
     STUDY,
     TEXT,
+    WINDOW,
     accuracy,
     compared,
     named,
     of,
+    right_by_distance,
     variants_of,
     with_spread,
 )
@@ -253,22 +255,11 @@ def test_what_the_page_says_of_fine_tuning_holds():
 
 def test_what_the_page_says_of_windows_holds():
     """Right answers of numbers within the last tokens that StreamingLLM's mask reads, and of those before."""
-    (window,) = {json.loads(path.read_text())["options"]["window"] for path in STUDY.glob("retrieval-streaming-*.json")}
-    found = json.loads((STUDY / "distances.json").read_text())
-
-    def right(method, reach, n):
-        """(right, of how many) within the window and before it."""
-        pairs = [
-            pair for scores, distances in zip(BASE["multikey", named(method, reach), n], found[str(n)], strict=True)
-            for pair in zip(scores, distances, strict=True)
-        ]  # fmt: skip
-        parts = [[s for s, d in pairs if d <= window], [s for s, d in pairs if d > window]]
-        return [(int(sum(part)), len(part)) for part in parts]
-
+    right = lambda method, reach, n: right_by_distance(BASE, named(method, reach), n)
     for method in ("streaming", "lm_infinite"):
         (near, far), (near2, far2) = right(method, 32768, 16384), right(method, 32768, 32768)
         assert far[0] == far2[0] == 0
-        words = f"{near[0]} of the {near[1]} numbers within the last {window:,} tokens and none of the {far[1]} before"
+        words = f"{near[0]} of the {near[1]} numbers within the last {WINDOW:,} tokens and none of the {far[1]} before"
         assert f"at 16,384 tokens {words}, at 32,768 {near2[0]} of {near2[1]} and none of {far2[1]}." in TEXT
     far = [right(*setting)[1] for setting in (
         ("dual_chunk", 32768, 16384), ("dual_chunk", 32768, 32768), ("self_extend", 32768, 16384),
